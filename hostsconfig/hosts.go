@@ -1,0 +1,180 @@
+// Package hostsconfig points a node's container runtimes at the local proxy
+// and takes it all back again.
+//
+// For containerd it manages hosts.toml files in a certs.d directory, for CRI-O
+// one drop-in in a registries.conf.d directory. What was there before stays in
+// force behind the proxy, is offered to the agent as upstreams (see
+// [Hosts.Upstreams]), and is restored byte for byte by [Hosts.Remove]. A
+// journal beside the managed files makes that true after kill -9 at any moment.
+//
+// The caller writes nothing before the proxy listens: a dead mirror costs a
+// runtime nothing, but there is no reason to send it to one. DESIGN.md beside
+// this file has the invariants (I1..) that comments here cite.
+package hostsconfig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Options configure [New]. The zero value of every field but ProxyAddr is
+// usable; with neither Containerd nor CRIO there is nothing to manage.
+type Options struct {
+	// Containerd is the certs.d directory to manage, "" for none. It is created
+	// when missing and removed again if it was.
+	Containerd string
+	// HiddenRoots are further certs.d directories that containerd's config_path
+	// names after Containerd ("a:b"). containerd takes the first root with any
+	// matching directory, so our _default would hide them; their host
+	// directories are carried over into Containerd instead.
+	HiddenRoots []string
+	// ColonLink also links the literal path "<Containerd>:/etc/docker/certs.d"
+	// to Containerd, which containerd 2.1 and later look up by mistake when
+	// config_path has two roots. The parent of Containerd must be writable.
+	ColonLink bool
+	// CRIO is the registries.conf.d directory to manage, "" for none. It must
+	// exist. registries.conf beside it is read, never written.
+	CRIO string
+	// Registries are the registries to mirror, as images name them, with "*"
+	// for every one on containerd and the well-known ones on CRI-O. Empty
+	// means "*".
+	Registries []string
+	// ProxyAddr is the host:port on which this node's proxy listens. An
+	// unspecified host means 127.0.0.1.
+	ProxyAddr string
+	// RemoveOnExit makes Run take everything back before it returns.
+	RemoveOnExit bool
+	// PollInterval is how often Run looks at the files even if no change was
+	// notified (inotify can be exhausted or miss a mount); default 30 s.
+	PollInterval time.Duration
+	// OnImport, if set, is called by Run, without locks held, whenever the
+	// result of Upstreams has changed.
+	OnImport func([]Imported)
+
+	Logger     *slog.Logger          // nil discards
+	Registerer prometheus.Registerer // nil leaves the metrics unregistered
+}
+
+// Action says what a [Change] does to its file.
+type Action string
+
+const (
+	Create  Action = "create"  // was not there
+	Update  Action = "update"  // replaced; the original is in the journal
+	Restore Action = "restore" // the original is put back
+	Delete  Action = "delete"  // was ours and goes away
+	Skip    Action = "skip"    // left alone, for Reason
+)
+
+// Change is one file changed, or, from [Hosts.Plan], to be changed.
+type Change struct {
+	Path    string `json:"path"`
+	Runtime string `json:"runtime"` // "containerd" or "crio"
+	Action  Action `json:"action"`
+	// Reason is set for Skip: why the file is left alone and what to do.
+	Reason string `json:"reason,omitempty"`
+	// Diff is a unified diff from what is there to what will be; "" for Skip.
+	Diff string `json:"diff,omitempty"`
+	// ReloadNeeded: the runtime does not read this file by itself. CRI-O does so
+	// only on SIGHUP, or at once with auto_reload_registries = true.
+	ReloadNeeded bool `json:"reload_needed,omitempty"`
+}
+
+// ErrBusy is wrapped by the error of Apply, Remove and Run when another Larder
+// process manages the same directory.
+var ErrBusy = errors.New("another larder process manages this directory")
+
+// Hosts manages the host configuration of one node. Its methods may be called
+// from any goroutine; they take turns.
+type Hosts struct {
+	opts    Options
+	proxy   netip.AddrPort
+	log     *slog.Logger
+	metrics *metrics
+
+	mu sync.Mutex // serialises Apply, Remove, Plan and Upstreams; guards what follows
+}
+
+// New checks the options. It touches no file and starts nothing.
+func New(opts Options) (*Hosts, error) {
+	addr, err := proxyAddr(opts.ProxyAddr)
+	if err != nil {
+		return nil, err
+	}
+	var problems []error
+	for _, dir := range append([]string{opts.Containerd, opts.CRIO}, opts.HiddenRoots...) {
+		if dir != "" && !filepath.IsAbs(dir) {
+			problems = append(problems, fmt.Errorf("hosts directory %q: must be an absolute path", dir))
+		}
+	}
+	if strings.Contains(opts.Containerd, ":") {
+		problems = append(problems, fmt.Errorf("hosts.containerd %q: name one directory, the first of config_path", opts.Containerd))
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Hosts{opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer)}, nil
+}
+
+// proxyAddr parses the listen address of the proxy into the address that a
+// runtime on this node dials.
+func proxyAddr(s string) (netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("proxy address %q: %w", s, err)
+	}
+	// localhost may resolve to ::1 first, where the proxy does not listen.
+	if host == "" || host == "localhost" {
+		host = "127.0.0.1"
+	}
+	addr, err := netip.ParseAddrPort(net.JoinHostPort(host, port))
+	if err != nil || addr.Port() == 0 {
+		return netip.AddrPort{}, fmt.Errorf("proxy address %q: want IP address and port", s)
+	}
+	if addr.Addr().IsUnspecified() {
+		addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), addr.Port())
+	}
+	return addr, nil
+}
+
+// Apply brings the host configuration in place and returns what it changed;
+// a second Apply changes nothing. Files that cannot be understood are left
+// alone and reported as Skip.
+func (h *Hosts) Apply(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
+
+// Remove takes everything back and returns what it changed. It needs only the
+// directories: options that Apply had and Remove has not do not matter.
+func (h *Hosts) Remove(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
+
+// Plan returns what Apply would change, and changes nothing.
+func (h *Hosts) Plan(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
+
+// Run applies, then watches the managed directories and repairs drift until
+// ctx ends. With RemoveOnExit it takes everything back before it returns, also
+// when ctx has ended.
+func (h *Hosts) Run(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
+}
+
+// InPlace returns nil if the last Apply, or the last repair by Run, left the
+// host configuration in place. It reads no file.
+func (h *Hosts) InPlace() error { return nil }
+
+// Upstreams returns what the runtimes were configured to use before us, in
+// the order of their precedence. It reads the files and may be called before
+// Apply.
+func (h *Hosts) Upstreams() []Imported { return nil }
