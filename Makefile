@@ -3,21 +3,51 @@ SHELL := /bin/bash
 GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
+FUZZTIME ?= 20s
+# Daemons are not in a user's PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
 
 .PHONY: help
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build bin/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
 
 .PHONY: check
-check: ## gofmt, vet, import directions and unit tests
-	@out=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
-	$(GO) vet ./...
+check: lint ## gofmt, vet, linters, import directions and unit tests
 	$(GO) test ./...
 
+# Both modules that hold code of ours; test/tools has none.
+.PHONY: lint
+lint: ## gofmt, vet and golangci-lint
+	@out=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
+	$(GO) vet ./... && cd test/e2e && $(GO) vet ./...
+	@tools=$$(test/tools/install.sh lint); config=$$PWD/.golangci.yml; \
+	for module in . test/e2e; do (cd $$module && $$tools/golangci-lint run -c $$config ./...); done
+
 .PHONY: test
-test: ## Run every test, with the race detector
+test: deps lint race e2e ## Everything: installs what it needs (as root), then all tests
+
+.PHONY: race
+race: ## Unit and integration tests under the race detector
 	$(GO) test -race ./...
+
+.PHONY: e2e
+e2e: ## Real containerd, podman, skopeo and registries (root)
+	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
+	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
+
+.PHONY: deps
+deps: ## Install what the tests run against (root, apt), or say what is missing
+	@test/tools/deps.sh
+
+.PHONY: fuzz
+fuzz: ## Run each fuzz target for FUZZTIME (20s)
+	@grep -rl --include='*_test.go' '^func Fuzz' . | while read -r file; do \
+		for target in $$(grep -o '^func Fuzz[A-Za-z0-9_]*' $$file | cut -c6-); do \
+			echo "$$target in $$(dirname $$file)"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$(dirname $$file); \
+		done; \
+	done

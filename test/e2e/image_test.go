@@ -1,0 +1,153 @@
+package e2e
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/x509"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path"
+	"runtime"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// imageKind is one of the shapes in which registries hold images.
+type imageKind string
+
+const (
+	ociImage  imageKind = "oci"
+	schema2   imageKind = "schema2"
+	multiArch imageKind = "multi-arch"
+)
+
+// The sizes of an ordinary image's layers: below, at about and above the size of
+// one piece.
+var ordinarySizes = []int{4 << 10, 300 << 10, 3 << 20}
+
+var imageKinds = []imageKind{ociImage, schema2, multiArch}
+
+// pushed is an image that a registry holds.
+type pushed struct {
+	repository string
+	tag        string
+	digest     v1.Hash
+}
+
+// push builds an image of layers with these sizes and pushes it. The same seed
+// gives the same bytes in every run.
+func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ...int) pushed {
+	r.t.Helper()
+	if len(sizes) == 0 {
+		sizes = ordinarySizes
+	}
+	ref, err := name.ParseReference(r.addr+"/"+repository+":v1", name.Insecure)
+	if r.kind.tls {
+		ref, err = name.ParseReference(r.addr + "/" + repository + ":v1")
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	p := pushed{repository: repository, tag: "v1"}
+	opt := remote.WithTransport(r.transport())
+	switch kind {
+	case multiArch:
+		index := buildIndex(r.t, seed, sizes)
+		p.digest, err = index.Digest()
+		if err == nil {
+			err = remote.WriteIndex(ref, index, opt)
+		}
+	default:
+		image := buildImage(r.t, kind, runtime.GOARCH, seed, sizes)
+		p.digest, err = image.Digest()
+		if err == nil {
+			err = remote.Write(ref, image, opt)
+		}
+	}
+	if err != nil {
+		r.t.Fatalf("push %s: %v", ref, err)
+	}
+	return p
+}
+
+func buildIndex(t *testing.T, seed uint64, sizes []int) v1.ImageIndex {
+	t.Helper()
+	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for i, arch := range []string{"s390x", runtime.GOARCH} {
+		image := buildImage(t, ociImage, arch, seed+uint64(i)*1000, sizes)
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{
+			Add:        image,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: arch}},
+		})
+	}
+	return index
+}
+
+func buildImage(t *testing.T, kind imageKind, arch string, seed uint64, sizes []int) v1.Image {
+	t.Helper()
+	manifest, config, layer := types.OCIManifestSchema1, types.OCIConfigJSON, types.OCILayer
+	if kind == schema2 {
+		manifest, config, layer = types.DockerManifestSchema2, types.DockerConfigJSON, types.DockerLayer
+	}
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, manifest), config)
+	for i, size := range sizes {
+		l, err := tarball.LayerFromOpener(layerOpener(seed+uint64(i), size), tarball.WithMediaType(layer), tarball.WithCompressionLevel(gzip.NoCompression))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if image, err = mutate.AppendLayers(image, l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file, err := image.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = file.DeepCopy()
+	file.OS, file.Architecture = "linux", arch
+	if image, err = mutate.ConfigFile(image, file); err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
+// layerOpener gives a layer with one file of incompressible bytes.
+func layerOpener(seed uint64, size int) tarball.Opener {
+	return func() (io.ReadCloser, error) {
+		var head, foot bytes.Buffer
+		w := tar.NewWriter(&head)
+		err := w.WriteHeader(&tar.Header{Name: path.Join("data", fmt.Sprint(seed)), Mode: 0o644, Size: int64(size)})
+		if err != nil {
+			return nil, err
+		}
+		foot.Write(make([]byte, (512-size%512)%512+1024)) // padding, then the end of the archive
+		var key [32]byte
+		binary.LittleEndian.PutUint64(key[:], seed)
+		body := io.LimitReader(rand.NewChaCha8(key), int64(size))
+		return io.NopCloser(io.MultiReader(&head, body, &foot)), nil
+	}
+}
+
+func certPool(t *testing.T, caFile string) *x509.CertPool {
+	t.Helper()
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		t.Fatalf("%s holds no certificate", caFile)
+	}
+	return pool
+}

@@ -1,0 +1,243 @@
+package e2e
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// registryKind is one of the registries that images are pulled from.
+type registryKind struct {
+	name string
+	tls  bool
+	bin  func(*testing.T) string
+}
+
+var (
+	docker28 = registryKind{name: "docker-registry-2.8", bin: func(t *testing.T) string { return needTool(t, "docker-registry") }}
+	distV3   = registryKind{name: "distribution-3-http", bin: func(t *testing.T) string { return needBuilt(t, "registry") }}
+	distTLS  = registryKind{name: "distribution-3-tls", tls: true, bin: func(t *testing.T) string { return needBuilt(t, "registry") }}
+)
+
+var registryKinds = []registryKind{docker28, distV3, distTLS}
+
+// registry is a running registry. Its port and content survive stop and start.
+type registry struct {
+	t      *testing.T
+	kind   registryKind
+	addr   string // 127.0.0.1:port
+	caFile string // "" without TLS
+	config string
+	proc   *process
+	// earlier holds the logs of processes that were stopped.
+	earlier []byte
+}
+
+func startRegistry(t *testing.T, kind registryKind) *registry {
+	t.Helper()
+	dir := tempDir(t)
+	r := &registry{t: t, kind: kind, addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t)))}
+	tlsConfig := ""
+	if kind.tls {
+		cert, key, ca := writeCertificate(t, dir)
+		r.caFile = ca
+		tlsConfig = fmt.Sprintf("  tls:\n    certificate: %s\n    key: %s\n", cert, key)
+	}
+	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(`version: 0.1
+log:
+  level: warn
+storage:
+  filesystem:
+    rootdirectory: %s
+http:
+  addr: %s
+%s`, filepath.Join(dir, "storage"), r.addr, tlsConfig))
+	r.start()
+	return r
+}
+
+func (r *registry) start() {
+	r.t.Helper()
+	cmd := exec.Command(r.kind.bin(r.t), "serve", r.config)
+	cmd.Env = append(cmd.Environ(), "OTEL_TRACES_EXPORTER=none")
+	r.proc = startProcess(r.t, r.kind.name, cmd)
+	eventually(r.t, 30*time.Second, "registry answers", func() error { return errors.Join(r.proc.dead(), r.ping("ready")) })
+}
+
+func (r *registry) stop() {
+	r.t.Helper()
+	r.proc.kill() // a registry has nothing to clean up, and distribution waits for idle connections
+	r.earlier = append(r.earlier, r.proc.output()...)
+}
+
+func (r *registry) url() string {
+	if r.kind.tls {
+		return "https://" + r.addr
+	}
+	return "http://" + r.addr
+}
+
+func (r *registry) client() *http.Client {
+	return &http.Client{Timeout: 10 * time.Second, Transport: r.transport()}
+}
+
+func (r *registry) transport() *http.Transport {
+	tr := &http.Transport{DisableKeepAlives: true}
+	if r.caFile != "" {
+		tr.TLSClientConfig = &tls.Config{RootCAs: certPool(r.t, r.caFile)}
+	}
+	return tr
+}
+
+func (r *registry) ping(mark string) error {
+	resp, err := r.client().Get(r.url() + "/v2/?mark=" + mark)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("GET /v2/: %s", resp.Status)
+	}
+	return nil
+}
+
+// access is one line of a registry's own access log.
+type access struct {
+	method, path, agent string
+	status              int
+}
+
+func (a access) String() string {
+	return fmt.Sprintf("%s %s %d %s", a.method, a.path, a.status, a.agent)
+}
+
+// accessLine matches the combined log format that both registries print.
+var accessLine = regexp.MustCompile(`(?m)^\S+ - \S+ \[[^\]]+\] "([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+) \d+ "[^"]*" "([^"]*)"`)
+
+// accesses is everything this registry was asked for so far. It first asks for
+// something itself and waits to see that in the log, so that whatever was
+// answered before this call is in the result.
+func (r *registry) accesses() []access {
+	r.t.Helper()
+	if !r.proc.alive() {
+		return parseAccesses(r.earlier)
+	}
+	mark := strconv.FormatInt(time.Now().UnixNano(), 36)
+	if err := r.ping(mark); err != nil {
+		r.t.Fatalf("registry: %v", err)
+	}
+	var log []byte
+	eventually(r.t, 10*time.Second, "access log is flushed", func() error {
+		log = append(append([]byte(nil), r.earlier...), r.proc.output()...)
+		if !strings.Contains(string(log), "mark="+mark) {
+			return errors.New("own request is not in the log")
+		}
+		return nil
+	})
+	return parseAccesses(log)
+}
+
+func parseAccesses(log []byte) []access {
+	var all []access
+	for _, m := range accessLine.FindAllSubmatch(log, -1) {
+		status, _ := strconv.Atoi(string(m[3])) // the pattern matches digits only
+		all = append(all, access{method: string(m[1]), path: string(m[2]), status: status, agent: string(m[4])})
+	}
+	return all
+}
+
+// during is what the registry was asked for while do ran.
+func (r *registry) during(do func()) []access {
+	r.t.Helper()
+	before := len(r.accesses())
+	do()
+	return r.accesses()[before:]
+}
+
+// blobReads are the requests that moved, or asked about, a blob's bytes.
+func blobReads(all []access) []access {
+	var blobs []access
+	for _, a := range all {
+		if strings.Contains(a.path, "/blobs/") && (a.method == http.MethodGet || a.method == http.MethodHead) {
+			blobs = append(blobs, a)
+		}
+	}
+	return blobs
+}
+
+// byRuntime are the requests a runtime sent itself, without Larder between.
+func byRuntime(all []access) []access {
+	var direct []access
+	for _, a := range all {
+		for _, agent := range []string{"containerd/", "containers/", "skopeo/", "libpod/"} {
+			if strings.HasPrefix(a.agent, agent) {
+				direct = append(direct, a)
+				break
+			}
+		}
+	}
+	return direct
+}
+
+// writeCertificate makes a private CA and a server certificate for 127.0.0.1.
+func writeCertificate(t *testing.T, dir string) (cert, key, ca string) {
+	t.Helper()
+	caKey, caCert := newCertificate(t, &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}, nil, nil)
+	leafKey, leaf := newCertificate(t, &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}, caCert, caKey)
+	der, err := x509.MarshalECPrivateKey(leafKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return writePEM(t, filepath.Join(dir, "tls.crt"), "CERTIFICATE", leaf.Raw),
+		writePEM(t, filepath.Join(dir, "tls.key"), "EC PRIVATE KEY", der),
+		writePEM(t, filepath.Join(dir, "ca.crt"), "CERTIFICATE", caCert.Raw)
+}
+
+// newCertificate signs template; with itself if there is no parent.
+func newCertificate(t *testing.T, template, parent *x509.Certificate, signer *ecdsa.PrivateKey) (*ecdsa.PrivateKey, *x509.Certificate) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if parent == nil {
+		parent, signer = template, key
+	}
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key, cert
+}
+
+func writePEM(t *testing.T, path, kind string, der []byte) string {
+	t.Helper()
+	return writeFile(t, path, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
+}
