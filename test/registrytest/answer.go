@@ -127,7 +127,9 @@ func (a *answer) send(ctx context.Context, w http.ResponseWriter, l *ledger) {
 	for key, values := range a.header {
 		w.Header()[key] = values
 	}
-	w.Header().Set("Content-Length", strconv.FormatInt(max(s.n+a.lengthDelta, 0), 10))
+	claim := max(s.n+a.lengthDelta, 0)
+	s.n = min(s.n, claim)
+	w.Header().Set("Content-Length", strconv.FormatInt(claim, 10))
 	for _, key := range a.omit {
 		w.Header().Del(key)
 	}
