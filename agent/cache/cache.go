@@ -1,0 +1,536 @@
+// Package cache keeps content-addressed blobs on a node's disk: it serves
+// those it has, lets any number of readers share the one fill of those it has
+// not, and shows bytes while they arrive.
+//
+// The promise: a byte that a Reader returns was either part of a blob whose
+// whole digest has matched, or was written by a source that vouched for it,
+// and the last piece of a blob is never shown before the whole digest matched.
+// Nothing here is precious. The directory may be deleted, the process killed,
+// the disk filled or torn at any moment: the cache heals, forgets or says
+// ErrNoRoom, and never serves garbage. DESIGN.md states the invariants.
+//
+// It is not a content store: what is in it may vanish at any time.
+package cache
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Options configure a Cache. Only Dir is required.
+type Options struct {
+	// Dir holds everything; it is made if need be, readable to its owner only.
+	Dir string
+	// MaxBytes bounds blobs and running fills together; the zero Limit does not.
+	MaxBytes Limit
+	// MinFree is what the cache leaves free on Dir's file system, whoever
+	// fills it: rather than be the reason why kubelet evicts pods, it
+	// shrinks to nothing.
+	MinFree Limit
+	// ScrubInterval is how long one re-hash of everything takes; 0 is never.
+	ScrubInterval time.Duration
+	// Logger is slog.Default() if nil, Registerer registers nothing if nil.
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	// Keep tells how dear a blob is. It is called often, without locks, and
+	// should not do I/O. Nil means that all are equal.
+	Keep func(digest.Digest) KeepHint
+	// Events are called without locks, in order for each digest.
+	Events Events
+}
+
+// KeepHint orders eviction before age does.
+type KeepHint int
+
+// What a blob is worth: one that the runtime holds as well goes first, the
+// last copy in the cluster goes last.
+const (
+	EvictFirst KeepHint = iota - 1
+	Normal
+	EvictLast
+)
+
+// Events tell others what this node can serve. Nil functions are skipped.
+type Events struct {
+	// Committed is called after a blob became durable.
+	Committed func(d digest.Digest, size int64)
+	// Removing is called before a blob is unlinked, which waits for its
+	// return: nobody is left believing in a blob that is gone.
+	Removing func(d digest.Digest)
+}
+
+// Cache is the blobs of one directory, which it owns alone.
+type Cache struct {
+	opts    Options
+	dir     layout
+	log     *slog.Logger
+	metrics *metrics
+	meta    *Meta
+	// faults lets tests stop at, fail, or look at each step on disk.
+	faults  func(step, digest.Digest) error
+	statfs  func() (total, free int64, err error)
+	started chan struct{}  // closed when Run begins
+	fills   sync.WaitGroup // running fills; added to under mu while running
+
+	mu       sync.Mutex // guards everything below; never held across I/O or callbacks
+	state    state
+	runCtx   context.Context // Run's; what fills live by
+	blobs    map[digest.Digest]*blob
+	lru      *list.List // of *blob, most recently used first; none that is being removed
+	filling  map[digest.Digest]*fill
+	idle     map[digest.Digest]idleIngest
+	pins     map[digest.Digest]int
+	suspects map[digest.Digest]time.Time
+	used     int64 // bytes of blobs, idle ingests and reservations
+	reserved int64 // of which running fills, which may not be evicted
+	unbacked int64 // of which the file system has not set aside yet
+	clock    int64 // seconds; never goes back
+}
+
+type state int
+
+const (
+	idle state = iota
+	running
+	stopped
+)
+
+// blob is a committed blob.
+type blob struct {
+	digest digest.Digest
+	size   int64
+	used   int64         // Cache.clock at the last hit
+	dirty  bool          // used is not in the metadata yet
+	place  *list.Element // nil while being removed
+	busy   chan struct{} // not nil while being announced or removed; closed after
+}
+
+// idleIngest is a fill that an earlier process, or a source's failure, left.
+type idleIngest struct {
+	size int64
+	when time.Time
+}
+
+// New opens the cache in opts.Dir and finds out what is there. It starts
+// nothing: hits can be served at once, fills wait for Run. The error says what to
+// do when the directory cannot be used or belongs to another process.
+func New(opts Options) (*Cache, error) {
+	if opts.Logger == nil {
+		opts.Logger = slog.Default()
+	}
+	c := &Cache{
+		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}),
+		blobs: map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
+		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, suspects: map[digest.Digest]time.Time{},
+	}
+	c.statfs = func() (int64, int64, error) { return statfs(opts.Dir) }
+	if err := c.dir.check(); err != nil {
+		return nil, err
+	}
+	meta, err := openMeta(c.dir.metadata(), opts.Logger)
+	if err != nil {
+		return nil, err
+	}
+	c.meta = meta
+	c.recover()
+	if c.metrics, err = newMetrics(opts.Registerer, c); err != nil {
+		return nil, errors.Join(fmt.Errorf("register cache metrics: %w", err), meta.close())
+	}
+	return c, nil
+}
+
+// Run lets fills run, and evicts, scrubs and writes metadata, until ctx ends;
+// then it ends the running fills with ErrClosed - their pieces stay for the
+// next start - and returns when every goroutine is gone. It runs once.
+func (c *Cache) Run(ctx context.Context) error {
+	if err := c.start(ctx); err != nil {
+		return err
+	}
+	var parts sync.WaitGroup
+	parts.Go(func() { c.tend(ctx) })
+	parts.Go(func() { c.scrub(ctx) })
+	<-ctx.Done()
+	c.mu.Lock()
+	c.state = stopped
+	c.mu.Unlock()
+	parts.Wait()
+	c.fills.Wait()
+	c.flush()
+	return nil
+}
+
+func (c *Cache) start(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state != idle {
+		return fmt.Errorf("run a cache twice: %w", ErrClosed)
+	}
+	c.state, c.runCtx = running, ctx
+	close(c.started)
+	return nil
+}
+
+// Close lets go of the directory. Run must have returned, if it was called.
+// Readers stay usable.
+func (c *Cache) Close() error {
+	c.mu.Lock()
+	c.state = stopped
+	c.mu.Unlock()
+	c.flush()
+	return c.meta.close()
+}
+
+// Open returns a reader of d. A committed blob is a hit; one that is being
+// filled is joined; otherwise src starts THE fill, which outlives this caller
+// and ends only with Run. Open waits, until ctx ends, for the size to be known.
+// The reader waits for bytes by the same ctx.
+//
+// An error satisfies ErrNoRoom when this disk cannot take the blob - pass it
+// through - and ErrClosed when the cache no longer runs (before Run, a fill
+// waits for it); it is a *FillError when
+// the fill failed, and wraps fs.ErrNotExist when src is nil and the blob is
+// not here.
+func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader, error) {
+	if err := checkDigest(d); err != nil {
+		return nil, err
+	}
+	for {
+		r, f, err := c.find(ctx, d, src)
+		if err != nil || r != nil {
+			return r, err
+		}
+		if r, err = f.open(ctx); r != nil || err != nil {
+			return r, err
+		}
+	}
+}
+
+// find returns a reader of the committed blob, or the fill to join.
+func (c *Cache) find(ctx context.Context, d digest.Digest, src Source) (*Reader, *fill, error) {
+	for {
+		b, f := c.peek(d, true)
+		if b != nil {
+			r, err := c.openBlob(ctx, b)
+			if r != nil || err != nil {
+				return r, nil, err
+			}
+			continue
+		}
+		if f != nil {
+			return nil, f, nil
+		}
+		if src == nil {
+			return nil, nil, fmt.Errorf("open %s: %w", d, fs.ErrNotExist)
+		}
+		select {
+		case <-c.started:
+		case <-ctx.Done():
+			return nil, nil, context.Cause(ctx)
+		}
+		f, err := c.startFill(d, src)
+		if f != nil || err != nil {
+			return nil, f, err
+		}
+	}
+}
+
+// peek looks d up. A hit counts as use if touch.
+func (c *Cache) peek(d digest.Digest, touch bool) (*blob, *fill) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if b := c.blobs[d]; b != nil {
+		if touch && b.place != nil {
+			b.used, b.dirty = c.now(), true
+			c.lru.MoveToFront(b.place)
+		}
+		return b, nil
+	}
+	f := c.filling[d]
+	if f == nil || !f.attach() {
+		return nil, nil
+	}
+	if touch {
+		c.metrics.joined.Inc()
+	}
+	return nil, f
+}
+
+// now returns a number of seconds that no clock jump takes back. c.mu is held.
+func (c *Cache) now() int64 {
+	c.clock = max(c.clock, time.Now().Unix())
+	return c.clock
+}
+
+// openBlob opens a committed blob; it returns neither reader nor error when
+// the file turned out to be gone and has been booked out.
+func (c *Cache) openBlob(ctx context.Context, b *blob) (*Reader, error) {
+	file, err := os.Open(c.dir.blob(b.digest))
+	if err == nil {
+		info, serr := file.Stat()
+		if serr == nil && info.Size() == b.size {
+			return newReader(ctx, b.digest, b.size, nil, file), nil
+		}
+		err = errors.Join(serr, file.Close())
+	}
+	c.log.Debug("committed blob is not what it was", "digest", b.digest, "err", err)
+	return nil, c.drop(ctx, b, reasonLost)
+}
+
+// startFill starts a fill of d, unless somebody else just did; then it returns
+// neither fill nor error.
+func (c *Cache) startFill(d digest.Digest, src Source) (*fill, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state != running || c.runCtx.Err() != nil {
+		return nil, fmt.Errorf("fill %s: %w", d, ErrClosed)
+	}
+	if c.blobs[d] != nil {
+		return nil, nil
+	}
+	if f := c.filling[d]; f != nil {
+		if f.attach() {
+			c.metrics.joined.Inc()
+			return f, nil
+		}
+		// It failed and is about to be booked out: its cleaning up must
+		// not meet the next fill's files.
+		return nil, c.waitUnlocked(f.done)
+	}
+	f := newFill(c, d, src, c.suspect(d))
+	f.refs++ // the caller's
+	c.filling[d] = f
+	ctx := c.runCtx
+	c.fills.Go(func() { f.run(ctx) })
+	return f, nil
+}
+
+// waitUnlocked waits with c.mu given up; c.mu is held before and after.
+func (c *Cache) waitUnlocked(done <-chan struct{}) error {
+	c.mu.Unlock()
+	defer c.mu.Lock()
+	<-done
+	return nil
+}
+
+// suspectFor is how long sources are told that a digest's bytes were wrong:
+// as long as a peer is banned for serving them.
+const suspectFor = 10 * time.Minute
+
+// suspect reports whether d failed verification lately. c.mu is held.
+func (c *Cache) suspect(d digest.Digest) bool {
+	when, ok := c.suspects[d]
+	return ok && time.Since(when) < suspectFor
+}
+
+// maxSuspects bounds what wrong bytes can make the cache remember.
+const maxSuspects = 1024
+
+// distrust remembers that d's bytes were wrong. c.mu is held.
+func (c *Cache) distrust(d digest.Digest) {
+	for old, when := range c.suspects {
+		if time.Since(when) >= suspectFor || len(c.suspects) >= maxSuspects {
+			delete(c.suspects, old)
+		}
+	}
+	c.suspects[d] = time.Now()
+}
+
+// Lookup returns a reader of d if it is committed, or being filled and its
+// size known. It starts nothing, waits for nothing and does not count as use.
+func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
+	if checkDigest(d) != nil {
+		return nil, false
+	}
+	b, f := c.peek(d, false)
+	if b != nil {
+		file, err := os.Open(c.dir.blob(d))
+		if err != nil {
+			return nil, false
+		}
+		return newReader(nil, d, b.size, nil, file), true
+	}
+	if f == nil {
+		return nil, false
+	}
+	select {
+	case <-f.sized:
+		return newReader(nil, d, f.pieces.size, f, nil), true
+	default:
+		f.release()
+		return nil, false
+	}
+}
+
+// Has reports whether d is committed.
+func (c *Cache) Has(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b := c.blobs[d]
+	return b != nil && b.place != nil
+}
+
+// Put commits small content that is in memory: manifests. The body is
+// checked; ErrDigestMismatch leaves no trace. If a fill of d runs, the body
+// completes it. Put waits, until ctx ends, for Run and for the commit.
+func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
+	if err := checkDigest(d); err != nil {
+		return err
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return fmt.Errorf("put %s: %w", d, ErrDigestMismatch)
+	}
+	src := SourceFunc(func(_ context.Context, f *Fill) error { return feed(f.Writer(origin), body) })
+	r, f, err := c.find(ctx, d, src)
+	if err != nil {
+		return fmt.Errorf("put %s: %w", d, err)
+	}
+	if r != nil {
+		return r.Close()
+	}
+	defer f.release()
+	if err := feed((&Fill{f}).Writer(origin), body); err != nil {
+		return fmt.Errorf("put %s: %w", d, err)
+	}
+	select {
+	case <-f.done:
+		return f.failure()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// feed writes body where bytes are missing.
+func feed(w *Writer, body []byte) error {
+	if err := w.SetSize(int64(len(body))); err != nil {
+		return err
+	}
+	for {
+		start, end, ok := w.Missing(0)
+		if !ok {
+			return nil
+		}
+		if _, err := w.WriteAt(body[start:end], start); err != nil {
+			return err
+		}
+	}
+}
+
+// Pin keeps d from eviction, now and if it comes later, until as many Unpins.
+func (c *Cache) Pin(d digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pins[d]++
+}
+
+// Unpin undoes one Pin.
+func (c *Cache) Unpin(d digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pins[d]--; c.pins[d] <= 0 {
+		delete(c.pins, d)
+	}
+}
+
+// Remove withdraws and deletes a committed blob, pinned or not; that it is not
+// there is as good. A running fill and open readers go on.
+func (c *Cache) Remove(d digest.Digest) error {
+	c.mu.Lock()
+	b := c.blobs[d]
+	c.mu.Unlock()
+	if b == nil {
+		return nil
+	}
+	return c.drop(context.Background(), b, reasonRemoved)
+}
+
+// Info describes a committed blob.
+type Info struct {
+	Digest digest.Digest
+	Size   int64
+	Used   time.Time // last hit, to the second
+	Pinned bool
+}
+
+// Walk calls fn for each committed blob, most recently used first, until it
+// returns false. It works on a snapshot: fn may call the cache.
+func (c *Cache) Walk(fn func(Info) bool) {
+	for _, info := range c.list() {
+		if !fn(info) {
+			return
+		}
+	}
+}
+
+func (c *Cache) list() []Info {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	infos := make([]Info, 0, c.lru.Len())
+	for e := c.lru.Front(); e != nil; e = e.Next() {
+		b := e.Value.(*blob)
+		infos = append(infos, Info{Digest: b.digest, Size: b.size, Used: time.Unix(b.used, 0), Pinned: c.pins[b.digest] > 0})
+	}
+	return infos
+}
+
+// Progress describes a running fill.
+type Progress struct {
+	Digest  digest.Digest
+	Size    int64 // -1 while unknown
+	Present int64 // bytes on disk
+	Readers int
+	Started time.Time
+	Origins map[Origin]int64 // bytes that this process fetched, by origin
+}
+
+// Fills describes the running fills.
+func (c *Cache) Fills() []Progress {
+	c.mu.Lock()
+	fills := make([]*fill, 0, len(c.filling))
+	for _, f := range c.filling {
+		fills = append(fills, f)
+	}
+	c.mu.Unlock()
+	all := make([]Progress, len(fills))
+	for i, f := range fills {
+		all[i] = f.progress()
+	}
+	return all
+}
+
+// Stats are the cache's numbers of this moment.
+type Stats struct {
+	Blobs    int
+	Bytes    int64 // blobs, running fills at full size, and ingests waiting to be resumed
+	Reserved int64 // of which running fills
+	Limit    int64 // MaxBytes in bytes; 0 is none
+	Free     int64 // free on the file system; -1 if it cannot be asked
+	MinFree  int64
+	Fills    int
+}
+
+// Stats returns the numbers of this moment.
+func (c *Cache) Stats() Stats {
+	total, free, err := c.statfs()
+	if err != nil {
+		free = -1
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return Stats{
+		Blobs: len(c.blobs), Bytes: c.used, Reserved: c.reserved, Fills: len(c.filling),
+		Limit: c.opts.MaxBytes.Of(total), Free: free, MinFree: c.opts.MinFree.Of(total),
+	}
+}
+
+// Meta returns what the cache remembers besides blobs.
+func (c *Cache) Meta() *Meta { return c.meta }

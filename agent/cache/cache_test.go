@@ -1,0 +1,174 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// content returns n bytes that are the same for the same seed.
+func content(seed uint64, n int) ([]byte, digest.Digest) {
+	b := make([]byte, n)
+	var key [32]byte
+	key[0] = byte(seed)
+	key[1] = byte(seed >> 8)
+	if _, err := rand.NewChaCha8(key).Read(b); err != nil {
+		panic(err)
+	}
+	return b, digest.FromBytes(b)
+}
+
+// open makes a cache in dir, not running, and closes it with the test.
+func open(t testing.TB, opts Options) *Cache {
+	t.Helper()
+	if opts.Dir == "" {
+		opts.Dir = t.TempDir()
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	c, err := New(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// run runs c until stop is called or the test ends.
+func run(t testing.TB, c *Cache) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	<-c.started
+	var stopped bool
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// start is open and run.
+func start(t testing.TB, opts Options) *Cache {
+	t.Helper()
+	c := open(t, opts)
+	run(t, c)
+	return c
+}
+
+// all is a source that brings body.
+func all(body []byte) Source {
+	return SourceFunc(func(_ context.Context, f *Fill) error {
+		return feed(f.Writer(Origin{FromUpstream, "registry.test"}), body)
+	})
+}
+
+// mustRead reads d to the end through c.
+func mustRead(t testing.TB, c *Cache, d digest.Digest, src Source) []byte {
+	t.Helper()
+	r, err := c.Open(context.Background(), d, src)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	got, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+// settle waits for the fill of d to be booked.
+func settle(c *Cache, d digest.Digest) {
+	c.mu.Lock()
+	f := c.filling[d]
+	c.mu.Unlock()
+	if f != nil {
+		<-f.done
+	}
+}
+
+func TestOpenFillsOnceThenHits(t *testing.T) {
+	for name, size := range map[string]int{"empty": 0, "one byte": 1, "one piece": minPiece, "a byte more": minPiece + 1, "many pieces": 5*minPiece + 77} {
+		t.Run(name, func(t *testing.T) {
+			c := start(t, Options{})
+			body, d := content(1, size)
+			if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
+				t.Fatalf("first read: %d bytes, want %d, or other bytes", len(got), len(body))
+			}
+			settle(c, d)
+			if !c.Has(d) {
+				t.Fatal("not committed")
+			}
+			r, err := c.Open(t.Context(), d, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if r.Origin().Kind != FromDisk {
+				t.Errorf("a hit came from %q", r.Origin().Kind)
+			}
+			got, err := io.ReadAll(r)
+			if err != nil || !bytes.Equal(got, body) {
+				t.Fatalf("hit: %d bytes, %v", len(got), err)
+			}
+			if info, err := os.Stat(c.dir.blob(d)); err != nil || info.Mode().Perm() != blobMode {
+				t.Errorf("blob file: %v, %v", info, err)
+			}
+		})
+	}
+}
+
+func TestWrongBytes(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(2, 3*minPiece)
+	wrong := bytes.Clone(body)
+	wrong[10] ^= 1
+	r, err := c.Open(t.Context(), d, all(wrong))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	got, err := io.ReadAll(r)
+	if !errors.Is(err, ErrDigestMismatch) {
+		t.Fatalf("read wrong bytes: %v", err)
+	}
+	if len(got) > 2*minPiece {
+		t.Fatalf("%d bytes shown; the last piece must be held back", len(got))
+	}
+	settle(c, d)
+	suspect := false
+	src := SourceFunc(func(ctx context.Context, f *Fill) error {
+		suspect = f.Suspect()
+		return all(body).Fetch(ctx, f)
+	})
+	if got := mustRead(t, c, d, src); !bytes.Equal(got, body) {
+		t.Fatal("the next open did not start anew")
+	}
+	if !suspect {
+		t.Error("the source was not told")
+	}
+}

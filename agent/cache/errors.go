@@ -1,0 +1,41 @@
+package cache
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+)
+
+var (
+	// ErrNoRoom says that this node's disk cannot take the blob: the cache
+	// is full of things that may not be evicted, or the disk is full,
+	// read-only or failing. The caller passes the blob through unkept.
+	ErrNoRoom = errors.New("no room in the cache")
+	// ErrDigestMismatch says that a blob's bytes were complete and wrong.
+	// They are gone; the next Open starts anew (see Fill.Suspect).
+	ErrDigestMismatch = errors.New("content does not match its digest")
+	// ErrSizeMismatch says that two sources, or a source and its own bytes,
+	// disagree about a blob's size.
+	ErrSizeMismatch = errors.New("size differs from the one announced")
+	// ErrClosed ends fills when Run's context does, and is returned for new
+	// ones from then on.
+	ErrClosed = errors.New("cache has stopped")
+	// ErrInvalidDigest is returned for anything but sha256 and sha512
+	// digests in lower-case hex, before a path is made of it.
+	ErrInvalidDigest = errors.New("invalid digest")
+	// ErrMissing is returned by a Reader from Lookup for bytes that a fill
+	// has not brought yet; such a reader does not wait.
+	ErrMissing = errors.New("bytes are not here yet")
+)
+
+// FillError says why the one fill of a blob ended without it. Err is the
+// source's own error, one of this package's, or ErrClosed when the cache
+// stopped. Every reader that joined the fill gets the same.
+type FillError struct {
+	Digest digest.Digest
+	Err    error
+}
+
+func (e *FillError) Error() string { return fmt.Sprintf("fill %s: %v", e.Digest, e.Err) }
+func (e *FillError) Unwrap() error { return e.Err }

@@ -1,0 +1,309 @@
+package cache
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// reason says why a blob went; it is a metric label.
+type reason string
+
+const (
+	reasonMaxBytes reason = "max_bytes"
+	reasonMinFree  reason = "min_free"
+	reasonFull     reason = "disk_full" // ENOSPC although min_free had it otherwise
+	reasonScrub    reason = "scrub"
+	reasonRemoved  reason = "removed"
+	reasonLost     reason = "lost" // somebody else deleted or changed the file
+)
+
+// statfs returns size and free bytes of the file system that holds dir.
+func statfs(dir string) (total, free int64, err error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return 0, 0, fmt.Errorf("statfs %s: %w", dir, err)
+	}
+	return int64(s.Blocks) * s.Bsize, int64(s.Bavail) * s.Bsize, nil
+}
+
+// slack is what eviction frees beyond need, as a share of the limit, so that
+// a full cache does not evict for every fill.
+const slack = 0.05
+
+// shortage is how much too much there is, by either bound.
+type shortage struct {
+	overMax, overFree   int64 // <= 0 is none
+	slackMax, slackFree int64
+	evictable           int64
+}
+
+func (s shortage) none() bool { return s.overMax <= 0 && s.overFree <= 0 }
+
+// hopeless says that evicting everything would not be enough.
+func (s shortage) hopeless() bool { return max(s.overMax, s.overFree) > s.evictable }
+
+// space asks the file system for its size and free bytes, and makes the
+// directory again if it is gone (I9).
+func (c *Cache) space() (total, free int64, err error) {
+	if total, free, err = c.statfs(); err == nil {
+		return total, free, nil
+	}
+	if err := c.dir.make(); err != nil {
+		return 0, 0, err
+	}
+	return c.statfs()
+}
+
+// admit compares the books, with n bytes more, to the limits, and reserves the
+// n bytes if there is no shortage.
+func (c *Cache) admit(n int64) (shortage, error) {
+	total, free, err := c.space()
+	if err != nil {
+		return shortage{}, err
+	}
+	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := shortage{evictable: c.used - c.reserved - c.pinned()}
+	if limit > 0 {
+		s.overMax, s.slackMax = c.used+n-limit, int64(float64(limit)*slack)
+	}
+	if minFree > 0 {
+		s.overFree, s.slackFree = minFree+c.unbacked+n-free, int64(float64(minFree)*slack)
+	}
+	if s.none() {
+		c.used += n
+		c.reserved += n
+		c.unbacked += n
+	}
+	return s, nil
+}
+
+// pinned returns how many bytes pins hold. c.mu is held.
+func (c *Cache) pinned() int64 {
+	var n int64
+	for d := range c.pins {
+		if b := c.blobs[d]; b != nil {
+			n += b.size
+		}
+	}
+	return n
+}
+
+// reserve makes room for a fill of n bytes, or returns ErrNoRoom, having
+// evicted nothing if that could not have helped. The caller says with backed
+// when the file system has set the bytes aside.
+func (c *Cache) reserve(n int64) error {
+	if n > maxBlob {
+		return fmt.Errorf("%d bytes in one blob: %w", n, ErrNoRoom)
+	}
+	for range 3 { // what readers hold open is not free when unlinked: look again
+		s, err := c.admit(n)
+		if err != nil {
+			return noRoom(err)
+		}
+		if s.none() {
+			return nil
+		}
+		if s.hopeless() || !c.shrink(s) {
+			break
+		}
+	}
+	return fmt.Errorf("%d bytes: %w", n, ErrNoRoom)
+}
+
+// backed says that the file system set n reserved bytes aside, or never will.
+func (c *Cache) backed(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unbacked -= n
+}
+
+// unreserve gives a reservation back.
+func (c *Cache) unreserve(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.used -= n
+	c.reserved -= n
+}
+
+// shrink evicts until the shortage is over and some more, and reports whether
+// it evicted anything.
+func (c *Cache) shrink(s shortage) bool {
+	var freed int64
+	if s.overMax > 0 {
+		freed = c.evict(s.overMax+s.slackMax, reasonMaxBytes)
+	}
+	if over := s.overFree - freed; over > 0 {
+		freed += c.evict(over+s.slackFree, reasonMinFree)
+	}
+	return freed > 0
+}
+
+// relieve evicts after the disk said that it is full, whatever the limits say.
+func (c *Cache) relieve(n int64) bool { return c.evict(n, reasonFull) > 0 }
+
+// evict deletes idle ingests, then blobs, until n bytes are free or nothing
+// more may go, and returns how many it freed.
+func (c *Cache) evict(n int64, why reason) int64 {
+	freed := c.expire(n, time.Now())
+	for _, b := range c.candidates() {
+		if freed >= n {
+			break
+		}
+		if gone, err := c.dropNow(b, why); err != nil {
+			break // the next unlink would fail as well
+		} else if gone {
+			freed += b.size
+		}
+	}
+	return freed
+}
+
+// candidates returns what may be evicted, in that order: by hint, then least
+// recently used first.
+func (c *Cache) candidates() []*blob {
+	c.mu.Lock()
+	all := make([]*blob, 0, c.lru.Len())
+	for e := c.lru.Back(); e != nil; e = e.Prev() {
+		if b := e.Value.(*blob); c.pins[b.digest] == 0 {
+			all = append(all, b)
+		}
+	}
+	c.mu.Unlock()
+	if c.opts.Keep == nil {
+		return all
+	}
+	hints := make(map[*blob]KeepHint, len(all))
+	for _, b := range all {
+		hints[b] = c.opts.Keep(b.digest)
+	}
+	slices.SortStableFunc(all, func(x, y *blob) int { return cmp.Compare(hints[x], hints[y]) })
+	return all
+}
+
+// drop is dropNow for callers that want b gone: it waits for an event of b
+// that is under way, and for another's removal.
+func (c *Cache) drop(ctx context.Context, b *blob, why reason) error {
+	for {
+		gone, err := c.dropNow(b, why)
+		if gone || err != nil {
+			return err
+		}
+		c.mu.Lock()
+		busy, there := b.busy, c.blobs[b.digest] == b
+		c.mu.Unlock()
+		if !there {
+			return nil
+		}
+		if busy == nil {
+			continue
+		}
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// dropNow withdraws, then unlinks b (I5). It does nothing while another event
+// of b is under way, or if an eviction meets a new pin.
+func (c *Cache) dropNow(b *blob, why reason) (gone bool, err error) {
+	if !c.takeOut(b, why) {
+		return false, nil
+	}
+	if c.opts.Events.Removing != nil {
+		c.opts.Events.Removing(b.digest)
+	}
+	if err := c.do(stepUnlink, b.digest, func() error { return remove(c.dir.blob(b.digest)) }); err != nil {
+		c.putBack(b)
+		c.log.Warn("delete blob", "digest", b.digest, "err", err)
+		return false, fmt.Errorf("delete %s: %w", b.digest, err)
+	}
+	c.mu.Lock()
+	delete(c.blobs, b.digest)
+	c.mu.Unlock()
+	c.settled(b)
+	c.metrics.evictions.WithLabelValues(string(why)).Inc()
+	c.log.Debug("blob deleted", "digest", b.digest, "bytes", b.size, "reason", why)
+	return true, nil
+}
+
+// takeOut reserves b for removal: from now on it is not evictable, not
+// counted and not Has.
+func (c *Cache) takeOut(b *blob, why reason) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	evicting := why == reasonMaxBytes || why == reasonMinFree || why == reasonFull
+	if b.busy != nil || c.blobs[b.digest] != b || evicting && c.pins[b.digest] > 0 {
+		return false
+	}
+	b.busy = make(chan struct{})
+	c.lru.Remove(b.place)
+	b.place = nil
+	c.used -= b.size
+	return true
+}
+
+// putBack undoes takeOut for a blob that could not be deleted.
+func (c *Cache) putBack(b *blob) {
+	c.mu.Lock()
+	b.place = c.lru.PushFront(b)
+	c.used += b.size
+	c.mu.Unlock()
+	if c.opts.Events.Committed != nil {
+		c.opts.Events.Committed(b.digest, b.size)
+	}
+	c.settled(b)
+}
+
+// idleFor is how long a fill that failed, or that a stop cut short, waits to
+// be resumed. containerd gives its own ingests as long.
+const idleFor = 24 * time.Hour
+
+// expire deletes idle ingests, oldest first, until n bytes are free, and all
+// that are too old; n < 0 deletes only those.
+func (c *Cache) expire(n int64, now time.Time) (freed int64) {
+	type candidate struct {
+		d digest.Digest
+		idleIngest
+	}
+	var all []candidate
+	c.mu.Lock()
+	for d, i := range c.idle {
+		all = append(all, candidate{d, i})
+	}
+	c.mu.Unlock()
+	slices.SortFunc(all, func(x, y candidate) int { return x.when.Compare(y.when) })
+	for _, i := range all {
+		if freed >= n && now.Sub(i.when) < idleFor {
+			break
+		}
+		if _, ok := c.takeIdle(i.d); ok {
+			c.purge(i.d)
+			c.unreserve(i.size)
+			freed += i.size
+			c.log.Debug("ingest deleted", "digest", i.d, "bytes", i.size)
+		}
+	}
+	return freed
+}
+
+// takeIdle makes an idle ingest the caller's, as a reservation.
+func (c *Cache) takeIdle(d digest.Digest) (size int64, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i, ok := c.idle[d]
+	if ok {
+		delete(c.idle, d)
+		c.reserved += i.size
+	}
+	return i.size, ok
+}

@@ -1,0 +1,72 @@
+package cache
+
+import "context"
+
+// Source brings the bytes of a blob that the cache lacks.
+type Source interface {
+	// Fetch announces the blob's size, then writes every missing byte
+	// through f's writers, in any order of pieces and from any number of
+	// goroutines, and returns when it has or cannot.
+	//
+	// ctx ends when the cache stops or the fill is over, never because a
+	// client hung up; Fetch must then return soon, because Run waits for it.
+	// A Fetch that returns nil before all bytes are there fails the fill
+	// with io.ErrUnexpectedEOF. Fetch may be called again, after it returned
+	// nil, when bytes found on disk at a resume turned out to be torn.
+	Fetch(ctx context.Context, f *Fill) error
+}
+
+// SourceFunc is a Source made of a function.
+type SourceFunc func(ctx context.Context, f *Fill) error
+
+// Fetch calls fn.
+func (fn SourceFunc) Fetch(ctx context.Context, f *Fill) error { return fn(ctx, f) }
+
+// OriginKind says what sort of place bytes came from.
+type OriginKind string
+
+// The kinds of places. Writers are made with the first three; a Reader of a
+// blob that was already whole reports FromDisk.
+const (
+	FromUpstream OriginKind = "upstream"
+	FromPeer     OriginKind = "peer"
+	FromRuntime  OriginKind = "runtime"
+	FromDisk     OriginKind = "disk"
+)
+
+// Origin is a place that bytes came from. Name is the peer's name or the
+// registry's host; it is kept for explain and never becomes a metric label.
+type Origin struct {
+	Kind OriginKind
+	Name string
+}
+
+// Fill is the one running fetch of a blob, as its Source sees it. All methods
+// may be called from many goroutines.
+type Fill struct{ *fill }
+
+// Writer returns a way to write into the fill bytes that came from origin.
+func (f *Fill) Writer(origin Origin) *Writer { return &Writer{fill: f.fill, origin: origin} }
+
+// Suspect reports that bytes for this digest failed verification a short
+// while ago: whoever brought them is not to be trusted with it now, and the
+// source does well to ask the registry alone.
+func (f *Fill) Suspect() bool { return f.suspect }
+
+// Writer writes one origin's bytes into a fill. It has all of Fill's methods
+// that a transfer needs, and holds nothing that would have to be closed.
+type Writer struct {
+	*fill
+	origin Origin
+}
+
+// WriteAt adds TRUSTED bytes at off: readers see them at once, except those of
+// the last piece, which wait until the whole digest matches (I2). Within a
+// piece bytes are appended: off must not lie beyond the bytes that its piece
+// already has (see Missing); what is already there is skipped, never
+// overwritten. p may span pieces. Concurrent writers of one piece take turns.
+//
+// Bytes beyond the size fail the fill with ErrSizeMismatch; a disk that
+// cannot take them, even after evicting, fails it with ErrNoRoom. After the
+// fill has ended, WriteAt returns its error.
+func (w *Writer) WriteAt(p []byte, off int64) (int, error) { return w.write(p, off, w.origin) }
