@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -126,11 +127,11 @@ func (c *Containerd) resolver(ctx context.Context, auth *Auth, rec *recorder) re
 		downloads = 3
 	}
 	resolver := docker.NewResolver(docker.ResolverOptions{
-		Hosts: config.ConfigureHosts(ctx, config.HostOptions{
+		Hosts: oneAtATime(config.ConfigureHosts(ctx, config.HostOptions{
 			HostDir:      hostDir(filepath.SplitList(c.CertsDir)),
 			Credentials:  auth.credentials,
 			UpdateClient: rec.wrap,
-		}),
+		})),
 	})
 	if r, ok := resolver.(remotes.ResolverWithOptions); ok {
 		r.SetOptions(
@@ -140,6 +141,36 @@ func (c *Containerd) resolver(ctx context.Context, auth *Auth, rec *recorder) re
 		)
 	}
 	return resolver
+}
+
+// oneAtATime keeps layers that need the same token from racing in containerd
+// 2.4.2, whose authorizer looks at the expiry of a token that another request is
+// still waiting for. They would wait for it anyway.
+func oneAtATime(hosts docker.RegistryHosts) docker.RegistryHosts {
+	return func(host string) ([]docker.RegistryHost, error) {
+		out, err := hosts(host)
+		for i := range out {
+			out[i].Authorizer = &serialAuthorizer{Authorizer: out[i].Authorizer}
+		}
+		return out, err
+	}
+}
+
+type serialAuthorizer struct {
+	mu sync.Mutex // guards Authorizer, fetches of tokens included
+	docker.Authorizer
+}
+
+func (a *serialAuthorizer) Authorize(ctx context.Context, req *http.Request) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.Authorizer.Authorize(ctx, req)
+}
+
+func (a *serialAuthorizer) AddResponses(ctx context.Context, responses []*http.Response) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.Authorizer.AddResponses(ctx, responses)
 }
 
 // hostDir takes the first root that has something for the host, as CRI does.
