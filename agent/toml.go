@@ -1,0 +1,209 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
+)
+
+// registryTable is the name of the tables that hold upstream.Registry.
+const registryTable = "registry"
+
+// toml applies the file name with content body. Values are taken one by one
+// from a generic decoding, because decoding into Config would stop at the first
+// value of a wrong type.
+func (l *loader) toml(name string, body []byte) {
+	var tree map[string]any
+	if err := toml.Unmarshal(body, &tree); err != nil {
+		l.add(syntaxProblem(name, err))
+		return
+	}
+	f := tomlFile{loader: l, name: name, lines: lineIndex(body)}
+	for _, table := range slices.Sorted(maps.Keys(tree)) {
+		if table == registryTable {
+			f.registries(tree[table])
+			continue
+		}
+		f.table(table, tree[table])
+	}
+}
+
+func syntaxProblem(name string, err error) *Problem {
+	var at *toml.DecodeError
+	if errors.As(err, &at) {
+		row, column := at.Position()
+		return &Problem{From: fmt.Sprintf("%s:%d:%d", name, row, column), Reason: "not valid TOML: " + strings.TrimPrefix(at.Error(), "toml: ")}
+	}
+	return &Problem{From: name, Reason: "not valid TOML: " + strings.TrimPrefix(err.Error(), "toml: ")}
+}
+
+// tomlFile is one file while it is applied.
+type tomlFile struct {
+	*loader
+	name  string
+	lines map[string]int // "proxy.listen", "registry[0].host" -> line
+}
+
+// at is "file:line" of a key; a key inside an inline table has the line of the
+// table.
+func (f *tomlFile) at(key string) string {
+	for k := key; k != ""; {
+		if line, ok := f.lines[k]; ok {
+			return fmt.Sprintf("%s:%d", f.name, line)
+		}
+		k = k[:max(0, strings.LastIndex(k, "."))]
+	}
+	return f.name
+}
+
+func (f *tomlFile) table(table string, v any) {
+	inner, ok := v.(map[string]any)
+	if !ok || !slices.ContainsFunc(f.keys, func(k boundKey) bool { return strings.HasPrefix(k.Name, table+".") }) {
+		f.unknown(table, f.names())
+		return
+	}
+	for _, leaf := range slices.Sorted(maps.Keys(inner)) {
+		name := table + "." + leaf
+		i := slices.IndexFunc(f.keys, func(k boundKey) bool { return k.Name == name })
+		if i < 0 {
+			f.unknown(name, f.names())
+			continue
+		}
+		f.set(f.keys[i], f.at(name), fmt.Sprint(inner[leaf]), func() error { return f.keys[i].setTOML(inner[leaf]) })
+	}
+}
+
+// names are what an unknown key may have meant: the keys and their tables.
+func (f *tomlFile) names() []string {
+	names := []string{registryTable}
+	for _, k := range f.keys {
+		table, _, _ := strings.Cut(k.Name, ".")
+		names = append(names, k.Name, table)
+	}
+	return names
+}
+
+func (f *tomlFile) unknown(key string, known []string) {
+	reason := "unknown key"
+	if near, _ := nearest(key, known); near != "" {
+		reason += fmt.Sprintf("; did you mean %s?", near)
+	}
+	f.add(&Problem{Key: key, From: f.at(key), Reason: reason})
+}
+
+func (f *tomlFile) registries(v any) {
+	tables, ok := v.([]any)
+	if !ok {
+		f.add(&Problem{Key: registryTable, From: f.at(registryTable), Reason: "write each registry as a table of its own, headed [[registry]]"})
+		return
+	}
+	for i, table := range tables {
+		inner, ok := table.(map[string]any)
+		if !ok {
+			f.add(&Problem{Key: registryTable, From: f.at(registryTable), Reason: "want tables headed [[registry]]"})
+			continue
+		}
+		f.registry(fmt.Sprintf("%s[%d]", registryTable, i), inner)
+	}
+}
+
+// registry decodes one table key by key into an upstream.Registry.
+func (f *tomlFile) registry(prefix string, inner map[string]any) {
+	var r upstream.Registry
+	known := registryKeys()
+	for _, leaf := range slices.Sorted(maps.Keys(inner)) {
+		name := prefix + "." + leaf
+		f.from[name] = f.at(name)
+		if !slices.Contains(known, leaf) {
+			f.unknownIn(prefix, leaf, known)
+			continue
+		}
+		if err := decodeOne(&r, leaf, inner[leaf]); err != nil {
+			f.add(&Problem{Key: name, Value: fmt.Sprint(inner[leaf]), From: f.at(name), Reason: err.Error()})
+		}
+	}
+	f.from[prefix] = f.at(prefix)
+	f.config.Registries = append(f.config.Registries, r)
+}
+
+func (f *tomlFile) unknownIn(prefix, leaf string, known []string) {
+	name, reason := prefix+"."+leaf, "unknown key"
+	if near, _ := nearest(leaf, known); near != "" {
+		reason += fmt.Sprintf("; did you mean %s?", near)
+	}
+	f.add(&Problem{Key: name, From: f.at(name), Reason: reason})
+}
+
+// decodeOne lets go-toml put one value into the field of r with that tag.
+func decodeOne(r *upstream.Registry, leaf string, v any) error {
+	body, err := toml.Marshal(map[string]any{leaf: v})
+	if err != nil {
+		return fmt.Errorf("cannot be read: %w", err)
+	}
+	if err := toml.Unmarshal(body, r); err != nil {
+		return errors.New(strings.TrimPrefix(err.Error(), "toml: "))
+	}
+	return nil
+}
+
+// registryKeys are the keys of a [[registry]] table.
+func registryKeys() []string {
+	var out []string
+	t := reflect.TypeFor[upstream.Registry]()
+	for i := range t.NumField() {
+		if tag, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); tag != "" && tag != "-" {
+			out = append(out, tag)
+		}
+	}
+	return out
+}
+
+// lineIndex finds the line of every key and table header. It knows nothing of
+// values; a document that does not parse gives what was found so far.
+func lineIndex(body []byte) map[string]int {
+	lines := map[string]int{}
+	var p unstable.Parser
+	p.Reset(body)
+	table, arrays := "", map[string]int{}
+	for p.NextExpression() {
+		node := p.Expression()
+		if !slices.Contains([]unstable.Kind{unstable.Table, unstable.ArrayTable, unstable.KeyValue}, node.Kind) {
+			continue
+		}
+		path, line := keyPath(&p, node)
+		switch node.Kind {
+		case unstable.Table:
+			table = path
+		case unstable.ArrayTable:
+			table = fmt.Sprintf("%s[%d]", path, arrays[path])
+			arrays[path]++
+			path = table
+		default:
+			path = strings.TrimPrefix(table+"."+path, ".")
+		}
+		if _, ok := lines[path]; !ok {
+			lines[path] = line
+		}
+	}
+	return lines
+}
+
+// keyPath is the dotted key of an expression and its line.
+func keyPath(p *unstable.Parser, node *unstable.Node) (string, int) {
+	var parts []string
+	line := 0
+	for it := node.Key(); it.Next(); {
+		if line == 0 {
+			line = p.Shape(it.Node().Raw).Start.Line
+		}
+		parts = append(parts, string(it.Node().Data))
+	}
+	return strings.Join(parts, "."), line
+}
