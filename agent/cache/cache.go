@@ -282,6 +282,9 @@ func (c *Cache) openBlob(ctx context.Context, b *blob) (*Reader, error) {
 		}
 		err = errors.Join(serr, file.Close())
 	}
+	if err != nil && !lost(err) { // out of file descriptors, say
+		return nil, noRoom(fmt.Errorf("open %s: %w", b.digest, err))
+	}
 	c.log.Debug("committed blob is not what it was", "digest", b.digest, "err", err)
 	return nil, c.drop(ctx, b, reasonLost)
 }
@@ -364,7 +367,7 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 	}
 	select {
 	case <-f.sized:
-		return newReader(nil, d, f.pieces.size, f, nil), true
+		return newReader(nil, d, f.Size(), f, nil), true
 	default:
 		f.release()
 		return nil, false

@@ -166,8 +166,7 @@ func (f *fill) resume() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.adopt(size, file, record)
-	f.pieces = p
+	f.adopt(p, file, record)
 }
 
 // openIngest opens the files of an idle ingest of size bytes.
@@ -211,7 +210,7 @@ func (f *fill) commit() error {
 	}{
 		{stepVerified, nil},
 		{stepSync, func() error { return errors.Join(f.file.Chmod(blobMode), f.file.Sync()) }},
-		{stepRename, func() error { return os.Rename(c.dir.ingest(d), c.dir.blob(d)) }},
+		{stepRename, func() error { return c.rename(c.dir.ingest(d), c.dir.blob(d)) }},
 		{stepSyncDir, func() error { return syncDir(c.dir.blobs(d.Algorithm())) }},
 		{stepMap, func() error { return remove(c.dir.ingestMap(d)) }},
 	}
@@ -221,6 +220,15 @@ func (f *fill) commit() error {
 		}
 	}
 	return nil
+}
+
+// rename moves a file into a directory that it makes again if need be (I9).
+func (c *Cache) rename(from, to string) error {
+	err := os.Rename(from, to)
+	if errors.Is(err, fs.ErrNotExist) && c.dir.make() == nil {
+		err = os.Rename(from, to)
+	}
+	return err
 }
 
 // finish books the outcome: a blob, an ingest to be resumed, or nothing.

@@ -169,14 +169,7 @@ func (c *Cache) evict(n int64, why reason) int64 {
 // candidates returns what may be evicted, in that order: by hint, then least
 // recently used first.
 func (c *Cache) candidates() []*blob {
-	c.mu.Lock()
-	all := make([]*blob, 0, c.lru.Len())
-	for e := c.lru.Back(); e != nil; e = e.Prev() {
-		if b := e.Value.(*blob); c.pins[b.digest] == 0 {
-			all = append(all, b)
-		}
-	}
-	c.mu.Unlock()
+	all := c.oldest(false)
 	if c.opts.Keep == nil {
 		return all
 	}
@@ -185,6 +178,20 @@ func (c *Cache) candidates() []*blob {
 		hints[b] = c.opts.Keep(b.digest)
 	}
 	slices.SortStableFunc(all, func(x, y *blob) int { return cmp.Compare(hints[x], hints[y]) })
+	return all
+}
+
+// oldest returns the blobs, least recently used first, with or without those
+// that are pinned.
+func (c *Cache) oldest(pinned bool) []*blob {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := make([]*blob, 0, c.lru.Len())
+	for e := c.lru.Back(); e != nil; e = e.Prev() {
+		if b := e.Value.(*blob); pinned || c.pins[b.digest] == 0 {
+			all = append(all, b)
+		}
+	}
 	return all
 }
 
@@ -231,6 +238,7 @@ func (c *Cache) dropNow(b *blob, why reason) (gone bool, err error) {
 	delete(c.blobs, b.digest)
 	c.mu.Unlock()
 	c.settled(b)
+	c.meta.forgetUse(b.digest)
 	c.metrics.evictions.WithLabelValues(string(why)).Inc()
 	c.log.Debug("blob deleted", "digest", b.digest, "bytes", b.size, "reason", why)
 	return true, nil
@@ -255,7 +263,7 @@ func (c *Cache) takeOut(b *blob, why reason) bool {
 // putBack undoes takeOut for a blob that could not be deleted.
 func (c *Cache) putBack(b *blob) {
 	c.mu.Lock()
-	b.place = c.lru.PushFront(b)
+	b.place, b.dirty = c.lru.PushFront(b), true
 	c.used += b.size
 	c.mu.Unlock()
 	if c.opts.Events.Committed != nil {
@@ -286,12 +294,7 @@ func (c *Cache) expire(n int64, now time.Time) (freed int64) {
 		if freed >= n && now.Sub(i.when) < idleFor {
 			break
 		}
-		if _, ok := c.takeIdle(i.d); ok {
-			c.purge(i.d)
-			c.unreserve(i.size)
-			freed += i.size
-			c.log.Debug("ingest deleted", "digest", i.d, "bytes", i.size)
-		}
+		freed += c.dropIdle(i.d)
 	}
 	return freed
 }

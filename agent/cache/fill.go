@@ -43,7 +43,8 @@ type fill struct {
 	busy    map[int]struct{}
 	origins map[Origin]int64
 	first   Origin // whose bytes came first
-	torn    bool   // a claimed piece turned out to be missing
+	asked   bool   // the source has been called
+	torn    bool   // since then, a claimed piece turned out to be missing
 	good    bool   // the whole digest matched: the last piece may be shown
 	err     error  // why the fill ended without the blob
 	stop    context.CancelFunc
@@ -96,41 +97,54 @@ func (f *fill) run(ctx context.Context) {
 	parts.Wait()
 }
 
-// fetch runs the source until every byte is there or it gives up.
+// fetch runs the source until every byte is there or it gives up. Bytes that
+// an earlier process left may be all that is needed, whatever the source says.
 func (f *fill) fetch(ctx context.Context) {
-	for {
-		if err := f.src.Fetch(ctx, &Fill{f}); err != nil {
-			f.fail(err)
+	var err error
+	for f.lacks() || f.waitClaims() == nil && f.lacks() {
+		if err != nil || !f.again() {
+			f.fail(f.cut(err))
 			return
 		}
-		if err := f.waitClaims(); err != nil {
-			return
-		}
-		if again, err := f.leftOver(); !again {
-			if err != nil {
-				f.fail(err)
-			}
-			return
-		}
+		err = f.src.Fetch(ctx, &Fill{f})
 	}
 }
 
-// leftOver decides what a source's successful return means: finished, cut
-// short, or - when bytes from an earlier process were torn - not its fault.
-func (f *fill) leftOver() (again bool, err error) {
+// lacks reports whether bytes are missing that nobody has claimed.
+func (f *fill) lacks() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return false
+	}
+	if f.pieces == nil {
+		return true
+	}
+	_, _, missing := f.pieces.missing(0)
+	return missing
+}
+
+// again reports whether the source is to be called: once, and once more after
+// bytes that seemed to be there turned out to be torn.
+func (f *fill) again() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	again := !f.asked || f.torn
+	f.asked, f.torn = true, false
+	return again
+}
+
+// cut says why bytes are missing now that the source has ended with err.
+func (f *fill) cut(err error) error {
+	if err != nil {
+		return err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pieces == nil {
-		return false, fmt.Errorf("source ended without a size: %w", io.ErrUnexpectedEOF)
+		return fmt.Errorf("source ended without a size: %w", io.ErrUnexpectedEOF)
 	}
-	if _, _, missing := f.pieces.missing(0); !missing {
-		return false, nil
-	}
-	if f.torn {
-		f.torn = false
-		return true, nil
-	}
-	return false, fmt.Errorf("source ended after %d of %d bytes: %w", f.pieces.bytes(), f.pieces.size, io.ErrUnexpectedEOF)
+	return fmt.Errorf("source ended after %d of %d bytes: %w", f.pieces.bytes(), f.pieces.size, io.ErrUnexpectedEOF)
 }
 
 // fail ends the fill with err, unless it has ended or all its bytes have been
@@ -219,7 +233,7 @@ func (f *fill) SetSize(n int64) error {
 	f.sizing = false
 	f.freed.Broadcast()
 	if err == nil {
-		f.adopt(n, file, record)
+		f.adopt(newPieces(n), file, record)
 	}
 	f.mu.Unlock()
 	if err != nil {
@@ -249,8 +263,8 @@ func (f *fill) claimSizing(n int64) (bool, error) {
 }
 
 // adopt takes the files of a sized fill. f.mu is held.
-func (f *fill) adopt(n int64, file *os.File, record *pieceMap) {
-	f.pieces, f.file, f.record = newPieces(n), file, record
+func (f *fill) adopt(p *pieces, file *os.File, record *pieceMap) {
+	f.pieces, f.file, f.record = p, file, record
 	close(f.sized)
 	f.wakeAll()
 }

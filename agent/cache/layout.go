@@ -131,9 +131,12 @@ func reopen(f *os.File) (*os.File, error) {
 // diskFull reports whether evicting something may help.
 func diskFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
+// lost reports whether err says that a file is gone.
+func lost(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
+
 // remove unlinks what is there; that nothing is there is as good.
 func remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !lost(err) {
 		return err
 	}
 	return nil

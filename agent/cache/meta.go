@@ -1,9 +1,10 @@
 package cache
 
 import (
+	"encoding/binary"
+	"encoding/json"
 	"log/slog"
-	"maps"
-	"sync"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -11,18 +12,11 @@ import (
 )
 
 // Meta is what the cache remembers besides blobs. Losing it loses nothing but
-// warmth: every answer may be "don't know", no write can fail.
-type Meta struct {
-	log *slog.Logger
-
-	mu       sync.Mutex // guards the maps
-	tags     map[tagKey]Tag
-	types    map[digest.Digest]Manifest
-	members  map[memberKey]digest.Digest
-	sizes    map[digest.Digest]int64
-	fills    map[digest.Digest]Fetched
-	accessed map[digest.Digest]int64
-}
+// warmth: every answer may be "don't know", and no write fails or waits for
+// the disk. What is written is seen at once and durable some seconds later.
+//
+// Each kind of fact is bounded; the oldest tenth goes when there are too many.
+type Meta struct{ db *database }
 
 // Repository is a repository as images name it: Registry "docker.io", Name
 // "library/nginx".
@@ -37,107 +31,166 @@ type Tag struct {
 // Manifest is what has to be known of a manifest to serve it from its bytes.
 type Manifest struct{ MediaType string }
 
-// Fetched says where a blob's bytes came from when it was filled.
+// Fetched says where a blob's bytes came from when it was filled. Bytes that a
+// fill found on disk, left by an earlier process, are in no Origin.
 type Fetched struct {
 	When    time.Time
 	Size    int64
 	Origins map[Origin]int64 // bytes
 }
 
-type tagKey struct {
-	Repository
-	tag string
-}
-
-type memberKey struct {
-	Repository
-	digest digest.Digest
-}
-
+// use is when a blob was last read, and its size for the next start to check.
 type use struct {
 	digest digest.Digest
 	when   int64
+	size   int64
 }
 
-func openMeta(_ string, log *slog.Logger) (*Meta, error) {
-	return &Meta{log: log,
-		tags: map[tagKey]Tag{}, types: map[digest.Digest]Manifest{}, members: map[memberKey]digest.Digest{},
-		sizes: map[digest.Digest]int64{}, fills: map[digest.Digest]Fetched{}, accessed: map[digest.Digest]int64{}}, nil
+func openMeta(path string, log *slog.Logger) (*Meta, error) {
+	db, err := openDatabase(path, log)
+	return &Meta{db}, err
 }
 
-func (m *Meta) close() error { return nil }
-func (m *Meta) flush()       {}
+func (m *Meta) close() error { return m.db.close() }
+func (m *Meta) flush()       { m.db.flush() }
+
+// key joins parts so that different parts make different keys; it is nil,
+// which is never stored nor found, for what no registry would name so.
+func key(parts ...string) []byte {
+	joined := strings.Join(parts, "\x00")
+	if strings.Count(joined, "\x00") != len(parts)-1 || len(joined) > 1024 {
+		return nil
+	}
+	return []byte(joined)
+}
 
 // Tag returns what repository's tag pointed to.
-func (m *Meta) Tag(r Repository, tag string) (Tag, bool) { return lookup(m, m.tags, tagKey{r, tag}) }
+func (m *Meta) Tag(r Repository, tag string) (Tag, bool) {
+	var t Tag
+	ok := m.decode(bucketTags, key(r.Registry, r.Name, tag), &t)
+	if !ok || checkDigest(t.Descriptor.Digest) != nil {
+		return Tag{}, false
+	}
+	return t, true
+}
 
 // SetTag remembers what repository's tag points to.
-func (m *Meta) SetTag(r Repository, tag string, t Tag) { store(m, m.tags, tagKey{r, tag}, t) }
+func (m *Meta) SetTag(r Repository, tag string, t Tag) {
+	m.encode(bucketTags, key(r.Registry, r.Name, tag), t)
+}
 
 // DeleteTag forgets a tag that upstream no longer has.
 func (m *Meta) DeleteTag(r Repository, tag string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.tags, tagKey{r, tag})
+	m.db.delete(bucketTags, key(r.Registry, r.Name, tag))
 }
 
 // Manifest returns what is known of manifest d.
-func (m *Meta) Manifest(d digest.Digest) (Manifest, bool) { return lookup(m, m.types, d) }
+func (m *Meta) Manifest(d digest.Digest) (Manifest, bool) {
+	v, ok := m.db.get(bucketManifests, key(string(d)))
+	return Manifest{MediaType: string(v)}, ok
+}
 
 // SetManifest remembers a manifest's media type.
-func (m *Meta) SetManifest(d digest.Digest, man Manifest) { store(m, m.types, d, man) }
+func (m *Meta) SetManifest(d digest.Digest, man Manifest) {
+	m.db.put(bucketManifests, key(string(d)), []byte(man.MediaType))
+}
 
-// AddMembers remembers that repository's manifest parent lists children, and
-// their sizes. A parent of "" is for content that upstream served under the
-// repository by digest.
+// AddMembers remembers that children, with their sizes, belong to repository
+// because its manifest parent lists them. A parent of "" is for what upstream
+// served under the repository by digest, manifests among it.
 func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispec.Descriptor) {
 	for _, child := range children {
-		store(m, m.members, memberKey{r, child.Digest}, parent)
+		m.db.put(bucketMembers, key(r.Registry, r.Name, string(child.Digest)), []byte(parent))
 		if child.Size > 0 {
-			store(m, m.sizes, child.Digest, child.Size)
+			m.db.put(bucketSizes, key(string(child.Digest)), binary.BigEndian.AppendUint64(nil, uint64(child.Size)))
 		}
 	}
 }
 
 // Member reports whether d was seen in repository, and in which manifest.
 func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok bool) {
-	return lookup(m, m.members, memberKey{r, d})
+	v, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))
+	return digest.Digest(v), ok
 }
 
-// Size returns the size that a manifest gave for d. It is a hint: what it says
-// has not been verified.
-func (m *Meta) Size(d digest.Digest) (int64, bool) { return lookup(m, m.sizes, d) }
+// Size returns the size that a manifest gave for d. It is a hint: nobody has
+// verified it.
+func (m *Meta) Size(d digest.Digest) (int64, bool) {
+	v, ok := m.db.get(bucketSizes, key(string(d)))
+	if !ok || len(v) != 8 {
+		return 0, false
+	}
+	return int64(binary.BigEndian.Uint64(v)), true
+}
+
+// origin is an entry of Fetched as it is stored: JSON has no struct keys.
+type origin struct {
+	Kind  OriginKind `json:"kind"`
+	Name  string     `json:"name"`
+	Bytes int64      `json:"bytes"`
+}
+
+type fetched struct {
+	When    time.Time `json:"when"`
+	Size    int64     `json:"size"`
+	Origins []origin  `json:"origins"`
+}
 
 // Fetched returns where d's bytes came from when it was last filled. It
 // outlives the blob's eviction.
-func (m *Meta) Fetched(d digest.Digest) (Fetched, bool) { return lookup(m, m.fills, d) }
+func (m *Meta) Fetched(d digest.Digest) (Fetched, bool) {
+	var stored fetched
+	if !m.decode(bucketFetched, key(string(d)), &stored) {
+		return Fetched{}, false
+	}
+	f := Fetched{When: stored.When, Size: stored.Size, Origins: map[Origin]int64{}}
+	for _, o := range stored.Origins {
+		f.Origins[Origin{o.Kind, o.Name}] += o.Bytes
+	}
+	return f, true
+}
 
 func (m *Meta) recordFill(d digest.Digest, size int64, from map[Origin]int64) {
-	store(m, m.fills, d, Fetched{When: time.Now(), Size: size, Origins: maps.Clone(from)})
+	stored := fetched{When: time.Now(), Size: size}
+	for o, n := range from {
+		stored.Origins = append(stored.Origins, origin{o.Kind, o.Name, n})
+	}
+	m.encode(bucketFetched, key(string(d)), stored)
 }
 
 func (m *Meta) recordUse(uses []use) {
 	for _, u := range uses {
-		store(m, m.accessed, u.digest, u.when)
+		v := binary.BigEndian.AppendUint64(nil, uint64(u.when))
+		m.db.put(bucketUsed, key(string(u.digest)), binary.BigEndian.AppendUint64(v, uint64(u.size)))
 	}
 }
 
-func (m *Meta) committedSize(d digest.Digest) (int64, bool) {
-	f, ok := m.Fetched(d)
-	return f.Size, ok
+// lastUse returns what recordUse stored for d.
+func (m *Meta) lastUse(d digest.Digest) (u use, ok bool) {
+	v, ok := m.db.get(bucketUsed, key(string(d)))
+	if !ok || len(v) != 16 {
+		return use{}, false
+	}
+	return use{d, int64(binary.BigEndian.Uint64(v)), int64(binary.BigEndian.Uint64(v[8:]))}, true
 }
 
-func (m *Meta) lastUsed(d digest.Digest) (int64, bool) { return lookup(m, m.accessed, d) }
+func (m *Meta) forgetUse(d digest.Digest) { m.db.delete(bucketUsed, key(string(d))) }
 
-func lookup[K comparable, V any](m *Meta, in map[K]V, key K) (V, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	v, ok := in[key]
-	return v, ok
+// scrubbed and setScrubbed keep the place of the scrub over a restart.
+func (m *Meta) scrubbed() string {
+	v, _ := m.db.get(bucketState, key("scrubbed"))
+	return string(v)
 }
 
-func store[K comparable, V any](m *Meta, in map[K]V, key K, value V) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	in[key] = value
+func (m *Meta) setScrubbed(place string) { m.db.put(bucketState, key("scrubbed"), []byte(place)) }
+
+func (m *Meta) encode(b bucket, k []byte, v any) {
+	if data, err := json.Marshal(v); err == nil {
+		m.db.put(b, k, data)
+	}
+}
+
+func (m *Meta) decode(b bucket, k []byte, v any) bool {
+	data, ok := m.db.get(b, k)
+	return ok && json.Unmarshal(data, v) == nil
 }

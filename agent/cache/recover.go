@@ -62,23 +62,25 @@ func (c *Cache) recoverBlob(a digest.Algorithm, e fs.DirEntry, now time.Time) *b
 	if err != nil {
 		return nil
 	}
-	size, known := c.meta.committedSize(d)
+	last, known := c.meta.lastUse(d)
 	switch {
 	case !info.Mode().IsRegular(),
 		info.Size() == 0 && d != a.FromBytes(nil),
-		known && info.Size() != size:
+		known && info.Size() != last.size:
 		c.log.Warn("deleting a blob that cannot be whole", "digest", d, "bytes", info.Size())
 		if err := os.RemoveAll(c.dir.blob(d)); err != nil {
 			c.log.Warn("delete blob", "digest", d, "err", err)
 		}
 		return nil
 	}
-	used, ok := c.meta.lastUsed(d)
-	if !ok {
-		used = info.ModTime().Unix()
+	b := &blob{digest: d, size: info.Size(), used: last.when}
+	if !known {
+		b.used = info.ModTime().Unix()
+		c.meta.recordUse([]use{{d, b.used, b.size}})
 	}
 	// A time from a clock that ran ahead must not keep a blob for ever.
-	return &blob{digest: d, size: info.Size(), used: min(used, now.Unix()), dirty: !known}
+	b.used = min(b.used, now.Unix())
+	return b
 }
 
 // recoverIngests books the fills that can be resumed and deletes the rest.

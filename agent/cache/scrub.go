@@ -1,64 +1,111 @@
 package cache
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"io"
+	"os"
+	"slices"
 	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
-// tendInterval is how often the cache looks after its bounds when nothing
-// else makes it: others fill the disk, too.
-const tendInterval = 10 * time.Second
+const (
+	// maxScrubRate bounds what the scrub takes from pulls, minScrubRate how
+	// long it holds a file open.
+	maxScrubRate = 50 << 20
+	minScrubRate = 1 << 20
+)
 
-// tend keeps the bounds and writes metadata behind until ctx ends.
-func (c *Cache) tend(ctx context.Context) {
-	tick := time.NewTicker(tendInterval)
-	defer tick.Stop()
-	for {
+// scrub re-hashes every committed blob once per ScrubInterval until ctx ends.
+// Each blob's end is remembered, so that restarts do not keep the last ones
+// from their turn.
+func (c *Cache) scrub(ctx context.Context) {
+	interval := c.opts.ScrubInterval
+	for interval > 0 && ctx.Err() == nil {
+		next := time.NewTimer(interval)
+		c.scrubAll(ctx)
 		select {
+		case <-next.C:
 		case <-ctx.Done():
-			return
-		case <-tick.C:
-			c.expire(-1, time.Now())
-			c.balance()
-			c.flush()
+			next.Stop()
 		}
 	}
 }
 
-// balance evicts until the limits hold again, as far as it goes.
-func (c *Cache) balance() {
-	s, err := c.admit(0)
-	if err != nil {
-		c.log.Warn("cache directory cannot be used", "err", err)
-		return
-	}
-	if !s.none() {
-		c.shrink(s)
-	}
-}
-
-// flush writes access times and whatever else is pending to the metadata.
-func (c *Cache) flush() {
-	c.meta.recordUse(c.touched())
-	c.meta.flush()
-}
-
-// touched returns the blobs used since the last call. Use moves a blob to the
-// front, so they are the front of the list.
-func (c *Cache) touched() []use {
+// scrubAll makes the rest of one pass, spread over ScrubInterval.
+func (c *Cache) scrubAll(ctx context.Context) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	var all []use
-	for e := c.lru.Front(); e != nil; e = e.Next() {
-		b := e.Value.(*blob)
-		if !b.dirty {
-			break
-		}
-		b.dirty = false
-		all = append(all, use{b.digest, b.used})
+	all := make([]*blob, 0, len(c.blobs))
+	var bytes int64
+	for _, b := range c.blobs {
+		all = append(all, b)
+		bytes += b.size
 	}
-	return all
+	c.mu.Unlock()
+	slices.SortFunc(all, func(x, y *blob) int { return cmp.Compare(x.digest, y.digest) })
+	// A fifth faster than needed: blobs come during the pass.
+	speed := float64(bytes) * 1.2 / c.opts.ScrubInterval.Seconds()
+	limit := rate.NewLimiter(rate.Limit(min(max(speed, minScrubRate), maxScrubRate)), readBlock)
+	place := digest.Digest(c.meta.scrubbed())
+	for _, b := range all {
+		if b.digest <= place {
+			continue
+		}
+		c.scrubBlob(ctx, b, limit)
+		if ctx.Err() != nil {
+			return
+		}
+		c.meta.setScrubbed(string(b.digest))
+	}
+	c.meta.setScrubbed("")
 }
 
-// scrub re-hashes committed blobs until ctx ends.
-func (c *Cache) scrub(ctx context.Context) { <-ctx.Done() }
+// scrubBlob re-hashes b and deletes it if it is bad. A disk that cannot read
+// it back makes it as bad as wrong bytes do; running out of descriptors does
+// not.
+func (c *Cache) scrubBlob(ctx context.Context, b *blob, limit *rate.Limiter) {
+	err := c.rehash(ctx, b, limit)
+	switch {
+	case err == nil, ctx.Err() != nil:
+	case lost(err):
+		_, _ = c.dropNow(b, reasonLost) // it logs
+	case !errors.Is(err, ErrDigestMismatch) && !errors.Is(err, unix.EIO):
+		c.log.Warn("scrub cannot read a blob", "digest", b.digest, "err", err)
+	default:
+		c.log.Warn("scrub found a bad blob", "digest", b.digest, "bytes", b.size, "err", err)
+		c.metrics.corruptions.Inc()
+		_ = c.drop(ctx, b, reasonScrub)
+	}
+}
+
+// rehash reads b's file at the scrub's pace and compares its digest.
+func (c *Cache) rehash(ctx context.Context, b *blob, limit *rate.Limiter) error {
+	file, err := os.Open(c.dir.blob(b.digest))
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	h := b.digest.Algorithm().Hash()
+	buf := make([]byte, readBlock)
+	for {
+		if err := limit.WaitN(ctx, len(buf)); err != nil {
+			return err
+		}
+		n, err := io.ReadFull(file, buf)
+		h.Write(buf[:n])
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			if digest.NewDigest(b.digest.Algorithm(), h) != b.digest {
+				return ErrDigestMismatch
+			}
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+}

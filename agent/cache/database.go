@@ -1,0 +1,375 @@
+package cache
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// bucket is a kind of fact.
+type bucket string
+
+const (
+	bucketTags      bucket = "tags"
+	bucketManifests bucket = "manifests"
+	bucketMembers   bucket = "members"
+	bucketSizes     bucket = "sizes"
+	bucketFetched   bucket = "fetched"
+	bucketUsed      bucket = "used"
+	bucketState     bucket = "state"
+)
+
+// capacity bounds each bucket: what registries and clients make us remember
+// must not grow without end. 200,000 members are about 40 MB of file.
+var capacity = map[bucket]int{
+	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
+	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
+}
+
+const (
+	// maxPending bounds what waits to be written; beyond it facts are dropped.
+	maxPending = 16 << 10
+	// enoughPending asks for a flush before its time.
+	enoughPending = 1 << 10
+	// stampLen is the time that precedes each value, for pruning.
+	stampLen = 8
+)
+
+// database is a bbolt file that may fail: the file can be deleted, torn or
+// truncated at any moment, and then a new one takes its place. Writes collect
+// in memory, so that no pull waits for an fsync; one goroutine at a time flushes.
+type database struct {
+	path string
+	log  *slog.Logger
+	full chan struct{} // asks the owner to flush; buffered
+
+	mu      sync.Mutex // guards the fields below; not held in transactions
+	bolt    *bolt.DB   // nil when even a new file could not be made
+	file    os.FileInfo
+	count   map[bucket]int
+	pending map[bucket]map[string][]byte // nil value: deleted
+	writing map[bucket]map[string][]byte // what flush is writing
+	waiting int
+	said    string // the last complaint, not to be repeated every few seconds
+}
+
+// errCorrupt is what bbolt's panics and faults become.
+var errCorrupt = errors.New("metadata file is corrupt")
+
+// openDatabase opens or makes the file. The only error is that another process
+// holds it; whatever else is wrong, a new file or none at all will do.
+func openDatabase(path string, log *slog.Logger) (*database, error) {
+	db := &database{path: path, log: log, full: make(chan struct{}, 1), pending: map[bucket]map[string][]byte{}}
+	opened, err := db.open()
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("cache directory %s is used by another process: stop that one, or choose another directory with cache.dir", filepath.Dir(path))
+	}
+	if err != nil {
+		opened = db.replace(err)
+	}
+	db.bolt = opened
+	return db, nil
+}
+
+// open opens the file and counts what is in it.
+func (db *database) open() (opened *bolt.DB, err error) {
+	err = guard(func() error {
+		opened, err = bolt.Open(db.path, 0o600, &bolt.Options{
+			Timeout: time.Second, NoFreelistSync: true, FreelistType: bolt.FreelistMapType,
+		})
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	count := map[bucket]int{}
+	err = guard(func() error {
+		return opened.Update(func(tx *bolt.Tx) error {
+			for name := range capacity {
+				b, err := tx.CreateBucketIfNotExists([]byte(name))
+				if err != nil {
+					return err
+				}
+				count[name] = b.Stats().KeyN
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err // not closed: see replace
+	}
+	file, _ := os.Stat(db.path)
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.file, db.count = file, count
+	return opened, nil
+}
+
+// replace starts anew with an empty file. The corrupt one is unlinked but not
+// closed: bbolt may have panicked with its locks held, and Close would wait
+// for them for ever. The new file has a lock of its own.
+func (db *database) replace(why error) *bolt.DB {
+	err := remove(db.path)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(db.path), dirMode)
+	}
+	var opened *bolt.DB
+	if err == nil {
+		opened, err = db.open()
+	}
+	db.complain(why, err)
+	return opened
+}
+
+// complain logs what happened to the file, once.
+func (db *database) complain(why, err error) {
+	message := "cache metadata starts anew"
+	if err != nil {
+		message, why = "cache runs without metadata", err
+	}
+	db.mu.Lock()
+	again := db.said == message+why.Error() && err != nil
+	db.said = message + why.Error()
+	db.mu.Unlock()
+	if !again {
+		db.log.Warn(message, "err", why)
+	}
+}
+
+// guard turns panics, and faults on a truncated mapping, into errCorrupt.
+func guard(transaction func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", errCorrupt, p)
+		}
+	}()
+	return transaction()
+}
+
+// run runs one transaction. An error that a healthy file cannot give replaces
+// the file.
+func (db *database) run(transaction func(*bolt.DB) error) error {
+	db.mu.Lock()
+	opened := db.bolt
+	db.mu.Unlock()
+	if opened == nil {
+		return bolterrors.ErrDatabaseNotOpen
+	}
+	err := guard(func() error { return transaction(opened) })
+	if err != nil && !errors.Is(err, bolterrors.ErrDatabaseNotOpen) && !diskFull(err) {
+		db.renew(opened, err)
+	}
+	return err
+}
+
+// renew replaces broken, unless somebody else has.
+func (db *database) renew(broken *bolt.DB, why error) {
+	db.mu.Lock()
+	mine := db.bolt == broken
+	if mine {
+		db.bolt = nil
+	}
+	db.mu.Unlock()
+	if !mine {
+		return
+	}
+	opened := db.replace(why)
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.bolt = opened
+}
+
+// get returns the value of k, which the caller may keep.
+func (db *database) get(b bucket, k []byte) (v []byte, ok bool) {
+	if len(k) == 0 {
+		return nil, false
+	}
+	if v, known := db.recent(b, k); known {
+		return v, v != nil
+	}
+	_ = db.run(func(opened *bolt.DB) error {
+		return opened.View(func(tx *bolt.Tx) error {
+			stored := tx.Bucket([]byte(b)).Get(k)
+			if len(stored) >= stampLen {
+				v, ok = bytes.Clone(stored[stampLen:]), true
+			}
+			return nil
+		})
+	})
+	return v, ok
+}
+
+// recent returns what was put or deleted and is not in the file yet.
+func (db *database) recent(b bucket, k []byte) (v []byte, known bool) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	for _, from := range []map[bucket]map[string][]byte{db.pending, db.writing} {
+		if stored, ok := from[b][string(k)]; ok {
+			if stored == nil {
+				return nil, true
+			}
+			return stored[stampLen:], true
+		}
+	}
+	return nil, false
+}
+
+func (db *database) put(b bucket, k, v []byte) {
+	stamped := binary.BigEndian.AppendUint64(make([]byte, 0, stampLen+len(v)), uint64(time.Now().Unix()))
+	db.enqueue(b, k, append(stamped, v...))
+}
+
+func (db *database) delete(b bucket, k []byte) { db.enqueue(b, k, nil) }
+
+func (db *database) enqueue(b bucket, k, stamped []byte) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if len(k) == 0 || db.waiting >= maxPending {
+		return
+	}
+	if db.pending[b] == nil {
+		db.pending[b] = map[string][]byte{}
+	}
+	db.pending[b][string(k)] = stamped
+	if db.waiting++; db.waiting >= enoughPending {
+		select {
+		case db.full <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// flush writes what is pending, in one transaction, and heals a file that was
+// deleted. Only one goroutine at a time may call it. What cannot be written is
+// lost.
+func (db *database) flush() {
+	db.heal()
+	db.mu.Lock()
+	if db.waiting == 0 {
+		db.mu.Unlock()
+		return
+	}
+	db.writing, db.pending, db.waiting = db.pending, map[bucket]map[string][]byte{}, 0
+	count := maps.Clone(db.count)
+	db.mu.Unlock()
+	err := db.run(func(opened *bolt.DB) error {
+		return opened.Update(func(tx *bolt.Tx) error { return db.write(tx, count) })
+	})
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.writing = nil
+	if err == nil {
+		db.count = count
+	} else {
+		db.log.Debug("write cache metadata", "err", err)
+	}
+}
+
+// write stores db.writing, which nobody changes meanwhile.
+func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
+	for name, facts := range db.writing {
+		b := tx.Bucket([]byte(name))
+		// In order of keys, so that pages are touched once.
+		for _, k := range slices.Sorted(maps.Keys(facts)) {
+			known := b.Get([]byte(k)) != nil
+			switch stamped := facts[k]; {
+			case stamped != nil:
+				if err := b.Put([]byte(k), stamped); err != nil {
+					return err
+				}
+				if !known {
+					count[name]++
+				}
+			case known:
+				if err := b.Delete([]byte(k)); err != nil {
+					return err
+				}
+				count[name]--
+			}
+		}
+		if count[name] > capacity[name] {
+			gone, err := prune(b, count[name]-capacity[name]*9/10)
+			if err != nil {
+				return err
+			}
+			count[name] -= gone
+		}
+	}
+	return nil
+}
+
+// prune deletes the n oldest keys of b.
+func prune(b *bolt.Bucket, n int) (gone int, err error) {
+	stamps := make([]uint64, 0, n)
+	err = b.ForEach(func(_, v []byte) error {
+		stamps = append(stamps, stamp(v))
+		return nil
+	})
+	if err != nil || len(stamps) == 0 {
+		return 0, err
+	}
+	slices.Sort(stamps)
+	youngest := stamps[min(n, len(stamps))-1]
+	var old [][]byte
+	err = b.ForEach(func(k, v []byte) error {
+		if len(old) < n && stamp(v) <= youngest {
+			old = append(old, bytes.Clone(k))
+		}
+		return nil
+	})
+	for _, k := range old {
+		err = errors.Join(err, b.Delete(k))
+	}
+	return len(old), err
+}
+
+func stamp(v []byte) uint64 {
+	if len(v) < stampLen {
+		return 0
+	}
+	return binary.BigEndian.Uint64(v)
+}
+
+// heal opens a new file when the path no longer leads to the open one.
+func (db *database) heal() {
+	db.mu.Lock()
+	opened, file := db.bolt, db.file
+	db.mu.Unlock()
+	if now, err := os.Stat(db.path); err == nil && file != nil && os.SameFile(now, file) && opened != nil {
+		return
+	}
+	db.renew(opened, errDeleted)
+	if opened != nil {
+		_ = guard(opened.Close) // healthy, only nameless
+	}
+}
+
+var errDeleted = errors.New("metadata file was deleted")
+
+// close flushes nothing; the owner has.
+func (db *database) close() error {
+	db.mu.Lock()
+	opened := db.bolt
+	db.bolt = nil
+	db.mu.Unlock()
+	if opened == nil {
+		return nil
+	}
+	if err := guard(opened.Close); err != nil {
+		return fmt.Errorf("close cache metadata: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,139 @@
+package cache
+
+import (
+	"context"
+	"os"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// tendInterval is how often the cache looks after its bounds and its
+	// directory when nothing else makes it: others use the disk, too.
+	tendInterval = 10 * time.Second
+	// flushInterval bounds how much metadata a kill -9 loses.
+	flushInterval = 2 * time.Second
+	// useInterval is how often access times are written: they are worth
+	// little and change with every hit.
+	useInterval = time.Minute
+)
+
+// tend keeps the bounds and writes metadata behind until ctx ends.
+func (c *Cache) tend(ctx context.Context) {
+	bounds, flush, use := time.NewTicker(tendInterval), time.NewTicker(flushInterval), time.NewTicker(useInterval)
+	defer bounds.Stop()
+	defer flush.Stop()
+	defer use.Stop()
+	seen := map[string]time.Time{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-bounds.C:
+			c.expire(-1, time.Now())
+			c.reconcile(seen)
+			c.balance()
+		case <-use.C:
+			c.meta.recordUse(c.touched())
+		case <-flush.C:
+			c.meta.flush()
+		case <-c.meta.db.full:
+			c.meta.flush()
+		}
+	}
+}
+
+// balance evicts until the limits hold again, as far as it goes.
+func (c *Cache) balance() {
+	s, err := c.admit(0)
+	if err != nil {
+		c.log.Warn("cache directory cannot be used", "err", err)
+		return
+	}
+	if !s.none() {
+		c.shrink(s)
+	}
+}
+
+// flush writes access times and whatever else is pending to the metadata.
+func (c *Cache) flush() {
+	c.meta.recordUse(c.touched())
+	c.meta.flush()
+}
+
+// touched returns the blobs used since the last call. Use moves a blob to the
+// front, so they are the front of the list.
+func (c *Cache) touched() []use {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var all []use
+	for e := c.lru.Front(); e != nil; e = e.Next() {
+		b := e.Value.(*blob)
+		if !b.dirty {
+			break
+		}
+		b.dirty = false
+		all = append(all, use{b.digest, b.used, b.size})
+	}
+	return all
+}
+
+// reconcile books out blobs and idle ingests that somebody deleted behind the
+// cache's back (I9). It looks closer only at directories that changed since
+// they were last seen.
+func (c *Cache) reconcile(seen map[string]time.Time) {
+	changed := false
+	dirs := []string{c.dir.ingests()}
+	for a := range algorithms {
+		dirs = append(dirs, c.dir.blobs(a))
+	}
+	for _, dir := range dirs {
+		var when time.Time
+		if info, err := os.Stat(dir); err == nil {
+			when = info.ModTime()
+		}
+		changed = changed || !seen[dir].Equal(when)
+		seen[dir] = when
+	}
+	if !changed {
+		return
+	}
+	for _, b := range c.oldest(true) {
+		if gone(c.dir.blob(b.digest)) {
+			_, _ = c.dropNow(b, reasonLost) // it logs
+		}
+	}
+	for _, d := range c.idleDigests() {
+		if gone(c.dir.ingest(d)) {
+			c.dropIdle(d)
+		}
+	}
+}
+
+func gone(path string) bool {
+	_, err := os.Lstat(path)
+	return err != nil && lost(err)
+}
+
+func (c *Cache) idleDigests() []digest.Digest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := make([]digest.Digest, 0, len(c.idle))
+	for d := range c.idle {
+		all = append(all, d)
+	}
+	return all
+}
+
+// dropIdle deletes an idle ingest and returns how many bytes that freed.
+func (c *Cache) dropIdle(d digest.Digest) int64 {
+	size, ok := c.takeIdle(d)
+	if !ok {
+		return 0
+	}
+	c.purge(d)
+	c.unreserve(size)
+	c.log.Debug("ingest deleted", "digest", d, "bytes", size)
+	return size
+}
