@@ -13,7 +13,6 @@
 package hostsconfig
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -42,8 +41,8 @@ type Options struct {
 	// to Containerd, which containerd 2.1 and later look up by mistake when
 	// config_path has two roots. The parent of Containerd must be writable.
 	ColonLink bool
-	// CRIO is the registries.conf.d directory to manage, "" for none. It must
-	// exist. registries.conf beside it is read, never written.
+	// CRIO is the registries.conf.d directory to manage, "" for none. It is
+	// created like Containerd. registries.conf beside it is read, never written.
 	CRIO string
 	// Registries are the registries to mirror, as images name them, with "*"
 	// for every one on containerd and the well-known ones on CRI-O. Empty
@@ -102,7 +101,16 @@ type Hosts struct {
 	log     *slog.Logger
 	metrics *metrics
 
-	mu sync.Mutex // serialises Apply, Remove, Plan and Upstreams; guards what follows
+	disk    disk
+	limiter *limiter
+
+	mu      sync.Mutex          // makes Apply, Remove, Plan and Run take turns; guards what follows
+	held    map[string]*managed // directories that Run keeps locked
+	reasons map[string]string   // what was last logged as left alone
+
+	stateMu sync.Mutex // guards what follows; held for no I/O
+	state   error      // the result of the last Apply or repair
+	applied bool
 }
 
 // New checks the options. It touches no file and starts nothing.
@@ -117,6 +125,11 @@ func New(opts Options) (*Hosts, error) {
 			problems = append(problems, fmt.Errorf("hosts directory %q: must be an absolute path", dir))
 		}
 	}
+	for _, r := range opts.Registries {
+		if err := checkRegistry(r); err != nil {
+			problems = append(problems, err)
+		}
+	}
 	if strings.Contains(opts.Containerd, ":") {
 		problems = append(problems, fmt.Errorf("hosts.containerd %q: name one directory, the first of config_path", opts.Containerd))
 	}
@@ -126,7 +139,28 @@ func New(opts Options) (*Hosts, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Hosts{opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer)}, nil
+	if len(opts.Registries) == 0 {
+		opts.Registries = []string{"*"}
+	}
+	if opts.PollInterval <= 0 {
+		opts.PollInterval = defaultPoll
+	}
+	return &Hosts{
+		opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer),
+		limiter: newLimiter(), held: map[string]*managed{}, reasons: map[string]string{},
+	}, nil
+}
+
+// checkRegistry keeps names that are no registries out of paths.
+func checkRegistry(r string) error {
+	if r == "*" {
+		return nil
+	}
+	host, path, _ := strings.Cut(r, "/")
+	if host == "" || host == defaultDir || strings.HasPrefix(host, ".") || path != "" || strings.ContainsAny(r, " \\\"*@?#\x00") || r != filepath.Clean(r) {
+		return fmt.Errorf("hosts.registries %q: want a registry as images name it, host or host:port, or \"*\"", r)
+	}
+	return nil
 }
 
 // proxyAddr parses the listen address of the proxy into the address that a
@@ -149,32 +183,3 @@ func proxyAddr(s string) (netip.AddrPort, error) {
 	}
 	return addr, nil
 }
-
-// Apply brings the host configuration in place and returns what it changed;
-// a second Apply changes nothing. Files that cannot be understood are left
-// alone and reported as Skip.
-func (h *Hosts) Apply(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
-
-// Remove takes everything back and returns what it changed. It needs only the
-// directories: options that Apply had and Remove has not do not matter.
-func (h *Hosts) Remove(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
-
-// Plan returns what Apply would change, and changes nothing.
-func (h *Hosts) Plan(ctx context.Context) ([]Change, error) { return nil, ctx.Err() }
-
-// Run applies, then watches the managed directories and repairs drift until
-// ctx ends. With RemoveOnExit it takes everything back before it returns, also
-// when ctx has ended.
-func (h *Hosts) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
-}
-
-// InPlace returns nil if the last Apply, or the last repair by Run, left the
-// host configuration in place. It reads no file.
-func (h *Hosts) InPlace() error { return nil }
-
-// Upstreams returns what the runtimes were configured to use before us, in
-// the order of their precedence. It reads the files and may be called before
-// Apply.
-func (h *Hosts) Upstreams() []Imported { return nil }

@@ -9,12 +9,13 @@ import (
 // Imported is what a runtime was configured to use for one registry before we
 // came: plain data, from which the agent makes its own upstreams.
 type Imported struct {
-	// Registry is the host[:port] as images name it, or "*" for every registry
-	// without an entry of its own.
+	// Registry is the host[:port] as images name it, "*" for every registry
+	// without an entry of its own, or "*.example.com" (CRI-O only; such mirrors
+	// are asked without the host).
 	Registry string `json:"registry"`
 	// Prefix narrows the entry to repositories at or below this path ("" =
-	// all). Only CRI-O has such entries. Endpoints expect the repository name
-	// with Prefix taken off.
+	// all). Only CRI-O has such entries. Endpoints with a Base expect the
+	// repository name with Prefix taken off.
 	Prefix string `json:"prefix,omitempty"`
 	// Runtime is "containerd" or "crio".
 	Runtime string `json:"runtime"`
@@ -31,7 +32,7 @@ type Imported struct {
 // Endpoint is one place to ask for a registry's content.
 type Endpoint struct {
 	// Base is the API root: GET Base + "/" + repository + "/manifests/...".
-	// "" with Source means the registry's usual address.
+	// "" with Source means the registry's usual address, whole name.
 	Base string `json:"base,omitempty"`
 	// Source marks the registry itself, as opposed to a mirror of it.
 	Source bool `json:"source,omitempty"`

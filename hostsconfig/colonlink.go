@@ -1,0 +1,103 @@
+package hostsconfig
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// secondRoot is what containerd 2.2 and the EKS images have behind the colon
+// of config_path.
+const secondRoot = "/etc/docker/certs.d"
+
+// The transfer service of containerd 2.1 and later does not split config_path:
+// it looks for the literal directory "a:b". A symlink of that name, to a,
+// makes it work without a restart (containerd issues 12415, 12636, 12808).
+
+func (m *managed) colonPath(second string) string { return m.named + ":" + second }
+
+// colonTarget is relative, to be right in the node's root and in a container
+// that sees it elsewhere.
+func (m *managed) colonTarget(second string) (string, error) {
+	return filepath.Rel(filepath.Dir(m.colonPath(second)), m.named)
+}
+
+// planColon returns the change that linkColon would make, if any.
+func (m *managed) planColon() (*Change, error) {
+	path := m.colonPath(secondRoot)
+	target, err := m.colonTarget(secondRoot)
+	if err != nil {
+		return nil, err
+	}
+	if real, err := filepath.EvalSymlinks(path); err == nil && real == m.path {
+		return nil, nil
+	}
+	c := &Change{Path: path, Runtime: m.runtime, Action: Create, Diff: fmt.Sprintf("--- /dev/null\n+++ %s\n@@ -0,0 +1 @@\n+symlink to %s\n", path, target)}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		c.Action, c.Diff = Skip, ""
+		c.Reason = "something else is at this path; remove it, or set hosts.containerd_colon_link = false"
+	}
+	return c, nil
+}
+
+func (m *managed) linkColon() error {
+	target, err := m.colonTarget(secondRoot)
+	if err != nil {
+		return err
+	}
+	var missing []string
+	dir := ":"
+	for _, part := range strings.Split(filepath.Dir(secondRoot), "/") {
+		if dir = strings.TrimSuffix(dir+"/"+part, "/"); part == "" {
+			dir = ":"
+		}
+		if _, err := os.Lstat(m.named + dir); errors.Is(err, fs.ErrNotExist) {
+			missing = append(missing, dir)
+		}
+	}
+	for _, dir := range missing {
+		if !slices.Contains(m.journal.LinkDirs, dir) {
+			m.journal.LinkDirs = append(m.journal.LinkDirs, dir)
+		}
+	}
+	m.journal.Link = secondRoot
+	if err := m.save(); err != nil {
+		return err
+	}
+	for _, dir := range missing {
+		if err := m.disk.makeDir(m.named + dir); err != nil {
+			return err
+		}
+	}
+	return m.disk.symlink(target, m.colonPath(secondRoot))
+}
+
+// unlinkColon removes the link if it is still ours, and its directories.
+func (m *managed) unlinkColon() (*Change, error) {
+	if m.journal.Link == "" {
+		return nil, nil
+	}
+	var change *Change
+	path := m.colonPath(m.journal.Link)
+	want, err := m.colonTarget(m.journal.Link)
+	if err != nil {
+		return nil, err
+	}
+	if target, err := os.Readlink(path); err == nil && target == want {
+		if err := m.disk.remove(path); err != nil {
+			return nil, err
+		}
+		change = &Change{Path: path, Runtime: m.runtime, Action: Delete}
+	}
+	for _, dir := range slices.Backward(m.journal.LinkDirs) {
+		if _, err := m.disk.removeDir(m.named + dir); err != nil {
+			return nil, err
+		}
+	}
+	m.journal.Link, m.journal.LinkDirs = "", nil
+	return change, m.save()
+}

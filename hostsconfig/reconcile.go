@@ -1,0 +1,511 @@
+package hostsconfig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+)
+
+// step is one file to change: what is there, and what shall be.
+type step struct {
+	s      situation
+	want   []byte
+	change Change
+	quiet  bool // only the journal changes
+	drift  bool // someone undid what we had done
+}
+
+// Apply brings the host configuration in place and returns what it changed;
+// a second Apply changes nothing. Files that cannot be understood are left
+// alone and reported as Skip. An error for one file does not stop the others.
+func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	changes, err := h.apply(ctx, false)
+	h.setState(err)
+	return changes, err
+}
+
+// Remove takes everything back and returns what it changed. It needs only the
+// directories: options that Apply had and Remove has not do not matter.
+func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	changes, err := h.remove(ctx)
+	h.setState(errRemoved)
+	return changes, err
+}
+
+// Plan returns what Apply would change, and changes nothing.
+func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var changes []Change
+	var problems []error
+	for _, d := range h.directories() {
+		m, err := peek(d.path, d.runtime)
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		steps, err := h.plan(ctx, m)
+		problems = append(problems, err)
+		for _, st := range steps {
+			if !st.quiet {
+				changes = append(changes, st.change)
+			}
+		}
+		if d.runtime == containerd && h.opts.ColonLink {
+			c, err := m.planColon()
+			problems = append(problems, err)
+			if c != nil {
+				changes = append(changes, *c)
+			}
+		}
+	}
+	return changes, errors.Join(problems...)
+}
+
+var (
+	errRemoved = errors.New("the host configuration has been removed")
+	errNotYet  = errors.New("the host configuration has not been applied yet")
+)
+
+// InPlace returns nil if the last Apply, or the last repair by Run, left the
+// host configuration in place. It reads no file.
+func (h *Hosts) InPlace() error {
+	h.stateMu.Lock()
+	defer h.stateMu.Unlock()
+	if !h.applied {
+		return errNotYet
+	}
+	return h.state
+}
+
+func (h *Hosts) setState(err error) {
+	h.stateMu.Lock()
+	defer h.stateMu.Unlock()
+	h.state, h.applied = err, true
+}
+
+type directory struct{ path, runtime string }
+
+func (h *Hosts) directories() []directory {
+	var out []directory
+	if h.opts.Containerd != "" {
+		out = append(out, directory{filepath.Clean(h.opts.Containerd), containerd})
+	}
+	if h.opts.CRIO != "" {
+		out = append(out, directory{filepath.Clean(h.opts.CRIO), crio})
+	}
+	return out
+}
+
+// lock opens a directory, or returns the one that Run holds. Caller holds mu.
+func (h *Hosts) lock(d directory) (m *managed, done func() error, err error) {
+	if m := h.held[d.path]; m != nil {
+		if m.holds() {
+			return m, func() error { return nil }, m.load()
+		}
+		// The directory was replaced under us, journal and all.
+		delete(h.held, d.path)
+		if err := m.release(); err != nil {
+			return nil, nil, err
+		}
+	}
+	m, err = open(d.path, d.runtime, h.proxy.String(), h.disk)
+	if err != nil {
+		return nil, nil, explain(d, err)
+	}
+	return m, m.release, nil
+}
+
+// explain adds what to do to errors that have one cause.
+func explain(d directory, err error) error {
+	switch {
+	case errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("hosts.%s: %w; mount %s read-write, or do not set the key", d.runtime, err, d.path)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("hosts.%s: %w; run as a user who may write %s", d.runtime, err, d.path)
+	}
+	return fmt.Errorf("hosts.%s: %w", d.runtime, err)
+}
+
+// apply does the work of Apply, and of a repair by Run. Caller holds mu.
+func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
+	var changes []Change
+	var problems []error
+	for _, d := range h.directories() {
+		m, done, err := h.lock(d)
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		c, err := h.applyDir(ctx, m, repair)
+		changes = append(changes, c...)
+		if err := errors.Join(err, done()); err != nil {
+			problems = append(problems, explain(d, err))
+		}
+	}
+	return changes, errors.Join(problems...)
+}
+
+func (h *Hosts) applyDir(ctx context.Context, m *managed, repair bool) ([]Change, error) {
+	steps, err := h.plan(ctx, m)
+	problems := []error{err}
+	var changes []Change
+	for _, st := range steps {
+		if err := ctx.Err(); err != nil {
+			return changes, errors.Join(append(problems, err)...)
+		}
+		if repair && st.drift && !h.limiter.allow(m.at(st.s.rel)) {
+			problems = append(problems, fmt.Errorf("%s: something keeps changing this file; next repair at %s", m.at(st.s.rel), h.limiter.until(m.at(st.s.rel)).Format("15:04:05")))
+			continue
+		}
+		if err := h.perform(m, st); err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		h.report(m, st, repair)
+		if !st.quiet {
+			changes = append(changes, st.change)
+		}
+	}
+	c, err := h.applyColon(m)
+	return append(changes, c...), errors.Join(append(problems, err)...)
+}
+
+func (h *Hosts) applyColon(m *managed) ([]Change, error) {
+	if m.runtime != containerd {
+		return nil, nil
+	}
+	if !h.opts.ColonLink {
+		c, err := m.unlinkColon()
+		return optional(c), err
+	}
+	c, err := m.planColon()
+	if err != nil || c == nil || c.Action == Skip {
+		return optional(c), err
+	}
+	return optional(c), m.linkColon()
+}
+
+func optional(c *Change) []Change {
+	if c == nil {
+		return nil
+	}
+	return []Change{*c}
+}
+
+func (h *Hosts) perform(m *managed, st step) error {
+	switch st.change.Action {
+	case Skip:
+		return nil
+	case Restore, Delete:
+		return m.restore(st.s)
+	}
+	if dir := filepath.Dir(st.s.rel); dir != "." {
+		if err := m.ensureDir(dir); err != nil {
+			return err
+		}
+	}
+	return m.install(st.s, st.want)
+}
+
+// report logs and counts one step that has been taken. What is left alone is
+// logged once per reason.
+func (h *Hosts) report(m *managed, st step, repair bool) {
+	path := st.change.Path
+	if st.change.Action == Skip {
+		if h.reasons[path] != st.change.Reason {
+			h.reasons[path] = st.change.Reason
+			h.log.Warn("host file left alone", "runtime", m.runtime, "path", path, "err", st.change.Reason)
+		}
+		return
+	}
+	delete(h.reasons, path)
+	if repair && st.drift {
+		h.metrics.repaired.WithLabelValues(m.runtime).Inc()
+		h.log.Warn("host file repaired after a change by someone else", "runtime", m.runtime, "path", path)
+		return
+	}
+	h.log.Info("host file written", "runtime", m.runtime, "path", path, "action", string(st.change.Action))
+}
+
+// plan compares the files with what they shall be. The errors it returns are
+// of single files; the steps are valid all the same.
+func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	rels, render, err := h.targets(m)
+	if err != nil {
+		return nil, err
+	}
+	var steps []step
+	var problems []error
+	for _, rel := range rels {
+		st, err := h.planFile(m, rel, render)
+		if err != nil {
+			problems = append(problems, err)
+		} else if st != nil {
+			steps = append(steps, *st)
+		}
+	}
+	for _, rel := range m.entries() {
+		if slices.Contains(rels, rel) {
+			continue
+		}
+		st, err := m.planRestore(rel)
+		problems = append(problems, err)
+		steps = append(steps, st)
+	}
+	return steps, errors.Join(problems...)
+}
+
+type renderFunc func(rel string, original *file) ([]byte, error)
+
+// targets lists the files to manage and how to render them.
+func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
+	if m.runtime == crio {
+		return []string{dropInName}, func(_ string, original *file) ([]byte, error) { return h.renderCRIO(m, original) }, nil
+	}
+	c, err := readCertsDir(m, h.opts.HiddenRoots)
+	if err != nil {
+		return nil, nil, err
+	}
+	var rels []string
+	for _, name := range c.names(h.opts.Registries) {
+		rels = append(rels, filepath.Join(name, hostsName))
+	}
+	return rels, func(rel string, original *file) ([]byte, error) {
+		return c.render(filepath.Dir(rel), original, h.proxy)
+	}, nil
+}
+
+// planFile returns nil if the file is as it shall be.
+func (h *Hosts) planFile(m *managed, rel string, render renderFunc) (*step, error) {
+	skip := func(err error) (*step, error) {
+		return &step{s: situation{rel: rel}, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Skip, Reason: err.Error()}}, nil
+	}
+	s, err := m.situate(rel)
+	if err != nil {
+		return skip(err)
+	}
+	want, err := render(rel, s.original)
+	if err != nil {
+		if m.runtime == containerd && (s.ours || s.rewritten) {
+			// Ours around something that no longer parses: give the user's back.
+			// On CRI-O it is another file that does not parse, and ours stays.
+			st, restoreErr := m.planRestore(rel)
+			st.change.Reason = err.Error()
+			return &st, restoreErr
+		}
+		return skip(err)
+	}
+	entry := m.journal.Files[rel]
+	st := &step{s: s, want: want, drift: entry != nil && !s.ours}
+	st.change = Change{Path: m.at(rel), Runtime: m.runtime, Action: Update, ReloadNeeded: m.runtime == crio}
+	var have []byte
+	if s.current == nil {
+		st.change.Action = Create
+	} else {
+		have = s.current.data
+	}
+	if s.current != nil && s.current.link == "" && string(have) == string(want) {
+		if !s.unsaved && entry != nil {
+			return nil, nil
+		}
+		st.quiet = true
+	}
+	st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, false)
+	return st, nil
+}
+
+// planRestore is the step that gives one file back.
+func (m *managed) planRestore(rel string) (step, error) {
+	s, err := m.situate(rel)
+	if err != nil {
+		return step{s: situation{rel: rel}, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Skip, Reason: err.Error()}}, nil
+	}
+	if m.lost(rel) {
+		s.original = nil
+	}
+	st := step{s: s, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Restore, ReloadNeeded: m.runtime == crio}}
+	st.quiet = !s.reverts()
+	var have, want []byte
+	if s.current != nil {
+		have = s.current.data
+	}
+	if s.original != nil {
+		want = s.original.data
+	} else {
+		st.change.Action = Delete
+	}
+	if !st.quiet {
+		st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, s.original == nil)
+	}
+	return st, nil
+}
+
+// remove does the work of Remove. Caller holds mu.
+func (h *Hosts) remove(ctx context.Context) ([]Change, error) {
+	var changes []Change
+	var problems []error
+	for _, d := range h.directories() {
+		c, err := h.removeFrom(ctx, d)
+		changes = append(changes, c...)
+		if err != nil {
+			problems = append(problems, explain(d, err))
+		}
+	}
+	return changes, errors.Join(problems...)
+}
+
+func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
+	if there, err := hasTraces(d); err != nil || !there {
+		return nil, err
+	}
+	m, _, err := h.lock(d)
+	if err != nil {
+		return nil, err
+	}
+	delete(h.held, d.path)
+	changes, err := h.removeAll(ctx, m)
+	if err != nil {
+		return changes, errors.Join(err, m.release())
+	}
+	return changes, m.close()
+}
+
+func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
+	rels := m.entries()
+	stale, err := m.staleFiles()
+	if err != nil {
+		return nil, err
+	}
+	for _, rel := range stale {
+		if !slices.Contains(rels, rel) {
+			rels = append(rels, rel)
+		}
+	}
+	var changes []Change
+	var problems []error
+	for _, rel := range rels {
+		if err := ctx.Err(); err != nil {
+			return changes, err
+		}
+		if m.lost(rel) {
+			problems = append(problems, m.forget(rel))
+			continue
+		}
+		st, err := m.planRestore(rel)
+		if err == nil {
+			err = h.perform(m, st)
+		}
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		if st.change.Action == Skip {
+			problems = append(problems, fmt.Errorf("%s: cannot be restored: %s", st.change.Path, st.change.Reason))
+		}
+		h.report(m, st, false)
+		if !st.quiet {
+			changes = append(changes, st.change)
+		}
+	}
+	c, err := m.unlinkColon()
+	return append(changes, optional(c)...), errors.Join(append(problems, err)...)
+}
+
+// hasTraces reports whether there is anything of ours in a directory, so that
+// Remove leaves no trace where there was none.
+func hasTraces(d directory) (bool, error) {
+	if err := (&managed{path: d.path}).clearSiblings(); err != nil {
+		return false, err
+	}
+	if _, err := os.Stat(d.path); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	m, err := peek(d.path, d.runtime)
+	if err != nil {
+		return false, err
+	}
+	if _, err := os.Lstat(m.at(journalDir)); err == nil {
+		return true, nil
+	}
+	stale, err := m.staleFiles()
+	return len(stale) > 0, err
+}
+
+// staleFiles lists files with a part of ours that no journal knows of.
+func (m *managed) staleFiles() ([]string, error) {
+	candidates := []string{dropInName}
+	if m.runtime == containerd {
+		candidates = nil
+		r, err := hostDirs(m.path)
+		if err != nil {
+			return nil, err
+		}
+		for name := range r.dirs {
+			candidates = append(candidates, filepath.Join(name, hostsName))
+		}
+		slices.Sort(candidates)
+	}
+	var out []string
+	for _, rel := range candidates {
+		f, err := readFile(m.at(rel))
+		if err == nil && f != nil && f.link == "" && hasBlock(f.data) && m.journal.Files[rel] == nil {
+			out = append(out, rel)
+		}
+	}
+	return out, nil
+}
+
+// Upstreams returns what the runtimes were configured to use before us, in
+// the order of their precedence. It reads the files and may be called before
+// Apply.
+func (h *Hosts) Upstreams() []Imported {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.upstreams()
+}
+
+func (h *Hosts) upstreams() []Imported {
+	var out []Imported
+	for _, d := range h.directories() {
+		list, err := h.importFrom(d)
+		if err != nil {
+			h.log.Warn("existing host configuration not imported", "runtime", d.runtime, "path", d.path, "err", err)
+		}
+		out = append(out, list...)
+	}
+	return out
+}
+
+func (h *Hosts) importFrom(d directory) ([]Imported, error) {
+	m, err := peek(d.path, d.runtime)
+	if err != nil {
+		return nil, err
+	}
+	if d.runtime == crio {
+		s, err := m.situate(dropInName)
+		if err != nil {
+			return nil, err
+		}
+		return h.importCRIO(m, s.original)
+	}
+	c, err := readCertsDir(m, h.opts.HiddenRoots)
+	if err != nil {
+		return nil, err
+	}
+	return c.imported(h.proxy), nil
+}
