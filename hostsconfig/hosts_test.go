@@ -92,6 +92,15 @@ func wantSame(tb testing.TB, what string, want, got []string) {
 	tb.Errorf("%s\n--- want\n%s\n--- got\n%s", what, strings.Join(want, "\n"), strings.Join(got, "\n"))
 }
 
+func wantContent(tb testing.TB, path, want string) {
+	tb.Helper()
+	got, err := os.ReadFile(path)
+	must(tb, err)
+	if string(got) != want {
+		tb.Errorf("%s holds\n%s\nwant\n%s", path, got, want)
+	}
+}
+
 func must(tb testing.TB, err error) {
 	tb.Helper()
 	if err != nil {
@@ -182,6 +191,7 @@ func TestApplyAndRemove(t *testing.T) {
 		have tree
 		opts Options
 		want map[string][]string // registry -> hosts that containerd reads
+		left tree                // content after Remove where it is not have
 	}{
 		{
 			name: "empty directory",
@@ -257,6 +267,7 @@ func TestApplyAndRemove(t *testing.T) {
 			name: "an earlier run's part is replaced, not stacked",
 			have: tree{"certs.d/quay.io/hosts.toml": "server = \"https://s.x\"\n# BEGIN larder 0.0.1\n[host.\"http://127.0.0.1:4999\"]\n  capabilities = [\"pull\", \"resolve\"]\n# END larder\n[host.\"https://m.x\"]\n"},
 			want: map[string][]string{"quay.io": {ours, "https://m.x/v2 pull,resolve,push", "https://s.x/v2 pull,resolve,push"}},
+			left: tree{"certs.d/quay.io/hosts.toml": "server = \"https://s.x\"\n[host.\"https://m.x\"]\n"},
 		},
 		{
 			name: "a hand-written entry for our address is taken over",
@@ -346,6 +357,12 @@ func TestApplyAndRemove(t *testing.T) {
 			wantSame(t, "second Apply changed a file", active, snapshot(t, dir))
 
 			remove(t, h)
+			if tt.left != nil {
+				before = snapshot(t, dir)
+				for name, want := range tt.left {
+					wantContent(t, filepath.Join(dir, name), want)
+				}
+			}
 			wantSame(t, "not restored", before, snapshot(t, dir))
 			if again := remove(t, h); len(again) > 0 {
 				t.Errorf("second Remove changed %+v", again)

@@ -498,7 +498,8 @@ func (m *managed) forget(rel string) error {
 func (m *managed) entries() []string { return slices.Sorted(maps.Keys(m.journal.Files)) }
 
 // close gives up a directory in which nothing is managed any more: directories
-// we created, the journal and the lock go.
+// we created, the journal and the lock file go. The lock itself stays with the
+// caller.
 func (m *managed) close() error {
 	for _, rel := range slices.Backward(m.journal.Dirs) {
 		if _, err := m.disk.removeDir(m.at(rel)); err != nil {
@@ -506,21 +507,19 @@ func (m *managed) close() error {
 		}
 	}
 	if m.keepAll {
-		return errors.Join(m.release(), fmt.Errorf("%s: its journal was unreadable, so the originals in it are kept; check them and delete the directory", m.at(journalDir)))
+		return fmt.Errorf("%s: its journal was unreadable, so the originals in it are kept; check them and delete the directory", m.at(journalDir))
 	}
 	gone, err := m.removeWhole()
 	if err != nil || gone {
-		return errors.Join(err, m.release())
+		return err
 	}
 	for _, name := range []string{journalName, lockName} {
 		if err := m.disk.remove(m.backup(name)); err != nil {
 			return err
 		}
 	}
-	if _, err := m.disk.removeDir(m.at(journalDir)); err != nil {
-		return err
-	}
-	return m.release()
+	_, err = m.disk.removeDir(m.at(journalDir))
+	return err
 }
 
 // create makes the managed directory, with the journal that says so, appear in

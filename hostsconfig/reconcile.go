@@ -120,7 +120,7 @@ func (h *Hosts) lock(d directory) (m *managed, done func() error, err error) {
 	}
 	m, err = open(d.path, d.runtime, h.proxy.String(), h.disk)
 	if err != nil {
-		return nil, nil, explain(d, err)
+		return nil, nil, err
 	}
 	return m, m.release, nil
 }
@@ -143,7 +143,7 @@ func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
 	for _, d := range h.directories() {
 		m, done, err := h.lock(d)
 		if err != nil {
-			problems = append(problems, err)
+			problems = append(problems, explain(d, err))
 			continue
 		}
 		c, err := h.applyDir(ctx, m, repair)
@@ -377,10 +377,10 @@ func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
 	}
 	delete(h.held, d.path)
 	changes, err := h.removeAll(ctx, m)
-	if err != nil {
-		return changes, errors.Join(err, m.release())
+	if err == nil {
+		err = m.close()
 	}
-	return changes, m.close()
+	return changes, errors.Join(err, m.release())
 }
 
 func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {

@@ -499,7 +499,7 @@ func ruleEndpoint(r rule, certs func(string) certFiles) Endpoint {
 // given the managed drop-in directory: registries.conf beside it, or the
 // vendor's when there is none, then all drop-ins by file name.
 func registriesSources(dropInDir string) (main []string, dropIns []string) {
-	main = []string{strings.TrimSuffix(dropInDir, ".d")}
+	main = []string{filepath.Join(filepath.Dir(dropInDir), "registries.conf")}
 	dropIns = []string{dropInDir}
 	if root, ok := strings.CutSuffix(dropInDir, "/etc/containers/registries.conf.d"); ok {
 		vendor := filepath.Join("/", root, "usr/share/containers/registries.conf")

@@ -102,7 +102,7 @@ func (h *Hosts) hold() error {
 	for _, d := range h.directories() {
 		m, _, err := h.lock(d)
 		if errors.Is(err, ErrBusy) {
-			return err
+			return explain(d, err)
 		}
 		if err != nil {
 			h.log.Error("host directory cannot be managed; pulls go direct", "runtime", d.runtime, "path", d.path, "err", err)
