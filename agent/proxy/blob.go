@@ -1,0 +1,157 @@
+package proxy
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+const (
+	// failureMemory is how long a blob that ended short is refused to clients
+	// that can take the rest from the registry (I4): longer than any runtime's
+	// immediate retries, shorter than kubelet's back-off gets.
+	failureMemory = 30 * time.Second
+	// undeliverableMemory is how long manifests that list a blob which could not be
+	// delivered to a path-encoded client answer 404 (I5).
+	undeliverableMemory = 5 * time.Minute
+	immutable           = "max-age=31536000, immutable"
+)
+
+// blobKey is a blob under the name that its bytes are asked for.
+type blobKey struct {
+	registry, repository string
+	digest               digest.Digest
+}
+
+func keyOf(t upstream.Target, d digest.Digest) blobKey {
+	return blobKey{t.Registry, t.Repository, d}
+}
+
+// serveBlob answers GET and HEAD of a blob: the straight line of I1.
+func (p *Proxy) serveBlob(x *exchange) error {
+	if x.r.Method == http.MethodHead {
+		return p.headBlob(x)
+	}
+	key := keyOf(x.target, x.route.digest)
+	if !x.route.pathEncoded && p.failed.has(key) && !p.cache.Has(x.route.digest) {
+		return errRecent
+	}
+	err := p.sendBlob(x)
+	p.judge(x, key, err)
+	return err
+}
+
+func (p *Proxy) sendBlob(x *exchange) error {
+	patience := p.patience(x)
+	stop := x.within(patience, errBudget)
+	defer stop()
+	b, err := p.openBody(x)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = b.Close() }() // was only read
+	size := b.at.size()
+	setBlobHeaders(x.Header(), x.route.digest)
+	refuseEmptyRange(x.r, size)
+	x.describe(b.at.source(), size, 0)
+	if off, ok := firstOffset(x.r, size, etag(x.route.digest)); ok {
+		if err := b.readyAt(off); err != nil {
+			return err
+		}
+	}
+	stop()
+	http.ServeContent(x, x.r, "", time.Time{}, b)
+	return b.failure()
+}
+
+// patience is how long a client may wait for the first byte.
+func (p *Proxy) patience(x *exchange) time.Duration {
+	if x.route.pathEncoded {
+		return max(p.opts.FirstByteBudget, pathPatience)
+	}
+	return p.opts.FirstByteBudget
+}
+
+func (p *Proxy) openBody(x *exchange) (*body, error) {
+	h := &healer{p: p, x: x}
+	c, err := p.open(x.ctx, x.target, x.route.digest, KindBlob)
+	if err != nil {
+		if c, err = h.next(err, 0); err != nil {
+			return nil, err
+		}
+	}
+	stall := p.opts.StallTimeout
+	if x.route.pathEncoded {
+		stall = max(stall, pathPatience)
+	}
+	return &body{x: x, stall: stall, heal: h.next, at: c}, nil
+}
+
+// judge remembers how the blob went, unless the client or this agent's end
+// decided it.
+func (p *Proxy) judge(x *exchange, key blobKey, err error) {
+	switch {
+	case err == nil && x.err == nil:
+		p.undelivered.forget(key)
+		return
+	case x.r.Context().Err() != nil || err == nil:
+		return
+	case x.route.pathEncoded:
+		p.undelivered.put(key, struct{}{}, undeliverableMemory)
+		p.deliverable.forget(key)
+	case x.status != 0:
+		p.failed.put(key, struct{}{}, failureMemory)
+	}
+	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
+		"bytes", x.sent.Load(), "err", err)
+}
+
+// headBlob needs the size alone, and starts no fill.
+func (p *Proxy) headBlob(x *exchange) error {
+	defer x.within(p.patience(x), errBudget)()
+	size, from, err := p.stat(x.ctx, x.target, x.route.digest)
+	if err != nil {
+		return err
+	}
+	setBlobHeaders(x.Header(), x.route.digest)
+	x.describe(from, size, 0)
+	http.ServeContent(x, x.r, "", time.Time{}, io.NewSectionReader(nil, 0, size))
+	return nil
+}
+
+// stat finds a blob's size where that is cheapest.
+func (p *Proxy) stat(ctx context.Context, t upstream.Target, d digest.Digest) (int64, source, error) {
+	if r, ok := p.cache.Lookup(d); ok {
+		defer func() { _ = r.Close() }() // nothing was read
+		return r.Size(), sourceDisk, nil
+	}
+	if c := p.openRuntime(d); c != nil {
+		defer func() { _ = c.Close() }() // nothing was read
+		return c.size(), sourceRuntime, nil
+	}
+	size, err := p.stats.do(ctx, keyOf(t, d), func(ctx context.Context) (int64, error) {
+		ctx, cancel := context.WithTimeout(ctx, pathPatience)
+		defer cancel()
+		return p.upstream.Stat(ctx, t, d)
+	})
+	return size, sourceUpstream, err
+}
+
+func setBlobHeaders(h http.Header, d digest.Digest) {
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("Cache-Control", immutable)
+	setDigest(h, d)
+}
+
+func setDigest(h http.Header, d digest.Digest) {
+	h.Set(headerDigest, d.String())
+	h.Set("Etag", etag(d))
+}
+
+func etag(d digest.Digest) string { return `"` + d.String() + `"` }

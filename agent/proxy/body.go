@@ -1,0 +1,229 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+)
+
+// content is a blob's bytes at one place. It is for one goroutine at a time.
+type content interface {
+	io.Closer
+	source() source
+	size() int64
+	// ready waits until a byte at off can be read. off is below the size.
+	ready(ctx context.Context, off int64) error
+	// extent is a file and how many bytes can be read from it at off without
+	// waiting. Without a file there is none, and read is the way.
+	extent(off int64) (*os.File, int64, error)
+	// read reads at least one byte at off, which is ready, or fails.
+	read(p []byte, off int64) (int, error)
+}
+
+// cached is a blob in the cache, whole or still being filled.
+type cached struct{ *cache.Reader }
+
+func (c cached) source() source {
+	switch c.Origin().Kind {
+	case cache.FromDisk:
+		return sourceDisk
+	case cache.FromPeer:
+		return sourcePeer
+	case cache.FromRuntime:
+		return sourceRuntime
+	}
+	return sourceUpstream
+}
+func (c cached) size() int64                                { return c.Size() }
+func (c cached) ready(ctx context.Context, off int64) error { return c.Ready(ctx, off) }
+func (c cached) extent(off int64) (*os.File, int64, error)  { return c.Extent(off) }
+func (c cached) read(p []byte, off int64) (int, error) {
+	if _, err := c.Seek(off, io.SeekStart); err != nil {
+		return 0, err
+	}
+	return c.Read(p)
+}
+
+// held is a blob in the runtime's own store.
+type held struct{ RuntimeBlob }
+
+func (h held) source() source                     { return sourceRuntime }
+func (h held) size() int64                        { return h.Size() }
+func (h held) ready(context.Context, int64) error { return nil }
+func (h held) extent(off int64) (*os.File, int64, error) {
+	file, ok := h.File()
+	if !ok {
+		return nil, 0, nil
+	}
+	return file, h.Size() - off, nil
+}
+func (h held) read(p []byte, off int64) (int, error) {
+	n, err := h.ReadAt(p[:min(int64(len(p)), h.Size()-off)], off)
+	if n > 0 && errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return n, err
+}
+
+// body is one blob as http.ServeContent reads it, wherever its bytes are. It
+// waits no longer than the stall deadline for a byte, and changes to another
+// place in the middle of the blob when heal has one.
+type body struct {
+	x     *exchange
+	stall time.Duration
+	// heal finds another place for the bytes from off on, or returns err.
+	heal func(err error, off int64) (content, error)
+
+	mu  sync.Mutex // guards the fields below: a multi-range answer reads from a goroutine that outlives ServeContent
+	at  content
+	off int64
+	err error // why bytes could not be had
+}
+
+func (b *body) Seek(offset int64, whence int) (int64, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch whence {
+	case io.SeekCurrent:
+		offset += b.off
+	case io.SeekEnd:
+		offset += b.at.size()
+	}
+	if offset < 0 {
+		return 0, fmt.Errorf("seek to %d: %w", offset, os.ErrInvalid)
+	}
+	b.off = offset
+	return offset, nil
+}
+
+// Read serves multi-range answers; single ranges go through sendTo.
+func (b *body) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.off >= b.at.size() {
+		return 0, io.EOF
+	}
+	if err := b.await(); err != nil {
+		return 0, err
+	}
+	n, err := b.at.read(p, b.off)
+	b.off += int64(n)
+	return n, b.note(err)
+}
+
+// await returns when a byte at the cursor can be read. Needs mu.
+func (b *body) await() error {
+	for {
+		err := b.ready()
+		if err == nil {
+			return nil
+		}
+		next, err := b.heal(err, b.off)
+		if err != nil {
+			return b.note(err)
+		}
+		_ = b.at.Close() // was only read
+		b.at = next
+	}
+}
+
+// ready bounds the wait by the stall deadline.
+func (b *body) ready() error {
+	stop := b.x.within(b.stall, errStalled)
+	defer stop()
+	return b.at.ready(b.x.ctx, b.off)
+}
+
+// note keeps the first error that was not the client's.
+func (b *body) note(err error) error {
+	if err != nil && b.err == nil {
+		b.err = err
+	}
+	return err
+}
+
+// readyAt waits for the first byte of an answer and says where it comes from.
+func (b *body) readyAt(off int64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.off = off
+	if err := b.await(); err != nil {
+		return err
+	}
+	b.x.describe(b.at.source(), b.at.size(), off)
+	return nil
+}
+
+// sendTo sends n bytes from the cursor on, from files where there are files.
+func (b *body) sendTo(x *exchange, n int64) (int64, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var sent int64
+	for sent < n {
+		m, err := b.sendSome(x, n-sent)
+		sent += m
+		b.off += m
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
+
+// sendSome sends at least one byte and at most limit, or fails.
+func (b *body) sendSome(x *exchange, limit int64) (int64, error) {
+	file, n, err := b.at.extent(b.off)
+	if err != nil || n == 0 {
+		// Nothing there, or the fill is over: await says which, and heals.
+		if err := b.await(); err != nil {
+			return 0, err
+		}
+		if file, n, err = b.at.extent(b.off); err != nil {
+			return 0, b.note(err)
+		}
+	}
+	if file == nil || n == 0 {
+		return b.sendBuffered(x, limit)
+	}
+	if _, err := file.Seek(b.off, io.SeekStart); err != nil {
+		return 0, b.note(err)
+	}
+	n = min(n, limit, writeChunk)
+	sent, err := x.sendFile(&io.LimitedReader{R: file, N: n})
+	if err == nil && sent < n {
+		err = b.note(io.ErrUnexpectedEOF) // the file lost bytes
+	}
+	return sent, err
+}
+
+func (b *body) sendBuffered(x *exchange, limit int64) (int64, error) {
+	buf := buffers.Get().(*[copyBuffer]byte)
+	defer buffers.Put(buf)
+	n, err := b.at.read(buf[:min(limit, copyBuffer)], b.off)
+	if err != nil {
+		return 0, b.note(err)
+	}
+	n, err = x.Write(buf[:n])
+	return int64(n), err
+}
+
+// failure is why bytes could not be had, nil if all that were asked for could.
+func (b *body) failure() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
+
+// Close ends what still reads and lets go of the blob.
+func (b *body) Close() error {
+	b.x.cancel(context.Canceled)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.at.Close()
+}

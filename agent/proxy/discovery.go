@@ -1,0 +1,190 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+const (
+	// pageMemory is how long a page may be served when upstream is down, and
+	// maxPages how many are kept; a page is at most maxKeptPage bytes.
+	pageMemory  = time.Hour
+	maxPages    = 64
+	maxKeptPage = 256 << 10
+	maxQuery    = 1024
+)
+
+// pageKey names one page of tags or referrers.
+type pageKey struct {
+	registry, repository string
+	kind                 Kind
+	digest               digest.Digest
+	query                string
+}
+
+// serveTags relays one page of tags.
+func (p *Proxy) serveTags(x *exchange) error {
+	q := x.r.URL.Query()
+	n, last := q.Get("n"), q.Get("last")
+	count, err := strconv.Atoi(n)
+	if n != "" && (err != nil || count < 0) {
+		return &apiError{http.StatusBadRequest, codeUnsupported, "n must be a number"}
+	}
+	if len(last) > maxQuery {
+		return &apiError{http.StatusBadRequest, codeUnsupported, "last is too long"}
+	}
+	key := x.pageKey(url.Values{"n": {n}, "last": {last}}.Encode())
+	page, err := p.page(x, key, func(ctx context.Context) (upstream.Page, error) {
+		return p.askTags(ctx, x.target, n != "" && count == 0, count, last)
+	})
+	if err != nil {
+		return err
+	}
+	p.sendPage(x, page)
+	return nil
+}
+
+// askTags answers n=0 itself, which upstream.Tags takes for no wish at all: an
+// empty list, if there is such a repository.
+func (p *Proxy) askTags(ctx context.Context, t upstream.Target, none bool, count int, last string) (upstream.Page, error) {
+	if !none {
+		return p.upstream.Tags(ctx, t, count, last)
+	}
+	if _, err := p.upstream.Tags(ctx, t, 1, ""); err != nil {
+		return upstream.Page{}, err
+	}
+	body, err := json.Marshal(map[string]any{"name": t.Repository, "tags": []string{}})
+	return upstream.Page{Body: body, ContentType: "application/json"}, err
+}
+
+// serveReferrers relays one page of what refers to a digest; where the registry
+// has no such API, the index under the fallback tag says it.
+func (p *Proxy) serveReferrers(x *exchange) error {
+	query := x.r.URL.Query()
+	query.Del("ns")
+	raw := query.Encode()
+	if len(raw) > maxQuery {
+		return &apiError{http.StatusBadRequest, codeUnsupported, "the query is too long"}
+	}
+	t, d, artifactType := x.target, x.route.digest, query.Get("artifactType")
+	page, err := p.page(x, x.pageKey(raw), func(ctx context.Context) (upstream.Page, error) {
+		page, err := p.upstream.Referrers(ctx, t, d, raw)
+		if upstream.IsNotFound(err) {
+			return p.fallbackReferrers(ctx, t, d, artifactType, err)
+		}
+		return page, err
+	})
+	if err != nil {
+		return err
+	}
+	if page.ContentType == "" {
+		page.ContentType = ocispec.MediaTypeImageIndex
+	}
+	p.sendPage(x, page)
+	return nil
+}
+
+// fallbackReferrers reads the index that pushers keep under sha256-<hex> for
+// registries without the API (distribution spec, "Referrers Tag Schema").
+// Without one the registry's 404 stands, and clients look for the tag themselves.
+func (p *Proxy) fallbackReferrers(ctx context.Context, t upstream.Target, d digest.Digest, artifactType string, notFound error) (upstream.Page, error) {
+	tag := d.Algorithm().String() + "-" + d.Encoded()
+	_, body, err := p.upstream.Manifest(ctx, t, tag[:min(len(tag), 128)], []string{ocispec.MediaTypeImageIndex})
+	if upstream.IsNotFound(err) {
+		return upstream.Page{}, notFound
+	}
+	if err != nil {
+		return upstream.Page{}, err
+	}
+	return filterReferrers(body, artifactType)
+}
+
+func filterReferrers(body []byte, artifactType string) (upstream.Page, error) {
+	var index ocispec.Index
+	if err := json.Unmarshal(body, &index); err != nil {
+		return upstream.Page{}, &apiError{http.StatusNotFound, codeManifestUnknown, "the referrers tag is no index"}
+	}
+	page := upstream.Page{ContentType: ocispec.MediaTypeImageIndex}
+	out := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
+	out.Manifests = append(out.Manifests, index.Manifests...)
+	if artifactType != "" {
+		page.FiltersApplied = "artifactType"
+		out.Manifests = slices.DeleteFunc(out.Manifests, func(m ocispec.Descriptor) bool { return m.ArtifactType != artifactType })
+	}
+	var err error
+	page.Body, err = json.Marshal(out)
+	return page, err
+}
+
+func (x *exchange) pageKey(query string) pageKey {
+	return pageKey{x.target.Registry, x.target.Repository, x.route.kind, x.route.digest, query}
+}
+
+// page asks upstream once for all who ask now, within the budget, and serves the
+// last known page when upstream cannot be asked.
+func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstream.Page, error)) (upstream.Page, error) {
+	ctx, cancel := context.WithTimeoutCause(x.ctx, p.opts.FirstByteBudget*4/5, errBudget)
+	defer cancel()
+	page, err := p.pageAsks.do(ctx, key, func(ctx context.Context) (upstream.Page, error) {
+		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+		defer cancel()
+		page, err := ask(ctx)
+		if err == nil && len(page.Body) <= maxKeptPage {
+			p.pages.put(key, page, pageMemory)
+		}
+		return page, err
+	})
+	from := sourceUpstream
+	if err != nil && x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)) {
+		if last, ok := p.pages.get(key); ok {
+			page, from, err = last, sourceStale, nil
+		}
+	}
+	x.describe(from, int64(len(page.Body)), 0)
+	return page, err
+}
+
+// sendPage answers with a page; its Link leads back here.
+func (p *Proxy) sendPage(x *exchange, page upstream.Page) {
+	h := x.Header()
+	h.Set("Content-Type", page.ContentType)
+	h.Set("Cache-Control", "no-cache")
+	if page.FiltersApplied != "" {
+		h.Set("OCI-Filters-Applied", page.FiltersApplied)
+	}
+	if link := x.nextLink(page.Next); link != "" {
+		h.Set("Link", link)
+	}
+	http.ServeContent(x, x.r, "", time.Time{}, bytes.NewReader(page.Body))
+}
+
+// nextLink leads to the next page at the request's own path, under the same
+// registry. What upstream says of the query is re-encoded, so nothing in it can
+// become another header or another path.
+func (x *exchange) nextLink(next string) string {
+	if next == "" {
+		return ""
+	}
+	query, err := url.ParseQuery(next)
+	if err != nil || len(next) > maxQuery {
+		return ""
+	}
+	query.Del("ns")
+	if ns := x.r.URL.Query().Get("ns"); ns != "" {
+		query.Set("ns", ns)
+	}
+	u := url.URL{Path: x.r.URL.Path, RawQuery: query.Encode()}
+	return "<" + u.String() + `>; rel="next"`
+}

@@ -1,0 +1,208 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// source is where an answer came from: the value of X-Larder-Source and of the
+// label of the metrics.
+type source string
+
+const (
+	sourceNone     source = "none" // nothing was served: an error, a ping
+	sourceDisk     source = "disk"
+	sourceRuntime  source = "runtime"
+	sourcePeer     source = "peer"
+	sourceUpstream source = "upstream"
+	sourceStale    source = "stale"
+)
+
+const (
+	headerSource    = "X-Larder-Source"
+	headerNamespace = "Oci-Namespace" // canonical form of OCI-Namespace
+	headerDigest    = "Docker-Content-Digest"
+)
+
+const (
+	// writeChunk and writeTimeout bound how long a client that does not read
+	// can hold a connection: 512 KiB must go out in two minutes, 4.3 KB/s,
+	// below any link that an image can be pulled over at all. There is no
+	// bound on the whole.
+	writeChunk   = 512 << 10
+	writeTimeout = 2 * time.Minute
+	// copyBuffer is for bytes that are in no file.
+	copyBuffer = 64 << 10
+)
+
+// exchange is one request and its answer. As a http.ResponseWriter it counts,
+// stamps the headers that every answer has, and bounds how long each chunk may
+// wait for the client. It keeps ReadFrom, so that files go out by sendfile.
+type exchange struct {
+	http.ResponseWriter
+	proxy *Proxy
+	r     *http.Request
+	// ctx ends with the client, with a deadline of the exchange, or with the
+	// server; its cause says which.
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	route  route
+	target upstream.Target // set by authorise
+	start  time.Time
+	// owner's only: the handler goroutine
+	status    int
+	firstByte time.Duration
+	err       error // why the answer is not what was asked for
+
+	sent     atomic.Int64 // body bytes
+	answered atomic.Bool  // headers are on their way
+	hungUp   atomic.Bool  // by the watchdog
+
+	mu     sync.Mutex // guards the fields below, which Pulls and the watchdog look at
+	shown  route      // a copy of route
+	source source
+	size   int64
+	offset int64
+}
+
+func (p *Proxy) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	return &exchange{
+		ResponseWriter: w, proxy: p, r: r, ctx: ctx, cancel: cancel, start: time.Now(),
+		route: route{kind: KindOther}, source: sourceNone,
+	}
+}
+
+// Unwrap is for http.ResponseController.
+func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+
+// WriteHeader stamps and sends the headers.
+func (x *exchange) WriteHeader(status int) {
+	x.status = status
+	x.firstByte = sinceAtLeast(x.start)
+	h := x.Header()
+	if x.route.registry != "" {
+		h.Set(headerNamespace, x.route.registry)
+	}
+	if s := x.sourceLabel(); s != sourceNone && status < 400 {
+		h.Set(headerSource, string(s))
+	}
+	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
+	x.answered.Store(true)
+	x.proxy.answers.Add(1)
+	x.ResponseWriter.WriteHeader(status)
+}
+
+func (x *exchange) Write(b []byte) (int, error) {
+	if x.status == 0 {
+		x.WriteHeader(http.StatusOK)
+	}
+	x.extend()
+	n, err := x.ResponseWriter.Write(b)
+	x.sent.Add(int64(n))
+	return n, err
+}
+
+// ReadFrom sends a body by extents of files and everything else through a
+// buffer.
+func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
+	if limited, ok := r.(*io.LimitedReader); ok {
+		if b, ok := limited.R.(*body); ok {
+			return b.sendTo(x, limited.N)
+		}
+	}
+	buf := buffers.Get().(*[copyBuffer]byte)
+	defer buffers.Put(buf)
+	return io.CopyBuffer(struct{ io.Writer }{x}, r, buf[:])
+}
+
+// sendFile sends n bytes of file from its offset. The connection below sees an
+// *io.LimitedReader over an *os.File, which is what sendfile needs.
+func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
+	x.extend()
+	below, ok := x.ResponseWriter.(io.ReaderFrom)
+	if !ok {
+		buf := buffers.Get().(*[copyBuffer]byte)
+		defer buffers.Put(buf)
+		return io.CopyBuffer(struct{ io.Writer }{x}, file, buf[:])
+	}
+	n, err := below.ReadFrom(file)
+	x.sent.Add(n)
+	return n, err
+}
+
+var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
+
+// extend gives the client time for one more chunk.
+func (x *exchange) extend() {
+	err := http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
+	if err != nil && !errors.Is(err, http.ErrNotSupported) && x.err == nil {
+		x.err = err
+	}
+}
+
+// within ends the exchange with cause unless stop is called within d.
+func (x *exchange) within(d time.Duration, cause error) (stop func()) {
+	t := time.AfterFunc(d, func() { x.cancel(cause) })
+	return func() { t.Stop() }
+}
+
+func (x *exchange) setRoute(rt route) {
+	x.route = rt
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.shown = rt
+}
+
+// describe says what is being served, for the headers and for Pulls.
+func (x *exchange) describe(s source, size, offset int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.source, x.size, x.offset = s, size, offset
+}
+
+func (x *exchange) sourceLabel() source {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.source
+}
+
+// fail answers with err if nothing was answered yet.
+func (x *exchange) fail(err error) {
+	if cause := context.Cause(x.ctx); cause != nil && errors.Is(err, context.Canceled) {
+		err = cause
+	}
+	x.err = err
+	if x.status != 0 {
+		return
+	}
+	e := toAPIError(err, x.route.kind)
+	if e.status == statusClientGone {
+		x.status = e.status
+		return
+	}
+	x.describe(sourceNone, 0, 0)
+	writeError(x, e)
+}
+
+// cutShort reports a success that was announced and then not delivered.
+func (x *exchange) cutShort() bool { return x.err != nil && x.status < 300 && x.status != 0 }
+
+// connKey finds the connection of a request in its context.
+type connKey struct{}
+
+// hangUp closes the connection under an exchange whose handler does not
+// answer, with FIN, so that the runtime goes on to the registry.
+func (x *exchange) hangUp() {
+	if conn, ok := x.r.Context().Value(connKey{}).(net.Conn); ok {
+		_ = conn.Close() // it may be closed already
+	}
+}

@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// manifest is one manifest in memory, at most maxManifest bytes.
+type manifest struct {
+	desc ocispec.Descriptor
+	body []byte
+	from source
+}
+
+// membershipMemory spares the metadata a write for each hit.
+const membershipMemory = time.Hour
+
+// serveManifest answers GET and HEAD of a manifest by tag or digest.
+func (p *Proxy) serveManifest(x *exchange) error {
+	defer x.within(p.patience(x), errBudget)()
+	d, stale := x.route.digest, false
+	if x.route.tag != "" {
+		tag, err := p.resolve(x.ctx, x.target, x.route.tag, accepted(x.r.Header))
+		if err != nil {
+			return err
+		}
+		d, stale = tag.desc.Digest, tag.stale
+		if x.r.Method == http.MethodHead && !x.route.pathEncoded && tag.complete() {
+			return p.headManifest(x, tag)
+		}
+	}
+	m, err := p.manifest(x.ctx, x.target, d)
+	if err != nil {
+		return err
+	}
+	if x.route.pathEncoded {
+		if err := p.promise(x.ctx, x.target, m); err != nil {
+			return err
+		}
+	}
+	if stale {
+		m.from = sourceStale
+		p.metrics.stale.Inc()
+	}
+	p.sendManifest(x, m)
+	return nil
+}
+
+func (p *Proxy) sendManifest(x *exchange, m manifest) {
+	h := x.Header()
+	h.Set("Content-Type", m.desc.MediaType)
+	h.Set("Cache-Control", cacheControl(x))
+	setDigest(h, m.desc.Digest)
+	x.describe(m.from, m.desc.Size, 0)
+	http.ServeContent(x, x.r, "", time.Time{}, bytes.NewReader(m.body))
+}
+
+// headManifest answers from what resolving the tag told.
+func (p *Proxy) headManifest(x *exchange, tag resolved) error {
+	from := sourceUpstream
+	if tag.stale {
+		from = sourceStale
+		p.metrics.stale.Inc()
+	}
+	h := x.Header()
+	h.Set("Content-Type", tag.desc.MediaType)
+	h.Set("Content-Length", strconv.FormatInt(tag.desc.Size, 10))
+	h.Set("Cache-Control", cacheControl(x))
+	h.Set("Accept-Ranges", "bytes")
+	setDigest(h, tag.desc.Digest)
+	x.describe(from, tag.desc.Size, 0)
+	if matchesTag(x.r.Header.Get("If-None-Match"), etag(tag.desc.Digest), true) {
+		h.Del("Content-Length")
+		x.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	x.WriteHeader(http.StatusOK)
+	return nil
+}
+
+func cacheControl(x *exchange) string {
+	if x.route.tag != "" {
+		return "no-cache"
+	}
+	return immutable
+}
+
+// manifest reads a manifest by the same chain as a blob, and learns from it.
+func (p *Proxy) manifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
+	m, err := p.readManifest(ctx, t, d)
+	if err != nil {
+		return m, err
+	}
+	return m, p.learn(t, &m)
+}
+
+func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
+	c, err := p.open(ctx, t, d, KindManifest)
+	if errors.Is(err, cache.ErrNoRoom) {
+		return p.passManifest(ctx, t, d)
+	}
+	if err != nil {
+		return manifest{}, err
+	}
+	defer func() { _ = c.Close() }() // was only read
+	body, err := readSmall(ctx, c)
+	if errors.Is(err, cache.ErrNoRoom) {
+		return p.passManifest(ctx, t, d)
+	}
+	return manifest{desc: ocispec.Descriptor{Digest: d, Size: c.size()}, body: body, from: c.source()}, err
+}
+
+func (p *Proxy) passManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
+	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
+	return manifest{desc: desc, body: body, from: sourceUpstream}, err
+}
+
+// readSmall reads all of a manifest. A blob that is too large to be one is
+// not, whatever the path says.
+func readSmall(ctx context.Context, c content) ([]byte, error) {
+	if c.size() > maxManifest {
+		return nil, &apiError{http.StatusNotFound, codeManifestUnknown, "too large for a manifest"}
+	}
+	body := make([]byte, c.size())
+	for off := int64(0); off < c.size(); {
+		if err := c.ready(ctx, off); err != nil {
+			return nil, err
+		}
+		n, err := c.read(body[off:], off)
+		if err != nil {
+			return nil, err
+		}
+		off += int64(n)
+	}
+	return body, nil
+}
+
+// learn completes m with its media type, and records what its repository holds
+// by it. That costs a parse, so each manifest and repository is remembered.
+func (p *Proxy) learn(t upstream.Target, m *manifest) error {
+	key := keyOf(t, m.desc.Digest)
+	meta := p.cache.Meta()
+	facts, _ := meta.Manifest(m.desc.Digest)
+	if m.desc.MediaType == "" {
+		m.desc.MediaType = facts.MediaType
+	}
+	if m.desc.MediaType != "" && p.learned.has(key) {
+		return nil
+	}
+	o, err := parseOutline(m.body)
+	if err != nil {
+		return &apiError{http.StatusNotFound, codeManifestUnknown, err.Error()}
+	}
+	if m.desc.MediaType == "" {
+		m.desc.MediaType = o.infer()
+	}
+	if m.desc.MediaType == "" {
+		return &apiError{http.StatusNotFound, codeManifestUnknown, fmt.Sprintf("%s is no manifest", m.desc.Digest)}
+	}
+	if facts.MediaType == "" {
+		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
+	}
+	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}
+	meta.AddMembers(repository, "", m.desc)
+	meta.AddMembers(repository, m.desc.Digest, slices.Concat(o.children(), o.Manifests)...)
+	p.learned.put(key, struct{}{}, membershipMemory)
+	return nil
+}

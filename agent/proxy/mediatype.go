@@ -1,0 +1,130 @@
+package proxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"mime"
+	"net/http"
+	"slices"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Docker's media types of manifests; the OCI's are in image-spec.
+const (
+	dockerManifest   = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerList       = "application/vnd.docker.distribution.manifest.list.v2+json"
+	dockerSchema1    = "application/vnd.docker.distribution.manifest.v1+json"
+	dockerSchema1Jws = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+	maxManifest      = 4 << 20 // bytes; what the distribution spec asks registries to take
+)
+
+// What upstream is asked for. The two forms are the two answers that a tag can
+// have: registries give a list to who accepts lists and one image to who does not.
+var (
+	acceptAll = []string{dockerManifest, dockerList, ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, "*/*"}
+	acceptOne = []string{dockerManifest, ocispec.MediaTypeImageManifest}
+)
+
+// accepted are the media types that a request names; empty means any.
+func accepted(h http.Header) []string {
+	var types []string
+	for _, line := range h.Values("Accept") {
+		for part := range strings.SplitSeq(line, ",") {
+			if t := bareType(part); t != "" {
+				types = append(types, t)
+			}
+		}
+	}
+	return types
+}
+
+// bareType is a media type without its parameters, in lower case; "" if it is none.
+func bareType(s string) string {
+	t, _, _ := strings.Cut(s, ";")
+	return strings.ToLower(strings.TrimSpace(t))
+}
+
+// acceptable is generous with a media type that is not known yet.
+func acceptable(types []string, mediaType string) bool {
+	if mediaType == "" || len(types) == 0 || slices.Contains(types, "*/*") {
+		return true
+	}
+	major, _, _ := strings.Cut(mediaType, "/")
+	return slices.Contains(types, mediaType) || slices.Contains(types, major+"/*")
+}
+
+// acceptsLists says which of the two answers of a tag a client wants.
+func acceptsLists(types []string) bool {
+	return acceptable(types, dockerList) || acceptable(types, ocispec.MediaTypeImageIndex)
+}
+
+// known tells a manifest's media type from what servers say when they do not
+// know: text/plain, application/json, application/octet-stream.
+func known(mediaType string) bool {
+	t, _, err := mime.ParseMediaType(mediaType)
+	return err == nil && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")
+}
+
+// outline is what the proxy reads of a manifest, of any kind.
+type outline struct {
+	SchemaVersion int                  `json:"schemaVersion"`
+	MediaType     string               `json:"mediaType"`
+	Config        *ocispec.Descriptor  `json:"config"`
+	Layers        []ocispec.Descriptor `json:"layers"`
+	Manifests     []ocispec.Descriptor `json:"manifests"`
+	// Blobs is what the artifact manifests of an early OCI draft list.
+	Blobs      []ocispec.Descriptor `json:"blobs"`
+	FSLayers   []json.RawMessage    `json:"fsLayers"` // schema 1
+	Signatures []json.RawMessage    `json:"signatures"`
+}
+
+// parseOutline refuses what is no manifest at all.
+func parseOutline(body []byte) (outline, error) {
+	var o outline
+	if err := json.Unmarshal(body, &o); err != nil {
+		return o, fmt.Errorf("not a manifest: %w", err)
+	}
+	for _, d := range slices.Concat(o.children(), o.Manifests) {
+		if err := d.Digest.Validate(); err != nil {
+			return o, fmt.Errorf("manifest lists %q: %w", d.Digest, err)
+		}
+	}
+	return o, nil
+}
+
+// children are the blobs that a manifest lists, without those that no
+// registry serves (layers with URLs of their own).
+func (o *outline) children() []ocispec.Descriptor {
+	var out []ocispec.Descriptor
+	if o.Config != nil {
+		out = append(out, *o.Config)
+	}
+	for _, d := range slices.Concat(o.Layers, o.Blobs) {
+		if len(d.URLs) == 0 {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+// infer finds the media type of a manifest whose Content-Type was lost, "" if
+// the bytes are no manifest. What an OCI manifest need not say, its fields do.
+func (o *outline) infer() string {
+	switch {
+	case o.MediaType != "":
+		return bareType(o.MediaType)
+	case o.SchemaVersion == 1 && len(o.Signatures) > 0:
+		return dockerSchema1Jws
+	case o.SchemaVersion == 1 && len(o.FSLayers) > 0:
+		return dockerSchema1
+	case o.SchemaVersion != 2:
+		return ""
+	case o.Manifests != nil:
+		return ocispec.MediaTypeImageIndex
+	case o.Config != nil:
+		return ocispec.MediaTypeImageManifest
+	}
+	return ""
+}

@@ -1,0 +1,54 @@
+package proxy
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+)
+
+type metrics struct {
+	requests  *prometheus.CounterVec   // kind, source, code
+	served    *prometheus.CounterVec   // source
+	firstByte *prometheus.HistogramVec // source
+	stale     prometheus.Counter
+	decisions *prometheus.CounterVec // decision
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	f := promauto.With(reg)
+	return &metrics{
+		requests: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "larder_requests_total", Help: "Requests answered on the proxy's port.",
+		}, []string{"kind", "source", "code"}),
+		served: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "larder_served_bytes_total", Help: "Body bytes sent to runtimes.",
+		}, []string{"source"}),
+		firstByte: f.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "larder_first_byte_seconds", Help: "Time from a request to its headers.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+		}, []string{"source"}),
+		stale: f.NewCounter(prometheus.CounterOpts{
+			Name: "larder_tag_stale_served_total", Help: "Tags answered with the last known digest because upstream could not be asked.",
+		}),
+		decisions: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "larder_auth_decisions_total", Help: "Decisions whether a caller may read a repository.",
+		}, []string{"decision"}),
+	}
+}
+
+// observe counts one finished exchange.
+func (m *metrics) observe(x *exchange) {
+	source := string(x.sourceLabel())
+	m.requests.WithLabelValues(string(x.route.kind), source, strconv.Itoa(x.status)).Inc()
+	if n := x.sent.Load(); n > 0 && x.status < 300 {
+		m.served.WithLabelValues(source).Add(float64(n))
+	}
+	if x.firstByte > 0 && x.status < 300 {
+		m.firstByte.WithLabelValues(source).Observe(x.firstByte.Seconds())
+	}
+}
+
+// sinceAtLeast is the time since t, and more than zero: zero means unknown.
+func sinceAtLeast(t time.Time) time.Duration { return max(time.Since(t), 1) }

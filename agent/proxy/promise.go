@@ -1,0 +1,90 @@
+package proxy
+
+import (
+	"context"
+	"runtime"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+const (
+	// deliverableMemory is how long upstream's word that it has a blob counts.
+	deliverableMemory = 5 * time.Minute
+	// promiseParallel bounds the questions to upstream for one manifest.
+	promiseParallel = 4
+	// promiseDepth bounds indexes of indexes.
+	promiseDepth = 3
+)
+
+// promise returns nil if every blob of m can be delivered: a client that gets
+// the manifest by a path-encoded mirror takes all its blobs from there or fails
+// (I5). Of an index, what this node's platform needs is looked at, and of the
+// other images only whether one of their blobs failed a moment ago.
+func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest) error {
+	return p.promiseTree(ctx, t, m, promiseDepth)
+}
+
+func (p *Proxy) promiseTree(ctx context.Context, t upstream.Target, m manifest, depth int) error {
+	o, err := parseOutline(m.body)
+	if err != nil || depth == 0 {
+		return errUndeliverable
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(promiseParallel)
+	for _, blob := range o.children() {
+		g.Go(func() error { return p.canDeliver(ctx, t, blob) })
+	}
+	for _, child := range o.Manifests {
+		g.Go(func() error { return p.promiseChild(ctx, t, child, depth-1) })
+	}
+	return g.Wait()
+}
+
+func (p *Proxy) promiseChild(ctx context.Context, t upstream.Target, child ocispec.Descriptor, depth int) error {
+	if !p.ours(child.Platform) && !p.cache.Has(child.Digest) {
+		return nil
+	}
+	m, err := p.manifest(ctx, t, child.Digest)
+	if err != nil {
+		return err
+	}
+	if p.ours(child.Platform) {
+		return p.promiseTree(ctx, t, m, depth)
+	}
+	o, err := parseOutline(m.body)
+	if err != nil {
+		return nil // not ours, and cached under a media type of its own
+	}
+	for _, blob := range o.children() {
+		if p.undelivered.has(keyOf(t, blob.Digest)) {
+			return errUndeliverable
+		}
+	}
+	return nil
+}
+
+// ours reports whether this node's runtime would choose an image of an index.
+func (p *Proxy) ours(platform *ocispec.Platform) bool {
+	return platform == nil || platform.Architecture == runtime.GOARCH && platform.OS == runtime.GOOS
+}
+
+func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.Descriptor) error {
+	key := keyOf(t, blob.Digest)
+	switch {
+	case p.undelivered.has(key):
+		return errUndeliverable
+	case p.cache.Has(blob.Digest), p.runtime != nil && p.runtime.Has(blob.Digest), p.deliverable.has(key):
+		return nil
+	}
+	if _, _, err := p.stat(ctx, t, blob.Digest); err != nil {
+		p.log.Debug("manifest withheld: a blob cannot be delivered", "digest", blob.Digest,
+			"registry", t.Registry, "repository", t.Repository, "err", err)
+		return errUndeliverable
+	}
+	p.deliverable.put(key, struct{}{}, deliverableMemory)
+	return nil
+}

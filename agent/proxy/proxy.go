@@ -1,0 +1,260 @@
+// Package proxy answers the pull side of the OCI distribution API on the
+// loopback address: from this node's cache, the runtime's own store, other
+// nodes, and only then the registry.
+//
+// The promise is that a pull through it is never worse than one without it:
+// headers come within a budget or an error that sends the runtime to the
+// registry does; a body that cannot be finished ends in a way that the runtime
+// can go on from; and a process that stopped answering closes its port. What
+// ends how is a table in DESIGN.md.
+//
+// It accepts no pushes, and it is no open proxy: a registry's name is a key
+// that package upstream resolves by its own rules.
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// Options configure a Proxy. Cache and Upstream are required; the zero value of
+// the others is their default.
+type Options struct {
+	Cache    *cache.Cache
+	Upstream *upstream.Client
+	Runtime  RuntimeStore // nil: none
+	Swarm    Swarm        // nil: a node alone
+
+	// DefaultRegistry is for requests that name none; "" refuses them.
+	DefaultRegistry string
+	// FirstByteBudget is how long a request may wait for its headers; default 5 s.
+	FirstByteBudget time.Duration
+	// StallTimeout is how long a body may wait for its next byte; default 20 s,
+	// so that upstream can give up a connection and try another before.
+	StallTimeout time.Duration
+	// TagTTL is how long a resolved tag is not asked for again; 0 asks always.
+	// A registry's own tag_ttl goes before it.
+	TagTTL time.Duration
+	// Grace is how long bodies may go on after Serve was told to stop; default 20 s.
+	Grace time.Duration
+	// Watch says when requests count as unanswered.
+	Watch Watch
+
+	Logger     *slog.Logger          // default slog.Default()
+	Registerer prometheus.Registerer // nil: not registered
+	// Audit is called after each exchange, from its goroutine.
+	Audit func(Event)
+	// Before is called first for each request. Tests wedge the proxy with it.
+	Before func(*http.Request)
+}
+
+// Event is one finished exchange.
+type Event struct {
+	Time       time.Time
+	Kind       Kind
+	Method     string
+	Registry   string
+	Repository string
+	Reference  string // tag or digest as asked for
+	Source     string
+	Status     int   // 499: the client went away before an answer
+	Bytes      int64 // of the body
+	Duration   time.Duration
+	Remote     string
+	UserAgent  string
+	Err        error // why the answer is not what was asked for
+}
+
+// Proxy is a http.Handler. Serve puts it on a listener; Run must run beside.
+type Proxy struct {
+	opts     Options
+	log      *slog.Logger
+	cache    *cache.Cache
+	upstream *upstream.Client
+	runtime  RuntimeStore
+	swarm    Swarm
+	auth     *authorizer
+	metrics  *metrics
+	canary   *canaryImage
+
+	background *background
+	resolves   *flights[tagKey, resolved]
+	stats      *flights[blobKey, int64]
+	pageAsks   *flights[pageKey, upstream.Page]
+
+	fresh       *recent[tagKey, resolved]       // tags that need not be asked for yet
+	failed      *recent[blobKey, struct{}]      // ended short; see I4
+	undelivered *recent[blobKey, struct{}]      // of path-encoded clients; see I5
+	deliverable *recent[blobKey, struct{}]      // upstream said it has them
+	learned     *recent[blobKey, struct{}]      // manifests whose children are recorded
+	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
+	canaries    *recent[string, Canary]
+
+	answers atomic.Int64 // headers sent, ever
+
+	mu        sync.Mutex             // guards the maps
+	exchanges map[*exchange]struct{} // under way
+	servers   map[*server]struct{}   // listening
+}
+
+// maxRemembered bounds each of the memories of blobs and tags: some 200 bytes
+// an entry.
+const maxRemembered = 16 << 10
+
+// New starts nothing.
+func New(opts Options) (*Proxy, error) {
+	if opts.Cache == nil || opts.Upstream == nil {
+		return nil, errors.New("proxy: Cache and Upstream are required")
+	}
+	if h := opts.DefaultRegistry; h != "" && !validHost(h) {
+		return nil, fmt.Errorf("proxy: default_registry %q is not host or host:port", h)
+	}
+	opts.setDefaults()
+	canary, err := newCanaryImage()
+	if err != nil {
+		return nil, fmt.Errorf("proxy: %w", err)
+	}
+	m := newMetrics(opts.Registerer)
+	b := newBackground()
+	return &Proxy{
+		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
+		auth: &authorizer{opts.Upstream.Policy, m}, metrics: m, canary: canary,
+		background: b, resolves: newFlights[tagKey, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
+		fresh:       newRecent[tagKey, resolved](maxRemembered),
+		failed:      newRecent[blobKey, struct{}](maxRemembered),
+		undelivered: newRecent[blobKey, struct{}](maxRemembered),
+		deliverable: newRecent[blobKey, struct{}](maxRemembered),
+		learned:     newRecent[blobKey, struct{}](maxRemembered),
+		pages:       newRecent[pageKey, upstream.Page](maxPages),
+		canaries:    newRecent[string, Canary](maxCanaries),
+		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},
+	}, nil
+}
+
+func (o *Options) setDefaults() {
+	for _, d := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{
+		{&o.FirstByteBudget, 5 * time.Second}, {&o.StallTimeout, 20 * time.Second}, {&o.Grace, 20 * time.Second},
+		{&o.Watch.Interval, time.Second}, {&o.Watch.Timeout, 2 * time.Second}, {&o.Watch.Slack, 5 * time.Second},
+	} {
+		if *d.field <= 0 {
+			*d.field = d.value
+		}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+}
+
+// Run watches over the proxy until ctx ends, and returns when its goroutines
+// are gone; ErrWedged if requests stopped being answered. The process should
+// then end, and start anew.
+func (p *Proxy) Run(ctx context.Context) error {
+	defer p.background.stop()
+	return p.watch(ctx)
+}
+
+// ServeHTTP answers one request.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	x := p.newExchange(w, r)
+	p.track(x)
+	defer p.finish(x)
+	if p.opts.Before != nil {
+		p.opts.Before(r)
+	}
+	if err := p.serve(x); err != nil {
+		x.fail(err)
+	}
+	if x.cutShort() && x.sent.Load() == 0 {
+		// Headers alone would cost containerd its tries (RUNTIMES section 0):
+		// better no answer at all, which sends it to the registry.
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// serve is the way of every request: route, authorise, answer.
+func (p *Proxy) serve(x *exchange) error {
+	if x.r.Method != http.MethodGet && x.r.Method != http.MethodHead {
+		return errMethod
+	}
+	rt, err := parseRoute(x.r.URL, p.opts.DefaultRegistry)
+	x.setRoute(rt)
+	if err != nil {
+		return err
+	}
+	if x.route.kind == KindPing {
+		return servePing(x)
+	}
+	if isCanary(&x.route) {
+		return p.serveCanary(x)
+	}
+	if x.target, err = p.auth.authorize(x.r, &x.route); err != nil {
+		return err
+	}
+	switch x.route.kind {
+	case KindManifest:
+		return p.serveManifest(x)
+	case KindBlob:
+		return p.serveBlob(x)
+	case KindTags:
+		return p.serveTags(x)
+	default:
+		return p.serveReferrers(x)
+	}
+}
+
+func servePing(x *exchange) error {
+	x.Header().Set("Content-Type", "application/json")
+	x.Header().Set("Content-Length", "2")
+	x.WriteHeader(http.StatusOK)
+	if x.r.Method == http.MethodHead {
+		return nil
+	}
+	_, err := x.Write([]byte("{}"))
+	return err
+}
+
+func (p *Proxy) track(x *exchange) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.exchanges[x] = struct{}{}
+}
+
+func (p *Proxy) finish(x *exchange) {
+	x.cancel(context.Canceled)
+	p.mu.Lock()
+	delete(p.exchanges, x)
+	p.mu.Unlock()
+	p.metrics.observe(x)
+	e := x.event()
+	if p.opts.Audit != nil {
+		p.opts.Audit(e)
+	}
+	p.log.Debug("request", "kind", e.Kind, "method", e.Method, "registry", e.Registry, "repository", e.Repository, "reference", e.Reference,
+		"source", e.Source, "status", e.Status, "bytes", e.Bytes, "duration", e.Duration, "err", e.Err)
+}
+
+func (x *exchange) event() Event {
+	e := Event{
+		Time: x.start, Kind: x.route.kind, Method: x.r.Method, Registry: x.route.registry, Repository: x.route.repository,
+		Source: string(x.sourceLabel()), Status: x.status, Bytes: x.sent.Load(), Duration: time.Since(x.start),
+		Remote: x.r.RemoteAddr, UserAgent: x.r.UserAgent(), Err: x.err,
+	}
+	if x.route.tag != "" || x.route.digest != "" {
+		e.Reference = x.route.reference()
+	}
+	return e
+}

@@ -1,0 +1,206 @@
+package proxy
+
+import (
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Kind says which endpoint of the distribution API a request names.
+type Kind string
+
+// The endpoints that the proxy answers. The values are label values of
+// larder_requests_total.
+const (
+	KindPing      Kind = "ping"
+	KindManifest  Kind = "manifest"
+	KindBlob      Kind = "blob"
+	KindTags      Kind = "tags"
+	KindReferrers Kind = "referrers"
+	KindOther     Kind = "other" // no endpoint: answered with an error
+)
+
+// route is a request path after the only place where it is parsed. Whatever a
+// route holds is valid: no other code looks at the path again.
+type route struct {
+	kind       Kind
+	registry   string        // as images name it: "docker.io", "reg.example.com:5000"
+	repository string        // without the registry
+	tag        string        // KindManifest by tag
+	digest     digest.Digest // KindManifest by digest, KindBlob, KindReferrers
+	// pathEncoded: the registry came from the path, as CRI-O and podman send
+	// it. Such a client does not go on to upstream once a manifest was answered
+	// (RUNTIMES section 0), so the proxy owes it every blob.
+	pathEncoded bool
+}
+
+// maxName is the longest repository name that clients accept, in bytes.
+const maxName = 255
+
+var (
+	repositoryRE = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$`)
+	tagRE        = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
+	// hostRE admits IP literals too: whether a host may be dialled is decided
+	// where it is dialled, in package upstream.
+	hostRE     = regexp.MustCompile(`^(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?$`)
+	hostPortRE = regexp.MustCompile(`^(.*[a-zA-Z0-9])_([0-9]{1,5})$`)
+)
+
+// parseRoute reads the path and the ns parameter of a pull request. The
+// registry is ns, else a first path segment that is a registry host, else
+// defaultRegistry. Errors are *apiError.
+func parseRoute(u *url.URL, defaultRegistry string) (route, error) {
+	path, err := plainPath(u)
+	if err != nil {
+		return route{kind: KindOther}, err
+	}
+	rest, ok := strings.CutPrefix(path, "/v2")
+	switch {
+	case ok && (rest == "" || rest == "/"):
+		return route{kind: KindPing}, nil
+	case !ok || rest[0] != '/':
+		return route{kind: KindOther}, &apiError{http.StatusNotFound, codeNameUnknown, "the pull API lives under /v2/"}
+	}
+	segments := strings.Split(rest[1:], "/")
+	if len(segments) < 3 {
+		return route{kind: KindOther}, errNoEndpoint
+	}
+	name := segments[:len(segments)-2]
+	verb, ref := segments[len(segments)-2], segments[len(segments)-1]
+	var rt route
+	err = rt.setReference(verb, ref)
+	if err == nil {
+		err = rt.setName(name, u.Query()["ns"], defaultRegistry)
+	}
+	if err != nil {
+		return route{kind: rt.kind}, err // nothing that is not valid
+	}
+	return rt, nil
+}
+
+var errNoEndpoint = &apiError{http.StatusNotFound, codeNameUnknown, "no such endpoint of the distribution API"}
+
+// plainPath undoes the only escape that a valid path can need ("%3A" in a
+// digest or a port) and refuses every other: an encoded slash or dot must not
+// mean one thing here and another upstream.
+func plainPath(u *url.URL) (string, error) {
+	path := u.EscapedPath()
+	if strings.Contains(path, "%") {
+		path = strings.NewReplacer("%3A", ":", "%3a", ":").Replace(path)
+	}
+	if strings.Contains(path, "%") {
+		return "", &apiError{http.StatusBadRequest, codeNameInvalid, "escaped characters in the path"}
+	}
+	return path, nil
+}
+
+func (rt *route) setReference(verb, ref string) error {
+	switch {
+	case verb == "manifests" && strings.Contains(ref, ":"):
+		rt.kind = KindManifest
+		return rt.setDigest(ref)
+	case verb == "manifests":
+		rt.kind, rt.tag = KindManifest, ref
+		if !tagRE.MatchString(ref) {
+			return &apiError{http.StatusNotFound, codeManifestUnknown, "not a valid tag"}
+		}
+		return nil
+	case verb == "blobs":
+		rt.kind = KindBlob
+		return rt.setDigest(ref)
+	case verb == "referrers":
+		rt.kind = KindReferrers
+		return rt.setDigest(ref)
+	case verb == "tags" && ref == "list":
+		rt.kind = KindTags
+		return nil
+	}
+	rt.kind = KindOther
+	return errNoEndpoint
+}
+
+func (rt *route) setDigest(ref string) error {
+	d, err := digest.Parse(ref)
+	if err != nil {
+		return &apiError{http.StatusBadRequest, codeDigestInvalid, "not a valid digest"}
+	}
+	rt.digest = d
+	return nil
+}
+
+func (rt *route) setName(name, ns []string, defaultRegistry string) error {
+	switch {
+	case len(ns) > 1:
+		return &apiError{http.StatusBadRequest, codeNameInvalid, "more than one ns"}
+	case len(ns) == 1 && ns[0] != "":
+		rt.registry = ns[0]
+	case len(name) > 1 && isRegistrySegment(name[0]):
+		rt.registry, rt.pathEncoded = decodeRegistry(name[0]), true
+		name = name[1:]
+	case defaultRegistry != "":
+		rt.registry = defaultRegistry
+	default:
+		return &apiError{http.StatusNotFound, codeNameUnknown,
+			"the request names no registry: add ?ns=<registry>, put the registry first in the path, or set proxy.default_registry"}
+	}
+	rt.registry = canonicalRegistry(rt.registry)
+	rt.repository = strings.Join(name, "/")
+	if len(rt.registry) > maxName || !validHost(rt.registry) {
+		return &apiError{http.StatusBadRequest, codeNameInvalid, "not a valid registry host"}
+	}
+	if len(rt.repository) > maxName || !repositoryRE.MatchString(rt.repository) {
+		return &apiError{http.StatusBadRequest, codeNameInvalid, "not a valid repository name"}
+	}
+	return nil
+}
+
+// isRegistrySegment tells a registry host from the first component of a
+// repository, by the rule of image references plus the port form of
+// decodeRegistry.
+func isRegistrySegment(s string) bool {
+	return strings.ContainsAny(s, ".:") || s == "localhost" || hostPortRE.MatchString(s)
+}
+
+// decodeRegistry turns reg.example.com_5000 into reg.example.com:5000: a colon
+// inside a path makes an image reference unparsable, so mirrors for CRI-O
+// are written with an underscore (RUNTIMES section C).
+func decodeRegistry(s string) string {
+	if m := hostPortRE.FindStringSubmatch(s); m != nil {
+		return m[1] + ":" + m[2]
+	}
+	return s
+}
+
+// canonicalRegistry gives one spelling to the registries that have several.
+func canonicalRegistry(host string) string {
+	host = strings.ToLower(host)
+	switch host {
+	case "index.docker.io", "registry-1.docker.io":
+		return "docker.io"
+	}
+	return host
+}
+
+func validHost(host string) bool {
+	if !hostRE.MatchString(host) {
+		return false
+	}
+	i := strings.LastIndex(host, ":")
+	if i < 0 || strings.HasSuffix(host, "]") {
+		return true
+	}
+	port, err := strconv.Atoi(host[i+1:])
+	return err == nil && port > 0 && port < 1<<16
+}
+
+// reference is the tag or the digest, as upstream is asked for it.
+func (rt *route) reference() string {
+	if rt.tag != "" {
+		return rt.tag
+	}
+	return rt.digest.String()
+}

@@ -1,0 +1,188 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// RuntimeStore is the container runtime's own content store, as a source that
+// costs nothing and is not stored twice.
+type RuntimeStore interface {
+	// Open returns the blob the runtime holds. The error wraps
+	// fs.ErrNotExist when it holds none.
+	Open(d digest.Digest) (RuntimeBlob, error)
+	// Has is Open without opening.
+	Has(d digest.Digest) bool
+}
+
+// RuntimeBlob is one open blob of a RuntimeStore. Its ReadAt never returns the
+// last bytes before the blob's digest has matched.
+type RuntimeBlob interface {
+	ReadAt(p []byte, off int64) (int, error)
+	Close() error
+	Size() int64
+	// File is the blob's file, with an offset of its own, once its digest has
+	// matched; ok is false until then.
+	File() (file *os.File, ok bool)
+}
+
+// Swarm brings what other nodes have, or what the home of a digest may fetch
+// for all of them.
+type Swarm interface {
+	// Fetch fills f. kind tells a manifest from a blob, which registries
+	// serve at different endpoints. An error that is final for upstream too
+	// (see upstream.IsNotFound, IsUnauthorized) ends the fill; after any other
+	// the node asks upstream itself.
+	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
+	// Resolve asks the home of the tag, which collapses and caches.
+	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
+}
+
+// open is the one chain of sources: this cache, the runtime's store, a fill.
+// A committed blob goes first because it is verified and open already.
+func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
+	if !p.cache.Has(d) {
+		if c := p.openRuntime(d); c != nil {
+			return c, nil
+		}
+	}
+	r, err := p.cache.Open(ctx, d, p.fill(t, kind))
+	if errors.Is(err, cache.ErrInvalidDigest) { // an algorithm that the cache does not keep
+		return nil, fmt.Errorf("%w: %w", cache.ErrNoRoom, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return cached{r}, nil
+}
+
+func (p *Proxy) openRuntime(d digest.Digest) content {
+	if p.runtime == nil {
+		return nil
+	}
+	blob, err := p.runtime.Open(d)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			p.log.Debug("runtime's store cannot give a blob", "digest", d, "err", err)
+		}
+		return nil
+	}
+	return held{blob}
+}
+
+// fill is how a missing blob comes: from the swarm, which knows whether this
+// node is the home, and if that fails from upstream.
+func (p *Proxy) fill(t upstream.Target, kind Kind) cache.Source {
+	return cache.SourceFunc(func(ctx context.Context, f *cache.Fill) error {
+		if p.swarm != nil {
+			err := p.swarm.Fetch(ctx, t, kind, f)
+			if err == nil || final(err) || ctx.Err() != nil {
+				return err
+			}
+			p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)
+		}
+		return p.FetchUpstream(ctx, t, kind, f)
+	})
+}
+
+// final errors will not be better from another source.
+func final(err error) bool {
+	return upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
+}
+
+// FetchUpstream fills f from the registry alone: what a home does for the
+// swarm, and every node when there is no swarm.
+func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error {
+	w := f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry})
+	if kind != KindManifest {
+		return p.upstream.Fetch(ctx, t, f.Digest(), w)
+	}
+	desc, body, err := p.upstream.Manifest(ctx, t, f.Digest().String(), acceptAll)
+	if err != nil {
+		return err
+	}
+	if known(desc.MediaType) {
+		p.cache.Meta().SetManifest(f.Digest(), cache.Manifest{MediaType: desc.MediaType})
+	}
+	if err := w.SetSize(int64(len(body))); err != nil {
+		return err
+	}
+	_, err = w.WriteAt(body, 0)
+	return err
+}
+
+// healer finds another place for a blob when the one it came from fails. For
+// clients that name a registry with ns there is one: the registry itself, by
+// the runtime's own hand, once the answer ended. Only a disk without room is
+// worked around here. Path-encoded clients have no second place, so for them
+// the proxy tries again until pathPatience is over.
+type healer struct {
+	p *Proxy
+	x *exchange
+
+	off   int64 // where the last failure was
+	since time.Time
+	tries int
+}
+
+const (
+	// pathPatience is how long a blob of a path-encoded client may make no
+	// progress. Such clients have no timeout for headers, and an error on a
+	// blob fails their pull.
+	pathPatience = 60 * time.Second
+	healBackoff  = time.Second
+)
+
+func (h *healer) next(err error, off int64) (content, error) {
+	if off != h.off || h.since.IsZero() {
+		h.off, h.since, h.tries = off, time.Now(), 0
+	}
+	for h.x.ctx.Err() == nil {
+		var c content
+		switch {
+		case errors.Is(err, cache.ErrNoRoom):
+			c, err = h.pass(off)
+		case h.mayRetry(err):
+			c, err = h.retry()
+		default:
+			return nil, err
+		}
+		if err == nil {
+			return c, nil
+		}
+	}
+	return nil, context.Cause(h.x.ctx)
+}
+
+func (h *healer) mayRetry(err error) bool {
+	return h.x.route.pathEncoded && !final(err) && !errors.Is(err, cache.ErrDigestMismatch) &&
+		time.Since(h.since) < pathPatience
+}
+
+func (h *healer) retry() (content, error) {
+	if err := sleep(h.x.ctx, healBackoff<<min(h.tries, 3)); err != nil {
+		return nil, err
+	}
+	h.tries++
+	return h.p.open(h.x.ctx, h.x.target, h.x.route.digest, KindBlob)
+}
+
+// pass streams past the cache.
+func (h *healer) pass(off int64) (content, error) {
+	h.p.log.Debug("no room, passing through", "digest", h.x.route.digest, "registry", h.x.target.Registry)
+	s, err := openStream(h.x.ctx, h.p.upstream, h.x.target, h.x.route.digest, off)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}

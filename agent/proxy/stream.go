@@ -1,0 +1,205 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+const (
+	// heldTail is how much of the end of a passed-through blob is kept back
+	// until its digest has matched: enough that no runtime can finish a wrong
+	// blob, and little enough memory for many at once.
+	heldTail = 256 << 10
+	// streamRetries is how often in a row a stream is opened again without a
+	// byte of progress.
+	streamRetries = 3
+	streamBackoff = 250 * time.Millisecond
+)
+
+// stream is a blob straight from upstream, kept nowhere: for a node whose disk
+// has no room. Read from 0 to the end it is verified, and its tail held back
+// until then; from anywhere else only the runtime can verify it.
+type stream struct {
+	ctx      context.Context
+	upstream *upstream.Client
+	target   upstream.Target
+	digest   digest.Digest
+	total    int64
+
+	body     io.ReadCloser // nil: to be opened at next
+	next     int64         // offset of the next byte of body
+	verifier digest.Verifier
+	buf      []byte // read and not yet taken; it ends at next
+	room     []byte // backs buf
+}
+
+// openStream asks upstream for the blob from off on.
+func openStream(ctx context.Context, c *upstream.Client, t upstream.Target, d digest.Digest, off int64) (*stream, error) {
+	s := &stream{ctx: ctx, upstream: c, target: t, digest: d}
+	if err := s.reposition(off); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *stream) source() source                        { return sourceUpstream }
+func (s *stream) size() int64                           { return s.total }
+func (s *stream) extent(int64) (*os.File, int64, error) { return nil, 0, nil }
+
+// reposition opens the stream at off and forgets what was hashed, unless off is
+// the start.
+func (s *stream) reposition(off int64) error {
+	s.buf, s.verifier = nil, nil
+	if off == 0 {
+		s.verifier = s.digest.Verifier()
+	}
+	return s.open(off)
+}
+
+func (s *stream) open(off int64) error {
+	s.drop()
+	body, size, err := s.upstream.Blob(s.ctx, s.target, s.digest, off)
+	if err != nil {
+		return err
+	}
+	if s.total != 0 && size != s.total {
+		_ = body.Close()
+		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrSizeMismatch)
+	}
+	s.body, s.next, s.total = body, off, size
+	return nil
+}
+
+// ready reads ahead until a byte at off may be shown.
+func (s *stream) ready(_ context.Context, off int64) error {
+	if len(s.buf) > 0 && off >= s.next-int64(len(s.buf)) && off < s.next {
+		return nil
+	}
+	if len(s.buf) > 0 || off != s.next {
+		if err := s.reposition(off); err != nil {
+			return err
+		}
+	}
+	for failures := 0; len(s.buf) == 0; {
+		err := s.fill()
+		if err == nil {
+			continue
+		}
+		if failures++; failures > streamRetries || !s.mayRetry(err) {
+			return err
+		}
+		if err := sleep(s.ctx, streamBackoff<<failures); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stream) mayRetry(err error) bool {
+	return s.ctx.Err() == nil && !errors.Is(err, cache.ErrDigestMismatch) && !errors.Is(err, cache.ErrSizeMismatch) &&
+		!upstream.IsNotFound(err) && !upstream.IsUnauthorized(err)
+}
+
+// fill reads the next bytes that may be shown: some, or the whole tail once it
+// is verified.
+func (s *stream) fill() error {
+	if s.body == nil {
+		if err := s.open(s.next); err != nil {
+			return err
+		}
+	}
+	if s.verifier == nil {
+		return s.readSome(s.total)
+	}
+	if tail := max(0, s.total-heldTail); s.next < tail {
+		return s.readSome(tail)
+	}
+	return s.readTail()
+}
+
+// readSome reads at least one byte below end.
+func (s *stream) readSome(end int64) error {
+	s.grow(copyBuffer)
+	n, err := s.body.Read(s.room[:min(copyBuffer, end-s.next)])
+	s.take(s.room[:n])
+	if n > 0 {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	s.drop()
+	return fmt.Errorf("stream %s: %w", s.digest, err)
+}
+
+func (s *stream) readTail() error {
+	s.grow(heldTail)
+	tail := s.room[:s.total-s.next]
+	if _, err := io.ReadFull(s.body, tail); err != nil {
+		s.drop() // and read it again from s.next
+		return fmt.Errorf("stream %s: %w", s.digest, err)
+	}
+	s.take(tail)
+	if !s.verifier.Verified() {
+		s.buf = nil
+		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrDigestMismatch)
+	}
+	return nil
+}
+
+func (s *stream) take(p []byte) {
+	if s.verifier != nil {
+		_, _ = s.verifier.Write(p) // a hash never fails
+	}
+	s.buf = p
+	s.next += int64(len(p))
+}
+
+func (s *stream) grow(n int) {
+	if len(s.room) < n {
+		s.room = make([]byte, n)
+	}
+}
+
+func (s *stream) read(p []byte, off int64) (int, error) {
+	if err := s.ready(s.ctx, off); err != nil {
+		return 0, err
+	}
+	start := s.next - int64(len(s.buf))
+	n := copy(p, s.buf[off-start:])
+	s.buf = s.buf[off-start+int64(n):]
+	return n, nil
+}
+
+func (s *stream) drop() {
+	if s.body != nil {
+		_ = s.body.Close() // was only read
+		s.body = nil
+	}
+}
+
+func (s *stream) Close() error {
+	s.drop()
+	return nil
+}
+
+// sleep waits for d or returns why ctx ended.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

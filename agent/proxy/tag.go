@@ -1,0 +1,154 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// tagKey names one of the two answers that a tag can have.
+type tagKey struct {
+	registry, repository, tag string
+	lists                     bool // the client accepts lists
+	// accept is set for a client whose types exclude what the others get.
+	accept string
+}
+
+// resolved is what a tag stands for.
+type resolved struct {
+	desc  ocispec.Descriptor
+	stale bool // last known: upstream could not be asked
+}
+
+// complete says whether a HEAD can be answered without the manifest.
+func (r resolved) complete() bool { return r.desc.Size > 0 && r.desc.MediaType != "" }
+
+const (
+	// resolveTimeout ends a question to upstream that nobody waits for any more.
+	resolveTimeout = 30 * time.Second
+	// notListed marks, in the metadata, the answer for clients that take no
+	// lists. No tag contains a '#'.
+	notListed = "#one"
+)
+
+// resolve finds what a tag stands for: by memory within tag_ttl, else by asking
+// upstream once for all who wait, else, when upstream cannot say, the last that
+// was known. A registry that says no is believed at once.
+func (p *Proxy) resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (resolved, error) {
+	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
+	found, err := p.resolveKey(ctx, t, key, key.accepts())
+	if err != nil || acceptable(accept, found.desc.MediaType) {
+		return found, err
+	}
+	key.accept = strings.Join(accept, ",")
+	found, err = p.resolveKey(ctx, t, key, accept)
+	if err == nil && !acceptable(accept, found.desc.MediaType) {
+		err = errUnacceptable
+	}
+	return found, err
+}
+
+func (k tagKey) accepts() []string {
+	if k.lists {
+		return acceptAll
+	}
+	return acceptOne
+}
+
+func (p *Proxy) resolveKey(ctx context.Context, t upstream.Target, key tagKey, accept []string) (resolved, error) {
+	if found, ok := p.fresh.get(key); ok {
+		return found, nil
+	}
+	// Upstream gets the larger part of the budget; the rest is for the
+	// manifest itself, after a stale answer too.
+	wait, cancel := context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
+	defer cancel()
+	found, err := p.resolves.do(wait, key, func(ctx context.Context) (resolved, error) {
+		return p.ask(ctx, t, key, accept)
+	})
+	if err == nil || ctx.Err() != nil || !(errors.Is(err, errBudget) || mayServeStale(err)) {
+		return found, err
+	}
+	last, ok := p.lastKnown(key)
+	if !ok {
+		return found, err
+	}
+	// Those who come within the next tag_ttl need not wait as well.
+	p.fresh.put(key, last, p.tagTTL(key.registry))
+	return last, nil
+}
+
+// mayServeStale: nobody knows better. A registry that refuses the caller does.
+func mayServeStale(err error) bool {
+	return upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// ask asks upstream, and remembers the answer whoever still waits for it.
+func (p *Proxy) ask(ctx context.Context, t upstream.Target, key tagKey, accept []string) (resolved, error) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	desc, err := p.resolveRemote(ctx, t, key.tag, accept)
+	if err != nil {
+		if upstream.IsNotFound(err) {
+			p.forgetTag(key)
+		}
+		return resolved{}, err
+	}
+	desc.MediaType = bareType(desc.MediaType)
+	if !known(desc.MediaType) {
+		desc.MediaType = "" // the manifest's own bytes say it better
+	}
+	if key.accept == "" {
+		p.cache.Meta().SetTag(key.place(), key.stored(), cache.Tag{Descriptor: desc, Checked: time.Now()})
+	}
+	found := resolved{desc: desc}
+	p.fresh.put(key, found, p.tagTTL(key.registry))
+	return found, nil
+}
+
+func (p *Proxy) resolveRemote(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
+	if p.swarm != nil {
+		desc, err := p.swarm.Resolve(ctx, t, tag, accept)
+		if err == nil || final(err) {
+			return desc, err
+		}
+		p.log.Debug("swarm gave up on a tag", "registry", t.Registry, "repository", t.Repository, "err", err)
+	}
+	return p.upstream.Resolve(ctx, t, tag, accept)
+}
+
+func (p *Proxy) tagTTL(registry string) time.Duration {
+	return p.upstream.Policy(registry).TTL(p.opts.TagTTL)
+}
+
+func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
+	if key.accept != "" {
+		return resolved{}, false
+	}
+	tag, ok := p.cache.Meta().Tag(key.place(), key.stored())
+	return resolved{desc: tag.Descriptor, stale: true}, ok
+}
+
+func (p *Proxy) forgetTag(key tagKey) {
+	p.fresh.forget(key)
+	if key.accept == "" {
+		p.cache.Meta().DeleteTag(key.place(), key.stored())
+	}
+}
+
+func (k tagKey) place() cache.Repository {
+	return cache.Repository{Registry: k.registry, Name: k.repository}
+}
+
+func (k tagKey) stored() string {
+	if k.lists {
+		return k.tag
+	}
+	return k.tag + notListed
+}

@@ -1,0 +1,139 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+)
+
+// Watch says when requests count as unanswered. A runtime that meets a closed
+// port goes to the registry at once; one that meets a silent port may wait for
+// ever (RUNTIMES section 0). So the port must not outlive the answers.
+type Watch struct {
+	Interval time.Duration // between two looks; default 1 s
+	Timeout  time.Duration // of one probe; default 2 s
+	// Slack is how long a request may stay unanswered beyond its own deadline
+	// before its connection is closed; default 5 s.
+	Slack time.Duration
+}
+
+const (
+	// wedgedProbes in a row, with no other answer in between, close the port.
+	wedgedProbes = 2
+	// wedgedRequests that are overdue together do so too: the deadlines that
+	// should have ended them do not work any more.
+	wedgedRequests = 8
+)
+
+// ErrWedged is what Run and Serve return when requests stopped being answered.
+var ErrWedged = errors.New("requests are not being answered any more; the port is closed so that runtimes go to the registry")
+
+// watch looks after all listeners until ctx ends.
+func (p *Proxy) watch(ctx context.Context) error {
+	failures := 0
+	for {
+		if sleep(ctx, p.opts.Watch.Interval) != nil {
+			return nil
+		}
+		before := p.answers.Load()
+		err := p.probe(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil || p.answers.Load() != before:
+			failures = 0
+		default:
+			failures++
+		}
+		if overdue := p.dropOverdue(); failures >= wedgedProbes || overdue >= wedgedRequests {
+			p.log.Error("requests are not being answered, closing the port; pulls go to the registry", "overdue", overdue, "err", err)
+			p.closeServers()
+			return ErrWedged
+		}
+	}
+}
+
+// probe asks each listener for /v2/ as a runtime would.
+func (p *Proxy) probe(ctx context.Context) error {
+	var errs []error
+	for _, addr := range p.addresses() {
+		errs = append(errs, p.probeOne(ctx, addr))
+	}
+	return errors.Join(errs...)
+}
+
+func (p *Proxy) probeOne(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, p.opts.Watch.Timeout)
+	defer cancel()
+	transport := &http.Transport{DisableKeepAlives: true} // and no proxy: this is loopback
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/v2/", nil)
+	if err != nil {
+		return fmt.Errorf("probe %s: %w", addr, err)
+	}
+	req.Header.Set("User-Agent", "larder-watchdog")
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("probe %s: %w", addr, err)
+	}
+	if err := resp.Body.Close(); err != nil {
+		return fmt.Errorf("probe %s: %w", addr, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("probe %s: status %d", addr, resp.StatusCode)
+	}
+	return nil
+}
+
+// dropOverdue hangs up on requests whose own deadline did not end them, and
+// counts them.
+func (p *Proxy) dropOverdue() int {
+	overdue := 0
+	for _, x := range p.underWay() {
+		if x.answered.Load() || time.Since(x.start) < p.longestWait(x)+p.opts.Watch.Slack {
+			continue
+		}
+		overdue++
+		if x.hungUp.Swap(true) {
+			continue
+		}
+		p.log.Warn("a request was not answered by its deadline, hanging up", "duration", time.Since(x.start))
+		x.hangUp()
+	}
+	return overdue
+}
+
+func (p *Proxy) longestWait(x *exchange) time.Duration {
+	x.mu.Lock()
+	pathEncoded := x.shown.pathEncoded
+	x.mu.Unlock()
+	if pathEncoded {
+		return max(p.opts.FirstByteBudget, pathPatience)
+	}
+	return p.opts.FirstByteBudget
+}
+
+// addresses are where the listeners can be reached from here.
+func (p *Proxy) addresses() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []string
+	for s := range p.servers {
+		if addr, ok := s.listener.Addr().(*net.TCPAddr); ok {
+			out = append(out, loopback(addr))
+		}
+	}
+	return out
+}
+
+func loopback(addr *net.TCPAddr) string {
+	if !addr.IP.IsUnspecified() {
+		return addr.String()
+	}
+	if addr.IP.To4() != nil {
+		return fmt.Sprintf("127.0.0.1:%d", addr.Port)
+	}
+	return fmt.Sprintf("[::1]:%d", addr.Port)
+}
