@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .PHONY: help
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build bin/larder
@@ -51,3 +51,8 @@ fuzz: ## Run each fuzz target for FUZZTIME (20s)
 			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$(dirname $$file); \
 		done; \
 	done
+
+.PHONY: bench-storm
+bench-storm: build ## Pull storms on shaped links in network namespaces (root)
+	@tools=$$(test/tools/install.sh runtimes); $(GO) build -o bin/storm ./test/storm; \
+	bin/storm -larder bin/larder -registry $$tools/registry $(STORM_FLAGS)
