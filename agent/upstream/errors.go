@@ -3,6 +3,8 @@ package upstream
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
@@ -119,4 +121,20 @@ func redactURL(s string) string {
 }
 
 // hint says what an operator can do, if anything.
-func (e *Error) hint() string { return "" }
+func (e *Error) hint() string {
+	var unknown x509.UnknownAuthorityError
+	var wrongName x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var plain tls.RecordHeaderError
+	switch {
+	case errors.As(e.Err, &unknown):
+		return fmt.Sprintf("set ca_file for registry %q", e.Registry)
+	case errors.As(e.Err, &wrongName):
+		return fmt.Sprintf("name %s in upstreams of registry %q as its certificate does", e.Endpoint, e.Registry)
+	case errors.As(e.Err, &invalid) && invalid.Reason == x509.Expired:
+		return "renew the certificate, or check this node's clock"
+	case errors.As(e.Err, &plain), e.Err != nil && strings.Contains(e.Err.Error(), "server gave HTTP response to HTTPS client"):
+		return fmt.Sprintf("it speaks plain HTTP: write http://%s in upstreams of registry %q if that is meant", e.Endpoint, e.Registry)
+	}
+	return ""
+}

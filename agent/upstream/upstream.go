@@ -7,15 +7,21 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
-	"io"
+	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
+	"net"
+	"net/url"
+	"slices"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/http/httpproxy"
+	"golang.org/x/time/rate"
 )
 
 // Target is what a request is about and on whose behalf it is made.
@@ -41,6 +47,9 @@ type Config struct {
 	// AuthConfig for none. It is asked before each token exchange, so it should
 	// cache. nil = anonymous.
 	Credentials func(context.Context, Target) (authn.AuthConfig, error)
+
+	proxy    *httpproxy.Config // forward proxies; nil = from the environment
+	resolver *net.Resolver     // nil = the system's
 }
 
 // Sink takes the bytes of one blob; *cache.Writer is one. All methods may be
@@ -80,7 +89,7 @@ type Health struct {
 	Latency     time.Duration `json:"latency_ns"`           // to headers, moving average
 	RateLimit   *RateLimit    `json:"rate_limit,omitempty"` // what Docker Hub says is left
 	Ranges      string        `json:"ranges"`               // unknown, yes, no
-	Streams     int           `json:"connections"`          // requests under way
+	Connections int           `json:"connections"`          // requests under way
 }
 
 // RateLimit is what a registry said of its pull limit.
@@ -91,62 +100,138 @@ type RateLimit struct {
 }
 
 // Client is safe for concurrent use. It starts no goroutine that outlives a call.
-type Client struct{ cfg Config }
+type Client struct {
+	cfg        Config
+	log        *slog.Logger
+	metrics    *metrics
+	configured map[string]*registry // by canonical host; fixed at New
+	others     *lru[string, *registry]
+	sessions   *lru[sessionKey, *session]
+	limiter    *rate.Limiter // nil = no limit
+	proxyFunc  func(*url.URL) (*url.URL, error)
+	proxies    map[string]bool
+	resolver   *net.Resolver // nil = the system's
+}
 
-// New checks cfg and opens no connection.
-func New(cfg Config) (*Client, error) { return &Client{cfg}, nil }
+// maxOthers bounds the registries that clients name without configuration.
+const maxOthers = 64
+
+// New checks cfg, all problems at once, and opens no connection and no file:
+// a certificate file that is missing fails requests to its registry alone,
+// until it is there.
+func New(cfg Config) (*Client, error) {
+	cfg.StreamsPerBlob = cmp.Or(cfg.StreamsPerBlob, 4)
+	cfg.FirstByte = cmp.Or(cfg.FirstByte, 10*time.Second)
+	cfg.Stall = cmp.Or(cfg.Stall, 15*time.Second)
+	cfg.UserAgent = cmp.Or(cfg.UserAgent, "larder")
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.proxy == nil {
+		cfg.proxy = httpproxy.FromEnvironment()
+	}
+	c := &Client{
+		cfg: cfg, log: cfg.Logger, resolver: cfg.resolver,
+		configured: map[string]*registry{},
+		others:     newLRU[string, *registry](maxOthers),
+		sessions:   newLRU[sessionKey, *session](maxSessions),
+		proxyFunc:  cfg.proxy.ProxyFunc(), proxies: proxyAddresses(cfg.proxy),
+	}
+	if cfg.MaxBytesPerSecond > 0 {
+		c.limiter = rate.NewLimiter(rate.Limit(cfg.MaxBytesPerSecond), burst)
+	}
+	if err := c.configure(); err != nil {
+		return nil, err
+	}
+	var err error
+	c.metrics, err = newMetrics(cfg.Registerer)
+	return c, err
+}
+
+func (c *Client) configure() error {
+	var problems []error
+	for _, r := range c.cfg.Registries {
+		if err := r.Validate(); err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		r.Host = canonical(r.Host)
+		if c.configured[r.Host] != nil {
+			problems = append(problems, fmt.Errorf("registry %q: configured twice", r.Host))
+			continue
+		}
+		reg, err := c.newRegistry(r, true)
+		problems = append(problems, err)
+		c.configured[r.Host] = reg
+	}
+	return errors.Join(problems...)
+}
 
 // Close drops idle connections. Calls under way go on.
-func (c *Client) Close() error { return nil }
-
-func (t Target) unsupported(op string) error {
-	return &Error{Registry: t.Registry, Repository: t.Repository, Op: op, Err: ErrNoContact}
+func (c *Client) Close() error {
+	for _, reg := range c.registries() {
+		reg.closeIdle()
+	}
+	return nil
 }
 
-// Resolve finds what ref (a tag or digest) stands for.
-func (c *Client) Resolve(ctx context.Context, t Target, ref string, accept []string) (ocispec.Descriptor, error) {
-	return ocispec.Descriptor{}, t.unsupported("resolve")
-}
-
-// Manifest reads a manifest of at most 4 MiB, its digest verified.
-func (c *Client) Manifest(ctx context.Context, t Target, ref string, accept []string) (ocispec.Descriptor, []byte, error) {
-	return ocispec.Descriptor{}, nil, t.unsupported("manifest")
-}
-
-// Stat tells the size of a blob.
-func (c *Client) Stat(ctx context.Context, t Target, d digest.Digest) (int64, error) {
-	return 0, t.unsupported("stat")
-}
-
-// Fetch writes what s misses of a blob and returns when nothing is missing.
-func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) error {
-	return t.unsupported("fetch")
-}
-
-// Blob streams a blob from off on. The caller closes body; ctx reaches to its end.
-func (c *Client) Blob(ctx context.Context, t Target, d digest.Digest, off int64) (body io.ReadCloser, size int64, err error) {
-	return nil, 0, t.unsupported("blob")
-}
-
-// Tags reads one page of tags: at most n (0 = the registry's choice) after last.
-func (c *Client) Tags(ctx context.Context, t Target, n int, last string) (Page, error) {
-	return Page{}, t.unsupported("tags")
-}
-
-// Referrers reads one page of what refers to d. query holds artifactType and
-// whatever a former page's Next named. A registry without the API is a not-found error.
-func (c *Client) Referrers(ctx context.Context, t Target, d digest.Digest, query string) (Page, error) {
-	return Page{}, t.unsupported("referrers")
-}
-
-// Challenge asks upstream for ref without any credential and returns the
-// WWW-Authenticate headers of its 401, none if it answers anonymous callers.
-func (c *Client) Challenge(ctx context.Context, t Target, ref string) ([]string, error) {
-	return nil, t.unsupported("challenge")
+// registries lists the configured ones by name, then the others by last use.
+func (c *Client) registries() []*registry {
+	var list []*registry
+	for _, host := range slices.Sorted(maps.Keys(c.configured)) {
+		list = append(list, c.configured[host])
+	}
+	return append(list, c.others.values()...)
 }
 
 // Policy is the [[registry]] table of host, or the defaults.
-func (c *Client) Policy(host string) Registry { return Registry{Host: host} }
+func (c *Client) Policy(host string) Registry {
+	if reg, ok := c.configured[canonical(host)]; ok {
+		return reg.Registry
+	}
+	return Registry{Host: canonical(host)}
+}
 
 // Health lists every endpoint that is configured or was used.
-func (c *Client) Health() []Health { return nil }
+func (c *Client) Health() []Health {
+	var list []Health
+	for _, reg := range c.registries() {
+		for _, ep := range reg.endpoints {
+			list = append(list, ep.health(time.Now()))
+		}
+	}
+	return list
+}
+
+func (ep *endpoint) health(now time.Time) Health {
+	failures, until := ep.breaker.state()
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	h := Health{
+		Registry: ep.reg.Host, Endpoint: ep.addr.scheme + "://" + ep.addr.host + ep.addr.base,
+		Failures: failures, LastError: ep.lastErr, LastErrorAt: ep.lastErrAt, LastOKAt: ep.lastOKAt,
+		Latency: ep.latency, RateLimit: ep.limit, Connections: int(ep.active.Load()),
+		Ranges: [...]string{"unknown", "yes", "no"}[ep.ranges.Load()],
+	}
+	var paused time.Time
+	for _, t := range ep.pauses {
+		if t.After(now) && t.After(paused) {
+			paused = t
+		}
+	}
+	switch {
+	case !ep.reg.Contact():
+		h.State = "no-contact"
+	case !until.IsZero():
+		h.State, h.RetryAt = "open", until
+	case !paused.IsZero():
+		h.State, h.RetryAt = "paused", paused
+	case failures > 0:
+		h.State = "failing"
+	case h.LastOKAt.IsZero():
+		h.State = "unused"
+	default:
+		h.State = "ok"
+	}
+	return h
+}

@@ -1,0 +1,296 @@
+package upstream
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+)
+
+// session is what we know of authenticating to one repository of one endpoint
+// with one credential. Forwarded credentials have none: they are sent as they are.
+type session struct {
+	ep         *endpoint
+	repository string // with the endpoint's prefix, as token scopes name it
+	credential authn.AuthConfig
+	gate       chan struct{} // one place: whoever holds it talks to the token service
+
+	mu      sync.Mutex // guards all below
+	token   string
+	refresh string    // given by the token service; better than the password
+	expires time.Time // a little early, so that no request carries a dying token
+	raw     []string  // WWW-Authenticate of a 401 to a request without credential
+}
+
+type sessionKey struct {
+	ep         *endpoint
+	repository string
+	credential string // fingerprint
+}
+
+const maxSessions = 1024
+
+// session finds or makes the session of t at ep. The credential is asked for
+// each time: it may have changed, and then it is another session.
+func (c *Client) session(ctx context.Context, ep *endpoint, t Target) (*session, sessionKey, error) {
+	var cred authn.AuthConfig
+	if c.cfg.Credentials != nil && ep.trustedWith() {
+		var err error
+		if cred, err = c.cfg.Credentials(ctx, t); err != nil {
+			return nil, sessionKey{}, fmt.Errorf("find credential: %w", err)
+		}
+	}
+	key := sessionKey{ep, t.Repository, fingerprint(cred)}
+	s, _, _ := c.sessions.get(key, func() *session {
+		return &session{ep: ep, repository: ep.addr.prefix + t.Repository, credential: cred, gate: make(chan struct{}, 1)}
+	})
+	return s, key, nil
+}
+
+// fingerprint tells credentials apart without keeping them in a key.
+func fingerprint(a authn.AuthConfig) string {
+	if a == (authn.AuthConfig{}) {
+		return ""
+	}
+	h := sha256.New()
+	for _, part := range []string{a.Username, a.Password, a.Auth, a.IdentityToken, a.RegistryToken} {
+		fmt.Fprintf(h, "%d:%s", len(part), part)
+	}
+	return string(h.Sum(nil))
+}
+
+// header is the Authorization for the next request, "" for none. Once the
+// endpoint has shown how it challenges, the token is fetched beforehand
+// instead of provoking a 401 for each repository.
+func (s *session) header(ctx context.Context) (string, error) {
+	if s.credential.RegistryToken != "" {
+		return "Bearer " + s.credential.RegistryToken, nil
+	}
+	if token, ok := s.current(); ok {
+		return "Bearer " + token, nil
+	}
+	s.ep.mu.Lock()
+	ch := s.ep.challenge
+	s.ep.mu.Unlock()
+	switch ch.scheme {
+	case "bearer":
+		return s.exchange(ctx, ch, "")
+	case "basic":
+		return s.basic(), nil
+	}
+	return "", nil
+}
+
+func (s *session) current() (token string, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.token, s.token != "" && time.Now().Before(s.expires)
+}
+
+func (s *session) basic() string {
+	if s.credential.Username != "" {
+		return "Basic " + base64.StdEncoding.EncodeToString([]byte(s.credential.Username+":"+s.credential.Password))
+	}
+	if s.credential.Auth != "" {
+		return "Basic " + s.credential.Auth
+	}
+	return ""
+}
+
+// answer turns a 401 to a request that carried sent into the Authorization
+// for one more try; "" means that there is none.
+func (s *session) answer(ctx context.Context, headers []string, sent string) (string, error) {
+	challenges := parseChallenges(headers)
+	if sent == "" {
+		s.mu.Lock()
+		s.raw = headers
+		s.mu.Unlock()
+	}
+	for _, ch := range challenges {
+		if ch.scheme == "basic" {
+			if basic := s.basic(); basic != "" && basic != sent {
+				s.ep.learn(ch)
+				return basic, nil
+			}
+		}
+		if ch.scheme == "bearer" && s.credential.RegistryToken == "" {
+			s.ep.learn(ch)
+			return s.exchange(ctx, ch, sent)
+		}
+	}
+	return "", nil
+}
+
+// learn keeps how the endpoint challenges, for its other repositories.
+func (ep *endpoint) learn(ch challenge) {
+	kept := challenge{scheme: ch.scheme, params: map[string]string{}}
+	for _, key := range []string{"realm", "service"} {
+		if v, ok := ch.params[key]; ok {
+			kept.params[key] = v
+		}
+	}
+	ep.mu.Lock()
+	ep.challenge = kept
+	ep.mu.Unlock()
+}
+
+// pristine is the challenge as an unauthenticated client would have got it.
+func (s *session) pristine(headers []string) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.raw) > 0 {
+		return s.raw
+	}
+	return headers
+}
+
+// exchange gets a token. stale is the Authorization that was just refused:
+// whoever comes late finds a newer token and uses that. A caller that gives up
+// while it holds the gate leaves the exchange to the next in line.
+func (s *session) exchange(ctx context.Context, ch challenge, stale string) (string, error) {
+	select {
+	case s.gate <- struct{}{}:
+		defer func() { <-s.gate }()
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	if token, ok := s.current(); ok && "Bearer "+token != stale {
+		return "Bearer " + token, nil
+	}
+	realm, err := url.Parse(ch.params["realm"])
+	if err != nil {
+		return "", fmt.Errorf("%w: token realm is no URL", ErrBadAnswer)
+	}
+	if err := s.ep.checkRealm(realm); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
+	defer cancel()
+	token, err := s.fetchToken(ctx, realm, ch)
+	if err != nil && s.dropRefresh() { // it may have expired; the credential has not
+		token, err = s.fetchToken(ctx, realm, ch)
+	}
+	if err != nil {
+		return "", s.tokenError(realm, err)
+	}
+	return "Bearer " + s.keep(token), nil
+}
+
+// fetchToken speaks to the token service through go-containerregistry's
+// transport, which knows the dialects (Basic, refresh tokens, OAuth's POST).
+// It is told the realm's host for the registry's: that is the one address its
+// own check lets pass, and checkRealm and the dialer have already decided.
+func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge) (*transport.Token, error) {
+	opts := []name.Option{}
+	if realm.Scheme == "http" {
+		opts = append(opts, name.Insecure)
+	}
+	reg, err := name.NewRegistry(realm.Host, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("%w: token realm: %w", ErrBadAnswer, err)
+	}
+	auth := authn.Anonymous
+	if s.credential != (authn.AuthConfig{}) {
+		cred := s.credential
+		s.mu.Lock()
+		cred.IdentityToken = cmp.Or(s.refresh, cred.IdentityToken)
+		s.mu.Unlock()
+		auth = authn.FromConfig(cred)
+	}
+	scopes := []string{"repository:" + s.repository + ":pull"}
+	if own := ch.params["scope"]; own != "" && own != scopes[0] {
+		scopes = append([]string{own}, scopes...)
+	}
+	return transport.Exchange(ctx, reg, auth, tokenTripper{s.ep}, scopes, &transport.Challenge{
+		Scheme: "bearer", Parameters: ch.params, Insecure: realm.Scheme == "http",
+	})
+}
+
+// tokenTripper carries the requests of a token exchange: same checks, timeouts
+// and counters as all others.
+type tokenTripper struct{ ep *endpoint }
+
+func (t tokenTripper) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := t.ep.checkRealm(req.URL); err != nil { // a realm may redirect
+		return nil, err
+	}
+	req = req.Clone(req.Context())
+	req.Header.Set("User-Agent", t.ep.c.cfg.UserAgent)
+	resp, err := t.ep.exchange(req.Context(), req, kindToken, t.ep.c.cfg.FirstByte)
+	if err != nil {
+		return nil, err
+	}
+	// Read here, under a bound in time and size, so that nobody waits on a
+	// token service that drips.
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxToken))
+	if err != nil {
+		return nil, fmt.Errorf("read token: %w", err)
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	return resp, nil
+}
+
+// maxToken is go-containerregistry's own bound.
+const maxToken = 64 << 10
+
+const (
+	tokenLife = 60 * time.Second // the token specification's default
+	// tokenMargin before its end a token is no longer used.
+	tokenMargin = 20 * time.Second
+)
+
+func (s *session) keep(t *transport.Token) string {
+	life := time.Duration(min(max(t.ExpiresIn, 0), 24*3600)) * time.Second
+	if life == 0 {
+		life = tokenLife
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.token = cmp.Or(t.AccessToken, t.Token)
+	s.refresh = cmp.Or(t.RefreshToken, s.refresh)
+	s.expires = time.Now().Add(life - min(life/4, tokenMargin))
+	return s.token
+}
+
+func (s *session) dropRefresh() (had bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	had, s.refresh = s.refresh != "", ""
+	return had
+}
+
+// tokenError says what a failed exchange means for the request behind it: a
+// token service that refuses is a registry that refuses. Its words are
+// dropped: they may repeat what was sent, or hold half a token.
+func (s *session) tokenError(realm *url.URL, err error) error {
+	if te, ok := errors.AsType[*transport.Error](err); ok {
+		e := &Error{Op: "token", Endpoint: realm.Host, Status: te.StatusCode}
+		if te.StatusCode >= 400 && !temporary(te.StatusCode) {
+			e.Status, e.Challenge = http.StatusUnauthorized, s.pristine(nil)
+			e.Err = fmt.Errorf("the token service answered %d", te.StatusCode)
+		}
+		return e
+	}
+	_, syntax := errors.AsType[*json.SyntaxError](err)
+	if net, ok := errors.AsType[*url.Error](err); ok && !syntax {
+		return &Error{Op: "token", Endpoint: realm.Host, Err: net.Err}
+	}
+	if errors.Is(err, ErrRefused) || errors.Is(err, ErrBadAnswer) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	return &Error{Op: "token", Endpoint: realm.Host, Err: fmt.Errorf("%w: the token service gave no token", ErrBadAnswer)}
+}

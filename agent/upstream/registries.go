@@ -1,0 +1,324 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
+)
+
+// registry is a Registry with what its requests share.
+type registry struct {
+	Registry
+	c          *Client
+	label      string // for metrics: the configured host, or "other"
+	configured bool
+	endpoints  []*endpoint
+	slots      *semaphore.Weighted // all requests
+	bulk       *semaphore.Weighted // blob bodies: fewer, so that manifests always find a slot
+	limiter    *rate.Limiter       // nil = no limit
+}
+
+// endpoint is one upstream of a registry.
+type endpoint struct {
+	c          *Client
+	reg        *registry
+	addr       address
+	configured bool // by an operator, who may name inside addresses
+	last       bool // has the last word
+	breaker    breaker
+	reach      atomic.Int32 // reach it was last dialled at
+	ranges     atomic.Int32 // rangesUnknown, rangesYes, rangesNo
+	active     atomic.Int32 // requests under way
+
+	mu         sync.Mutex // guards all below
+	transports *transports
+	challenge  challenge // the last one it sent, without scope
+	pauses     map[pauseKey]time.Time
+	lastErr    string
+	lastErrAt  time.Time
+	lastOKAt   time.Time
+	latency    time.Duration // to headers, moving average
+	limit      *RateLimit
+}
+
+const (
+	rangesUnknown int32 = iota
+	rangesYes
+	rangesNo
+)
+
+// pauseKey: a registry throttles manifests and blobs apart, and each account
+// (session key's credential) apart.
+type pauseKey struct {
+	bulk       bool
+	credential string
+}
+
+// Docker Hub goes by several names, and none of them is where its API lives.
+var hubNames = []string{"docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
+
+const (
+	hubName = "docker.io"
+	hubURL  = "https://registry-1.docker.io"
+)
+
+// canonical is the one spelling of a registry's host.
+func canonical(host string) string {
+	host = strings.ToLower(host)
+	if slices.Contains(hubNames, host) {
+		return hubName
+	}
+	return host
+}
+
+// connections is max_connections with its default.
+func (r Registry) connections() int {
+	if r.MaxConnections == 0 {
+		return defaultMaxConnections
+	}
+	return r.MaxConnections
+}
+
+// bulkShare leaves a quarter of the connections to everything but blobs. With
+// one connection there is nothing to share: the blob gets it, and small
+// requests may open one more.
+func bulkShare(connections int) (slots, bulk int64) {
+	if connections == 1 {
+		return 2, 1
+	}
+	n := int64(connections)
+	return n, n - max(1, n/4)
+}
+
+// burst of the byte-rate limiters: what one read may take at once.
+const burst = 256 << 10
+
+func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
+	slots, bulk := bulkShare(r.connections())
+	reg := &registry{
+		Registry: r, c: c, label: "other", configured: configured,
+		slots: semaphore.NewWeighted(slots), bulk: semaphore.NewWeighted(bulk),
+	}
+	if configured {
+		reg.label = r.Host
+	}
+	if r.MaxBytesPerSecond > 0 {
+		reg.limiter = rate.NewLimiter(rate.Limit(r.MaxBytesPerSecond), burst)
+	}
+	upstreams := r.Upstreams
+	if len(upstreams) == 0 {
+		upstreams = []string{"https://" + r.Host}
+		if r.Host == hubName {
+			upstreams = []string{hubURL}
+		}
+	}
+	for i, u := range upstreams {
+		addr, err := parseEndpoint(u)
+		if err != nil {
+			return nil, fmt.Errorf("registry %q: %w", r.Host, err)
+		}
+		reg.endpoints = append(reg.endpoints, &endpoint{
+			c: c, reg: reg, addr: addr, configured: configured, last: i == len(upstreams)-1,
+		})
+	}
+	return reg, nil
+}
+
+// lookup finds the registry of an image name; one that nobody configured is
+// https on its own host, and remembered among few.
+func (c *Client) lookup(host string) (*registry, error) {
+	host = canonical(host)
+	if reg, ok := c.configured[host]; ok {
+		return reg, nil
+	}
+	if err := validHost(host); err != nil {
+		return nil, fmt.Errorf("%w: registry %w", ErrRefused, err)
+	}
+	made, err := c.newRegistry(Registry{Host: host}, false)
+	if err != nil {
+		return nil, err
+	}
+	reg, dropped, full := c.others.get(host, func() *registry { return made })
+	if full {
+		dropped.closeIdle()
+	}
+	return reg, nil
+}
+
+func (r *registry) closeIdle() {
+	for _, ep := range r.endpoints {
+		ep.mu.Lock()
+		t := ep.transports
+		ep.mu.Unlock()
+		t.close()
+	}
+}
+
+func (ep *endpoint) hostname() string {
+	host, _, err := net.SplitHostPort(ep.addr.host)
+	if err != nil {
+		host = ep.addr.host
+	}
+	return strings.Trim(host, "[]")
+}
+
+func (ep *endpoint) ruling(foreign bool) ruling {
+	return ruling{ep: ep, foreign: foreign, proxies: ep.c.proxies}
+}
+
+// mirrors says whether this endpoint stands in for another registry, and so
+// needs to be told (?ns=) which one is meant.
+func (ep *endpoint) mirrors() bool {
+	return ep.reg.Host != "" && canonical(ep.addr.host) != canonical(ep.reg.Host)
+}
+
+// trustedWith says whether a client's own credential, which is meant for the
+// registry, may go to this endpoint: the one with the last word, and those of
+// its registrable domain. Others would learn a credential that is not theirs
+// and might answer what the registry itself would refuse.
+func (ep *endpoint) trustedWith() bool {
+	final := ep.reg.endpoints[len(ep.reg.endpoints)-1]
+	return ep.last || strings.EqualFold(ep.hostname(), final.hostname()) || sameSite(ep.hostname(), final.hostname())
+}
+
+// order lists the endpoints to ask: as configured, those that are known to be
+// down last, so that they are asked when nothing else answers.
+func (r *registry) order(t Target) []*endpoint {
+	var up, down []*endpoint
+	for _, ep := range r.endpoints {
+		if t.Authorization != "" && !ep.trustedWith() {
+			continue
+		}
+		if _, until := ep.breaker.state(); until.IsZero() {
+			up = append(up, ep)
+		} else {
+			down = append(down, ep)
+		}
+	}
+	return append(up, down...)
+}
+
+// pausedFor is how long the registry asked requests of this kind to stay away.
+func (ep *endpoint) pausedFor(k pauseKey, now time.Time) time.Duration {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	until, ok := ep.pauses[k]
+	if !ok {
+		return 0
+	}
+	if !now.Before(until) {
+		delete(ep.pauses, k)
+		return 0
+	}
+	return until.Sub(now)
+}
+
+const (
+	// pauseDefault follows a 429 without Retry-After.
+	pauseDefault = 2 * time.Second
+	// pauseMax: Docker Hub's window is hours; it is worth a look every minute.
+	pauseMax  = time.Minute
+	maxPauses = 64
+)
+
+func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
+	if d <= 0 {
+		d = pauseDefault
+	}
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if ep.pauses == nil || len(ep.pauses) >= maxPauses {
+		ep.pauses = map[pauseKey]time.Time{}
+	}
+	ep.pauses[k] = now.Add(min(d, pauseMax))
+}
+
+// noteAnswer keeps what `larder status` shows of an answered request.
+func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	ep.lastOKAt = now
+	if ep.latency == 0 {
+		ep.latency = took
+	}
+	ep.latency += (took - ep.latency) / 8
+}
+
+func (ep *endpoint) noteError(err error, now time.Time) {
+	text := err.Error() // an *Error: redacted
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	ep.lastErr, ep.lastErrAt = text, now
+}
+
+// enter waits for a slot and asks breaker and pauses. leave must follow once.
+// A spare request (one more stream of a blob) does not wait for a slot.
+func (ep *endpoint) enter(ctx context.Context, q request, credential string) (leave func(outcome), err error) {
+	if !ep.reg.Contact() {
+		return nil, &Error{Err: ErrNoContact}
+	}
+	if wait := ep.pausedFor(pauseKey{q.bulk, credential}, time.Now()); wait > 0 {
+		return nil, &Error{Status: 429, RetryAfter: wait, Err: errors.New("waiting as the registry asked")}
+	}
+	if _, until := ep.breaker.state(); time.Now().Before(until) {
+		return nil, &Error{RetryAfter: time.Until(until), Err: ErrCircuitOpen}
+	}
+	release, err := ep.reg.acquire(ctx, q.bulk, q.spare)
+	if err != nil {
+		return nil, err
+	}
+	if wait, ok := ep.breaker.allow(time.Now()); !ok {
+		release()
+		return nil, &Error{RetryAfter: wait, Err: ErrCircuitOpen}
+	}
+	ep.active.Add(1)
+	var once sync.Once
+	return func(o outcome) {
+		once.Do(func() {
+			ep.active.Add(-1)
+			ep.breaker.done(o, time.Now())
+			release()
+		})
+	}, nil
+}
+
+var errBusy = errors.New("all connections to the registry are in use")
+
+func (r *registry) acquire(ctx context.Context, bulk, spare bool) (release func(), err error) {
+	if spare {
+		if !r.bulk.TryAcquire(1) {
+			return nil, errBusy
+		}
+		if !r.slots.TryAcquire(1) {
+			r.bulk.Release(1)
+			return nil, errBusy
+		}
+		return func() { r.slots.Release(1); r.bulk.Release(1) }, nil
+	}
+	if bulk {
+		if err := r.bulk.Acquire(ctx, 1); err != nil {
+			return nil, err
+		}
+	}
+	if err := r.slots.Acquire(ctx, 1); err != nil {
+		if bulk {
+			r.bulk.Release(1)
+		}
+		return nil, err
+	}
+	return func() {
+		r.slots.Release(1)
+		if bulk {
+			r.bulk.Release(1)
+		}
+	}, nil
+}
