@@ -340,27 +340,33 @@ func (ep *endpoint) throttle(ctx context.Context, n int) error {
 	return nil
 }
 
-// settled reports to the endpoint's breaker how a body ended: to its end or
-// closed early is good, broken off is not.
+// settled reports to the endpoint's breaker how a body ended: to its end,
+// closed early or with some progress is good, broken off before is not.
 type settled struct {
 	io.ReadCloser
 	ep    *endpoint
 	leave func(outcome)
 	wrap  func(error) error
+	read  int64
 }
 
 func (b *settled) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
+	b.read += int64(n)
 	if err == nil || err == io.EOF {
 		return n, err
 	}
 	err = b.wrap(err)
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
 		b.leave(neutral)
-	} else {
-		b.ep.noteError(err, time.Now())
+		return n, err
+	case b.read >= minProgress:
+		b.leave(good)
+	default:
 		b.leave(failed)
 	}
+	b.ep.noteError(err, time.Now())
 	return n, err
 }
 
