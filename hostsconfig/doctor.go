@@ -1,6 +1,24 @@
 package hostsconfig
 
-import "io/fs"
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
 
 // Severity orders findings.
 type Severity string
@@ -58,5 +76,189 @@ type DoctorOptions struct {
 
 // Diagnose is the static half of `larder doctor`: it says why a runtime would
 // not use the mirror, and the fix. It is a pure function of the file tree and
-// the facts; only a canary pull that the proxy sees proves the opposite.
-func Diagnose(opts DoctorOptions) []Finding { return nil }
+// the facts; only a canary pull that the proxy sees proves the opposite. The
+// worst findings come first.
+func Diagnose(opts DoctorOptions) []Finding {
+	d := &doctor{opts: opts, node: node{opts.FS}}
+	addr, err := proxyAddr(opts.ProxyAddr)
+	if err != nil {
+		d.add(Finding{ID: "proxy-address", Severity: Broken, What: err.Error(), Fix: `proxy.listen = "127.0.0.1:5050"`})
+		return d.findings
+	}
+	d.proxy = addr
+	d.checkPort()
+	if opts.Containerd != "" {
+		d.checkContainerd()
+	}
+	if opts.CRIO != "" {
+		d.checkCRIO()
+	}
+	if opts.Containerd == "" && opts.CRIO == "" {
+		d.add(Finding{
+			ID: "nothing-managed", Severity: Broken,
+			What: "Neither hosts.containerd nor hosts.crio is set, so no runtime is pointed at the proxy.",
+			Fix:  "[hosts]\ncontainerd = \"/etc/containerd/certs.d\"",
+		})
+	}
+	slices.SortStableFunc(d.findings, func(a, b Finding) int { return rank(a.Severity) - rank(b.Severity) })
+	return d.findings
+}
+
+func rank(s Severity) int { return slices.Index([]Severity{Broken, Degraded, Note}, s) }
+
+type doctor struct {
+	opts     DoctorOptions
+	node     node
+	proxy    netip.AddrPort
+	findings []Finding
+}
+
+func (d *doctor) add(f Finding) { d.findings = append(d.findings, f) }
+
+func (d *doctor) checkPort() {
+	if d.opts.Facts.PortTaken == "" {
+		return
+	}
+	d.add(Finding{
+		ID: "port-taken", Severity: Broken,
+		What: fmt.Sprintf("%s is taken by someone else (%s). The agent cannot listen there, and whoever does receives the runtimes' requests, with their credentials.", d.proxy, d.opts.Facts.PortTaken),
+		Fix:  "[proxy]\nlisten = \"127.0.0.1:<free port>\"",
+	})
+}
+
+// node reads a node's files by absolute path. It resolves symlinks itself, so
+// that absolute ones stay on the node when its root is mounted elsewhere.
+type node struct{ fs fs.FS }
+
+// maxLinks is the kernel's own limit.
+const maxLinks = 40
+
+// resolve returns the name of path in n.fs, symlinks followed.
+func (n node) resolve(name string) (string, error) {
+	done, rest := "/", path.Clean("/"+name)
+	for links := 0; rest != "/" && rest != ""; {
+		part, tail, _ := strings.Cut(strings.TrimPrefix(rest, "/"), "/")
+		rest = tail
+		at := path.Join(done, part)
+		target, err := fs.ReadLink(n.fs, fsName(at))
+		if err != nil {
+			done = at // not a symlink; if it is not there, opening it will say so
+			continue
+		}
+		if links++; links > maxLinks {
+			return "", fmt.Errorf("%s: too many symlinks", name)
+		}
+		if path.IsAbs(target) {
+			done = "/"
+		}
+		rest = path.Join(target, rest)
+	}
+	return fsName(done), nil
+}
+
+func fsName(abs string) string {
+	if abs == "/" {
+		return "."
+	}
+	return strings.TrimPrefix(abs, "/")
+}
+
+func (n node) read(name string) ([]byte, error) {
+	real, err := n.resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	return fs.ReadFile(n.fs, real)
+}
+
+func (n node) list(name string) ([]fs.DirEntry, error) {
+	real, err := n.resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	return fs.ReadDir(n.fs, real)
+}
+
+func (n node) isDir(name string) bool {
+	real, err := n.resolve(name)
+	if err != nil {
+		return false
+	}
+	info, err := fs.Stat(n.fs, real)
+	return err == nil && info.IsDir()
+}
+
+func (n node) exists(name string) bool {
+	real, err := n.resolve(name)
+	if err != nil {
+		return false
+	}
+	_, err = fs.Stat(n.fs, real)
+	return err == nil
+}
+
+// lineOf returns path:line of the first line that matches re, else path.
+func lineOf(name string, doc []byte, re *regexp.Regexp) string {
+	at := re.FindIndex(doc)
+	if at == nil {
+		return name
+	}
+	return fmt.Sprintf("%s:%d", name, bytes.Count(doc[:at[0]], []byte("\n"))+1)
+}
+
+// lineOfError adds the line of a TOML error to a path.
+func lineOfError(name string, err error) string {
+	var decode *toml.DecodeError
+	if errors.As(err, &decode) {
+		row, _ := decode.Position()
+		return fmt.Sprintf("%s:%d", name, row)
+	}
+	return name
+}
+
+// GatherFacts asks this machine what files do not say: which containerd runs,
+// and who answers on the proxy's address. ours tells from the headers of the
+// response to GET /v2/ there whether it is Larder; without ours nobody is. It
+// blocks for up to five seconds.
+func GatherFacts(ctx context.Context, addr string, ours func(http.Header) bool) Facts {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	facts := Facts{ContainerdVersion: containerdVersion(ctx), Home: os.Getenv("HOME")}
+	proxy, err := proxyAddr(addr)
+	if err != nil {
+		return facts
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", proxy.String())
+	if err != nil {
+		return facts
+	}
+	_ = conn.Close() // it was only to see whether anyone listens
+	facts.PortTaken = "it does not answer like Larder"
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+proxy.String()+"/v2/", nil)
+	if err != nil {
+		return facts
+	}
+	transport := &http.Transport{DisableKeepAlives: true} // and no HTTP_PROXY
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return facts
+	}
+	_ = resp.Body.Close() // the headers are enough
+	if ours != nil && ours(resp.Header) {
+		facts.PortTaken, facts.ProxyUp = "", true
+	}
+	return facts
+}
+
+var versionNumber = regexp.MustCompile(`\bv?(\d+\.\d+\.\d+\S*)`)
+
+func containerdVersion(ctx context.Context) string {
+	out, err := exec.CommandContext(ctx, "containerd", "--version").Output()
+	if err != nil {
+		return ""
+	}
+	if m := versionNumber.FindSubmatch(out); m != nil {
+		return string(m[1])
+	}
+	return ""
+}

@@ -35,7 +35,8 @@ type Options struct {
 	// HiddenRoots are further certs.d directories that containerd's config_path
 	// names after Containerd ("a:b"). containerd takes the first root with any
 	// matching directory, so our _default would hide them; their host
-	// directories are carried over into Containerd instead.
+	// directories are carried over into Containerd instead. nil looks them up in
+	// containerd's configuration; empty means there are none.
 	HiddenRoots []string
 	// ColonLink also links the literal path "<Containerd>:/etc/docker/certs.d"
 	// to Containerd, which containerd 2.1 and later look up by mistake when

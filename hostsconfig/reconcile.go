@@ -268,6 +268,13 @@ func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
 	return steps, errors.Join(problems...)
 }
 
+func (h *Hosts) hiddenRoots() []string {
+	if h.opts.HiddenRoots != nil {
+		return h.opts.HiddenRoots
+	}
+	return hiddenRoots(os.DirFS("/"), filepath.Clean(h.opts.Containerd))
+}
+
 type renderFunc func(rel string, original *file) ([]byte, error)
 
 // targets lists the files to manage and how to render them.
@@ -275,7 +282,7 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 	if m.runtime == crio {
 		return []string{dropInName}, func(_ string, original *file) ([]byte, error) { return h.renderCRIO(m, original) }, nil
 	}
-	c, err := readCertsDir(m, h.opts.HiddenRoots)
+	c, err := readCertsDir(m, h.hiddenRoots())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -503,7 +510,7 @@ func (h *Hosts) importFrom(d directory) ([]Imported, error) {
 		}
 		return h.importCRIO(m, s.original)
 	}
-	c, err := readCertsDir(m, h.opts.HiddenRoots)
+	c, err := readCertsDir(m, h.hiddenRoots())
 	if err != nil {
 		return nil, err
 	}

@@ -200,7 +200,7 @@ func (h *Hosts) watched() []string {
 		if d.runtime == crio {
 			continue
 		}
-		for _, path := range append(roots, h.opts.HiddenRoots...) {
+		for _, path := range append(roots, h.hiddenRoots()...) {
 			r, err := hostDirs(path)
 			if err != nil {
 				continue // the pass reports it

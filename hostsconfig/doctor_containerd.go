@@ -1,0 +1,619 @@
+package hostsconfig
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// distribution is a place where containerd's configuration may be.
+type distribution struct {
+	name, config string
+	// generated: the file is rewritten at every start; the fix goes elsewhere.
+	generated string
+	restart   string
+}
+
+var distributions = []distribution{
+	{"k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
+	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
+	{"MicroK8s", "/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
+	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker"},
+	{"Talos", "/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
+	{"containerd", "/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"},
+}
+
+const (
+	docsSetup    = "https://github.com/containerd/containerd/blob/main/docs/hosts.md"
+	docsTwoRoots = "https://github.com/containerd/containerd/issues/12415"
+	docsCRI      = "https://github.com/containerd/containerd/blob/main/docs/cri/registry.md"
+)
+
+// release is a containerd release; versions is what is known of the one that
+// runs: it lies between low and high.
+type release struct{ major, minor int }
+
+func (r release) less(o release) bool {
+	return r.major < o.major || r.major == o.major && r.minor < o.minor
+}
+
+type versions struct{ low, high release }
+
+// surely and maybe: is it this release or a later one?
+func (v versions) surely(major, minor int) bool { return !v.low.less(release{major, minor}) }
+func (v versions) maybe(major, minor int) bool  { return !v.high.less(release{major, minor}) }
+
+func (v versions) String() string {
+	if v.low == v.high {
+		return fmt.Sprintf("containerd %d.%d", v.low.major, v.low.minor)
+	}
+	return fmt.Sprintf("containerd %d.%d or later", v.low.major, v.low.minor)
+}
+
+// knownVersions combines the version, when known, with the version of the
+// configuration file, which a release refuses when it is newer than itself.
+func knownVersions(containerdVersion string, configVersion int) versions {
+	var r release
+	if _, err := fmt.Sscanf(strings.TrimPrefix(containerdVersion, "v"), "%d.%d", &r.major, &r.minor); err == nil {
+		return versions{r, r}
+	}
+	v := versions{release{1, 6}, release{99, 0}}
+	switch {
+	case configVersion >= 4:
+		v.low = release{2, 3}
+	case configVersion == 3:
+		v.low = release{2, 0}
+	}
+	return v
+}
+
+// criConfig is the merged configuration of containerd's image service.
+type criConfig struct {
+	dist     distribution
+	found    bool
+	version  int
+	plugins  map[string]any
+	files    []string
+	versions versions
+	// where is file:line of the config_path in force.
+	where string
+}
+
+// Plugin sections that hold the registry settings: before and since 2.0.
+const (
+	pluginOld = "io.containerd.grpc.v1.cri"
+	pluginNew = "io.containerd.cri.v1.images"
+)
+
+var (
+	configPathLine = regexp.MustCompile(`(?m)^[^#\n]*\bconfig_path\s*=`)
+	mirrorsLine    = regexp.MustCompile(`(?m)^[^#\n]*\bregistry['"]?\.mirrors|^\s*mirrors\s*=`)
+	tlsLine        = regexp.MustCompile(`(?m)^[^#\n]*\.tls['"]?\s*\]`)
+)
+
+func (d *doctor) checkContainerd() {
+	c := d.loadConfig()
+	if c == nil {
+		return
+	}
+	registry := c.registry()
+	d.checkLegacy(c, registry)
+	d.checkRoots(c, registry)
+	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
+}
+
+// loadConfig finds and merges the configuration; nil when it cannot be read.
+func (d *doctor) loadConfig() *criConfig {
+	c := &criConfig{plugins: map[string]any{}}
+	for _, dist := range d.places() {
+		if d.node.exists(dist.config) {
+			c.dist, c.found = dist, true
+			break
+		}
+	}
+	if !c.found {
+		c.dist = distributions[len(distributions)-1]
+		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, 0)
+		d.add(Finding{
+			ID: "containerd-config-not-found", Severity: Note, Runtime: containerd,
+			What: "No containerd configuration file was found, so its defaults are assumed. In a container, the node's root may not be mounted.",
+			Fix:  "larder doctor    # on the node itself, as root", Docs: docsSetup,
+		})
+		return c
+	}
+	if err := d.merge(c, c.dist.config, map[string]bool{}); err != nil {
+		d.add(Finding{
+			ID: "containerd-config-unreadable", Severity: Broken, Runtime: containerd, Where: lineOfError(c.dist.config, err),
+			What: fmt.Sprintf("containerd's configuration cannot be read: %v.", err),
+			Fix:  "containerd config dump    # says where; correct the file, then: " + c.dist.restart,
+		})
+		return nil
+	}
+	return c
+}
+
+func (d *doctor) places() []distribution {
+	if d.opts.Config == "" {
+		return distributions
+	}
+	for _, dist := range distributions {
+		if dist.config == d.opts.Config {
+			return []distribution{dist}
+		}
+	}
+	last := distributions[len(distributions)-1]
+	last.config = d.opts.Config
+	return []distribution{last}
+}
+
+// merge adds one file and its imports. containerd 1.x replaces the section of
+// a plugin as a whole, 2.x merges it key by key.
+func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
+	if seen[name] {
+		return nil
+	}
+	seen[name] = true
+	doc, err := d.node.read(name)
+	if err != nil {
+		return err
+	}
+	var f struct {
+		Version int            `toml:"version"`
+		Imports *[]string      `toml:"imports"`
+		Plugins map[string]any `toml:"plugins"`
+	}
+	if err := toml.Unmarshal(doc, &f); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if len(c.files) == 0 {
+		c.version = f.Version
+		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
+	}
+	c.files = append(c.files, name)
+	for plugin, section := range f.Plugins {
+		if c.versions.maybe(2, 0) {
+			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
+		} else {
+			c.plugins[plugin] = section
+		}
+	}
+	if configPathLine.Match(doc) {
+		c.where = lineOf(name, doc, configPathLine)
+	}
+	imports := f.Imports
+	if imports == nil && len(c.files) == 1 && c.versions.surely(2, 3) {
+		imports = &[]string{"/etc/containerd/conf.d/*.toml"} // the default since 2.3
+	}
+	if imports == nil {
+		return nil
+	}
+	for _, pattern := range *imports {
+		for _, file := range d.glob(absolute(pattern, path.Dir(name))) {
+			if err := d.merge(c, file, seen); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// glob expands a pattern in the last element, as imports have it.
+func (d *doctor) glob(pattern string) []string {
+	if !strings.ContainsAny(pattern, "*?[") {
+		return []string{pattern}
+	}
+	entries, err := d.node.list(path.Dir(pattern))
+	if err != nil {
+		return nil // containerd takes no match for no import
+	}
+	var out []string
+	for _, e := range entries {
+		if ok, err := path.Match(path.Base(pattern), e.Name()); err == nil && ok {
+			out = append(out, path.Join(path.Dir(pattern), e.Name()))
+		}
+	}
+	return out
+}
+
+func deepMerge(into, from any) any {
+	a, ok := into.(map[string]any)
+	b, ok2 := from.(map[string]any)
+	if !ok || !ok2 {
+		return from
+	}
+	out := maps.Clone(a)
+	for k, v := range b {
+		out[k] = deepMerge(a[k], v)
+	}
+	return out
+}
+
+func table(v any, keys ...string) map[string]any {
+	for _, k := range keys {
+		t, _ := v.(map[string]any)
+		v = t[k]
+	}
+	t, _ := v.(map[string]any)
+	return t
+}
+
+// registry is the registry section in force. 2.x migrates the old section of
+// files of version 2; 1.x knows only the old one.
+func (c *criConfig) registry() map[string]any {
+	old, recent := table(c.plugins[pluginOld], "registry"), table(c.plugins[pluginNew], "registry")
+	switch {
+	case !c.versions.maybe(2, 0):
+		return old
+	case c.version >= 3 || old == nil:
+		return recent
+	case recent == nil:
+		return old
+	}
+	merged, _ := deepMerge(map[string]any(old), map[string]any(recent)).(map[string]any)
+	return merged
+}
+
+func (c *criConfig) section() string {
+	if c.version >= 3 || c.version == 0 && c.versions.surely(2, 0) {
+		return "[plugins.'" + pluginNew + "'.registry]"
+	}
+	return "[plugins.\"" + pluginOld + "\".registry]"
+}
+
+// fixPath is the text that sets config_path to one directory.
+func (c *criConfig) fixPath(dir string) string {
+	place := c.dist.config
+	if c.dist.generated != "" {
+		place = c.dist.generated
+	}
+	return fmt.Sprintf("# in %s\n%s\n  config_path = %s\n# then: %s", place, c.section(), tomlString(dir), c.dist.restart)
+}
+
+// checkLegacy reports registry settings that exclude config_path.
+func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
+	configPath, _ := registry["config_path"].(string)
+	if mirrors := table(registry, "mirrors"); len(mirrors) > 0 {
+		what := "registry.mirrors is set and config_path is not: containerd uses these mirrors and never looks at hosts.toml."
+		if configPath != "" {
+			what = "registry.mirrors is set beside config_path: containerd's CRI plugin refuses to load, and the node can start no pod after the next restart."
+		}
+		d.add(Finding{
+			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, mirrorsLine),
+			What: what, Fix: mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
+		})
+	}
+	for _, host := range slices.Sorted(maps.Keys(table(registry, "configs"))) {
+		if table(registry, "configs", host, "tls") == nil || configPath == "" {
+			continue
+		}
+		d.add(Finding{
+			ID: "containerd-configs-tls", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, tlsLine),
+			What: fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd's CRI plugin refuses to load.", host),
+			Fix:  fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\nca = [\"<ca_file>\"]\nclient = [[\"<cert_file>\", \"<key_file>\"]]\n[host.%s]\n", c.rootOr(configPath), host, tomlString("https://"+host)), Docs: docsCRI,
+		})
+	}
+}
+
+// whereIn finds the line of a setting in the files that were merged.
+func (d *doctor) whereIn(c *criConfig, re *regexp.Regexp) string {
+	for _, name := range slices.Backward(c.files) {
+		if doc, err := d.node.read(name); err == nil && re.Match(doc) {
+			return lineOf(name, doc, re)
+		}
+	}
+	return c.dist.config
+}
+
+func (c *criConfig) rootOr(configPath string) string {
+	if configPath != "" {
+		return strings.Split(configPath, ":")[0]
+	}
+	return "/etc/containerd/certs.d"
+}
+
+// mirrorsToHosts is the shell text that says the same in hosts.toml.
+func mirrorsToHosts(mirrors map[string]any, root string) string {
+	var b strings.Builder
+	for _, host := range slices.Sorted(maps.Keys(mirrors)) {
+		dir := host
+		if host == "*" {
+			dir = defaultDir
+		}
+		fmt.Fprintf(&b, "mkdir -p '%s/%s' && cat > '%s/%s/hosts.toml' <<'EOF'\n", root, dir, root, dir)
+		endpoints, _ := table(mirrors, host)["endpoint"].([]any)
+		for _, e := range endpoints {
+			if s, ok := e.(string); ok {
+				fmt.Fprintf(&b, "[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(s))
+			}
+		}
+		b.WriteString("EOF\n")
+	}
+	return b.String()
+}
+
+// checkRoots compares config_path with our directory.
+func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
+	configPath, _ := registry["config_path"].(string)
+	byDefault := configPath == "" && c.versions.surely(2, 2) && len(table(registry, "mirrors")) == 0
+	if byDefault {
+		configPath = "/etc/containerd/certs.d:" + secondRoot
+	}
+	if configPath == "" {
+		if len(table(registry, "mirrors")) == 0 {
+			d.pathUnset(c)
+		}
+		return
+	}
+	roots := strings.Split(configPath, ":")
+	ours := path.Clean(d.opts.Containerd)
+	where := c.where
+	if byDefault {
+		where = c.dist.config
+	}
+	switch i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, ours) }); {
+	case i < 0:
+		d.add(Finding{
+			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
+			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+		})
+		return
+	case i > 0:
+		d.add(Finding{
+			ID: "containerd-not-first-root", Severity: Degraded, Runtime: containerd, Where: where,
+			What: fmt.Sprintf("hosts.containerd %s comes after %s in config_path; directories there hide ours.", ours, roots[0]),
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+		})
+	}
+	if len(roots) > 1 {
+		d.checkTwoRoots(c, configPath, where)
+		d.checkHidden(roots, where)
+	}
+}
+
+// checkHidden: containerd stops at the first root that has any match, and
+// _default matches everything.
+func (d *doctor) checkHidden(roots []string, where string) {
+	if !d.node.exists(path.Join(roots[0], defaultDir)) {
+		return
+	}
+	for _, root := range roots[1:] {
+		entries, err := d.node.list(root)
+		if err != nil {
+			continue // containerd takes a missing root for an empty one
+		}
+		for _, e := range entries {
+			if !d.node.isDir(path.Join(root, e.Name())) || slices.ContainsFunc(dirSpellings(hostOfDir(e.Name())), func(s string) bool { return d.node.exists(path.Join(roots[0], s)) }) {
+				continue
+			}
+			d.add(Finding{
+				ID: "containerd-hidden-directory", Severity: Degraded, Runtime: containerd, Where: path.Join(root, e.Name()),
+				What: fmt.Sprintf("%s/_default hides this directory and the certificates or mirrors in it (config_path in %s).", roots[0], where),
+				Fix:  "larder hosts apply    # carries it over while the agent runs", Docs: docsSetup,
+			})
+		}
+	}
+}
+
+// hiddenRoots are the certs.d directories that a node's containerd looks into
+// after dir, and that a _default in dir hides. Where the configuration cannot
+// be seen, containerd's own default counts: carrying over what containerd does
+// not read costs nothing, losing a registry's CA costs its pulls.
+func hiddenRoots(root fs.FS, dir string) []string {
+	d := &doctor{node: node{root}, opts: DoctorOptions{Containerd: dir}}
+	c := d.loadConfig()
+	configPath := ""
+	if c != nil {
+		configPath, _ = c.registry()["config_path"].(string)
+	}
+	if c == nil || !c.found || configPath == "" {
+		configPath = "/etc/containerd/certs.d:" + secondRoot
+	}
+	roots := strings.Split(configPath, ":")
+	i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, dir) })
+	if i < 0 {
+		return nil
+	}
+	return roots[i+1:]
+}
+
+func (d *doctor) pathUnset(c *criConfig) {
+	f := Finding{
+		ID: "containerd-config-path-unset", Severity: Broken, Runtime: containerd, Where: c.dist.config,
+		What: "config_path is not set, so containerd never looks at hosts.toml; every pull goes straight to the registry.",
+		Fix:  c.fixPath(path.Clean(d.opts.Containerd)), Docs: docsSetup,
+	}
+	if c.versions.maybe(2, 2) {
+		f.What += " (From 2.2 on its default is two roots, which it does not split either; the fix is the same.)"
+	}
+	d.add(f)
+}
+
+// sameDir compares directories of the node, symlinks followed.
+func (d *doctor) sameDir(a, b string) bool {
+	x, err := d.node.resolve(a)
+	if err != nil {
+		return false
+	}
+	y, err := d.node.resolve(b)
+	return err == nil && x == y
+}
+
+// checkTwoRoots: from 2.1 on, the transfer service takes "a:b" for one name.
+func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
+	if !c.versions.maybe(2, 1) || d.sameDir(configPath, d.opts.Containerd) && d.node.isDir(configPath) {
+		return
+	}
+	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true"
+	if reason := c.localPull(); reason != "" {
+		d.add(Finding{
+			ID: "containerd-two-roots-by-luck", Severity: Note, Runtime: containerd, Where: where,
+			What: fmt.Sprintf("config_path has two roots, which containerd's transfer service cannot read. It works only because %s makes containerd pull the old way.", reason),
+			Fix:  fix, Docs: docsTwoRoots,
+		})
+		return
+	}
+	f := Finding{
+		ID: "containerd-two-roots", Severity: Broken, Runtime: containerd, Where: where,
+		What: fmt.Sprintf("config_path is %q: %s does not split it and ignores every hosts.toml without a word.", configPath, c.versions),
+		Fix:  fix, Docs: docsTwoRoots,
+	}
+	if !c.versions.surely(2, 1) {
+		f.Severity = Degraded
+		f.What = fmt.Sprintf("config_path is %q: containerd 2.1 and later do not split it and ignore every hosts.toml without a word. Which containerd runs here is not known.", configPath)
+	}
+	d.add(f)
+}
+
+// localPull returns the setting that makes 2.1 and later pull without the
+// transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
+func (c *criConfig) localPull() string {
+	recent, old := table(c.plugins[pluginNew]), table(c.plugins[pluginOld])
+	runtime := table(old, "containerd")
+	for _, t := range []map[string]any{recent, old, runtime} {
+		for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
+			if on, _ := t[key].(bool); on {
+				return key + " = true"
+			}
+		}
+		if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
+			return "disable_snapshot_annotations = false"
+		}
+		if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
+			return fmt.Sprintf("max_concurrent_downloads = %d", n)
+		}
+	}
+	for _, key := range []string{"configs", "auths"} {
+		if len(table(c.registry(), key)) > 0 {
+			return "registry." + key
+		}
+	}
+	return ""
+}
+
+// checkHostDirs looks at what containerd finds in our directory.
+func (d *doctor) checkHostDirs(c *criConfig, dir string) {
+	entries, err := d.node.list(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // the agent creates it
+	}
+	if err != nil {
+		d.add(Finding{ID: "containerd-directory-unreadable", Severity: Broken, Runtime: containerd, Where: dir, What: err.Error() + ".", Fix: "chmod 755 " + dir})
+		return
+	}
+	for _, e := range entries {
+		name := path.Join(dir, e.Name())
+		if !strings.HasPrefix(e.Name(), ".") && d.node.isDir(name) {
+			d.checkHostDir(c, name)
+		}
+	}
+}
+
+func (d *doctor) checkHostDir(c *criConfig, dir string) {
+	host := hostOfDir(path.Base(dir))
+	if host != defaultDir && !covers(d.listed(), host) {
+		return
+	}
+	file := path.Join(dir, hostsName)
+	doc, err := d.node.read(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.add(Finding{ID: "containerd-hosts-unreadable", Severity: Degraded, Runtime: containerd, Where: file, What: err.Error() + ".", Fix: "ls -l " + file})
+		return
+	}
+	if len(bytes.TrimSpace(doc)) == 0 {
+		d.hidesDefault(dir, host)
+		return
+	}
+	parsed, err := parseHosts(doc)
+	if err != nil {
+		d.add(Finding{
+			ID: "containerd-hosts-unparsable", Severity: Degraded, Runtime: containerd, Where: lineOfError(file, err),
+			What: fmt.Sprintf("containerd cannot read this file (%v), logs one error and pulls %s straight from the registry. Larder leaves it alone.", err, host),
+			Fix:  "# correct the line above; Larder takes the file up within a minute\n$EDITOR " + file, Docs: docsSetup,
+		})
+		return
+	}
+	d.checkDialect(c, file, host, doc, parsed)
+	d.checkOrder(file, host, doc, parsed)
+}
+
+func (d *doctor) listed() []string {
+	if len(d.opts.Registries) == 0 {
+		return []string{"*"}
+	}
+	return d.opts.Registries
+}
+
+// hidesDefault: a directory without hosts.toml keeps _default from its host.
+func (d *doctor) hidesDefault(dir, host string) {
+	if !d.opts.Facts.ProxyUp {
+		return // the agent will write one
+	}
+	d.add(Finding{
+		ID: "containerd-directory-hides-default", Severity: Degraded, Runtime: containerd, Where: dir,
+		What: fmt.Sprintf("This directory has no hosts.toml and hides _default, so %s is not mirrored although the agent runs.", host),
+		Fix:  "larder hosts apply", Docs: docsSetup,
+	})
+}
+
+var referrersLine = regexp.MustCompile(`(?m)^[^#\n]*capabilities\s*=[^#\n]*referrers`)
+
+// checkDialect reports what some releases read differently.
+func (d *doctor) checkDialect(c *criConfig, file, host string, doc []byte, f *hostFile) {
+	if referrersLine.Match(doc) && !c.versions.surely(2, 2) {
+		d.add(Finding{
+			ID: "containerd-referrers-capability", Severity: Degraded, Runtime: containerd, Where: lineOf(file, doc, referrersLine),
+			What: fmt.Sprintf("The capability \"referrers\" is unknown before containerd 2.2, which then ignores the whole file: %s would not be mirrored.", host),
+			Fix:  "capabilities = [\"pull\", \"resolve\"]", Docs: docsSetup,
+		})
+	}
+	if len(f.Hosts) == 0 && !c.versions.surely(1, 7) {
+		d.add(Finding{
+			ID: "containerd-no-host-table", Severity: Degraded, Runtime: containerd, Where: file,
+			What: "containerd 1.6 refuses a hosts.toml without a [host] table. While the agent runs, ours is in it.",
+			Fix:  fmt.Sprintf("[host.%s]", tomlString("https://"+host)), Docs: docsSetup,
+		})
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.Hosts)) {
+		if !slices.Contains(f.order, name) && c.versions.maybe(2, 0) {
+			d.add(Finding{
+				ID: "containerd-inline-host", Severity: Note, Runtime: containerd, Where: file,
+				What: fmt.Sprintf("Host %q is written as an inline table or dotted key: containerd 1.x uses it, 2.x ignores it.", redactURL(name)),
+				Fix:  fmt.Sprintf("[host.%s]", tomlString(name)), Docs: docsSetup,
+			})
+		}
+	}
+}
+
+// checkOrder reports whether we come first, and who we are.
+func (d *doctor) checkOrder(file, host string, doc []byte, f *hostFile) {
+	at := slices.IndexFunc(f.order, func(name string) bool { return isSelf(name, d.proxy) })
+	up := d.opts.Facts.ProxyUp
+	finding := Finding{Severity: Degraded, Runtime: containerd, Where: file}
+	switch {
+	case at == 0 && !up || at < 0 && hasBlock(doc):
+		finding.ID = "leftovers"
+		finding.What = "A part of Larder's is in this file, but no agent answers at its address. Pulls work (a dead mirror costs nothing), but nothing is cached, and another program could listen there."
+		finding.Fix = "larder hosts remove    # or start the agent"
+		finding.Where = lineOf(file, doc, regexp.MustCompile("(?m)^"+regexp.QuoteMeta(beginMark)))
+	case at < 0 && up:
+		finding.ID = "containerd-host-not-mirrored"
+		finding.What = fmt.Sprintf("The agent runs, but this file does not name it, and it hides _default: %s is not mirrored.", host)
+		finding.Fix = "larder hosts apply"
+	case at > 0:
+		finding.ID = "containerd-not-first"
+		finding.What = fmt.Sprintf("%q comes before the agent and is asked first.", redactURL(f.order[0]))
+		finding.Fix = "larder hosts apply"
+	default:
+		return
+	}
+	d.add(finding)
+}

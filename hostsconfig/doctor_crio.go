@@ -1,0 +1,212 @@
+package hostsconfig
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+const docsRegistries = "https://github.com/containers/image/blob/main/docs/containers-registries.conf.5.md"
+
+func (d *doctor) checkCRIO() {
+	d.checkHome()
+	d.checkReload()
+	files, ok := d.crioFiles()
+	if !ok {
+		return
+	}
+	ours := slices.IndexFunc(files, func(f registriesFile) bool { return path.Base(f.path) == dropInName })
+	if ours < 0 {
+		if d.opts.Facts.ProxyUp {
+			d.add(Finding{
+				ID: "crio-drop-in-missing", Severity: Broken, Runtime: crio, Where: path.Join(d.opts.CRIO, dropInName),
+				What: "The agent runs, but its drop-in is not there, so CRI-O does not know of it.", Fix: "larder hosts apply",
+			})
+		}
+		d.checkPrefixes(files, nil)
+		return
+	}
+	if hasBlock(files[ours].data) && !d.opts.Facts.ProxyUp {
+		d.add(Finding{
+			ID: "leftovers", Severity: Degraded, Runtime: crio, Where: files[ours].path,
+			What: "Larder's drop-in is in place, but no agent answers at its address. Pulls work, but each tries the dead mirror first.",
+			Fix:  "larder hosts remove    # or start the agent",
+		})
+	}
+	d.checkOverrides(files, ours)
+	others := slices.Delete(slices.Clone(files), ours, ours+1)
+	d.checkPrefixes(others, files[ours].data)
+}
+
+// crioFiles reads what CRI-O reads. False: a file is broken, and says so.
+func (d *doctor) crioFiles() ([]registriesFile, bool) {
+	mains, dirs := registriesSources(path.Clean(d.opts.CRIO))
+	var names []string
+	for _, name := range mains {
+		if d.node.exists(name) {
+			names = append(names, name)
+			break
+		}
+	}
+	byName := map[string]string{}
+	for _, dir := range slices.Backward(dirs) {
+		entries, err := d.node.list(dir)
+		if err != nil {
+			continue // a missing directory is an empty one
+		}
+		for _, e := range entries {
+			if !e.IsDir() && strings.HasSuffix(e.Name(), ".conf") {
+				byName[e.Name()] = path.Join(dir, e.Name())
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(byName)) {
+		names = append(names, byName[name])
+	}
+	var files []registriesFile
+	ok := true
+	for _, name := range names {
+		data, err := d.node.read(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			_, err = parseRegistries(data)
+		}
+		if err != nil {
+			ok = false
+			d.add(Finding{
+				ID: "crio-malformed", Severity: Broken, Runtime: crio, Where: lineOfError(name, err),
+				What: fmt.Sprintf("CRI-O cannot read this file (%v). One such file fails every pull, and CRI-O does not start with it.", err),
+				Fix:  fmt.Sprintf("mv %s %s.broken && systemctl reload crio    # or correct it", name, name), Docs: docsRegistries,
+			})
+			continue
+		}
+		files = append(files, registriesFile{name, data})
+	}
+	return files, ok
+}
+
+// checkOverrides finds files behind ours that replace our entries.
+func (d *doctor) checkOverrides(files []registriesFile, ours int) {
+	mine, _, err := loadRules(files[ours : ours+1])
+	if err != nil {
+		return // reported by crioFiles
+	}
+	for _, f := range files[ours+1:] {
+		rules, _, err := loadRules([]registriesFile{f})
+		if err != nil {
+			continue
+		}
+		for _, prefix := range slices.Sorted(maps.Keys(rules)) {
+			if mine[prefix] == nil {
+				continue
+			}
+			d.add(Finding{
+				ID: "crio-overridden", Severity: Degraded, Runtime: crio, Where: f.path,
+				What: fmt.Sprintf("This file sorts behind %s and replaces its entry for %q, which is then not mirrored.", dropInName, prefix),
+				Fix:  fmt.Sprintf("mv %s %s", f.path, path.Join(path.Dir(f.path), "90-"+strings.TrimLeft(path.Base(f.path), "0123456789-"))), Docs: docsRegistries,
+			})
+		}
+	}
+}
+
+// checkPrefixes finds the prefixes that get, or have, no entry of ours.
+func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
+	rules, origin, err := loadRules(others)
+	if err != nil {
+		return // reported by crioFiles
+	}
+	rendered, err := renderDropIn(rules, d.listed(), d.proxy)
+	if err != nil {
+		d.add(Finding{ID: "crio-no-drop-in", Severity: Broken, Runtime: crio, What: err.Error() + ".", Fix: "larder hosts apply --dry-run"})
+		return
+	}
+	for _, prefix := range slices.Sorted(maps.Keys(rendered.left)) {
+		d.add(Finding{
+			ID: "crio-prefix-not-mirrored", Severity: Note, Runtime: crio, Where: origin[prefix],
+			What: fmt.Sprintf("%q gets no mirror: %s.", prefix, rendered.left[prefix]),
+		})
+	}
+	if ours == nil || !d.opts.Facts.ProxyUp {
+		return
+	}
+	have, err := parseRegistries(ours)
+	if err != nil {
+		return // reported by crioFiles
+	}
+	for _, prefix := range slices.Sorted(maps.Keys(rules)) {
+		named := slices.ContainsFunc(have, func(r rule) bool { return r.str("prefix") == prefix })
+		if named || rendered.left[prefix] != "" || !covers(d.listed(), prefix) {
+			continue
+		}
+		d.add(Finding{
+			ID: "crio-more-specific-prefix", Severity: Degraded, Runtime: crio, Where: origin[prefix],
+			What: fmt.Sprintf("%q has a rule that the drop-in does not know of yet; the longest prefix wins, so it is not mirrored.", prefix),
+			Fix:  "larder hosts apply && systemctl reload crio", Docs: docsRegistries,
+		})
+	}
+}
+
+// checkHome: a configuration in the home directory of CRI-O's user replaces or
+// overrides the one in /etc.
+func (d *doctor) checkHome() {
+	home := d.opts.Facts.Home
+	if home == "" {
+		home = "/root"
+	}
+	for _, name := range []string{"registries.conf", "registries.conf.d"} {
+		file := path.Join(home, ".config/containers", name)
+		if !d.node.exists(file) {
+			continue
+		}
+		d.add(Finding{
+			ID: "crio-home-shadows", Severity: Degraded, Runtime: crio, Where: file,
+			What: "CRI-O and podman running with this home directory read it before, and instead of, the file of the same name in /etc/containers.",
+			Fix:  fmt.Sprintf("mv %s %s.off    # after moving what is needed to /etc/containers/registries.conf.d", file, file), Docs: docsRegistries,
+		})
+	}
+}
+
+// checkReload: CRI-O reads registries once, unless told otherwise.
+func (d *doctor) checkReload() {
+	names := []string{"/etc/crio/crio.conf"}
+	entries, err := d.node.list("/etc/crio/crio.conf.d")
+	if err == nil {
+		for _, e := range entries {
+			names = append(names, path.Join("/etc/crio/crio.conf.d", e.Name()))
+		}
+	}
+	on, seen := false, false
+	for _, name := range names {
+		doc, err := d.node.read(name)
+		if err != nil {
+			continue
+		}
+		seen = true
+		var f struct {
+			Crio struct {
+				Image struct {
+					Reload *bool `toml:"auto_reload_registries"`
+				} `toml:"image"`
+			} `toml:"crio"`
+		}
+		if toml.Unmarshal(doc, &f) == nil && f.Crio.Image.Reload != nil {
+			on = *f.Crio.Image.Reload
+		}
+	}
+	if on || !seen {
+		return
+	}
+	d.add(Finding{
+		ID: "crio-no-auto-reload", Severity: Note, Runtime: crio, Where: "/etc/crio",
+		What: "auto_reload_registries is off: CRI-O sees a change of its registries only after SIGHUP.",
+		Fix:  "# in /etc/crio/crio.conf.d/50-larder.conf, CRI-O 1.30 or later\n[crio.image]\nauto_reload_registries = true\n# or after each change: systemctl reload crio",
+	})
+}
