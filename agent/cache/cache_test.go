@@ -45,8 +45,27 @@ func open(t testing.TB, opts Options) *Cache {
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
+		checkBooks(t, c)
 	})
 	return c
+}
+
+// checkBooks holds the equation of the accounting (I7), once c has stopped.
+func checkBooks(t testing.TB, c *Cache) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var sum int64
+	for _, b := range c.blobs {
+		sum += b.size
+	}
+	for _, i := range c.idle {
+		sum += i.size
+	}
+	if c.used != sum || c.reserved != 0 || c.unbacked != 0 || len(c.filling) != 0 || c.lru.Len() != len(c.blobs) {
+		t.Errorf("books: used %d, sum %d, reserved %d, unbacked %d, filling %d, listed %d of %d blobs",
+			c.used, sum, c.reserved, c.unbacked, len(c.filling), c.lru.Len(), len(c.blobs))
+	}
 }
 
 // run runs c until stop is called or the test ends.

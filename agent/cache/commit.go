@@ -239,6 +239,8 @@ func (f *fill) finish(err error, verified bool) {
 	case err == nil:
 		f.c.book(f, size)
 	case verified:
+		// The rename may have happened; no other blob has this name now.
+		err = errors.Join(err, remove(f.c.dir.blob(f.digest)))
 		f.c.log.Warn("blob was served but not kept", "digest", f.digest, "err", err)
 		f.c.abandon(f, size, false)
 	default:

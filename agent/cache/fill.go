@@ -106,7 +106,9 @@ func (f *fill) fetch(ctx context.Context) {
 			f.fail(f.cut(err))
 			return
 		}
-		err = f.src.Fetch(ctx, &Fill{f})
+		if err = f.src.Fetch(ctx, &Fill{f}); ctx.Err() != nil {
+			err = ErrClosed // whatever the source made of it
+		}
 	}
 }
 

@@ -101,6 +101,11 @@ func (l layout) check() error {
 	if err == nil {
 		return nil
 	}
+	return l.explain(err)
+}
+
+// explain says what to do when the directory cannot be used.
+func (l layout) explain(err error) error {
 	hint := "choose another directory with cache.dir"
 	switch {
 	case errors.Is(err, fs.ErrPermission):

@@ -28,7 +28,7 @@ func (c *Cache) scrub(ctx context.Context) {
 	interval := c.opts.ScrubInterval
 	for interval > 0 && ctx.Err() == nil {
 		next := time.NewTimer(interval)
-		c.scrubAll(ctx)
+		c.scrubAll(ctx, interval)
 		select {
 		case <-next.C:
 		case <-ctx.Done():
@@ -37,8 +37,8 @@ func (c *Cache) scrub(ctx context.Context) {
 	}
 }
 
-// scrubAll makes the rest of one pass, spread over ScrubInterval.
-func (c *Cache) scrubAll(ctx context.Context) {
+// scrubAll makes the rest of one pass, spread over interval.
+func (c *Cache) scrubAll(ctx context.Context, interval time.Duration) {
 	c.mu.Lock()
 	all := make([]*blob, 0, len(c.blobs))
 	var bytes int64
@@ -49,7 +49,7 @@ func (c *Cache) scrubAll(ctx context.Context) {
 	c.mu.Unlock()
 	slices.SortFunc(all, func(x, y *blob) int { return cmp.Compare(x.digest, y.digest) })
 	// A fifth faster than needed: blobs come during the pass.
-	speed := float64(bytes) * 1.2 / c.opts.ScrubInterval.Seconds()
+	speed := float64(bytes) * 1.2 / interval.Seconds()
 	limit := rate.NewLimiter(rate.Limit(min(max(speed, minScrubRate), maxScrubRate)), readBlock)
 	place := digest.Digest(c.meta.scrubbed())
 	for _, b := range all {

@@ -1,0 +1,626 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+var registry = Origin{FromUpstream, "registry.test"}
+
+// manual is a source that the test drives: it hands out the fill and ends
+// when the test says so, or with ctx.
+type manual struct {
+	fills chan *Fill
+	end   chan error
+	calls atomic.Int32
+}
+
+func newManual() *manual { return &manual{fills: make(chan *Fill, 1), end: make(chan error, 1)} }
+
+func (m *manual) Fetch(ctx context.Context, f *Fill) error {
+	m.calls.Add(1)
+	m.fills <- f
+	select {
+	case err := <-m.end:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// begin opens d with a manual source and announces size.
+func begin(t *testing.T, c *Cache, d digest.Digest, size int64) (*manual, *Fill, *Reader) {
+	t.Helper()
+	m := newManual()
+	opened := make(chan *Reader, 1)
+	go func() {
+		r, err := c.Open(t.Context(), d, m)
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- r
+	}()
+	f := <-m.fills
+	if err := f.SetSize(size); err != nil {
+		t.Fatal(err)
+	}
+	r := <-opened
+	if r == nil {
+		t.FailNow()
+	}
+	t.Cleanup(func() { r.Close() })
+	return m, f, r
+}
+
+// put writes body[from:to] into f.
+func put(t *testing.T, f *Fill, body []byte, from, to int) {
+	t.Helper()
+	if n, err := f.Writer(registry).WriteAt(body[from:to], int64(from)); err != nil || n != to-from {
+		t.Fatalf("write %d..%d: %d, %v", from, to, n, err)
+	}
+}
+
+func TestPiecesInAnyOrderFromManyWriters(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(3, 20*minPiece+999)
+	src := SourceFunc(func(_ context.Context, f *Fill) error {
+		if err := f.SetSize(int64(len(body))); err != nil {
+			return err
+		}
+		order := rand.New(rand.NewPCG(3, 3)).Perm(f.Pieces())
+		var writers sync.WaitGroup
+		for k := range 4 {
+			writers.Go(func() {
+				w := f.Writer(Origin{FromPeer, fmt.Sprint("node", k)})
+				for n, i := range order {
+					if n%3 != k%3 { // two writers share a third of the pieces: the endgame
+						continue
+					}
+					from := i * minPiece
+					piece := body[from:min(from+minPiece, len(body))]
+					for off := 0; off < len(piece); off += 50_000 {
+						if _, err := w.WriteAt(piece[off:min(off+50_000, len(piece))], int64(from+off)); err != nil {
+							t.Error(err)
+						}
+					}
+				}
+			})
+		}
+		writers.Wait()
+		return nil
+	})
+	var readers sync.WaitGroup
+	for range 8 {
+		readers.Go(func() {
+			r, err := c.Open(context.Background(), d, src)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer r.Close()
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("read %d bytes, %v", len(got), err)
+			}
+		})
+	}
+	readers.Wait()
+	settle(c, d)
+	got, _ := c.Meta().Fetched(d)
+	var sum int64
+	for _, n := range got.Origins {
+		sum += n
+	}
+	if sum != int64(len(body)) {
+		t.Errorf("origins add up to %d bytes of %d: %v", sum, len(body), got.Origins)
+	}
+}
+
+func TestOneFillForAll(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	c := start(t, Options{Registerer: reg})
+	body, d := content(4, 2*minPiece)
+	m, f, _ := begin(t, c, d, int64(len(body)))
+	const clients = 20
+	var all sync.WaitGroup
+	for range clients {
+		r, err := c.Open(context.Background(), d, m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all.Go(func() {
+			defer r.Close()
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("read %d bytes, %v", len(got), err)
+			}
+		})
+	}
+	put(t, f, body, 0, len(body))
+	all.Wait()
+	settle(c, d)
+	if n := m.calls.Load(); n != 1 {
+		t.Errorf("the source was asked %d times", n)
+	}
+	if n := testutil.ToFloat64(c.metrics.joined); n != clients {
+		t.Errorf("joined_fills_total = %v, want %d", n, clients)
+	}
+	if n := testutil.ToFloat64(c.metrics.bytes.WithLabelValues("upstream")); n != float64(len(body)) {
+		t.Errorf("fetched_bytes_total = %v, want %d", n, len(body))
+	}
+	if problems, err := testutil.GatherAndLint(reg); err != nil || len(problems) > 0 {
+		t.Errorf("metrics: %v, %v", problems, err)
+	}
+}
+
+// TestBytesShowInsideAPiece pins that a slow upstream delays readers by
+// nothing: not by pieces of up to 8 MiB.
+func TestBytesShowInsideAPiece(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(5, 3*minPiece)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	buf := make([]byte, 4096)
+	for off := 0; off < 3000; off += 1000 {
+		put(t, f, body, off, off+1000)
+		n, err := r.Read(buf)
+		if err != nil || n != 1000 || !bytes.Equal(buf[:n], body[off:off+n]) {
+			t.Fatalf("read %d bytes, %v after 1000 arrived", n, err)
+		}
+	}
+	if r.Origin() != registry {
+		t.Errorf("origin %v", r.Origin())
+	}
+}
+
+func TestLastPieceIsHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		stop := run(t, c)
+		defer stop()
+		body, d := content(6, 2*minPiece+5)
+		_, f, r := begin(t, c, d, int64(len(body)))
+		put(t, f, body, minPiece, len(body)) // everything but the first piece
+		synctest.Wait()
+		if _, n, err := r.Extent(minPiece); n != minPiece || err != nil {
+			t.Errorf("the middle piece shows %d bytes, %v", n, err)
+		}
+		if _, n, err := r.Extent(2 * minPiece); n != 0 || err != nil {
+			t.Errorf("the last piece shows %d bytes, %v", n, err)
+		}
+		if r.HasPiece(2) || !r.HasPiece(1) || !f.Has(2) {
+			t.Error("HasPiece and Has disagree with the hold-back")
+		}
+		put(t, f, body, 0, minPiece)
+		if err := r.Ready(t.Context(), 2*minPiece); err != nil {
+			t.Error(err)
+		}
+		if !r.Complete() {
+			t.Error("last piece shown before the digest matched")
+		}
+		settle(c, d)
+	})
+}
+
+func TestClientsDoNotDecide(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(7, 4*minPiece)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	ctx, hangUp := context.WithCancelCause(t.Context())
+	other, err := c.Open(ctx, d, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	hung := errors.New("client hung up")
+	hangUp(hung)
+	if _, err := other.Read(make([]byte, 1)); !errors.Is(err, hung) {
+		t.Errorf("read after hang-up: %v", err)
+	}
+	r.Close() // the one who started the fill goes, too
+	put(t, f, body, 0, len(body))
+	settle(c, d)
+	if !c.Has(d) {
+		t.Error("the fill died with its clients")
+	}
+}
+
+func TestSizeLies(t *testing.T) {
+	body, d := content(8, 2*minPiece)
+	for name, tt := range map[string]struct {
+		lie  func(f *Fill) error
+		want error
+	}{
+		"longer": {func(f *Fill) error {
+			_, err := f.Writer(registry).WriteAt(append(bytes.Clone(body), 1), 0)
+			return err
+		}, ErrSizeMismatch},
+		"shorter":   {func(f *Fill) error { _, err := f.Writer(registry).WriteAt(body[:1000], 0); return err }, io.ErrUnexpectedEOF},
+		"different": {func(f *Fill) error { return f.SetSize(int64(len(body)) + 1) }, ErrSizeMismatch},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := start(t, Options{})
+			src := SourceFunc(func(_ context.Context, f *Fill) error {
+				if err := f.SetSize(int64(len(body))); err != nil {
+					return err
+				}
+				_ = tt.lie(f)
+				return nil
+			})
+			r, err := c.Open(t.Context(), d, src)
+			if err == nil {
+				_, err = io.ReadAll(r)
+				r.Close()
+			}
+			var fe *FillError
+			if !errors.Is(err, tt.want) || !errors.As(err, &fe) || fe.Digest != d {
+				t.Errorf("got %v, want a FillError with %v", err, tt.want)
+			}
+			settle(c, d)
+			if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
+				t.Error("the next fill got something else")
+			}
+		})
+	}
+	for name, size := range map[string]int64{"negative": -1, "absurd": maxBlob + 1} {
+		t.Run(name, func(t *testing.T) {
+			c := start(t, Options{})
+			if _, err := c.Open(t.Context(), d, SourceFunc(func(_ context.Context, f *Fill) error { return f.SetSize(size) })); err == nil {
+				t.Error("accepted")
+			}
+		})
+	}
+}
+
+func TestSourceErrors(t *testing.T) {
+	body, d := content(9, 3*minPiece)
+	broken := errors.New("upstream is broken")
+	c := start(t, Options{})
+	t.Run("before the size", func(t *testing.T) {
+		_, err := c.Open(t.Context(), d, SourceFunc(func(context.Context, *Fill) error { return broken }))
+		if !errors.Is(err, broken) {
+			t.Errorf("got %v", err)
+		}
+		settle(c, d)
+	})
+	t.Run("without a size", func(t *testing.T) {
+		_, err := c.Open(t.Context(), d, SourceFunc(func(context.Context, *Fill) error { return nil }))
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("got %v", err)
+		}
+		settle(c, d)
+	})
+	t.Run("in the middle, then resumed", func(t *testing.T) {
+		m, f, r := begin(t, c, d, int64(len(body)))
+		put(t, f, body, 0, minPiece+100)
+		m.end <- broken
+		got, err := io.ReadAll(r)
+		if !errors.Is(err, broken) || !bytes.Equal(got, body[:minPiece+100]) {
+			t.Errorf("%d bytes, then %v", len(got), err)
+		}
+		settle(c, d)
+		from := int64(-1)
+		src := SourceFunc(func(ctx context.Context, f *Fill) error {
+			from, _, _ = f.Missing(0)
+			return all(body).Fetch(ctx, f)
+		})
+		if got := mustRead(t, c, d, src); !bytes.Equal(got, body) {
+			t.Error("wrong bytes")
+		}
+		if from != minPiece {
+			t.Errorf("the next fill began at %d; the first piece was there", from)
+		}
+	})
+	t.Run("after everything was written", func(t *testing.T) {
+		body, d := content(10, 100)
+		src := SourceFunc(func(ctx context.Context, f *Fill) error {
+			return errors.Join(all(body).Fetch(ctx, f), broken)
+		})
+		if got := mustRead(t, c, d, src); !bytes.Equal(got, body) {
+			t.Error("wrong bytes")
+		}
+	})
+}
+
+func TestWritesInTheWrongPlace(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(11, 2*minPiece)
+	m := newManual()
+	go func() {
+		if r, err := c.Open(t.Context(), d, m); err == nil {
+			r.Close()
+		}
+	}()
+	f := <-m.fills
+	w := f.Writer(registry)
+	if _, err := w.WriteAt(body[:10], 0); !errors.Is(err, errGap) {
+		t.Errorf("write before the size: %v", err)
+	}
+	if f.Size() != -1 || f.Pieces() != 0 || f.Has(0) {
+		t.Error("size known too early")
+	}
+	if err := w.SetSize(int64(len(body))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.WriteAt(body[100:200], 100); !errors.Is(err, errGap) {
+		t.Errorf("write that leaves a gap: %v", err)
+	}
+	put(t, f, body, 0, 150)
+	garbage := append(make([]byte, 150), body[150:300]...)
+	if n, err := w.WriteAt(garbage, 0); n != 300 || err != nil {
+		t.Errorf("write over present bytes: %d, %v", n, err)
+	}
+	if start, end, ok := f.Missing(200); start != 300 || end != int64(len(body)) || !ok {
+		t.Errorf("Missing(200) = %d, %d, %v", start, end, ok)
+	}
+	put(t, f, body, 300, len(body))
+	settle(c, d)
+	if got := mustRead(t, c, d, nil); !bytes.Equal(got, body) {
+		t.Error("present bytes were overwritten")
+	}
+	if _, err := w.WriteAt(body[:1], 0); err != nil && !errors.Is(err, errGap) {
+		t.Logf("late write: %v", err)
+	}
+}
+
+func TestWantedFollowsReaders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		stop := run(t, c)
+		defer stop()
+		body, d := content(12, 8*minPiece)
+		m, f, r := begin(t, c, d, int64(len(body)))
+		if got := f.Wanted(); got != 0 {
+			t.Errorf("nobody reads: Wanted = %d", got)
+		}
+		changed := f.Changed()
+		second, err := c.Open(t.Context(), d, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer second.Close()
+		var blocked sync.WaitGroup
+		for _, at := range []struct {
+			r   *Reader
+			off int64
+		}{{r, 6 * minPiece}, {second, 3*minPiece + 7}} {
+			blocked.Go(func() { _, _ = at.r.ReadAt(make([]byte, 1), at.off) })
+		}
+		synctest.Wait()
+		select {
+		case <-changed:
+		default:
+			t.Error("Changed did not tell of blocked readers")
+		}
+		if got := f.Wanted(); got != 3*minPiece+7 {
+			t.Errorf("Wanted = %d, want the lowest blocked offset", got)
+		}
+		put(t, f, body, 3*minPiece, 4*minPiece)
+		put(t, f, body, 6*minPiece, 7*minPiece)
+		blocked.Wait()
+		if got := f.Wanted(); got != 3*minPiece+7 {
+			t.Errorf("Wanted = %d, want the slowest reader's cursor", got)
+		}
+		m.end <- errors.New("over")
+		<-f.done
+	})
+}
+
+func TestServeContentWhileFilling(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(13, 6*minPiece+321)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	r.Close()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		r, err := c.Open(req.Context(), d, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer r.Close()
+		w.Header().Set("Content-Type", "application/octet-stream")
+		http.ServeContent(w, req, "", time.Time{}, r)
+	}))
+	defer srv.Close()
+	var clients sync.WaitGroup
+	for i := range 16 { // containerd's concurrent_layer_fetch_buffer: open-ended, overlapping
+		clients.Go(func() {
+			from := i * len(body) / 16
+			req, _ := http.NewRequest("GET", srv.URL, nil)
+			req.Header.Set("Range", fmt.Sprintf("bytes=%d-", from))
+			res, err := srv.Client().Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer res.Body.Close()
+			got, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != http.StatusPartialContent || !bytes.Equal(got, body[from:]) {
+				t.Errorf("range from %d: %s, %d bytes, %v", from, res.Status, len(got), err)
+			}
+		})
+	}
+	for i := range f.Pieces() {
+		i = f.Pieces() - 1 - i // worst order
+		put(t, f, body, i*minPiece, min((i+1)*minPiece, len(body)))
+	}
+	clients.Wait()
+	settle(c, d)
+}
+
+func TestReaderSurvives(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(14, 3*minPiece)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, minPiece)
+	got := make([]byte, 100)
+	if _, err := io.ReadFull(r, got); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := r.File(); ok {
+		t.Error("File() before the blob is whole")
+	}
+	put(t, f, body, minPiece, len(body))
+	settle(c, d)
+	hit, err := c.Open(t.Context(), d, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hit.Close()
+	if err := c.Remove(d); err != nil || c.Has(d) {
+		t.Fatalf("remove: %v", err)
+	}
+	rest, err := io.ReadAll(r)
+	if err != nil || !bytes.Equal(append(got, rest...), body) {
+		t.Errorf("across commit and removal: %d bytes, %v", len(rest), err)
+	}
+	if file, ok := r.File(); !ok {
+		t.Error("no File() after the commit")
+	} else if all, err := io.ReadAll(file); err != nil || !bytes.Equal(all, body) {
+		t.Errorf("File(): %d bytes, %v", len(all), err)
+	}
+	if all, err := io.ReadAll(hit); err != nil || !bytes.Equal(all, body) {
+		t.Errorf("hit after removal: %d bytes, %v", len(all), err)
+	}
+	if err := errors.Join(r.Close(), hit.Close()); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.Read(got); err == nil {
+		t.Error("read after Close")
+	}
+	if _, _, err := r.Extent(0); err == nil {
+		t.Error("extent after Close")
+	}
+}
+
+func TestWriteToSendsExtents(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(15, 4*minPiece+1)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	var out bytes.Buffer
+	sent := make(chan error, 1)
+	go func() { _, err := r.WriteTo(&out); sent <- err }()
+	for i := range f.Pieces() {
+		put(t, f, body, i*minPiece, min((i+1)*minPiece, len(body)))
+	}
+	if err := <-sent; err != nil || !bytes.Equal(out.Bytes(), body) {
+		t.Errorf("sent %d bytes, %v", out.Len(), err)
+	}
+	settle(c, d)
+}
+
+func TestLookupWaitsForNothing(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(16, 3*minPiece)
+	if _, ok := c.Lookup(d); ok {
+		t.Error("found what is not there")
+	}
+	_, f, _ := begin(t, c, d, int64(len(body)))
+	r, ok := c.Lookup(d)
+	if !ok {
+		t.Fatal("a running fill was not found")
+	}
+	defer r.Close()
+	if _, err := r.Read(make([]byte, 1)); !errors.Is(err, ErrMissing) {
+		t.Errorf("read of missing bytes: %v", err)
+	}
+	changed := r.Changed()
+	put(t, f, body, 0, minPiece)
+	<-changed
+	if !r.HasPiece(0) || r.HasPiece(1) || r.HasPiece(3) || r.HasPiece(-1) {
+		t.Error("HasPiece")
+	}
+	piece := make([]byte, minPiece)
+	if n, err := r.ReadAt(piece, 0); err != nil || !bytes.Equal(piece[:n], body[:minPiece]) {
+		t.Errorf("piece: %d bytes, %v", n, err)
+	}
+	if f.Wanted() != minPiece {
+		t.Error("a peer's reader moved Wanted")
+	}
+	put(t, f, body, minPiece, len(body))
+	settle(c, d)
+	if again, ok := c.Lookup(d); !ok {
+		t.Error("a committed blob was not found")
+	} else {
+		again.Close()
+	}
+}
+
+func TestPut(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(17, 700)
+	if err := c.Put(t.Context(), d, registry, append(body, 1)); !errors.Is(err, ErrDigestMismatch) {
+		t.Errorf("wrong body: %v", err)
+	}
+	if err := c.Put(t.Context(), "sha256:../../x", registry, body); !errors.Is(err, ErrInvalidDigest) {
+		t.Errorf("path escape: %v", err)
+	}
+	for range 2 {
+		if err := c.Put(t.Context(), d, registry, body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := mustRead(t, c, d, nil); !bytes.Equal(got, body) {
+		t.Error("wrong bytes")
+	}
+	body, d = content(18, 3*minPiece)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, 500)
+	if err := c.Put(t.Context(), d, Origin{FromPeer, "n"}, body); err != nil || !c.Has(d) {
+		t.Errorf("put into a running fill: %v", err)
+	}
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("its reader: %d bytes, %v", len(got), err)
+	}
+	sum := digest.SHA512.FromBytes(body)
+	if err := c.Put(t.Context(), sum, registry, body); err != nil || !bytes.Equal(mustRead(t, c, sum, nil), body) {
+		t.Errorf("sha512: %v", err)
+	}
+}
+
+func TestStop(t *testing.T) {
+	c := open(t, Options{})
+	stop := run(t, c)
+	body, d := content(19, 3*minPiece)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, 10)
+	stop()
+	got, err := io.ReadAll(r)
+	if !errors.Is(err, ErrClosed) || len(got) != 10 {
+		t.Errorf("%d bytes, then %v", len(got), err)
+	}
+	if _, err := c.Open(t.Context(), d, all(body)); !errors.Is(err, ErrClosed) {
+		t.Errorf("open after the end: %v", err)
+	}
+	if err := c.Run(t.Context()); !errors.Is(err, ErrClosed) {
+		t.Errorf("second run: %v", err)
+	}
+}
+
+func TestOpenWaitsForRun(t *testing.T) {
+	c := open(t, Options{})
+	body, d := content(20, 10)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Open(ctx, d, all(body)); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	got := make(chan []byte)
+	go func() { got <- mustRead(t, c, d, all(body)) }()
+	run(t, c)
+	if !bytes.Equal(<-got, body) {
+		t.Error("wrong bytes")
+	}
+}

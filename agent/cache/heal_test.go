@@ -1,0 +1,342 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// TestDirectoryDeletedWhileRunning deletes everything under readers and fills
+// (P7): those who have a file go on, the next open starts anew.
+func TestDirectoryDeletedWhileRunning(t *testing.T) {
+	for name, deleted := range map[string]func(layout) string{
+		"all of it": func(l layout) string { return string(l) },
+		"blobs":     func(l layout) string { return filepath.Join(string(l), "blobs") },
+		"ingest":    func(l layout) string { return l.ingests() },
+		"metadata":  func(l layout) string { return l.metadata() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := start(t, Options{})
+			old, oldDigest := content(200, 300*kib)
+			if err := c.Put(t.Context(), oldDigest, registry, old); err != nil {
+				t.Fatal(err)
+			}
+			hit, err := c.Open(t.Context(), oldDigest, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer hit.Close()
+			body, d := content(201, 3*minPiece)
+			_, f, r := begin(t, c, d, int64(len(body)))
+			put(t, f, body, 0, minPiece)
+			if err := os.RemoveAll(deleted(c.dir)); err != nil {
+				t.Fatal(err)
+			}
+			put(t, f, body, minPiece, len(body))
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("reader of the fill: %d bytes, %v", len(got), err)
+			}
+			if got, err := io.ReadAll(hit); err != nil || !bytes.Equal(got, old) {
+				t.Errorf("reader of the blob: %d bytes, %v", len(got), err)
+			}
+			settle(c, d)
+			for d, body := range map[digest.Digest][]byte{d: body, oldDigest: old} {
+				if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
+					t.Error("wrong bytes afterwards")
+				}
+				settle(c, d)
+				if !c.Has(d) {
+					t.Errorf("%s was not kept afterwards", d)
+				}
+			}
+			c.Meta().SetManifest(d, Manifest{"x/y"})
+			c.meta.flush()
+			if _, err := os.Stat(c.dir.metadata()); err != nil {
+				t.Errorf("metadata: %v", err)
+			}
+		})
+	}
+}
+
+// TestReconcile pins that the books heal without anybody asking for the blob.
+func TestReconcile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		removed := 0
+		c := open(t, Options{Events: Events{Removing: func(digest.Digest) { removed++ }}})
+		stop := run(t, c)
+		defer stop()
+		ds := fillUp(t, c, 3, 1000)
+		if err := os.Remove(c.dir.blob(ds[1])); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(2 * tendInterval)
+		synctest.Wait()
+		if s := c.Stats(); s.Blobs != 2 || s.Bytes != 2000 || removed != 1 {
+			t.Errorf("%+v, %d withdrawn", s, removed)
+		}
+		if n := evictions(c, reasonLost); n != 1 {
+			t.Errorf("%d counted as lost", n)
+		}
+	})
+}
+
+func TestMetadataIsDisposable(t *testing.T) {
+	repo := Repository{"docker.io", "library/nginx"}
+	_, d := content(210, 10)
+	tag := Tag{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d, Size: 10}, Checked: time.Now()}
+	for name, ruin := range map[string]func(path string) error{
+		"deleted":   os.Remove,
+		"truncated": func(path string) error { return os.Truncate(path, 0) },
+		"cut":       func(path string) error { return os.Truncate(path, 5000) },
+		"garbage": func(path string) error {
+			return os.WriteFile(path, bytes.Repeat([]byte("garbage!"), 8192), 0o600)
+		},
+		"a directory": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
+	} {
+		t.Run(name+" while running", func(t *testing.T) {
+			c := open(t, Options{})
+			c.Meta().SetTag(repo, "latest", tag)
+			c.meta.flush()
+			if err := ruin(c.dir.metadata()); err != nil {
+				t.Fatal(err)
+			}
+			for i := range 3 {
+				_, _ = c.Meta().Tag(repo, "latest")
+				_, _ = c.Meta().Tag(repo, "other")
+				c.Meta().SetTag(repo, fmt.Sprint("tag", i), tag)
+				c.meta.flush()
+			}
+			if _, ok := c.Meta().Tag(repo, "tag2"); !ok {
+				t.Error("a new fact was lost")
+			}
+		})
+		t.Run(name+" before the start", func(t *testing.T) {
+			dir := t.TempDir()
+			c := open(t, Options{Dir: dir})
+			c.Meta().SetTag(repo, "latest", tag)
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := ruin(c.dir.metadata()); err != nil {
+				t.Fatal(err)
+			}
+			c = open(t, Options{Dir: dir})
+			c.Meta().SetTag(repo, "latest", tag)
+			c.meta.flush()
+			if got, ok := c.Meta().Tag(repo, "latest"); !ok || got.Descriptor.Digest != d {
+				t.Errorf("got %+v, %v", got, ok)
+			}
+		})
+	}
+}
+
+func TestMetadataLasts(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, Options{Dir: dir})
+	repo, other := Repository{"docker.io", "library/nginx"}, Repository{"docker.io", "library"}
+	_, d := content(211, 10)
+	_, child := content(212, 10)
+	now := time.Now().Round(0)
+	check := func(c *Cache) {
+		t.Helper()
+		m := c.Meta()
+		if got, ok := m.Tag(repo, "latest"); !ok || got.Descriptor.Digest != d || !got.Checked.Equal(now) {
+			t.Errorf("tag %+v, %v", got, ok)
+		}
+		if _, ok := m.Tag(other, "nginx\x00latest"); ok {
+			t.Error("one key for two tags")
+		}
+		if got, ok := m.Manifest(d); !ok || got.MediaType != "a/b" {
+			t.Errorf("manifest %+v, %v", got, ok)
+		}
+		if parent, ok := m.Member(repo, child); !ok || parent != d {
+			t.Errorf("member of %q, %v", parent, ok)
+		}
+		if _, ok := m.Member(other, child); ok {
+			t.Error("member of another repository")
+		}
+		if n, ok := m.Size(child); !ok || n != 77 {
+			t.Errorf("size %d, %v", n, ok)
+		}
+		if f, ok := m.Fetched(d); !ok || f.Origins[registry] != 10 || f.Size != 10 {
+			t.Errorf("fetched %+v, %v", f, ok)
+		}
+		if _, ok := m.Tag(repo, "gone"); ok {
+			t.Error("a deleted tag is back")
+		}
+	}
+	m := c.Meta()
+	m.SetTag(repo, "latest", Tag{ocispec.Descriptor{Digest: d}, now})
+	m.SetTag(repo, "gone", Tag{ocispec.Descriptor{Digest: d}, now})
+	m.SetManifest(d, Manifest{"a/b"})
+	m.AddMembers(repo, d, ocispec.Descriptor{Digest: child, Size: 77})
+	m.recordFill(d, 10, map[Origin]int64{registry: 10})
+	c.meta.flush()
+	m.DeleteTag(repo, "gone")
+	check(c)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	check(open(t, Options{Dir: dir}))
+}
+
+// TestMetadataIsBounded pins that the oldest facts go first.
+func TestMetadataIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		most := capacity[bucketState]
+		for i := range most + 1 {
+			c.meta.db.put(bucketState, key(fmt.Sprint(i)), []byte("x"))
+			<-time.After(time.Second)
+		}
+		c.meta.flush()
+		if n := c.meta.db.count[bucketState]; n != most*9/10 {
+			t.Errorf("%d facts left of %d", n, most+1)
+		}
+		_, oldest := c.meta.db.get(bucketState, key("0"))
+		_, newest := c.meta.db.get(bucketState, key(fmt.Sprint(most)))
+		if oldest || !newest {
+			t.Errorf("oldest %v, newest %v", oldest, newest)
+		}
+		for i := range 2 * maxPending {
+			c.meta.db.put(bucketState, key(fmt.Sprint(i)), nil)
+		}
+		if n := c.meta.db.waiting; n > maxPending {
+			t.Errorf("%d facts wait", n)
+		}
+	})
+}
+
+// TestLRUOutlivesTheProcessAndTheClock pins the order of eviction over a
+// restart, whatever the clock did meanwhile.
+func TestLRUOutlivesTheProcessAndTheClock(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, Options{Dir: dir})
+	stop := run(t, c)
+	ds := fillUp(t, c, 3, 1000)
+	c.mu.Lock()
+	now := c.now()
+	c.mu.Unlock()
+	c.meta.flush()
+	stop()
+	// ds[1] was used by a clock a year ahead, ds[2] by one long behind.
+	c.meta.recordUse([]use{{ds[0], now, 1000}, {ds[1], now + 365*86400, 1000}, {ds[2], 5, 1000}})
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c = open(t, Options{Dir: dir})
+	run(t, c)
+	mustRead(t, c, ds[0], nil)
+	var order []digest.Digest
+	c.Walk(func(i Info) bool {
+		order = append(order, i.Digest)
+		if i.Used.After(time.Now()) {
+			t.Errorf("%s was used in the future: %s", i.Digest, i.Used)
+		}
+		return true
+	})
+	if len(order) != 3 || order[0] != ds[0] || order[2] != ds[2] {
+		t.Errorf("order %v of %v", order, ds)
+	}
+}
+
+func TestScrub(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var withdrawn []digest.Digest
+		c := open(t, Options{ScrubInterval: 24 * time.Hour, Events: Events{
+			Removing: func(d digest.Digest) { withdrawn = append(withdrawn, d) },
+		}})
+		run(t, c)
+		ds := fillUp(t, c, 4, 2<<20)
+		tear(t, c.dir.blob(ds[1]), 1<<20)
+		if err := os.Truncate(c.dir.blob(ds[2]), 100); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(25 * time.Hour)
+		synctest.Wait()
+		if c.Has(ds[1]) || c.Has(ds[2]) || !c.Has(ds[0]) || !c.Has(ds[3]) {
+			t.Errorf("left: %v", present(c, ds))
+		}
+		if len(withdrawn) != 2 || evictions(c, reasonScrub) != 2 || testutil.ToFloat64(c.metrics.corruptions) != 2 {
+			t.Errorf("withdrawn %v, %d evicted", withdrawn, evictions(c, reasonScrub))
+		}
+		if r, ok := c.Lookup(ds[0]); !ok {
+			t.Error("a good blob is gone")
+		} else {
+			r.Close()
+		}
+	})
+}
+
+// TestScrubIsPaced pins that a pass is slow, and that it goes on after a
+// restart where it was.
+func TestScrubIsPaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		run(t, c)
+		ds := fillUp(t, c, 3, 10<<20)
+		ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+		defer cancel()
+		begun := time.Now()
+		c.scrubAll(ctx, time.Hour)
+		if took := time.Since(begun); took != 15*time.Second {
+			t.Errorf("30 MiB took %s; want at most %d bytes a second", took, minScrubRate)
+		}
+		if place := c.meta.scrubbed(); place == "" {
+			t.Error("the place was not remembered")
+		}
+		begun = time.Now()
+		c.scrubAll(t.Context(), time.Hour)
+		if took := time.Since(begun); took < 19*time.Second || took > 21*time.Second {
+			t.Errorf("the two blobs that were left took %s", took)
+		}
+		if len(present(c, ds)) != 3 {
+			t.Error("good blobs were deleted")
+		}
+	})
+}
+
+func TestDirectoryInUse(t *testing.T) {
+	c := open(t, Options{})
+	_, err := New(Options{Dir: c.opts.Dir, Logger: slog.New(slog.DiscardHandler)})
+	if err == nil || !strings.Contains(err.Error(), "used by another process") || !strings.Contains(err.Error(), c.opts.Dir) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestUnusableDirectory(t *testing.T) {
+	base := t.TempDir()
+	file := filepath.Join(base, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct{ dir, hint string }{
+		"a file":       {file, "a file is in the way"},
+		"below a file": {filepath.Join(file, "cache"), "a file is in the way"},
+		"not writable": {"/proc/larder", "cache.dir"},
+	} {
+		_, err := New(Options{Dir: tt.dir})
+		if err == nil || !strings.Contains(err.Error(), tt.hint) || !strings.Contains(err.Error(), tt.dir) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	for err, hint := range map[error]string{syscall.EACCES: "chown", syscall.EPERM: "chown", syscall.EROFS: "read-only"} {
+		if got := layout("/x").explain(err).Error(); !strings.Contains(got, hint) {
+			t.Errorf("%v: got %q", err, got)
+		}
+	}
+}

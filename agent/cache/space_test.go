@@ -1,0 +1,404 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+const kib = 1 << 10
+
+// fillUp commits n blobs of size bytes, oldest first.
+func fillUp(t *testing.T, c *Cache, n, size int) []digest.Digest {
+	t.Helper()
+	var all []digest.Digest
+	for i := range n {
+		body, d := content(uint64(1000+i), size)
+		if err := c.Put(t.Context(), d, registry, body); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, d)
+	}
+	return all
+}
+
+// present says which of ds are committed.
+func present(c *Cache, ds []digest.Digest) []int {
+	var is []int
+	for i, d := range ds {
+		if c.Has(d) {
+			is = append(is, i)
+		}
+	}
+	return is
+}
+
+func evictions(c *Cache, why reason) int {
+	return int(testutil.ToFloat64(c.metrics.evictions.WithLabelValues(string(why))))
+}
+
+func TestEvictionOrder(t *testing.T) {
+	for name, tt := range map[string]struct {
+		keep    func(all []digest.Digest) func(digest.Digest) KeepHint
+		prepare func(t *testing.T, c *Cache, all []digest.Digest)
+		left    []int // of ten, after room for two more was needed
+	}{
+		"least recently used": {left: []int{3, 4, 5, 6, 7, 8, 9}},
+		"a hit is use": {
+			prepare: func(t *testing.T, c *Cache, all []digest.Digest) { mustRead(t, c, all[0], nil) },
+			left:    []int{0, 4, 5, 6, 7, 8, 9},
+		},
+		"a look-up is no use": {
+			prepare: func(t *testing.T, c *Cache, all []digest.Digest) {
+				if r, ok := c.Lookup(all[0]); ok {
+					r.Close()
+				}
+			},
+			left: []int{3, 4, 5, 6, 7, 8, 9},
+		},
+		"pins stay": {
+			prepare: func(_ *testing.T, c *Cache, all []digest.Digest) {
+				c.Pin(all[1])
+				c.Pin(all[1])
+				c.Unpin(all[1])
+				c.Pin(all[2])
+				c.Unpin(all[2])
+			},
+			left: []int{1, 4, 5, 6, 7, 8, 9},
+		},
+		"hints before age": {
+			keep: func(all []digest.Digest) func(digest.Digest) KeepHint {
+				return func(d digest.Digest) KeepHint {
+					switch {
+					case len(all) < 10:
+					case d == all[0]:
+						return EvictLast
+					case d == all[9]:
+						return EvictFirst
+					}
+					return Normal
+				}
+			},
+			left: []int{0, 3, 4, 5, 6, 7, 8},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var all []digest.Digest
+			opts := Options{MaxBytes: Bytes(1000 * kib)}
+			if tt.keep != nil {
+				opts.Keep = func(d digest.Digest) KeepHint { return tt.keep(all)(d) }
+			}
+			c := start(t, opts)
+			all = fillUp(t, c, 10, 100*kib)
+			if tt.prepare != nil {
+				tt.prepare(t, c, all)
+			}
+			body, d := content(50, 200*kib)
+			if err := c.Put(t.Context(), d, registry, body); err != nil {
+				t.Fatal(err)
+			}
+			// Two make room, a third is the hysteresis of 5 %.
+			if left := present(c, all); !slices.Equal(left, tt.left) {
+				t.Errorf("left %v, want %v", left, tt.left)
+			}
+			if n := evictions(c, reasonMaxBytes); n != 3 {
+				t.Errorf("%d evictions counted", n)
+			}
+			if s := c.Stats(); s.Bytes > s.Limit {
+				t.Errorf("%+v", s)
+			}
+		})
+	}
+}
+
+func TestNoRoom(t *testing.T) {
+	body, d := content(51, 200*kib)
+	try := func(t *testing.T, c *Cache) error {
+		r, err := c.Open(t.Context(), d, all(body))
+		if err == nil {
+			r.Close()
+		}
+		settle(c, d)
+		return err
+	}
+	t.Run("larger than the limit", func(t *testing.T) {
+		c := start(t, Options{MaxBytes: Bytes(100 * kib)})
+		old := fillUp(t, c, 1, 50*kib)
+		if err := try(t, c); !errors.Is(err, ErrNoRoom) {
+			t.Errorf("got %v", err)
+		}
+		if !c.Has(old[0]) {
+			t.Error("evicted in vain")
+		}
+	})
+	t.Run("all pinned", func(t *testing.T) {
+		c := start(t, Options{MaxBytes: Bytes(300 * kib)})
+		for _, d := range fillUp(t, c, 2, 100*kib) {
+			c.Pin(d)
+		}
+		if err := try(t, c); !errors.Is(err, ErrNoRoom) {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("reserved by running fills", func(t *testing.T) {
+		c := start(t, Options{MaxBytes: Bytes(300 * kib)})
+		other, od := content(52, 200*kib)
+		m, _, _ := begin(t, c, od, int64(len(other)))
+		if err := try(t, c); !errors.Is(err, ErrNoRoom) {
+			t.Errorf("got %v", err)
+		}
+		m.end <- errors.New("gone")
+		settle(c, od)
+		if err := try(t, c); err != nil {
+			t.Errorf("after the other fill is gone: %v", err)
+		}
+	})
+	t.Run("min_free", func(t *testing.T) {
+		c := open(t, Options{MinFree: Percent(10)})
+		total, free := int64(10_000*kib), int64(1_500*kib)
+		var mu sync.Mutex
+		c.statfs = func() (int64, int64, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return total, free - c.used + c.unbacked, nil
+		}
+		run(t, c)
+		old := fillUp(t, c, 4, 100*kib)
+		if err := try(t, c); err != nil { // 1500 - 400 - 200 is less than 1000
+			t.Errorf("got %v", err)
+		}
+		if left := present(c, old); !slices.Equal(left, []int{2, 3}) {
+			t.Errorf("left %v", left)
+		}
+		if n := evictions(c, reasonMinFree); n != 2 {
+			t.Errorf("%d evictions counted", n)
+		}
+		mu.Lock()
+		free -= 1_000 * kib // somebody else fills the disk
+		mu.Unlock()
+		c.balance()
+		if n := c.Stats().Blobs; n != 0 {
+			t.Errorf("%d blobs left on a full disk", n)
+		}
+		if err := c.Remove(d); err != nil {
+			t.Error(err)
+		}
+		if err := try(t, c); !errors.Is(err, ErrNoRoom) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestConcurrentFillsStayWithinBounds lets many fills race for little room.
+func TestConcurrentFillsStayWithinBounds(t *testing.T) {
+	const limit = 1000 * kib
+	c := start(t, Options{MaxBytes: Bytes(limit)})
+	var clients sync.WaitGroup
+	for i := range 30 {
+		clients.Go(func() {
+			body, d := content(uint64(60+i%20), (50+10*(i%20))*kib)
+			r, err := c.Open(context.Background(), d, all(body))
+			if errors.Is(err, ErrNoRoom) {
+				return
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer r.Close()
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			if used := c.Stats().Bytes; used > limit {
+				t.Errorf("%d bytes used of %d", used, limit)
+			}
+		})
+	}
+	clients.Wait()
+}
+
+// TestDiskFull makes each step report ENOSPC, once or for ever.
+func TestDiskFull(t *testing.T) {
+	body, d := content(80, 3*minPiece)
+	for _, s := range []step{stepCreate, stepAllocate, stepWrite} {
+		for _, forever := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/%v", s, forever), func(t *testing.T) {
+				c := start(t, Options{})
+				old := fillUp(t, c, 3, 400*kib)
+				var mu sync.Mutex
+				failed := 0
+				c.faults = func(at step, of digest.Digest) error {
+					mu.Lock()
+					defer mu.Unlock()
+					if at == s && of == d && (forever || failed == 0) {
+						failed++
+						return syscall.ENOSPC
+					}
+					return nil
+				}
+				r, err := c.Open(t.Context(), d, all(body))
+				var got []byte
+				if err == nil {
+					got, err = io.ReadAll(r)
+					r.Close()
+				}
+				settle(c, d)
+				if forever && (!errors.Is(err, ErrNoRoom) || !errors.Is(err, syscall.ENOSPC)) {
+					t.Errorf("got %v", err)
+				}
+				if !forever && (err != nil || !bytes.Equal(got, body)) {
+					t.Errorf("one ENOSPC failed the fill: %v", err)
+				}
+				if evictions(c, reasonFull) == 0 || len(present(c, old)) == 3 {
+					t.Error("nothing was evicted")
+				}
+				if left := c.entries(c.dir.ingests()); len(left) > 0 {
+					t.Errorf("left over: %v", left)
+				}
+			})
+		}
+	}
+}
+
+// TestDiskErrors pins that a disk which fails in other ways is passed by, too.
+func TestDiskErrors(t *testing.T) {
+	for _, disk := range []error{syscall.EROFS, syscall.EIO, syscall.EACCES} {
+		c := start(t, Options{})
+		c.faults = func(at step, _ digest.Digest) error {
+			if at == stepCreate {
+				return disk
+			}
+			return nil
+		}
+		body, d := content(81, 10)
+		if _, err := c.Open(t.Context(), d, all(body)); !errors.Is(err, ErrNoRoom) || !errors.Is(err, disk) {
+			t.Errorf("%v: got %v", disk, err)
+		}
+		settle(c, d)
+	}
+}
+
+// TestTinyDisk fills a real file system to the brim: no pull fails for it.
+func TestTinyDisk(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounting a tmpfs needs root; TestDiskFull injects the same errors")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("mount a tmpfs: %v", err)
+		}
+		t.Skipf("mount a tmpfs: %v; TestDiskFull injects the same errors", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	c := start(t, Options{Dir: filepath.Join(dir, "cache")})
+	ballast := func(n int) {
+		if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, n), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	kept, passed := 0, 0
+	for i := range 40 {
+		body, d := content(uint64(100+i), 600*kib)
+		if i == 20 {
+			for _, info := range c.list() {
+				if err := c.Remove(info.Digest); err != nil {
+					t.Error(err)
+				}
+			}
+			ballast(3500 * kib) // less is left than any blob
+		}
+		r, err := c.Open(t.Context(), d, all(body))
+		if errors.Is(err, ErrNoRoom) {
+			passed++
+			continue
+		}
+		if err != nil {
+			t.Fatalf("blob %d: %v", i, err)
+		}
+		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, body) {
+			t.Errorf("blob %d: %d bytes, %v", i, len(got), err)
+		}
+		r.Close()
+		settle(c, d)
+		kept++
+	}
+	if kept != 20 || passed != 20 {
+		t.Errorf("kept %d, passed %d; want 20 and 20", kept, passed)
+	}
+	if evictions(c, reasonFull) == 0 {
+		t.Error("nothing was evicted for ENOSPC")
+	}
+}
+
+func TestEvents(t *testing.T) {
+	var mu sync.Mutex
+	var log []string
+	note := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		log = append(log, fmt.Sprintf(format, args...))
+	}
+	var c *Cache
+	body, d := content(90, 1000)
+	c = start(t, Options{Events: Events{
+		Committed: func(of digest.Digest, size int64) {
+			_, err := os.Stat(c.dir.blob(of))
+			note("committed %d bytes, there %v, has %v", size, err == nil, c.Has(of))
+		},
+		Removing: func(of digest.Digest) {
+			_, err := os.Stat(c.dir.blob(of))
+			note("removing, there %v, has %v", err == nil, c.Has(of))
+		},
+	}})
+	if err := c.Put(t.Context(), d, registry, body); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(c.Remove(d), c.Remove(d)); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"committed 1000 bytes, there true, has true", "removing, there true, has false"}
+	if !slices.Equal(log, want) {
+		t.Errorf("got %q, want %q", log, want)
+	}
+	if n := evictions(c, reasonRemoved); n != 1 {
+		t.Errorf("%d removals counted", n)
+	}
+}
+
+// TestUnlinkFails pins that a blob which cannot be deleted is still served and
+// counted, and announced again.
+func TestUnlinkFails(t *testing.T) {
+	committed := 0
+	c := start(t, Options{Events: Events{Committed: func(digest.Digest, int64) { committed++ }}})
+	ds := fillUp(t, c, 1, 1000)
+	c.faults = func(s step, _ digest.Digest) error {
+		if s == stepUnlink {
+			return syscall.EROFS
+		}
+		return nil
+	}
+	if err := c.Remove(ds[0]); !errors.Is(err, syscall.EROFS) {
+		t.Errorf("got %v", err)
+	}
+	if !c.Has(ds[0]) || committed != 2 || c.Stats().Bytes != 1000 {
+		t.Errorf("has %v, committed %d, %+v", c.Has(ds[0]), committed, c.Stats())
+	}
+}
