@@ -93,7 +93,7 @@ func (c *Cache) rehash(ctx context.Context, b *blob, limit *rate.Limiter) error 
 	h := b.digest.Algorithm().Hash()
 	buf := make([]byte, readBlock)
 	for {
-		if err := limit.WaitN(ctx, len(buf)); err != nil {
+		if err := pace(ctx, limit); err != nil {
 			return err
 		}
 		n, err := io.ReadFull(file, buf)
@@ -107,5 +107,18 @@ func (c *Cache) rehash(ctx context.Context, b *blob, limit *rate.Limiter) error 
 		case err != nil:
 			return err
 		}
+	}
+}
+
+// pace waits for the next block's turn. (Limiter.Wait gives up before a
+// deadline, which the caller could not tell from a bad blob.)
+func pace(ctx context.Context, limit *rate.Limiter) error {
+	turn := time.NewTimer(limit.ReserveN(time.Now(), readBlock).Delay())
+	defer turn.Stop()
+	select {
+	case <-turn.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
