@@ -26,6 +26,7 @@ type server struct {
 	listener net.Listener
 	cut      context.CancelCauseFunc // ends all requests
 	wedged   atomic.Bool
+	draining atomic.Bool // the port is closed on purpose
 }
 
 // Serve answers on l until ctx ends: then it closes l, lets bodies go on for
@@ -43,6 +44,7 @@ func (p *Proxy) Serve(ctx context.Context, l net.Listener) error {
 		return s.ended(err)
 	case <-ctx.Done():
 	}
+	s.draining.Store(true)
 	err := s.shutdown(ctx, p.opts.Grace)
 	<-served
 	if s.wedged.Load() {

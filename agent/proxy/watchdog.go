@@ -115,12 +115,16 @@ func (p *Proxy) longestWait(x *exchange) time.Duration {
 	return p.opts.FirstByteBudget
 }
 
-// addresses are where the listeners can be reached from here.
+// addresses are where the listeners can be reached from here. A closed port that
+// only waits for its last bodies is none, and must not count as unanswered.
 func (p *Proxy) addresses() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var out []string
 	for s := range p.servers {
+		if s.draining.Load() {
+			continue
+		}
 		if addr, ok := s.listener.Addr().(*net.TCPAddr); ok {
 			out = append(out, loopback(addr))
 		}
