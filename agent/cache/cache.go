@@ -204,43 +204,45 @@ func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader,
 	if err := checkDigest(d); err != nil {
 		return nil, err
 	}
-	for {
-		r, f, err := c.find(ctx, d, src)
-		if err != nil || r != nil {
-			return r, err
-		}
-		if r, err = f.open(ctx); r != nil || err != nil {
-			return r, err
-		}
+	r, f, joined, err := c.find(ctx, d, src)
+	if f != nil {
+		return f.open(ctx, joined)
 	}
+	return r, err
 }
 
-// find returns a reader of the committed blob, or the fill to join.
-func (c *Cache) find(ctx context.Context, d digest.Digest, src Source) (*Reader, *fill, error) {
-	for {
-		b, f := c.peek(d, true)
+// find returns a reader of the committed blob, or a hold on the fill to join.
+func (c *Cache) find(ctx context.Context, d digest.Digest, src Source) (r *Reader, f *fill, joined bool, err error) {
+	for r == nil && f == nil && err == nil {
+		var b *blob
+		if b, f = c.peek(d, true); f != nil {
+			return nil, f, true, nil
+		}
 		if b != nil {
-			r, err := c.openBlob(ctx, b)
-			if r != nil || err != nil {
-				return r, nil, err
-			}
+			r, err = c.openBlob(ctx, b)
 			continue
 		}
-		if f != nil {
-			return nil, f, nil
-		}
 		if src == nil {
-			return nil, nil, fmt.Errorf("open %s: %w", d, fs.ErrNotExist)
+			return nil, nil, false, fmt.Errorf("open %s: %w", d, fs.ErrNotExist)
 		}
-		select {
-		case <-c.started:
-		case <-ctx.Done():
-			return nil, nil, context.Cause(ctx)
+		if err = wait(ctx, c.started); err != nil {
+			break
 		}
-		f, err := c.startFill(d, src)
-		if f != nil || err != nil {
-			return nil, f, err
+		var over <-chan struct{}
+		if f, over, err = c.startFill(d, src); over != nil {
+			err = wait(ctx, over)
 		}
+	}
+	return r, f, false, err
+}
+
+// wait waits for done, or returns why ctx ended.
+func wait(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
@@ -274,55 +276,57 @@ func (c *Cache) now() int64 {
 // openBlob opens a committed blob; it returns neither reader nor error when
 // the file turned out to be gone and has been booked out.
 func (c *Cache) openBlob(ctx context.Context, b *blob) (*Reader, error) {
-	file, err := os.Open(c.dir.blob(b.digest))
-	if err == nil {
-		info, serr := file.Stat()
-		if serr == nil && info.Size() == b.size {
-			return newReader(ctx, b.digest, b.size, nil, file), nil
-		}
-		err = errors.Join(serr, file.Close())
+	file, err := c.openFile(b)
+	switch {
+	case err == nil:
+		return newReader(ctx, b.digest, b.size, nil, file), nil
+	case lost(err), errors.Is(err, ErrSizeMismatch):
+		c.log.Debug("committed blob is not what it was", "digest", b.digest, "err", err)
+		return nil, c.drop(ctx, b, reasonLost)
 	}
-	if err != nil && !lost(err) { // out of file descriptors, say
-		return nil, noRoom(fmt.Errorf("open %s: %w", b.digest, err))
-	}
-	c.log.Debug("committed blob is not what it was", "digest", b.digest, "err", err)
-	return nil, c.drop(ctx, b, reasonLost)
+	return nil, noRoom(err) // out of file descriptors, say
 }
 
-// startFill starts a fill of d, unless somebody else just did; then it returns
-// neither fill nor error.
-func (c *Cache) startFill(d digest.Digest, src Source) (*fill, error) {
+// openFile opens b's file if it still has b's size.
+func (c *Cache) openFile(b *blob) (*os.File, error) {
+	file, err := os.Open(c.dir.blob(b.digest))
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", b.digest, err)
+	}
+	info, err := file.Stat()
+	if err == nil && info.Size() != b.size {
+		err = ErrSizeMismatch
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", b.digest, errors.Join(err, file.Close()))
+	}
+	return file, nil
+}
+
+// startFill starts a fill of d. When somebody else was faster, or a failed fill
+// is still being cleared away - its files must not meet the next one's - it
+// returns over, which is to be waited for before trying again.
+func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan struct{}, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.state != running || c.runCtx.Err() != nil {
-		return nil, fmt.Errorf("fill %s: %w", d, ErrClosed)
+		return nil, nil, fmt.Errorf("fill %s: %w", d, ErrClosed)
 	}
 	if c.blobs[d] != nil {
-		return nil, nil
+		return nil, c.started, nil
 	}
 	if f := c.filling[d]; f != nil {
-		if f.attach() {
-			c.metrics.joined.Inc()
-			return f, nil
+		if f.failure() == nil {
+			return nil, c.started, nil
 		}
-		// It failed and is about to be booked out: its cleaning up must
-		// not meet the next fill's files.
-		return nil, c.waitUnlocked(f.done)
+		return nil, f.done, nil
 	}
-	f := newFill(c, d, src, c.suspect(d))
+	f = newFill(c, d, src, c.suspect(d))
 	f.refs++ // the caller's
 	c.filling[d] = f
 	ctx := c.runCtx
 	c.fills.Go(func() { f.run(ctx) })
-	return f, nil
-}
-
-// waitUnlocked waits with c.mu given up; c.mu is held before and after.
-func (c *Cache) waitUnlocked(done <-chan struct{}) error {
-	c.mu.Unlock()
-	defer c.mu.Lock()
-	<-done
-	return nil
+	return f, nil, nil
 }
 
 // suspectFor is how long sources are told that a digest's bytes were wrong:
@@ -356,7 +360,7 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 	}
 	b, f := c.peek(d, false)
 	if b != nil {
-		file, err := os.Open(c.dir.blob(d))
+		file, err := c.openFile(b)
 		if err != nil {
 			return nil, false
 		}
@@ -393,7 +397,7 @@ func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []
 		return fmt.Errorf("put %s: %w", d, ErrDigestMismatch)
 	}
 	src := SourceFunc(func(_ context.Context, f *Fill) error { return feed(f.Writer(origin), body) })
-	r, f, err := c.find(ctx, d, src)
+	r, f, _, err := c.find(ctx, d, src)
 	if err != nil {
 		return fmt.Errorf("put %s: %w", d, err)
 	}
@@ -404,12 +408,10 @@ func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []
 	if err := feed((&Fill{f}).Writer(origin), body); err != nil {
 		return fmt.Errorf("put %s: %w", d, err)
 	}
-	select {
-	case <-f.done:
-		return f.failure()
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if err := wait(ctx, f.done); err != nil {
+		return err
 	}
+	return f.failure()
 }
 
 // feed writes body where bytes are missing.

@@ -328,10 +328,9 @@ func (c *Cache) abandon(f *fill, size int64, keep bool) {
 	}
 }
 
-// open makes a reader of a fill the caller is attached to, once its size is
-// known. It returns neither reader nor error when the fill must be asked for
-// anew.
-func (f *fill) open(ctx context.Context) (*Reader, error) {
+// open makes a reader of a fill that the caller is attached to, once its size
+// is known.
+func (f *fill) open(ctx context.Context, joined bool) (*Reader, error) {
 	var err error
 	select {
 	case <-f.sized:
@@ -340,6 +339,10 @@ func (f *fill) open(ctx context.Context) (*Reader, error) {
 		return r, nil
 	case <-f.broken:
 		err = f.failure()
+		var fe *FillError
+		if joined && errors.As(err, &fe) {
+			err = &FillError{Digest: fe.Digest, Err: fe.Err, Joined: true}
+		}
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}

@@ -35,6 +35,10 @@ var (
 type FillError struct {
 	Digest digest.Digest
 	Err    error
+	// Joined says, when Open returns it, that the fill was somebody else's:
+	// the caller's own source, with its own credentials, was not asked, so
+	// that one more Open may fare better.
+	Joined bool
 }
 
 func (e *FillError) Error() string { return fmt.Sprintf("fill %s: %v", e.Digest, e.Err) }

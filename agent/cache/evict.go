@@ -29,7 +29,8 @@ func statfs(dir string) (total, free int64, err error) {
 	if err := unix.Statfs(dir, &s); err != nil {
 		return 0, 0, fmt.Errorf("statfs %s: %w", dir, err)
 	}
-	return int64(s.Blocks) * s.Bsize, int64(s.Bavail) * s.Bsize, nil
+	unit := cmp.Or(s.Frsize, s.Bsize) // of the counts; Bsize is the preferred I/O size
+	return int64(s.Blocks) * unit, int64(s.Bavail) * unit, nil
 }
 
 // slack is what eviction frees beyond need, as a share of the limit, so that

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -292,6 +293,29 @@ func TestSourceErrors(t *testing.T) {
 		_, err := c.Open(t.Context(), d, SourceFunc(func(context.Context, *Fill) error { return broken }))
 		if !errors.Is(err, broken) {
 			t.Errorf("got %v", err)
+		}
+		settle(c, d)
+	})
+	t.Run("of a fill that was joined", func(t *testing.T) {
+		m := newManual()
+		first, second := make(chan error, 1), make(chan error, 1)
+		open := func(to chan error) {
+			_, err := c.Open(t.Context(), d, m)
+			to <- err
+		}
+		go open(first)
+		<-m.fills
+		go open(second)
+		for testutil.ToFloat64(c.metrics.joined) == 0 {
+			runtime.Gosched()
+		}
+		m.end <- broken
+		var mine, theirs *FillError
+		if !errors.As(<-first, &mine) || mine.Joined {
+			t.Errorf("the one who started it got %+v", mine)
+		}
+		if !errors.As(<-second, &theirs) || !theirs.Joined || !errors.Is(theirs, broken) {
+			t.Errorf("the one who joined got %+v", theirs)
 		}
 		settle(c, d)
 	})

@@ -112,6 +112,9 @@ func (c *Cache) recoverIngest(d digest.Digest, now time.Time) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if when.After(now) {
+		when = now
+	}
 	c.idle[d] = idleIngest{size: size, when: when}
 	c.used += size
 }
