@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -152,16 +153,15 @@ func New(opts Options) (*Hosts, error) {
 	}, nil
 }
 
-// checkRegistry keeps names that are no registries out of paths.
+// registryName is host, host:port or [IPv6]:port. It must not start like our
+// own directories, nor be _default.
+var registryName = regexp.MustCompile(`^(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?$`)
+
 func checkRegistry(r string) error {
-	if r == "*" {
+	if r == "*" || registryName.MatchString(r) {
 		return nil
 	}
-	host, path, _ := strings.Cut(r, "/")
-	if host == "" || host == defaultDir || strings.HasPrefix(host, ".") || path != "" || strings.ContainsAny(r, " \\\"*@?#\x00") || r != filepath.Clean(r) {
-		return fmt.Errorf("hosts.registries %q: want a registry as images name it, host or host:port, or \"*\"", r)
-	}
-	return nil
+	return fmt.Errorf("hosts.registries %q: want a registry as images name it, host or host:port, or \"*\"", r)
 }
 
 // proxyAddr parses the listen address of the proxy into the address that a

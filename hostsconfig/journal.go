@@ -204,13 +204,34 @@ func (m *managed) load() error {
 	if j.Version != journalVersion {
 		return fmt.Errorf("journal %s: version %d is not %d", m.backup(journalName), j.Version, journalVersion)
 	}
-	for rel, e := range j.Files {
-		if e == nil || !filepath.IsLocal(strings.TrimPrefix(rel, "../")) || e.Backup != filepath.Base("/"+e.Backup) && e.Backup != "" {
-			return fmt.Errorf("journal %s: entry %q is not ours", m.backup(journalName), rel)
-		}
+	if !j.local() {
+		return fmt.Errorf("journal %s: it names files elsewhere", m.backup(journalName))
 	}
 	m.journal = j
 	return nil
+}
+
+// local reports whether all names stay in the managed directory: what is in
+// the journal is deleted, by root.
+func (j *journal) local() bool {
+	for rel, e := range j.Files {
+		if e == nil || !filepath.IsLocal(rel) || e.Backup != "" && (!filepath.IsLocal(e.Backup) || e.Backup != filepath.Base(e.Backup)) {
+			return false
+		}
+	}
+	for _, dir := range j.Dirs {
+		if !filepath.IsLocal(dir) {
+			return false
+		}
+	}
+	// The link's directories follow the managed path as in "certs.d:/etc".
+	for _, dir := range append(slices.Clone(j.LinkDirs), ":"+j.Link) {
+		rest, ok := strings.CutPrefix(dir, ":")
+		if !ok || rest != "" && (rest[0] != '/' || rest != filepath.Clean(rest)) {
+			return false
+		}
+	}
+	return true
 }
 
 func (m *managed) save() error {

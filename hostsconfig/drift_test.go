@@ -1,0 +1,411 @@
+package hostsconfig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// TestDrift changes files under an active configuration in every way a user or
+// a tool may, then repairs, then removes.
+func TestDrift(t *testing.T) {
+	const (
+		docker = "certs.d/docker.io/hosts.toml"
+		first  = "# first\n[host.\"https://first.x\"]\n"
+		second = "# second\n[host.\"https://second.x\"]\n"
+	)
+	mirror := func(name string) []string {
+		return []string{ours, "https://" + name + "/v2 pull,resolve,push", upstreamOf("registry-1.docker.io")}
+	}
+	tests := []struct {
+		name     string
+		change   func(t *testing.T, dir string)
+		repaired float64
+		want     []string // for docker.io
+		left     tree     // after Remove; a value "gone" means nothing is there
+	}{
+		{
+			name:   "overwritten in place",
+			change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, docker), second) },
+			want:   mirror("second.x"), repaired: 1, left: tree{docker: second},
+		},
+		{
+			name: "replaced by rename",
+			change: func(t *testing.T, dir string) {
+				write(t, filepath.Join(dir, "new"), second)
+				must(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, docker)))
+			},
+			want: mirror("second.x"), repaired: 1, left: tree{docker: second},
+		},
+		{
+			name: "edited around our part",
+			change: func(t *testing.T, dir string) {
+				data, err := os.ReadFile(filepath.Join(dir, docker))
+				must(t, err)
+				write(t, filepath.Join(dir, docker), strings.ReplaceAll(string(data), "first", "second"))
+			},
+			want: mirror("second.x"), repaired: 1, left: tree{docker: second},
+		},
+		{
+			name: "our part edited",
+			change: func(t *testing.T, dir string) {
+				data, err := os.ReadFile(filepath.Join(dir, docker))
+				must(t, err)
+				write(t, filepath.Join(dir, docker), strings.Replace(string(data), `"pull", "resolve"`, `"pull"`, 1))
+			},
+			want: mirror("first.x"), repaired: 1, left: tree{docker: first},
+		},
+		{
+			name:   "put back to the original",
+			change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, docker), first) },
+			want:   mirror("first.x"), repaired: 1, left: tree{docker: first},
+		},
+		{
+			name:   "deleted",
+			change: func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, docker))) },
+			want:   mirror("first.x"), repaired: 1, left: tree{docker: first},
+		},
+		{
+			name:   "directory deleted",
+			change: func(t *testing.T, dir string) { must(t, os.RemoveAll(filepath.Join(dir, "certs.d/docker.io"))) },
+			want:   []string{ours, upstreamOf("registry-1.docker.io")}, left: tree{"certs.d/docker.io": "gone", "certs.d/_default": "gone"},
+		},
+		{
+			name:   "emptied",
+			change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, docker), "") },
+			want:   []string{ours, upstreamOf("registry-1.docker.io")}, repaired: 1, left: tree{docker: ""},
+		},
+		{
+			name:   "made malformed",
+			change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, docker), "bad") },
+			want:   []string{upstreamOf("registry-1.docker.io")}, left: tree{docker: "bad"},
+		},
+		{
+			name:   "our own directory deleted",
+			change: func(t *testing.T, dir string) { must(t, os.RemoveAll(filepath.Join(dir, "certs.d/_default"))) },
+			want:   mirror("first.x"), repaired: 1, left: tree{docker: first, "certs.d/_default": "gone"},
+		},
+		{
+			name:   "our own file taken over",
+			change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "certs.d/_default/hosts.toml"), second) },
+			want:   mirror("first.x"), repaired: 1, left: tree{docker: first, "certs.d/_default/hosts.toml": second},
+		},
+		{
+			name: "a new host directory",
+			change: func(t *testing.T, dir string) {
+				tree{"certs.d/new.x/hosts.toml": second}.write(t, dir)
+			},
+			want: mirror("first.x"), left: tree{docker: first, "certs.d/new.x/hosts.toml": second},
+		},
+		{
+			name: "certificates put into our directory",
+			change: func(t *testing.T, dir string) {
+				tree{"certs.d/_default/ca.crt": string(testCA(t))}.write(t, dir)
+			},
+			want: mirror("first.x"), left: tree{docker: first, "certs.d/_default/hosts.toml": "gone"},
+		},
+		{
+			name: "the journal deleted",
+			change: func(t *testing.T, dir string) {
+				must(t, os.RemoveAll(filepath.Join(dir, "certs.d", journalDir)))
+			},
+			want: mirror("first.x"), left: tree{docker: first},
+		},
+		{
+			name: "a backup deleted",
+			change: func(t *testing.T, dir string) {
+				backups, err := filepath.Glob(filepath.Join(dir, "certs.d", journalDir, "*.orig"))
+				must(t, err)
+				for _, b := range backups {
+					must(t, os.Remove(b))
+				}
+			},
+			want: mirror("first.x"), left: tree{docker: first},
+		},
+	}
+	for _, repair := range []bool{true, false} {
+		for _, tt := range tests {
+			t.Run(fmt.Sprintf("%s, repaired %v", tt.name, repair), func(t *testing.T) {
+				dir := t.TempDir()
+				tree{docker: first}.write(t, dir)
+				h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d"), Registerer: prometheus.NewRegistry()})
+				apply(t, h)
+				tt.change(t, dir)
+				if repair {
+					h.mu.Lock()
+					_, err := h.apply(t.Context(), true)
+					h.mu.Unlock()
+					must(t, err)
+					if got := testutil.ToFloat64(h.metrics.repaired.WithLabelValues(containerd)); got != tt.repaired {
+						t.Errorf("counted %v repairs, want %v", got, tt.repaired)
+					}
+					wantHosts(t, filepath.Join(dir, "certs.d"), "docker.io", tt.want...)
+				}
+				remove(t, h)
+				for name, want := range tt.left {
+					if _, err := os.Lstat(filepath.Join(dir, name)); want == "gone" {
+						if !errors.Is(err, os.ErrNotExist) {
+							t.Errorf("%s is still there", name)
+						}
+						continue
+					}
+					wantContent(t, filepath.Join(dir, name), want)
+				}
+				if _, err := os.Lstat(filepath.Join(dir, "certs.d", journalDir)); err == nil {
+					t.Error("the journal is still there")
+				}
+			})
+		}
+	}
+}
+
+func write(tb testing.TB, path, text string) {
+	tb.Helper()
+	must(tb, os.WriteFile(path, []byte(text), 0o640))
+}
+
+// TestBadJournal: without a readable journal nothing is deleted, and what can
+// be told from the files themselves is put right.
+func TestBadJournal(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/docker.io/hosts.toml": "# first\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d")})
+	apply(t, h)
+	write(t, filepath.Join(dir, "certs.d", journalDir, journalName), "{")
+	apply(t, h)
+	if _, err := h.Remove(t.Context()); err == nil || !strings.Contains(err.Error(), "originals") {
+		t.Errorf("Remove said %v, want a hint at the originals it keeps", err)
+	}
+	wantContent(t, filepath.Join(dir, "certs.d/docker.io/hosts.toml"), "# first\n")
+	if backups, _ := filepath.Glob(filepath.Join(dir, "certs.d", journalDir, "*.orig")); len(backups) == 0 {
+		t.Error("the originals were deleted")
+	}
+}
+
+// TestJournalEscape: a journal is read by root; it must not lead elsewhere.
+func TestJournalEscape(t *testing.T) {
+	for _, doc := range []string{
+		`{"version":1,"files":{"../../etc/passwd":{"ours":["x"]}}}`,
+		`{"version":1,"files":{"/etc/passwd":{"ours":["x"]}}}`,
+		`{"version":1,"files":{"a/hosts.toml":{"backup":"../../../etc/passwd"}}}`,
+		`{"version":1,"files":{},"dirs":["../x"]}`,
+		`{"version":1,"files":{},"link_dirs":["/../../x"]}`,
+		`{"version":2,"files":{}}`,
+	} {
+		m := &managed{path: t.TempDir()}
+		tree{journalDir + "/" + journalName: doc}.write(t, m.path)
+		if err := m.load(); err == nil {
+			t.Errorf("accepted %s", doc)
+		}
+	}
+}
+
+func TestTwoAgents(t *testing.T) {
+	dir := t.TempDir()
+	opts := Options{Containerd: filepath.Join(dir, "certs.d"), PollInterval: time.Hour, RemoveOnExit: true}
+	first := newHosts(t, opts)
+	stop := runInBackground(t, first)
+	opts.ProxyAddr = "127.0.0.1:6060"
+	second := newHosts(t, opts)
+	for what, err := range map[string]error{
+		"Run": second.Run(t.Context()), "Apply": second2(second.Apply(t.Context())), "Remove": second2(second.Remove(t.Context())),
+	} {
+		if !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), testProxy) {
+			t.Errorf("%s of the second agent: %v, want ErrBusy that names the first", what, err)
+		}
+	}
+	if _, err := second.Plan(t.Context()); err != nil {
+		t.Errorf("Plan beside a running agent: %v", err)
+	}
+	wantHosts(t, opts.Containerd, "quay.io", ours, upstreamOf("quay.io"))
+	stop()
+	apply(t, second)
+	remove(t, second)
+}
+
+func second2(_ []Change, err error) error { return err }
+
+// runInBackground starts Run and waits until it has applied. The function it
+// returns ends Run.
+func runInBackground(t *testing.T, h *Hosts) func() {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.Run(ctx) }()
+	eventually(t, "applied", func() bool { return h.InPlace() == nil })
+	stop := func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	}
+	return stop
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline:
+			t.Fatalf("not %s in 20 s", what)
+		case <-tick.C:
+		}
+	}
+}
+
+// TestRun watches for real: with notifications, and by polling alone.
+func TestRun(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		poll time.Duration
+	}{{"notified", time.Hour}, {"polled", 50 * time.Millisecond}} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			crashTree.write(t, dir)
+			before := snapshot(t, dir)
+			opts := crashOptions(dir)
+			opts.PollInterval, opts.RemoveOnExit = tt.poll, true
+			imported := make(chan []Imported, 100)
+			opts.OnImport = func(list []Imported) { imported <- list }
+			h := newHosts(t, opts)
+			stop := runInBackground(t, h)
+			if list := <-imported; fmt.Sprint(list) != fmt.Sprint(h.Upstreams()) {
+				t.Errorf("OnImport got %v", list)
+			}
+
+			docker := filepath.Join(dir, "certs.d/docker.io/hosts.toml")
+			must(t, os.Remove(docker))
+			eventually(t, "put back", func() bool {
+				return containerdHosts(t, opts.Containerd, "docker.io")[0] == ours && fileHas(docker, "m.x")
+			})
+
+			tree{"certs.d/new.x/hosts.toml": "server = \"https://s.x\"\n"}.write(t, dir)
+			eventually(t, "picked up", func() bool { return containerdHosts(t, opts.Containerd, "new.x")[0] == ours })
+			for list := range imported {
+				if strings.Contains(fmt.Sprint(list), "new.x") {
+					break
+				}
+			}
+
+			conf := filepath.Join(dir, "containers/registries.conf")
+			write(t, conf, "[[registry]]\nlocation = \"added.x\"\n")
+			eventually(t, "rendered again", func() bool { return fileHas(filepath.Join(opts.CRIO, dropInName), "added.x") })
+
+			must(t, os.RemoveAll(filepath.Join(dir, "certs.d/new.x")))
+			must(t, os.Remove(conf))
+			tree{"containers/registries.conf": crashTree["containers/registries.conf"]}.write(t, dir)
+			stop()
+			wantSame(t, "not restored", before, snapshot(t, dir))
+			if h.InPlace() == nil {
+				t.Error("InPlace after Run has removed everything")
+			}
+		})
+	}
+}
+
+func fileHas(path, text string) bool {
+	data, err := os.ReadFile(path)
+	return err == nil && strings.Contains(string(data), text)
+}
+
+// TestRunKeepsOnRequest: without RemoveOnExit the files stay, and Remove finds
+// them later.
+func TestRunKeepsOnRequest(t *testing.T) {
+	dir := t.TempDir()
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d")})
+	runInBackground(t, h)()
+	wantHosts(t, filepath.Join(dir, "certs.d"), "quay.io", ours, upstreamOf("quay.io"))
+	if changes := remove(t, newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d")})); len(changes) != 1 {
+		t.Errorf("removed %+v", changes)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "certs.d")); err == nil {
+		t.Error("the directory we created is still there")
+	}
+}
+
+// TestFight: a program that insists on its own version gets its way for longer
+// and longer, and one that writes twice an hour is repaired at once.
+func TestFight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimiter()
+		repairs := 0
+		for range 3600 {
+			if l.allow("f") {
+				repairs++
+			}
+			<-time.After(time.Second)
+		}
+		if repairs < 8 || repairs > 25 {
+			t.Errorf("%d repairs in an hour of fighting", repairs)
+		}
+		if wait, ok := l.next(); !ok || wait > maxBackoff {
+			t.Errorf("next repair in %v, %v", wait, ok)
+		}
+		<-time.After(30 * time.Minute)
+		for range 10 {
+			if !l.allow("f") {
+				t.Error("a change every 30 minutes had to wait")
+			}
+			<-time.After(30 * time.Minute)
+		}
+	})
+}
+
+func TestErrorsSayWhatToDo(t *testing.T) {
+	if os.Geteuid() == 0 {
+		// Root may write everywhere: a directory that is a file stands in.
+		dir := t.TempDir()
+		tree{"certs.d": "a file"}.write(t, dir)
+		h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d")})
+		if _, err := h.Apply(t.Context()); err == nil || !strings.Contains(err.Error(), "hosts.containerd") {
+			t.Errorf("got %v, want an error that names the key", err)
+		}
+		if h.InPlace() == nil {
+			t.Error("InPlace after a failed Apply")
+		}
+		return
+	}
+	dir := t.TempDir()
+	must(t, os.Chmod(dir, 0o555))
+	h := newHosts(t, Options{Containerd: dir})
+	if _, err := h.Apply(t.Context()); err == nil || !strings.Contains(err.Error(), "may write") {
+		t.Errorf("got %v, want what to do", err)
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	for name, opts := range map[string]Options{
+		"no proxy":          {},
+		"no port":           {ProxyAddr: "127.0.0.1"},
+		"host name":         {ProxyAddr: "example.com:5050"},
+		"relative":          {ProxyAddr: testProxy, Containerd: "certs.d"},
+		"two roots":         {ProxyAddr: testProxy, Containerd: "/a:/b"},
+		"path in a name":    {ProxyAddr: testProxy, Registries: []string{"../x"}},
+		"default by name":   {ProxyAddr: testProxy, Registries: []string{"_default"}},
+		"a repository":      {ProxyAddr: testProxy, Registries: []string{"quay.io/org"}},
+		"hidden":            {ProxyAddr: testProxy, Registries: []string{".larder"}},
+		"empty name":        {ProxyAddr: testProxy, Registries: []string{""}},
+		"control character": {ProxyAddr: testProxy, Registries: []string{"a\nb"}},
+	} {
+		if _, err := New(opts); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	for in, want := range map[string]string{":5050": "127.0.0.1:5050", "0.0.0.0:5050": "127.0.0.1:5050", "localhost:1": "127.0.0.1:1", "[::1]:2": "[::1]:2", "[::]:3": "127.0.0.1:3"} {
+		if got, err := proxyAddr(in); err != nil || got.String() != want {
+			t.Errorf("proxyAddr(%q) = %v, %v", in, got, err)
+		}
+	}
+}
