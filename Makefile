@@ -52,6 +52,10 @@ fuzz: ## Run each fuzz target for FUZZTIME (20s)
 		done; \
 	done
 
+.PHONY: bench
+bench: build ## One node beside nginx and docker-registry: throughput, requests, cold pulls, memory
+	$(GO) run ./test/bench -larder bin/larder $(BENCH_FLAGS)
+
 .PHONY: bench-storm
 bench-storm: build ## Pull storms on shaped links in network namespaces (root)
 	@tools=$$(test/tools/install.sh runtimes); $(GO) build -o bin/storm ./test/storm; \
