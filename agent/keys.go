@@ -224,6 +224,13 @@ func splitList(text string) []string {
 	return slices.DeleteFunc(items, func(s string) bool { return s == "" })
 }
 
+// Nearest returns the candidate that word is most likely a slip of, "" if none
+// is close enough.
+func Nearest(word string, candidates []string) string {
+	near, _ := nearest(word, candidates)
+	return near
+}
+
 // nearest returns the candidate with the smallest edit distance to word, if
 // one is close enough to be what the user meant.
 func nearest(word string, candidates []string) (string, int) {

@@ -34,6 +34,9 @@ func (c Config) problems(from map[string]string) []*Problem {
 	v.hosts(c.Hosts)
 	v.absolute("runtime.containerd_socket", c.Runtime.ContainerdSocket)
 	v.absolute("runtime.content_dir", c.Runtime.ContentDir)
+	if c.Runtime.ContainerdSocket != "" && c.Runtime.ContentDir == "" {
+		v.bad("runtime.containerd_socket", c.Runtime.ContainerdSocket, "is of no use without runtime.content_dir (/var/lib/containerd/io.containerd.content.v1.content): content is read from there")
+	}
 	v.admin(c.Admin)
 	if c.Metrics.Listen != "" {
 		v.listen("metrics.listen", c.Metrics.Listen)

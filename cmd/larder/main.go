@@ -4,44 +4,106 @@
 package main
 
 import (
-	"crypto/rand"
-	"encoding/base64"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
+	"os/signal"
+	"strings"
+	"syscall"
 
+	"github.com/larder-cache/larder/agent"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// Exit codes.
+const (
+	exitFailed = 1 // the command could not do, or found something wrong
+	exitUsage  = 2 // flags, arguments or configuration that make no sense
 )
 
 func main() {
-	if err := newRoot().Execute(); err != nil {
-		os.Exit(1)
-	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-ctx.Done()
+		stop() // a second signal ends the process at once
+	}()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
+
+// run executes one command line and returns its exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errFindings):
+		return exitFailed
+	}
+	fmt.Fprintln(stderr, "larder: "+strings.ReplaceAll(err.Error(), "\n", "\nlarder: "))
+	if errors.As(err, new(usageError)) {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// errFindings ends a command that worked and has printed what is wrong.
+var errFindings = errors.New("findings")
+
+// usageError marks what the user has to write differently.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
 
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
-		Use:          "larder",
-		Short:        "A node-level image cache for Kubernetes",
-		SilenceUsage: true,
+		Use:   "larder",
+		Short: "A node-level image cache for Kubernetes",
+		Long: `Larder caches container images on every node of a cluster. The agent serves
+containerd and CRI-O on the loopback address: from this node's disk, then from
+other nodes, and only then from the registry.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
 	}
-	root.AddCommand(newKeygen())
+	root.SetFlagErrorFunc(flagError)
+	root.AddCommand(newAgent(), newStatus(), newExplain(), newDoctor(), newHosts(), newWarm(), newKeygen(), newDemo(), newVersion())
+	for _, cmd := range root.Commands() {
+		markUsage(cmd)
+	}
 	return root
 }
 
-// keyBytes is the length of a cluster key, from which the gossip key and the
-// peers' certificate authority are derived.
-const keyBytes = 32
+// flagError names the flag that an unknown one may have meant.
+func flagError(cmd *cobra.Command, err error) error {
+	unknown, ok := errors.AsType[*pflag.NotExistError](err)
+	if !ok {
+		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+	}
+	var names []string
+	cmd.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
+	if near := agent.Nearest(unknown.GetSpecifiedName(), names); near != "" {
+		return usageError{fmt.Errorf("%w; did you mean --%s?", err, near)}
+	}
+	return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+}
 
-func newKeygen() *cobra.Command {
-	return &cobra.Command{
-		Use:   "keygen",
-		Short: "Print a new cluster key (base64, 32 bytes)",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			key := make([]byte, keyBytes)
-			rand.Read(key) // never fails: crypto/rand.Read, since Go 1.24
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), base64.StdEncoding.EncodeToString(key))
-			return err
-		},
+// markUsage makes wrong arguments usage errors, as wrong flags are.
+func markUsage(cmd *cobra.Command) {
+	if check := cmd.Args; check != nil {
+		cmd.Args = func(cmd *cobra.Command, args []string) error {
+			if err := check(cmd, args); err != nil {
+				return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+			}
+			return nil
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		markUsage(sub)
 	}
 }

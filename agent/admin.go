@@ -1,0 +1,177 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"mime"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"net/netip"
+	"net/url"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// adminHandler is everything on admin.listen.
+func (a *Agent) adminHandler() http.Handler {
+	mux := http.NewServeMux()
+	a.probes(mux)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("GET /api/v1/status", a.serveStatus)
+	mux.HandleFunc("GET /api/v1/explain", a.serveExplain)
+	mux.HandleFunc("POST /api/v1/warm", a.serveWarm)
+	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
+	mux.HandleFunc("GET /{$}", a.servePage)
+	return localOnly(mux)
+}
+
+// metricsHandler is everything on metrics.listen, which others may reach.
+func (a *Agent) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	a.probes(mux)
+	return mux
+}
+
+func (a *Agent) probes(mux *http.ServeMux) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", a.serveReady)
+	mux.Handle("GET /metrics", promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{Registry: a.registry}))
+}
+
+// localOnly refuses what a web page elsewhere makes a browser on this node
+// send: requests under another host name (DNS rebinding) and from another
+// origin. Loopback alone does not stop those.
+func localOnly(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !isLocalHost(r.Host) {
+			http.Error(w, "ask for this API by a loopback address", http.StatusForbidden)
+			return
+		}
+		if o := r.Header.Get("Origin"); o != "" && !sameOrigin(o, r.Host) {
+			http.Error(w, "requests from other origins are refused", http.StatusForbidden)
+			return
+		}
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("X-Frame-Options", "DENY")
+		next.ServeHTTP(w, r)
+	})
+}
+
+func isLocalHost(hostPort string) bool {
+	host := hostPort
+	if h, _, err := net.SplitHostPort(hostPort); err == nil {
+		host = h
+	}
+	if host == "localhost" {
+		return true
+	}
+	addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil && addr.IsLoopback()
+}
+
+func sameOrigin(origin, host string) bool {
+	u, err := url.Parse(origin)
+	return err == nil && u.Scheme == "http" && u.Host == host
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	body, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(body, '\n')) // a client that is gone needs no error
+}
+
+// serveReady answers probes: one line per reason, or JSON to who asks for it.
+func (a *Agent) serveReady(w http.ResponseWriter, r *http.Request) {
+	checks := a.checks()
+	status := http.StatusOK
+	var reasons strings.Builder
+	for _, c := range checks {
+		if !c.OK {
+			status = http.StatusServiceUnavailable
+			fmt.Fprintf(&reasons, "not ready: %s: %s\n", c.Name, c.Reason)
+		}
+	}
+	if strings.Contains(r.Header.Get("Accept"), "application/json") {
+		writeJSON(w, status, map[string]any{"ready": status == http.StatusOK, "checks": checks})
+		return
+	}
+	if status == http.StatusOK {
+		fmt.Fprintln(w, "ready")
+		return
+	}
+	http.Error(w, strings.TrimSpace(reasons.String()), status)
+}
+
+func (a *Agent) serveStatus(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, a.Status())
+}
+
+func (a *Agent) serveExplain(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	image, err := ParseImage(q.Get("image"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	e, err := a.Explain(image, q.Get("platform"))
+	if err != nil {
+		status := http.StatusInternalServerError
+		if errors.Is(err, errUnknownImage) {
+			status = http.StatusNotFound
+		}
+		http.Error(w, err.Error(), status)
+		return
+	}
+	writeJSON(w, http.StatusOK, e)
+}
+
+func (a *Agent) serveCanary(w http.ResponseWriter, r *http.Request) {
+	nonce := r.URL.Query().Get("nonce")
+	if nonce == "" {
+		http.Error(w, "want ?nonce=", http.StatusBadRequest)
+		return
+	}
+	seen, ok := a.proxy.Canary(nonce)
+	writeJSON(w, http.StatusOK, Canary{Seen: ok, At: seen.Seen, Registry: seen.Registry, UserAgent: seen.UserAgent})
+}
+
+// maxWarmRequest is room for hundreds of image names.
+const maxWarmRequest = 64 << 10
+
+func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
+	// A form in a web page cannot send this type without asking first.
+	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
+		http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
+		return
+	}
+	var req WarmRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxWarmRequest)).Decode(&req); err != nil {
+		http.Error(w, "want {\"images\": [...]}: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	images := make([]Image, len(req.Images))
+	for i, s := range req.Images {
+		var err error
+		if images[i], err = ParseImage(s); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	out := newWarmStream(w)
+	for i, image := range images {
+		out.send(a.warm(r.Context(), image, req, req.Images[i], out))
+	}
+}

@@ -1,0 +1,316 @@
+package agent
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// contractMetrics are the names and labels users' dashboards depend on. Names
+// may be added; none of these may change.
+var contractMetrics = map[string][]string{
+	"larder_requests_total":               {"kind", "source", "code"},
+	"larder_served_bytes_total":           {"source"},
+	"larder_fetched_bytes_total":          {"from"},
+	"larder_uploaded_bytes_total":         {},
+	"larder_upstream_requests_total":      {"registry", "kind", "code"},
+	"larder_first_byte_seconds":           {"source"},
+	"larder_cache_bytes":                  {},
+	"larder_cache_limit_bytes":            {},
+	"larder_cache_evictions_total":        {"reason"},
+	"larder_cache_corruptions_total":      {},
+	"larder_fills_in_flight":              {},
+	"larder_joined_fills_total":           {},
+	"larder_peer_members":                 {},
+	"larder_peer_bans_total":              {"reason"},
+	"larder_index_blobs":                  {},
+	"larder_index_holders":                {},
+	"larder_tag_stale_served_total":       {},
+	"larder_auth_decisions_total":         {"decision"},
+	"larder_upstream_ratelimit_remaining": {"registry"},
+	"larder_hosts_drift_repaired_total":   {"runtime"},
+}
+
+// withoutSwarm are the names that package peer registers.
+var withoutSwarm = []string{"larder_uploaded_bytes_total", "larder_peer_members", "larder_peer_bans_total", "larder_index_blobs", "larder_index_holders"}
+
+// describedMetrics lists what is registered, used yet or not: "name{label,...}".
+func describedMetrics(t *testing.T, a *Agent) map[string][]string {
+	t.Helper()
+	descs := make(chan *prometheus.Desc)
+	go func() {
+		a.registry.Describe(descs)
+		close(descs)
+	}()
+	out := map[string][]string{}
+	for d := range descs {
+		// Desc has no accessors; its String is stable in shape.
+		_, rest, ok := strings.Cut(d.String(), `fqName: "`)
+		name, rest, ok2 := strings.Cut(rest, `"`)
+		_, labels, ok3 := strings.Cut(rest, "variableLabels: {")
+		labels, _, ok4 := strings.Cut(labels, "}")
+		if !ok || !ok2 || !ok3 || !ok4 {
+			t.Fatalf("cannot read %s", d)
+		}
+		out[name] = splitList(labels)
+	}
+	return out
+}
+
+func TestMetricsAreTheContract(t *testing.T) {
+	c := testConfig(t)
+	c.Hosts.Containerd = t.TempDir()
+	a := start(t, c)
+	got := describedMetrics(t, a.Agent)
+	for name, want := range contractMetrics {
+		labels, ok := got[name]
+		if !ok && slices.Contains(withoutSwarm, name) {
+			continue
+		}
+		if !ok || !slices.Equal(slices.Sorted(slices.Values(labels)), slices.Sorted(slices.Values(want))) {
+			t.Errorf("%s: labels %v (registered: %v), want %v", name, labels, ok, want)
+		}
+	}
+	for name := range got {
+		ours := strings.HasPrefix(name, "larder_")
+		if !ours && !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") && !strings.HasPrefix(name, "promhttp_") {
+			t.Errorf("%s: a name of nobody's", name)
+		}
+	}
+}
+
+// TestBytesAddUp holds that what the metrics count is what was pulled.
+func TestBytesAddUp(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	a := start(t, c)
+	pulled := sources(a.pull(t))
+	for source, n := range sources(a.pull(t)) {
+		pulled[source] += n
+	}
+	a.settle(t)
+	status, body := a.admin(t, "GET", "/metrics", "")
+	if status != 200 || !strings.Contains(body, "larder_served_bytes_total") || !strings.Contains(body, "go_goroutines") {
+		t.Fatalf("/metrics: %d\n%s", status, body)
+	}
+	eventually(t, "counted", func() error { // after the client has its last byte
+		if served := a.sum("larder_served_bytes_total", "source"); !maps.Equal(served, pulled) {
+			return fmt.Errorf("served %v, pulled %v", served, pulled)
+		}
+		return nil
+	})
+	fetched := a.sum("larder_fetched_bytes_total", "from")
+	if stats := a.cache.Stats(); fetched["upstream"] != stats.Bytes || fetched["peer"] != 0 {
+		t.Errorf("fetched %v, the cache has %d bytes", fetched, stats.Bytes)
+	}
+}
+
+func TestStatus(t *testing.T) {
+	c := testConfig(t)
+	_, img := startRegistry(t, &c)
+	a := start(t, c, WithBuild(Build{Version: "v1.2.3"}))
+	a.pull(t)
+	a.settle(t)
+	code, body := a.admin(t, "GET", "/api/v1/status", "")
+	var s Status
+	if err := json.Unmarshal([]byte(body), &s); err != nil || code != 200 {
+		t.Fatalf("%d %v\n%s", code, err, body)
+	}
+	if s.Version != "v1.2.3" || s.Node != "node-1" || !s.Ready || s.Proxy != a.ProxyAddr() || s.Started.IsZero() {
+		t.Errorf("status: %+v", s)
+	}
+	if want := len(img.Blobs) + len(img.Manifests); s.Cache.Blobs != want || s.Cache.Dir != c.Cache.Dir {
+		t.Errorf("cache: %+v, want %d blobs", s.Cache, want)
+	}
+	if !slices.ContainsFunc(s.Upstreams, func(h upstream.Health) bool { return h.Registry == testRegistry }) {
+		t.Errorf("upstreams: %+v", s.Upstreams)
+	}
+	if strings.Contains(body, "null") {
+		t.Errorf("a list is null:\n%s", body)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	path := "/api/v1/explain?platform=linux/amd64&image=" + testImage.String()
+	if code, body := a.admin(t, "GET", path, ""); code != 404 || !strings.Contains(body, "larder warm") {
+		t.Errorf("before the pull: %d %s", code, body)
+	}
+	a.pull(t)
+	a.settle(t)
+	reg.Down() // explaining asks no registry
+	code, body := a.admin(t, "GET", path, "")
+	var e Explanation
+	if err := json.Unmarshal([]byte(body), &e); err != nil || code != 200 {
+		t.Fatalf("%d %v\n%s", code, err, body)
+	}
+	if e.Digest != img.Digest || e.Here != e.Bytes || e.Bytes == 0 || e.Checked.IsZero() {
+		t.Errorf("explanation: %+v", e)
+	}
+	if want := len(img.Blobs) + len(img.Manifests); len(e.Parts) != want {
+		t.Errorf("%d parts, want %d", len(e.Parts), want)
+	}
+	for _, p := range e.Parts {
+		if p.Where != "disk" || len(p.Origins) != 1 || p.Origins[0].Kind != "upstream" || p.Origins[0].Name != testRegistry || p.Origins[0].Bytes != p.Size || p.Origins[0].When.IsZero() {
+			t.Errorf("part: %+v", p)
+		}
+	}
+	if err := a.cache.Remove(img.Layers[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	after, err := a.Explain(testImage, "linux/amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(after.Parts, func(p Part) bool { return p.Digest == img.Layers[0].Digest })
+	if p := after.Parts[i]; p.Where != "upstream" || p.Present != 0 || len(p.Origins) == 0 {
+		t.Errorf("an evicted layer: %+v", p)
+	}
+}
+
+func TestWarm(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	reg.Put("team/multi", registrytest.Platforms(registrytest.ImageSpec{Seed: 9, Layers: []int64{1000}}, false), "v1")
+	a := start(t, c)
+	body := `{"images": ["` + testImage.String() + `", "` + testRegistry + `/team/multi:v1", "` + testRegistry + `/team/gone:v1"], "platform": "all"}`
+	code, answer := a.admin(t, "POST", "/api/v1/warm", body, "Content-Type", "application/json")
+	if code != 200 {
+		t.Fatalf("%d %s", code, answer)
+	}
+	done, failed := 0, ""
+	for lines := bufio.NewScanner(strings.NewReader(answer)); lines.Scan(); {
+		var e WarmEvent
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			t.Fatal(err)
+		}
+		if e.Done {
+			done++
+			failed += e.Error
+		}
+	}
+	if done != 3 || !strings.Contains(failed, "team/gone") {
+		t.Errorf("%d images done, errors %q:\n%s", done, failed, answer)
+	}
+	for d := range img.Blobs {
+		if !a.cache.Has(d) {
+			t.Errorf("%s is not in the cache", d)
+		}
+	}
+	reg.ResetCounts()
+	a.pull(t)
+	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob}); n != 0 {
+		t.Errorf("%d blob requests after warming", n)
+	}
+}
+
+func TestCanary(t *testing.T) {
+	a := start(t, testConfig(t))
+	seen := func() (c Canary) {
+		t.Helper()
+		code, body := a.admin(t, "GET", "/api/v1/canary?nonce=abc123", "")
+		if err := json.Unmarshal([]byte(body), &c); err != nil || code != 200 {
+			t.Fatalf("%d %v %s", code, err, body)
+		}
+		return c
+	}
+	if seen().Seen {
+		t.Error("seen before it was pulled")
+	}
+	_, err := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client}.
+		Pull(t.Context(), Image{Registry: "docker.io", Repository: "larder.invalid/canary", Reference: "abc123"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := seen(); !c.Seen || c.Registry != "docker.io" {
+		t.Errorf("canary: %+v", c)
+	}
+}
+
+// TestAdminRefusesBrowsers holds what a web page elsewhere cannot do.
+func TestAdminRefusesBrowsers(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	a := start(t, c)
+	warm := `{"images": ["` + testImage.String() + `"]}`
+	tests := []struct {
+		name, method, path, body string
+		header                   []string
+		want                     int
+	}{
+		{"rebound name", "GET", "/api/v1/status", "", []string{"Host", "evil.example:5053"}, 403},
+		{"other address", "GET", "/metrics", "", []string{"Host", "10.1.2.3:5053"}, 403},
+		{"localhost", "GET", "/healthz", "", []string{"Host", "localhost:5053"}, 200},
+		{"IPv6 loopback", "GET", "/healthz", "", []string{"Host", "[::1]:5053"}, 200},
+		{"foreign origin", "GET", "/api/v1/status", "", []string{"Origin", "https://evil.example"}, 403},
+		{"no origin", "GET", "/api/v1/status", "", []string{"Origin", "null"}, 403},
+		{"own origin", "GET", "/api/v1/status", "", []string{"Origin", "http://" + a.AdminAddr()}, 200},
+		{"warm by GET", "GET", "/api/v1/warm", "", nil, 405},
+		{"warm by form", "POST", "/api/v1/warm", warm, []string{"Content-Type", "text/plain"}, 415},
+		{"warm from elsewhere", "POST", "/api/v1/warm", warm, []string{"Content-Type", "application/json", "Origin", "http://evil.example"}, 403},
+		{"warm nothing sensible", "POST", "/api/v1/warm", "[", []string{"Content-Type", "application/json"}, 400},
+		{"warm no image", "POST", "/api/v1/warm", `{"images": ["UPPER"]}`, []string{"Content-Type", "application/json"}, 400},
+		{"warm too much", "POST", "/api/v1/warm", `{"images": ["` + strings.Repeat("a", maxWarmRequest) + `"]}`, []string{"Content-Type", "application/json"}, 400},
+		{"explain nothing", "GET", "/api/v1/explain?image=", "", nil, 400},
+		{"canary without nonce", "GET", "/api/v1/canary", "", nil, 400},
+		{"profiles", "GET", "/debug/pprof/", "", nil, 200},
+		{"page", "GET", "/", "", nil, 200},
+		{"no such page", "GET", "/index.php", "", nil, 404},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if code, body := a.admin(t, tt.method, tt.path, tt.body, tt.header...); code != tt.want {
+				t.Errorf("%d, want %d: %.200s", code, tt.want, body)
+			}
+		})
+	}
+	if a.cache.Stats().Blobs != 0 {
+		t.Error("a refused request filled the cache")
+	}
+}
+
+// TestMetricsListener holds that only metrics and probes are there, for every
+// host name.
+func TestMetricsListener(t *testing.T) {
+	c := testConfig(t)
+	c.Metrics.Listen = "127.0.0.1:0"
+	a := start(t, c)
+	for path, want := range map[string]int{"/metrics": 200, "/healthz": 200, "/readyz": 200, "/api/v1/status": 404, "/debug/pprof/": 404, "/": 404} {
+		req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+a.listeners.metrics.Addr().String()+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = "node-7.cluster.example"
+		resp, err := a.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%s: %d, want %d", path, resp.StatusCode, want)
+		}
+	}
+}
+
+// TestPage holds that the page shows what an attacker may name as text.
+func TestPage(t *testing.T) {
+	c := testConfig(t)
+	c.Peer.Enabled = true
+	a := start(t, c)
+	a.setHostsErr(nil)
+	code, body := a.admin(t, "GET", "/", "")
+	if code != 200 || !strings.Contains(body, "Larder on node-1") || !strings.Contains(body, "alone (no peer.key_file and no peer.join)") {
+		t.Errorf("%d\n%s", code, body)
+	}
+}

@@ -1,0 +1,428 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/runtimestore"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/hostsconfig"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// Agent is one node. Make it with New, then call Run once, or Close if it is
+// never run.
+type Agent struct {
+	config   Config
+	build    Build
+	log      *slog.Logger
+	registry *prometheus.Registry
+	started  time.Time
+
+	listeners struct{ proxy, admin, metrics net.Listener } // metrics may be nil
+	cache     *cache.Cache
+	upstream  *upstream.Client
+	proxy     *proxy.Proxy
+	runtime   *runtimestore.Store // nil: not a source
+	hosts     *hostsconfig.Hosts  // nil: none to manage
+	swarm     *swarm              // nil: alone
+	audit     *auditLog           // nil: none
+	self      *http.Client        // to this agent's own proxy
+
+	state atomic.Int32 // one of the states below
+
+	mu       sync.Mutex // guards hostsErr
+	hostsErr error      // why hosts.Run ended, nil while it runs
+}
+
+// What an agent does at the moment, for /readyz.
+const (
+	stateStarting int32 = iota
+	stateServing
+	stateStopping
+)
+
+// Option changes how an agent runs; configuration is in Config.
+type Option func(*options)
+
+type options struct {
+	log   *slog.Logger
+	build Build
+	wedge func(*http.Request) // tests block the proxy's handlers with it
+	watch proxy.Watch         // tests make it impatient
+}
+
+// WithLogger sets the logger; without one the agent is silent.
+func WithLogger(log *slog.Logger) Option { return func(o *options) { o.log = log } }
+
+// WithBuild says what the status reports of the program.
+func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
+
+// New validates the configuration, opens the listeners and the cache, and
+// starts nothing. When it fails it takes back host configuration that an
+// earlier agent left behind: nobody will serve it now.
+func New(c Config, opts ...Option) (*Agent, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), started: time.Now()}
+	if err := a.open(o); err != nil {
+		a.removeLeftovers()
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}
+
+// open makes every part, those first that fail most often.
+func (a *Agent) open(o options) error {
+	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	if err := a.listen(); err != nil {
+		return err
+	}
+	a.self = &http.Client{Transport: &http.Transport{Proxy: nil, DisableCompression: true}}
+	var err error
+	if a.cache, err = a.openCache(); err != nil {
+		return err
+	}
+	if err = errors.Join(a.openRuntime(), a.openHosts()); err != nil {
+		return err
+	}
+	if a.upstream, err = a.openUpstream(); err != nil {
+		return err
+	}
+	if a.config.Audit.File != "" {
+		a.audit = newAuditLog(a.config.Audit.File, a.log)
+	}
+	a.proxy, err = a.openProxy(o)
+	return err
+}
+
+// listen opens all ports, or none; it names every port that is taken.
+func (a *Agent) listen() error {
+	var errs []error
+	open := func(key, addr string) net.Listener {
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s = %q: %w; is another agent running on this node? (`ss -ltnp` says who listens) Stop it, or set another %s", key, addr, err, key))
+			return nil
+		}
+		return l
+	}
+	a.listeners.proxy = open("proxy.listen", a.config.Proxy.Listen)
+	a.listeners.admin = open("admin.listen", a.config.Admin.Listen)
+	if a.config.Metrics.Listen != "" {
+		a.listeners.metrics = open("metrics.listen", a.config.Metrics.Listen)
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) openCache() (*cache.Cache, error) {
+	c, err := cache.New(cache.Options{
+		Dir:           a.config.Cache.Dir,
+		MaxBytes:      a.config.Cache.MaxBytes,
+		MinFree:       a.config.Cache.MinFree,
+		ScrubInterval: a.config.Cache.ScrubInterval,
+		Logger:        a.log,
+		Registerer:    a.registry,
+		Keep:          a.keep,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cache.dir = %q: %w", a.config.Cache.Dir, err)
+	}
+	return c, nil
+}
+
+func (a *Agent) openHosts() error {
+	h := a.config.Hosts
+	if h.Containerd == "" && h.CRIO == "" {
+		return nil
+	}
+	hosts, err := hostsconfig.New(HostsOptions(a.config, a.ProxyAddr(), a.log, a.registry))
+	if err != nil {
+		return fmt.Errorf("hosts: %w", err)
+	}
+	a.hosts = hosts
+	return nil
+}
+
+// HostsOptions are what hostsconfig is told by the configuration: also what
+// `larder hosts` works with, so that both mean the same files.
+func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.Registerer) hostsconfig.Options {
+	return hostsconfig.Options{
+		Containerd:   c.Hosts.Containerd,
+		CRIO:         c.Hosts.CRIO,
+		ColonLink:    c.Hosts.ContainerdColonLink,
+		Registries:   c.Hosts.Registries,
+		ProxyAddr:    proxyAddr,
+		RemoveOnExit: c.Hosts.RemoveOnExit,
+		Logger:       log,
+		Registerer:   reg,
+	}
+}
+
+func (a *Agent) openUpstream() (*upstream.Client, error) {
+	registries := a.config.Registries
+	if a.hosts != nil {
+		registries = mergeImported(registries, a.hosts.Upstreams(), a.log)
+	}
+	client, err := upstream.New(upstream.Config{
+		Registries:        registries,
+		MaxBytesPerSecond: int64(a.config.Upstream.MaxBytesPerSecond),
+		StreamsPerBlob:    a.config.Upstream.StreamsPerBlob,
+		UserAgent:         "larder/" + a.build.Version,
+		Logger:            a.log,
+		Registerer:        a.registry,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("upstream: %w", err)
+	}
+	return client, nil
+}
+
+func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
+	opts := proxy.Options{
+		Cache:           a.cache,
+		Upstream:        a.upstream,
+		DefaultRegistry: a.config.Proxy.DefaultRegistry,
+		FirstByteBudget: a.config.Proxy.FirstByteBudget,
+		TagTTL:          a.config.Upstream.TagTTL,
+		Grace:           max(a.config.Proxy.DrainTimeout, time.Nanosecond), // 0 would be its default
+		Watch:           o.watch,
+		Logger:          a.log,
+		Registerer:      a.registry,
+		Before:          o.wedge,
+	}
+	if a.audit != nil {
+		opts.Audit = a.auditPull
+	}
+	if a.runtime != nil {
+		opts.Runtime = runtimeSource{a.runtime}
+	}
+	p, err := proxy.New(opts)
+	if err != nil {
+		return nil, fmt.Errorf("proxy: %w", err)
+	}
+	return p, nil
+}
+
+// ProxyAddr is the address the pull API listens on.
+func (a *Agent) ProxyAddr() string { return a.listeners.proxy.Addr().String() }
+
+// AdminAddr is the address the admin API listens on.
+func (a *Agent) AdminAddr() string { return a.listeners.admin.Addr().String() }
+
+// Run serves until ctx ends or a part fails, then stops everything in order:
+// host configuration first, so that no runtime asks any more, then the proxy
+// after a drain, then what the proxy used. It returns nil after ctx ended.
+func (a *Agent) Run(ctx context.Context) error {
+	p := newParts(a.log, a.config.Proxy.DrainTimeout+stopSlack)
+	p.start("admin", a.serveAdmin)
+	if a.audit != nil {
+		p.start("audit", a.audit.Run)
+	}
+	p.start("cache", a.cache.Run)
+	if a.runtime != nil {
+		p.start("runtime store", a.runtime.Run)
+	}
+	p.start("watchdog", a.proxy.Run)
+	p.start("proxy", func(ctx context.Context) error { return a.proxy.Serve(ctx, a.listeners.proxy) })
+	if a.hosts != nil {
+		p.start("hosts", a.runHosts)
+	}
+	a.state.Store(stateServing)
+	a.log.Info("serving", "version", a.build.Version, "proxy", a.ProxyAddr(), "admin", a.AdminAddr(), "cache", a.config.Cache.Dir)
+
+	var failed error
+	select {
+	case <-ctx.Done():
+		a.log.Info("stopping")
+	case failed = <-p.failed:
+		a.log.Error("stopping: a part failed", "err", failed)
+	}
+	a.state.Store(stateStopping)
+	return errors.Join(failed, p.stop(), a.Close())
+}
+
+// stopSlack is how long a part may take to stop beyond the drain. A part that
+// hangs must not keep the process from ending and starting anew.
+const stopSlack = 15 * time.Second
+
+// Close releases what New opened. Run does it by itself.
+func (a *Agent) Close() error {
+	var errs []error
+	for _, l := range []net.Listener{a.listeners.proxy, a.listeners.admin, a.listeners.metrics} {
+		if l != nil {
+			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if a.self != nil {
+		a.self.CloseIdleConnections()
+	}
+	if a.upstream != nil {
+		errs = append(errs, a.upstream.Close())
+	}
+	if a.cache != nil {
+		errs = append(errs, a.cache.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// serveAdmin serves admin.listen and metrics.listen.
+func (a *Agent) serveAdmin(ctx context.Context) error {
+	servers := map[net.Listener]*http.Server{a.listeners.admin: {Handler: a.adminHandler()}}
+	if l := a.listeners.metrics; l != nil {
+		servers[l] = &http.Server{Handler: a.metricsHandler()}
+	}
+	failed := make(chan error, len(servers))
+	var wg sync.WaitGroup
+	for l, s := range servers {
+		s.ReadHeaderTimeout = adminHeaderTimeout
+		s.IdleTimeout = time.Minute
+		s.ErrorLog = slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)
+		s.BaseContext = func(net.Listener) context.Context { return ctx }
+		wg.Go(func() { failed <- s.Serve(l) })
+	}
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	for _, s := range servers {
+		stopServer(s)
+	}
+	wg.Wait()
+	return err
+}
+
+const (
+	adminHeaderTimeout = 5 * time.Second
+	// adminGrace lets a scrape or a status call under way finish.
+	adminGrace = time.Second
+)
+
+func stopServer(s *http.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), adminGrace)
+	defer cancel()
+	if s.Shutdown(ctx) != nil {
+		_ = s.Close() // cuts what would not end; nothing is lost
+	}
+}
+
+const (
+	hostsRetryMin = time.Second
+	hostsRetryMax = 30 * time.Second
+)
+
+// runHosts keeps the host configuration in place. An error is no reason to
+// stop serving: another agent may hold the directory while it is replaced by
+// this one, or a mount may come late.
+func (a *Agent) runHosts(ctx context.Context) error {
+	for retry := hostsRetryMin; ; retry = min(2*retry, hostsRetryMax) {
+		err := a.hosts.Run(ctx)
+		if ctx.Err() != nil {
+			return err
+		}
+		a.setHostsErr(cmp.Or(err, errHostsEnded))
+		a.log.Error("host configuration is not managed; trying again", "err", err, "in", retry)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(retry):
+		}
+		a.setHostsErr(nil)
+	}
+}
+
+var errHostsEnded = errors.New("ended unexpectedly")
+
+func (a *Agent) setHostsErr(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.hostsErr = err
+}
+
+func (a *Agent) hostsInPlace() error {
+	a.mu.Lock()
+	err := a.hostsErr
+	a.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return a.hosts.InPlace()
+}
+
+// leftoversTimeout bounds the cleaning up after a failed start.
+const leftoversTimeout = 10 * time.Second
+
+// removeLeftovers takes back what an agent that was killed left in the host's
+// files: they name a port on which now nobody, or somebody else, answers.
+func (a *Agent) removeLeftovers() {
+	h := a.config.Hosts
+	if !h.RemoveOnExit || h.Containerd == "" && h.CRIO == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), leftoversTimeout)
+	defer cancel()
+	addr := Default().Proxy.Listen // Remove does not look at it
+	hosts, err := hostsconfig.New(HostsOptions(a.config, addr, a.log, nil))
+	if err == nil {
+		var changes []hostsconfig.Change
+		changes, err = hosts.Remove(ctx)
+		for _, c := range changes {
+			a.log.Info("took back host configuration of an earlier agent", "path", c.Path, "action", c.Action)
+		}
+	}
+	if err != nil && !errors.Is(err, hostsconfig.ErrBusy) { // busy: another agent serves, and it is the owner
+		a.log.Warn("host configuration of an earlier agent may be left", "err", err)
+	}
+}
+
+// checks are the conditions of being ready.
+func (a *Agent) checks() []Check {
+	check := func(name string, err error) Check {
+		if err != nil {
+			return Check{Name: name, Reason: err.Error()}
+		}
+		return Check{Name: name, OK: true}
+	}
+	out := []Check{check("proxy", a.proxyCheck()), check("cache", a.cacheCheck())}
+	if a.hosts != nil {
+		out = append(out, check("hosts", a.hostsInPlace()))
+	}
+	return slices.Clip(out)
+}
+
+func (a *Agent) proxyCheck() error {
+	switch a.state.Load() {
+	case stateStarting:
+		return errors.New("not listening yet")
+	case stateStopping:
+		return errors.New("stopping")
+	}
+	return nil
+}
+
+func (a *Agent) cacheCheck() error {
+	if a.cache.Stats().Free < 0 {
+		return fmt.Errorf("the file system of %s cannot be read", a.config.Cache.Dir)
+	}
+	return nil
+}

@@ -1,0 +1,156 @@
+package agent
+
+import (
+	"time"
+
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/opencontainers/go-digest"
+)
+
+// Build says what program this is.
+type Build struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit,omitempty"`
+	Go      string `json:"go,omitempty"`
+}
+
+// Status is the answer of /api/v1/status: this node at one moment.
+type Status struct {
+	Build
+	Node    string    `json:"node"`
+	Started time.Time `json:"started"`
+	Proxy   string    `json:"proxy"`
+	Ready   bool      `json:"ready"`
+	Checks  []Check   `json:"checks"`
+
+	Cache CacheStatus  `json:"cache"`
+	Pulls []proxy.Pull `json:"pulls"` // on their way to a runtime, oldest first
+	Fills []FillStatus `json:"fills"` // on their way to this node's disk, oldest first
+	// Served are bytes to runtimes by X-Larder-Source, Fetched are bytes by
+	// where they came from ("upstream", "peer"); both since the start.
+	Served   map[string]int64 `json:"served_bytes"`
+	Fetched  map[string]int64 `json:"fetched_bytes"`
+	Uploaded int64            `json:"uploaded_bytes"` // to other nodes
+
+	Upstreams []upstream.Health `json:"upstreams"`
+	Peers     string            `json:"peers"` // "alone", or how many members
+	Members   []Member          `json:"members"`
+	Hosts     HostsStatus       `json:"hosts"`
+	Runtime   RuntimeStatus     `json:"runtime"`
+}
+
+// Check is one condition of being ready.
+type Check struct {
+	Name   string `json:"name"`
+	OK     bool   `json:"ok"`
+	Reason string `json:"reason,omitempty"` // why not
+}
+
+// CacheStatus is the disk of this node's cache; all sizes in bytes.
+type CacheStatus struct {
+	Dir     string `json:"dir"`
+	Blobs   int    `json:"blobs"`
+	Bytes   int64  `json:"bytes"`
+	Limit   int64  `json:"limit_bytes"`    // 0 = none
+	Free    int64  `json:"free_bytes"`     // -1 = unknown
+	MinFree int64  `json:"min_free_bytes"` // 0 = none
+}
+
+// FillStatus is one blob that is being fetched.
+type FillStatus struct {
+	Digest  digest.Digest `json:"digest"`
+	Size    int64         `json:"size"` // -1 while unknown
+	Present int64         `json:"present"`
+	Readers int           `json:"readers"`
+	Started time.Time     `json:"started"`
+	Origins []Origin      `json:"origins"`
+}
+
+// Origin is bytes of a blob that came from one place.
+type Origin struct {
+	Kind  string    `json:"kind"`           // upstream, peer or runtime
+	Name  string    `json:"name,omitempty"` // registry host or peer name
+	Bytes int64     `json:"bytes"`
+	When  time.Time `json:"when,omitzero"`
+}
+
+// Member is one node of the cluster as this one sees it.
+type Member struct {
+	Name    string `json:"name"`
+	Address string `json:"address"`
+	Zone    string `json:"zone,omitempty"`
+	State   string `json:"state"`
+	Self    bool   `json:"self,omitempty"`
+}
+
+// HostsStatus is the host configuration that this agent manages.
+type HostsStatus struct {
+	Containerd string `json:"containerd,omitempty"`
+	CRIO       string `json:"crio,omitempty"`
+	InPlace    bool   `json:"in_place"`
+	Problem    string `json:"problem,omitempty"`
+}
+
+// RuntimeStatus is containerd's own store as a source.
+type RuntimeStatus struct {
+	ContentDir string `json:"content_dir,omitempty"`
+	Socket     string `json:"socket,omitempty"`
+	Blobs      int    `json:"blobs"`
+	Bytes      int64  `json:"bytes"`
+	Problem    string `json:"problem,omitempty"`
+}
+
+// Explanation is the answer of /api/v1/explain: where every part of one image
+// is, and came from. It asks no registry.
+type Explanation struct {
+	Image    string        `json:"image"`
+	Digest   digest.Digest `json:"digest"`             // what the tag stood for when last seen
+	Checked  time.Time     `json:"checked,omitzero"`   // when the tag was last asked for
+	Parts    []Part        `json:"parts"`              // manifests, configs, layers, in the order of a pull
+	Bytes    int64         `json:"bytes"`              // of all parts whose size is known
+	Here     int64         `json:"bytes_here"`         // of which on this node
+	Platform string        `json:"platform,omitempty"` // the one that parts were limited to
+}
+
+// Part is one blob of an image.
+type Part struct {
+	Kind     string        `json:"kind"` // index, manifest, config or layer
+	Digest   digest.Digest `json:"digest"`
+	Size     int64         `json:"size"` // -1 = unknown
+	Platform string        `json:"platform,omitempty"`
+	// Where it is now: disk, runtime, arriving, peer or upstream (nowhere near).
+	Where   string    `json:"where"`
+	Present int64     `json:"present"`           // bytes on this node
+	Holders []string  `json:"holders,omitempty"` // peers that have it
+	Origins []Origin  `json:"origins"`           // where this node got it from
+	Used    time.Time `json:"used,omitzero"`     // last served from the cache
+}
+
+// WarmRequest is the body of POST /api/v1/warm.
+type WarmRequest struct {
+	Images   []string `json:"images"`
+	Platform string   `json:"platform,omitempty"` // "" = this node's, "all"
+}
+
+// WarmEvent is one line of the answer. Blob events repeat while bytes arrive;
+// Done ends an image, with Error if it failed.
+type WarmEvent struct {
+	Image  string        `json:"image"`
+	Digest digest.Digest `json:"digest,omitempty"`
+	Kind   string        `json:"kind,omitempty"`
+	Bytes  int64         `json:"bytes,omitempty"`
+	Total  int64         `json:"total,omitempty"`
+	Source string        `json:"source,omitempty"` // set when the blob is complete
+	Done   bool          `json:"done,omitempty"`
+	Error  string        `json:"error,omitempty"`
+}
+
+// Canary is the answer of /api/v1/canary: whether a request for the canary
+// image with this nonce reached the proxy.
+type Canary struct {
+	Seen      bool      `json:"seen"`
+	At        time.Time `json:"at,omitzero"`
+	Registry  string    `json:"registry,omitempty"`
+	UserAgent string    `json:"user_agent,omitempty"`
+}

@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/larder-cache/larder/agent/proxy"
+)
+
+const (
+	// auditBytes is where the file is rotated, auditKeep how many old ones stay
+	// (FILE.1 is the youngest).
+	auditBytes = 64 << 20
+	auditKeep  = 4
+	// auditQueue is how many lines may wait for the disk. A disk that is slower
+	// than pulls loses lines, not pulls.
+	auditQueue = 4096
+)
+
+// auditLog appends one JSON line per pull served.
+type auditLog struct {
+	path  string
+	limit int64
+	log   *slog.Logger
+	queue chan any
+	lost  atomic.Int64 // lines that found the queue full, since the last warning
+
+	// Run's only.
+	file *os.File
+	size int64
+	sick bool // the last write failed; warned once
+}
+
+func newAuditLog(path string, log *slog.Logger) *auditLog {
+	return &auditLog{path: path, limit: auditBytes, log: log, queue: make(chan any, auditQueue)}
+}
+
+// record queues one event; it never waits.
+func (l *auditLog) record(event any) {
+	select {
+	case l.queue <- event:
+	default:
+		l.lost.Add(1)
+	}
+}
+
+// Run writes until ctx ends, then what is still queued.
+func (l *auditLog) Run(ctx context.Context) error {
+	for {
+		select {
+		case e := <-l.queue:
+			l.write(e)
+		case <-ctx.Done():
+			return l.finish()
+		}
+	}
+}
+
+func (l *auditLog) finish() error {
+	for {
+		select {
+		case e := <-l.queue:
+			l.write(e)
+		default:
+			return l.close()
+		}
+	}
+}
+
+// auditLine is one pull of a manifest or blob that was served.
+type auditLine struct {
+	Time       time.Time `json:"time"`
+	Kind       string    `json:"kind"` // manifest or blob
+	Registry   string    `json:"registry"`
+	Repository string    `json:"repository"`
+	Reference  string    `json:"reference"` // tag or digest, as asked for
+	Source     string    `json:"source"`
+	Status     int       `json:"status"`
+	Bytes      int64     `json:"bytes"`
+	Seconds    float64   `json:"seconds"`
+	Client     string    `json:"client"`
+	UserAgent  string    `json:"user_agent,omitempty"`
+	Error      string    `json:"error,omitempty"` // set when the body ended short
+}
+
+// auditPull records an exchange if it served content.
+func (a *Agent) auditPull(e proxy.Event) {
+	content := e.Kind == proxy.KindManifest || e.Kind == proxy.KindBlob
+	if !content || e.Method != http.MethodGet || e.Status >= http.StatusMultipleChoices {
+		return
+	}
+	line := auditLine{
+		Time: e.Time, Kind: string(e.Kind), Registry: e.Registry, Repository: e.Repository, Reference: e.Reference,
+		Source: e.Source, Status: e.Status, Bytes: e.Bytes, Seconds: e.Duration.Seconds(), Client: e.Remote, UserAgent: e.UserAgent,
+	}
+	if e.Err != nil {
+		line.Error = e.Err.Error()
+	}
+	a.audit.record(line)
+}
+
+func (l *auditLog) close() error {
+	if l.file == nil {
+		return nil
+	}
+	err := l.file.Close()
+	l.file = nil
+	if err != nil {
+		return fmt.Errorf("close %s: %w", l.path, err)
+	}
+	return nil
+}
+
+func (l *auditLog) write(event any) {
+	line, err := json.Marshal(event)
+	if err == nil {
+		err = l.append(append(line, '\n'))
+	}
+	if n := l.lost.Swap(0); n > 0 {
+		l.log.Warn("audit lines lost: the disk is too slow", "lines", n)
+	}
+	if err != nil && !l.sick {
+		l.log.Error("audit log cannot be written", "err", err)
+	}
+	l.sick = err != nil
+}
+
+// append opens the file when it has to, so that a disk that was full or away
+// is used again when it is back.
+func (l *auditLog) append(line []byte) error {
+	if l.file != nil && l.size+int64(len(line)) > l.limit {
+		if err := l.rotate(); err != nil {
+			return err
+		}
+	}
+	if l.file == nil {
+		if err := l.open(); err != nil {
+			return err
+		}
+	}
+	n, err := l.file.Write(line)
+	l.size += int64(n)
+	if err != nil {
+		return errors.Join(fmt.Errorf("write audit line: %w", err), l.close())
+	}
+	return nil
+}
+
+func (l *auditLog) open() error {
+	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("open audit file: %w", err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return errors.Join(fmt.Errorf("open audit file: %w", err), f.Close())
+	}
+	l.file, l.size = f, info.Size()
+	return nil
+}
+
+func (l *auditLog) rotate() error {
+	if err := l.close(); err != nil {
+		return err
+	}
+	for i := auditKeep - 1; i >= 0; i-- {
+		if err := os.Rename(l.old(i), l.old(i+1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("rotate audit file: %w", err)
+		}
+	}
+	return nil
+}
+
+// old names the i-th youngest rotated file; 0 is the one being written.
+func (l *auditLog) old(i int) string {
+	if i == 0 {
+		return l.path
+	}
+	return fmt.Sprintf("%s.%d", l.path, i)
+}

@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+type auditTestLine struct {
+	N int `json:"n"`
+}
+
+// TestAuditRotates holds that every line is in exactly one file, in order, and
+// that no more than auditKeep old files stay.
+func TestAuditRotates(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l := newAuditLog(path, slog.New(slog.DiscardHandler))
+	l.limit = 100
+	const lines = 200
+	for n := range lines {
+		l.record(auditTestLine{n})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := l.Run(ctx); err != nil { // writes what is queued
+		t.Fatal(err)
+	}
+	next := -1
+	for i := auditKeep; i >= 0; i-- {
+		for _, n := range readAudit(t, l.old(i)) {
+			if next >= 0 && n != next {
+				t.Fatalf("line %d where %d was due", n, next)
+			}
+			next = n + 1
+		}
+	}
+	if next != lines {
+		t.Errorf("the last line is %d, want %d", next-1, lines-1)
+	}
+	if _, err := os.Stat(l.old(auditKeep + 1)); err == nil {
+		t.Errorf("%s exists", l.old(auditKeep+1))
+	}
+}
+
+func readAudit(t *testing.T, path string) []int {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var out []int
+	for s := bufio.NewScanner(f); s.Scan(); {
+		var line auditTestLine
+		if err := json.Unmarshal(s.Bytes(), &line); err != nil {
+			t.Fatalf("%s: %q: %v", path, s.Text(), err)
+		}
+		out = append(out, line.N)
+	}
+	if info, err := f.Stat(); err != nil || info.Size() > 100 {
+		t.Errorf("%s: %v, %v: want at most 100 bytes", path, info, err)
+	}
+	return out
+}
+
+// TestAuditAppends holds that a restart goes on in the same file, and that a
+// directory that cannot be written costs lines only.
+func TestAuditAppends(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "later")
+	path := filepath.Join(dir, "audit.jsonl")
+	l := newAuditLog(path, slog.New(slog.DiscardHandler))
+	l.write(auditTestLine{0})
+	if !l.sick {
+		t.Error("writing into a directory that is not there went well")
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2 {
+		l = newAuditLog(path, slog.New(slog.DiscardHandler))
+		l.write(auditTestLine{n + 1})
+		if err := l.close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := readAudit(t, path); len(got) != 2 || got[0] != 1 || got[1] != 2 {
+		t.Errorf("lines %v, want [1 2]", got)
+	}
+}

@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+var errUnknownImage = errors.New("not known on this node")
+
+// Explain says where each part of an image is and came from, for one platform
+// ("" = this node's) or "all". It asks no registry: what never passed this
+// node is an error.
+func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
+	e := explainer{agent: a, image: image, fills: map[digest.Digest]cache.Progress{}}
+	e.out = Explanation{Image: image.String(), Platform: platform}
+	for _, f := range a.cache.Fills() {
+		e.fills[f.Digest] = f
+	}
+	if err := e.root(); err != nil {
+		return Explanation{}, err
+	}
+	if err := e.manifest(ocispec.Descriptor{Digest: e.out.Digest, Size: -1}); err != nil {
+		return Explanation{}, err
+	}
+	for _, p := range e.out.Parts {
+		e.out.Bytes += max(0, p.Size)
+		e.out.Here += p.Present
+	}
+	return e.out, nil
+}
+
+// explainer is one Explain under way.
+type explainer struct {
+	agent *Agent
+	image Image
+	fills map[digest.Digest]cache.Progress // arriving
+	out   Explanation
+}
+
+// root finds the digest that the image stands for.
+func (e *explainer) root() error {
+	if d, err := digest.Parse(e.image.Reference); err == nil {
+		e.out.Digest = d
+		return nil
+	}
+	repo := cache.Repository{Registry: e.image.Registry, Name: e.image.Repository}
+	tag, ok := e.agent.cache.Meta().Tag(repo, e.image.Reference)
+	if !ok {
+		return fmt.Errorf("%s: %w: nobody pulled this tag through it; try `larder warm %s`", e.image, errUnknownImage, e.image)
+	}
+	e.out.Digest, e.out.Checked = tag.Descriptor.Digest, tag.Checked
+	return nil
+}
+
+// manifest adds a manifest or index and what is below it.
+func (e *explainer) manifest(d ocispec.Descriptor) error {
+	body, err := e.read(d.Digest)
+	if err != nil {
+		if len(e.out.Parts) == 0 {
+			return fmt.Errorf("%s: the manifest %s is %w; try `larder warm %s`", e.image, d.Digest, errUnknownImage, e.image)
+		}
+		e.add("manifest", d) // of a platform nobody pulled here
+		return nil
+	}
+	m, err := parseManifest(body)
+	if err != nil {
+		return fmt.Errorf("%s: manifest %s: %w", e.image, d.Digest, err)
+	}
+	d.Size = int64(len(body))
+	if !m.isIndex() {
+		e.add("manifest", d)
+		for _, b := range m.blobs() {
+			e.add(b.kind, b.Descriptor)
+		}
+		return nil
+	}
+	e.add("index", d)
+	chosen, err := m.choose(e.out.Platform)
+	if err != nil {
+		return fmt.Errorf("%s: %w; try --platform all", e.image, err)
+	}
+	for _, child := range chosen {
+		if err := e.manifest(child); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read returns the bytes of a manifest that is on this node.
+func (e *explainer) read(d digest.Digest) ([]byte, error) {
+	r, ok := e.agent.cache.Lookup(d)
+	if !ok {
+		return e.agent.readRuntime(d, maxManifest)
+	}
+	defer r.Close()
+	if r.Size() > maxManifest {
+		return nil, errors.New("too large for a manifest")
+	}
+	return io.ReadAll(r)
+}
+
+func (e *explainer) add(kind string, d ocispec.Descriptor) {
+	if slices.ContainsFunc(e.out.Parts, func(p Part) bool { return p.Digest == d.Digest }) {
+		return // shared by two platforms
+	}
+	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}}
+	if d.Platform != nil {
+		p.Platform = platforms.Format(*d.Platform)
+	}
+	fill, arriving := e.fills[d.Digest]
+	switch {
+	case e.agent.cache.Has(d.Digest):
+		p.Where, p.Present = "disk", d.Size
+	case e.agent.inRuntime(d.Digest):
+		p.Where, p.Present = "runtime", d.Size
+	case arriving:
+		p.Where, p.Present = "arriving", fill.Present
+		p.Origins = originsOf(cache.Fetched{Origins: fill.Origins, When: fill.Started})
+	default:
+		if p.Holders = e.agent.swarm.holders(d.Digest); len(p.Holders) > 0 {
+			p.Where = "peer"
+		}
+	}
+	if f, ok := e.agent.cache.Meta().Fetched(d.Digest); ok && len(p.Origins) == 0 {
+		p.Origins = originsOf(f)
+	}
+	e.out.Parts = append(e.out.Parts, p)
+}
+
+// originsOf lists origins, the one with most bytes first.
+func originsOf(f cache.Fetched) []Origin {
+	out := make([]Origin, 0, len(f.Origins))
+	for from, n := range f.Origins {
+		out = append(out, Origin{Kind: string(from.Kind), Name: from.Name, Bytes: n, When: f.When})
+	}
+	slices.SortFunc(out, func(a, b Origin) int {
+		return cmp.Or(cmp.Compare(b.Bytes, a.Bytes), strings.Compare(a.Name, b.Name))
+	})
+	return out
+}

@@ -1,0 +1,104 @@
+package agent
+
+import (
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/hostsconfig"
+)
+
+// mergeImported adds to the configured registries those that the runtimes were
+// configured for before us: their mirrors and certificates become our
+// upstreams. A configured table wins over what is found, and containerd's
+// files win over CRI-O's. What cannot be expressed stays where it was, behind
+// the proxy, and is logged.
+func mergeImported(configured []upstream.Registry, found []hostsconfig.Imported, log *slog.Logger) []upstream.Registry {
+	out := slices.Clone(configured)
+	for _, imp := range found {
+		known := slices.ContainsFunc(out, func(r upstream.Registry) bool { return r.Host == imp.Registry })
+		if known {
+			continue
+		}
+		r, why := fromImported(imp)
+		if why == "" {
+			if err := r.Validate(); err != nil {
+				why = err.Error()
+			}
+		}
+		if why != "" {
+			log.Info("existing registry configuration stays a fallback of the runtime alone", "registry", imp.Registry, "file", imp.Path, "reason", why)
+			continue
+		}
+		log.Info("using the runtime's registry configuration as upstream", "registry", r.Host, "file", imp.Path, "upstreams", r.Upstreams)
+		out = append(out, r)
+	}
+	return out
+}
+
+// fromImported turns what a runtime was told into a [[registry]] table, or
+// says why it cannot.
+func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
+	r := upstream.Registry{Host: imp.Registry}
+	if imp.Registry == "*" {
+		return r, "it is for every registry; write a [[registry]] table for each that should use it"
+	}
+	if imp.Prefix != "" {
+		return r, "it is for repositories below " + imp.Prefix + " alone"
+	}
+	if imp.Blocked {
+		r.ContactUpstream = new(bool)
+	}
+	for _, e := range imp.Endpoints {
+		if !e.Pull || !e.Resolve && !imp.Blocked { // by digest alone: tags could be answered stale
+			continue
+		}
+		if len(e.Header) > 0 {
+			return r, "it needs request headers"
+		}
+		if why := addEndpoint(&r, e); why != "" {
+			return r, why
+		}
+	}
+	if len(r.Upstreams) > 0 {
+		r.ContactUpstream = nil // the mirrors may be asked; a blocked registry itself is not among them
+	}
+	return r, ""
+}
+
+func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
+	base := e.Base
+	if base == "" {
+		base = usualAddress(r.Host)
+	}
+	r.Upstreams = append(r.Upstreams, base)
+	if plain, ok := strings.CutPrefix(base, "https://"); ok && e.AllowHTTP {
+		r.Upstreams = append(r.Upstreams, "http://"+plain)
+	}
+	r.SkipVerify = r.SkipVerify || e.SkipVerify
+	for _, ca := range e.CAFiles {
+		if r.CAFile != "" && r.CAFile != ca {
+			return "its endpoints have different CA files"
+		}
+		r.CAFile = ca
+	}
+	for _, pair := range e.ClientPairs {
+		if r.ClientCertFile != "" && r.ClientCertFile != pair.Cert {
+			return "its endpoints have different client certificates"
+		}
+		r.ClientCertFile, r.ClientKeyFile = pair.Cert, pair.Key
+		if pair.Key == "" {
+			r.ClientKeyFile = pair.Cert
+		}
+	}
+	return ""
+}
+
+// usualAddress is where a registry is when nobody says otherwise.
+func usualAddress(host string) string {
+	if host == "docker.io" {
+		return "https://registry-1.docker.io"
+	}
+	return "https://" + host
+}

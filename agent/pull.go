@@ -1,0 +1,335 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/platforms"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+)
+
+// Image is an image reference taken apart as the pull API needs it.
+type Image struct {
+	Registry   string // "docker.io", "reg.example.com:5000"
+	Repository string // "library/nginx"
+	Reference  string // tag or digest
+}
+
+// ParseImage reads a reference as users write it: nginx, quay.io/a/b:c, a@sha256:...
+func ParseImage(s string) (Image, error) {
+	ref, err := name.ParseReference(s)
+	if err != nil {
+		return Image{}, fmt.Errorf("%q is not an image name: %w", s, err)
+	}
+	registry := ref.Context().RegistryStr()
+	if registry == name.DefaultRegistry {
+		registry = "docker.io"
+	}
+	return Image{Registry: registry, Repository: ref.Context().RepositoryStr(), Reference: ref.Identifier()}, nil
+}
+
+func (i Image) String() string {
+	sep := ":"
+	if strings.Contains(i.Reference, ":") {
+		sep = "@"
+	}
+	return i.Registry + "/" + i.Repository + sep + i.Reference
+}
+
+// manifestTypes is what containerd accepts of a tag, in its order.
+var manifestTypes = []string{
+	"application/vnd.docker.distribution.manifest.v2+json",
+	"application/vnd.docker.distribution.manifest.list.v2+json",
+	ocispec.MediaTypeImageManifest,
+	ocispec.MediaTypeImageIndex,
+	"*/*",
+}
+
+const (
+	maxManifest = 4 << 20 // as the distribution spec lets registries limit it
+	// pullStreams is containerd's max_concurrent_downloads.
+	pullStreams = 3
+)
+
+// Pulled is one manifest, config or layer that a Puller got.
+type Pulled struct {
+	Kind   string // manifest, config or layer
+	Digest digest.Digest
+	Source string // X-Larder-Source
+	Bytes  int64
+	Took   time.Duration
+}
+
+// Puller pulls images through a proxy the way containerd does: HEAD and GET
+// the manifest, then the blobs, three at a time, verifying digests. It keeps
+// nothing of what it reads.
+type Puller struct {
+	Proxy  string // "http://127.0.0.1:5050"
+	Client *http.Client
+	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
+	Platform string
+	// Progress, if set, is called from several goroutines as bytes of a blob
+	// arrive; total is its size.
+	Progress func(d digest.Digest, done, total int64)
+	// Done, if set, is called from several goroutines when a part is complete.
+	Done func(Pulled)
+}
+
+// Pull reads the whole image and says where each part came from.
+func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
+	run := pull{Puller: p, image: image}
+	run.Client = cmp.Or(p.Client, http.DefaultClient)
+	d, err := run.resolve(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("pull %s: %w", image, err)
+	}
+	if err := run.manifest(ctx, d); err != nil {
+		return run.got, fmt.Errorf("pull %s: %w", image, err)
+	}
+	return run.got, nil
+}
+
+// pull is one Puller.Pull under way.
+type pull struct {
+	Puller
+	image Image
+
+	mu  sync.Mutex // guards got
+	got []Pulled
+}
+
+func (p *pull) record(one Pulled) {
+	p.mu.Lock()
+	p.got = append(p.got, one)
+	p.mu.Unlock()
+	if p.Done != nil {
+		p.Done(one)
+	}
+}
+
+func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Response, error) {
+	u := fmt.Sprintf("%s/v2/%s/%s/%s?ns=%s", p.Proxy, p.image.Repository, kind, ref, url.QueryEscape(p.image.Registry))
+	req, err := http.NewRequestWithContext(ctx, method, u, nil)
+	if err != nil {
+		return nil, err
+	}
+	if kind == "manifests" {
+		req.Header.Set("Accept", strings.Join(manifestTypes, ", "))
+	}
+	resp, err := p.Client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		return nil, fmt.Errorf("%s %s %s: %s%s", method, kind, ref, resp.Status, ociMessage(resp.Body))
+	}
+	return resp, nil
+}
+
+// ociMessage is what an OCI error body says, with a separator before it.
+func ociMessage(r io.Reader) string {
+	var body struct {
+		Errors []struct{ Code, Message string }
+	}
+	if json.NewDecoder(io.LimitReader(r, 64<<10)).Decode(&body) != nil || len(body.Errors) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (%s: %s)", body.Errors[0].Code, body.Errors[0].Message)
+}
+
+func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
+	if d, err := digest.Parse(p.image.Reference); err == nil {
+		return d, nil
+	}
+	resp, err := p.request(ctx, http.MethodHead, "manifests", p.image.Reference)
+	if err != nil {
+		return "", err
+	}
+	resp.Body.Close()
+	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
+	if err != nil {
+		return "", fmt.Errorf("resolve %s: no valid Docker-Content-Digest: %w", p.image.Reference, err)
+	}
+	return d, nil
+}
+
+// manifest pulls a manifest or index and everything below it.
+func (p *pull) manifest(ctx context.Context, d digest.Digest) error {
+	started := time.Now()
+	resp, err := p.request(ctx, http.MethodGet, "manifests", d.String())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
+	if err != nil {
+		return fmt.Errorf("read manifest %s: %w", d, err)
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return fmt.Errorf("manifest %s: the bytes have another digest", d)
+	}
+	p.record(Pulled{Kind: "manifest", Digest: d, Source: resp.Header.Get("X-Larder-Source"), Bytes: int64(len(body)), Took: time.Since(started)})
+	m, err := parseManifest(body)
+	if err != nil {
+		return fmt.Errorf("manifest %s: %w", d, err)
+	}
+	return p.children(ctx, m)
+}
+
+func (p *pull) children(ctx context.Context, m manifest) error {
+	if m.isIndex() {
+		chosen, err := m.choose(p.Platform)
+		if err != nil {
+			return err
+		}
+		for _, child := range chosen {
+			if err := p.manifest(ctx, child.Digest); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(pullStreams)
+	for _, b := range m.blobs() {
+		group.Go(func() error { return p.blob(ctx, b) })
+	}
+	return group.Wait()
+}
+
+func (p *pull) blob(ctx context.Context, b blob) error {
+	started := time.Now()
+	resp, err := p.request(ctx, http.MethodGet, "blobs", b.Digest.String())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	verifier := b.Digest.Verifier()
+	n, err := io.Copy(&progressWriter{w: verifier, pull: p, d: b.Digest, total: resp.ContentLength}, resp.Body)
+	if err != nil {
+		return fmt.Errorf("read blob %s: %w", b.Digest, err)
+	}
+	if !verifier.Verified() {
+		return fmt.Errorf("blob %s: the bytes have another digest", b.Digest)
+	}
+	p.record(Pulled{Kind: b.kind, Digest: b.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: n, Took: time.Since(started)})
+	return nil
+}
+
+type progressWriter struct {
+	w           io.Writer
+	pull        *pull
+	d           digest.Digest
+	done, total int64
+}
+
+func (w *progressWriter) Write(b []byte) (int, error) {
+	n, err := w.w.Write(b)
+	w.done += int64(n)
+	if w.pull.Progress != nil {
+		w.pull.Progress(w.d, w.done, w.total)
+	}
+	return n, err
+}
+
+// manifest is what Larder reads of an image manifest or index, OCI or Docker
+// schema 2; the fields have the same names in all four.
+type manifest struct {
+	MediaType string               `json:"mediaType"`
+	Manifests []ocispec.Descriptor `json:"manifests"`
+	Config    ocispec.Descriptor   `json:"config"`
+	Layers    []ocispec.Descriptor `json:"layers"`
+}
+
+// blob is a descriptor and its place in the manifest: config or layer.
+type blob struct {
+	ocispec.Descriptor
+	kind string
+}
+
+func parseManifest(body []byte) (manifest, error) {
+	var m manifest
+	if err := json.Unmarshal(body, &m); err != nil {
+		return m, fmt.Errorf("not a manifest: %w", err)
+	}
+	for _, d := range slices.Concat(m.Manifests, m.Layers) {
+		if err := d.Digest.Validate(); err != nil {
+			return m, fmt.Errorf("names %q: %w", d.Digest, err)
+		}
+	}
+	if m.Config.Digest != "" {
+		if err := m.Config.Digest.Validate(); err != nil {
+			return m, fmt.Errorf("names config %q: %w", m.Config.Digest, err)
+		}
+	}
+	return m, nil
+}
+
+func (m manifest) isIndex() bool { return len(m.Manifests) > 0 }
+
+// blobs lists config and layers, each digest once.
+func (m manifest) blobs() []blob {
+	var out []blob
+	add := func(d ocispec.Descriptor, kind string) {
+		known := slices.ContainsFunc(out, func(b blob) bool { return b.Digest == d.Digest })
+		if d.Digest != "" && len(d.URLs) == 0 && !known { // with URLs: foreign layers, not in the registry
+			out = append(out, blob{d, kind})
+		}
+	}
+	add(m.Config, "config")
+	for _, l := range m.Layers {
+		add(l, "layer")
+	}
+	return out
+}
+
+// choose picks the manifests of an index: "all", one platform, or this
+// machine's. Attestations (platform unknown/unknown) are in "all" only.
+func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
+	if platform == "all" {
+		return m.Manifests, nil
+	}
+	want := platforms.DefaultSpec()
+	if platform != "" {
+		var err error
+		if want, err = platforms.Parse(platform); err != nil {
+			return nil, fmt.Errorf("platform %q: %w; write os/arch, such as linux/arm64", platform, err)
+		}
+	}
+	matcher := platforms.Only(want)
+	var fits []ocispec.Descriptor
+	for _, d := range m.Manifests {
+		if d.Platform == nil || matcher.Match(*d.Platform) {
+			fits = append(fits, d)
+		}
+	}
+	if len(fits) == 0 {
+		return nil, errors.New("the image has no manifest for " + platforms.Format(want))
+	}
+	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
+		switch {
+		case a.Platform == nil || b.Platform == nil:
+			return 0
+		case matcher.Less(*a.Platform, *b.Platform):
+			return -1
+		case matcher.Less(*b.Platform, *a.Platform):
+			return 1
+		}
+		return 0
+	})
+	return fits[:1], nil
+}

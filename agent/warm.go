@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// warmEvery limits how often a blob's progress is told.
+const warmEvery = 100 * time.Millisecond
+
+// warm pulls one image through this node's own proxy and reports to out; what
+// it returns is the image's last event.
+func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *warmStream) WarmEvent {
+	puller := Puller{
+		Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform,
+		Progress: func(d digest.Digest, done, total int64) {
+			out.progress(WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
+		},
+		Done: func(p Pulled) {
+			out.send(WarmEvent{Image: name, Kind: p.Kind, Digest: p.Digest, Bytes: p.Bytes, Total: p.Bytes, Source: p.Source})
+		},
+	}
+	if _, err := puller.Pull(ctx, image); err != nil {
+		return WarmEvent{Image: name, Done: true, Error: err.Error()}
+	}
+	return WarmEvent{Image: name, Done: true}
+}
+
+// warmStream writes events as lines of JSON.
+type warmStream struct {
+	// mu guards all below: events come from several goroutines. It is held
+	// while writing, so that lines do not mix.
+	mu   sync.Mutex
+	enc  *json.Encoder
+	http *http.ResponseController
+	told map[digest.Digest]time.Time
+}
+
+func newWarmStream(w http.ResponseWriter) *warmStream {
+	return &warmStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
+}
+
+// progress sends e unless its blob was told of a moment ago.
+func (s *warmStream) progress(e WarmEvent) {
+	s.mu.Lock()
+	last := s.told[e.Digest]
+	s.mu.Unlock()
+	if time.Since(last) >= warmEvery {
+		s.send(e)
+	}
+}
+
+// send writes one event. A client that hung up ends the request's context,
+// which is noticed elsewhere.
+func (s *warmStream) send(e WarmEvent) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told[e.Digest] = time.Now()
+	_ = s.enc.Encode(e)
+	_ = s.http.Flush()
+}

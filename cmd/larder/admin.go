@@ -1,0 +1,109 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/spf13/cobra"
+)
+
+// adminAPI talks to the agent of this node.
+type adminAPI struct{ base string }
+
+// adminFlags is the --admin flag of the commands that ask a running agent.
+type adminFlags struct{ admin string }
+
+func (f *adminFlags) bind(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.admin, "admin", "", "the agent's admin API (default: LARDER_ADMIN, else admin.listen of the configuration, else http://127.0.0.1:5053)")
+}
+
+func (f *adminFlags) api() (adminAPI, error) {
+	base := f.admin
+	if base == "" {
+		base = os.Getenv("LARDER_ADMIN")
+	}
+	if base == "" {
+		c, _ := agent.Load(agent.Sources{Environ: os.Environ()}) // the agent complains about a bad file, not its clients
+		base = c.Admin.Listen
+	}
+	if !strings.Contains(base, "://") {
+		base = "http://" + base
+	}
+	u, err := url.Parse(base)
+	if err != nil || u.Host == "" || u.Scheme != "http" {
+		return adminAPI{}, usageError{fmt.Errorf("--admin %q: want http://HOST:PORT, such as http://127.0.0.1:5053", base)}
+	}
+	return adminAPI{base: strings.TrimSuffix(base, "/")}, nil
+}
+
+// quick bounds calls that read the agent's memory alone.
+const quick = 10 * time.Second
+
+// get reads a JSON answer into v.
+func (a adminAPI) get(ctx context.Context, path string, v any) error {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	resp, err := a.do(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+		return fmt.Errorf("%s%s: not an answer of a larder agent: %w", a.base, path, err)
+	}
+	return nil
+}
+
+// do sends a request and turns everything but success into an error.
+func (a adminAPI) do(ctx context.Context, method, path string, body any) (*http.Response, error) {
+	var payload io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return nil, fmt.Errorf("%s%s: %w", a.base, path, err)
+		}
+		payload = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, a.base+path, payload)
+	if err != nil {
+		return nil, fmt.Errorf("%s%s: %w", a.base, path, err)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, a.unreachable(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // whatever came before the error is better than nothing
+	return nil, fmt.Errorf("%s%s: %s: %s", a.base, path, resp.Status, strings.TrimSpace(string(text)))
+}
+
+func (a adminAPI) unreachable(err error) error {
+	why := err
+	if u := (*url.Error)(nil); errors.As(err, &u) {
+		why = u.Err
+	}
+	if errors.Is(err, context.Canceled) {
+		return why
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		why = op.Err
+	}
+	return fmt.Errorf("cannot reach the agent at %s: %w; is it running? Start it with `larder agent`, or say where it is with --admin", a.base, why)
+}

@@ -1,0 +1,294 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/hostsconfig"
+	"github.com/spf13/cobra"
+)
+
+func newDoctor() *cobra.Command {
+	d := doctor{}
+	var config configFlags
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Would this node's runtime use the mirror? Each finding with its exact fix",
+		Long: `Look for everything that makes a runtime bypass the mirror without a word, then
+prove the opposite: let the real runtime pull a canary image, and see whether
+the request arrives at the agent. Exit code 1 if the runtime would not use the
+mirror.`,
+		Example: `  larder doctor
+  larder doctor --json | jq -r '.findings[].fix'
+  larder doctor --root /host --socket /host/run/containerd/containerd.sock`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if d.config, err = config.load(cmd); err != nil {
+				return err
+			}
+			report := d.run(cmd.Context())
+			if asJSON {
+				err = printJSON(cmd.OutOrStdout(), report)
+			} else {
+				printReport(cmd.OutOrStdout(), report)
+			}
+			if err == nil && !report.OK {
+				err = errFindings
+			}
+			return err
+		},
+	}
+	d.admin.bind(cmd)
+	cmd.Flags().StringVar(&d.root, "root", "/", "where the node's file system is, for a doctor in a container")
+	cmd.Flags().StringSliceVar(&d.sockets, "socket", nil, "CRI sockets of the runtimes (default: the known places)")
+	cmd.Flags().StringVar(&d.runtimeConfig, "runtime-config", "", "containerd's configuration file (default: the known places)")
+	cmd.Flags().BoolVar(&d.skipCanary, "skip-canary", false, "look at files alone, pull nothing")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	config.bind(cmd, "hosts", "proxy")
+	return cmd
+}
+
+// doctor examines one node.
+type doctor struct {
+	admin         adminFlags
+	config        agent.Config
+	root          string
+	sockets       []string
+	runtimeConfig string
+	skipCanary    bool
+
+	report doctorReport
+}
+
+// doctorReport is what `larder doctor --json` prints.
+type doctorReport struct {
+	OK       bool                  `json:"ok"`
+	Findings []hostsconfig.Finding `json:"findings"`
+	Runtimes []runtimeReport       `json:"runtimes"`
+	Agent    string                `json:"agent,omitempty"` // version, "" if it does not answer
+}
+
+// runtimeReport is one runtime and what became of its canary.
+type runtimeReport struct {
+	Socket  string `json:"socket"`
+	Name    string `json:"name,omitempty"`
+	Version string `json:"version,omitempty"`
+	Canary  string `json:"canary"` // seen, not-seen or skipped
+	Detail  string `json:"detail,omitempty"`
+}
+
+func (d *doctor) find(f hostsconfig.Finding) { d.report.Findings = append(d.report.Findings, f) }
+
+func (d *doctor) run(ctx context.Context) doctorReport {
+	d.report = doctorReport{Findings: []hostsconfig.Finding{}, Runtimes: []runtimeReport{}}
+	status := d.agentStatus(ctx)
+	runtimes := d.connect(ctx)
+	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(d.options(ctx, status, runtimes))...)
+	for _, r := range runtimes {
+		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil))
+		_ = r.close() // it was only asked
+	}
+	d.report.OK = !slices.ContainsFunc(d.report.Findings, func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken })
+	return d.report
+}
+
+// agentStatus asks the agent; what it manages goes before what this command
+// was configured with.
+func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
+	api, err := d.admin.api()
+	var s agent.Status
+	if err == nil {
+		err = api.get(ctx, "/api/v1/status", &s)
+	}
+	if err != nil {
+		d.find(hostsconfig.Finding{ID: "agent-down", Severity: hostsconfig.Broken, What: "The agent does not answer, so pulls go straight to the registry: " + err.Error() + ".",
+			Fix: "larder agent   # or, in Kubernetes: kubectl -n larder get pods -o wide"})
+		return nil
+	}
+	d.report.Agent = s.Version
+	for _, c := range s.Checks {
+		if !c.OK {
+			d.find(hostsconfig.Finding{ID: "agent-not-ready", Severity: hostsconfig.Broken, What: fmt.Sprintf("The agent is not ready: %s: %s.", c.Name, c.Reason)})
+		}
+	}
+	if s.Hosts.Containerd == "" && s.Hosts.CRIO == "" {
+		d.find(hostsconfig.Finding{ID: "hosts-not-managed", Severity: hostsconfig.Broken, What: "The agent manages no runtime's configuration, so no runtime is pointed at it.",
+			Fix: "hosts.containerd = \"/etc/containerd/certs.d\"              # for containerd\nhosts.crio = \"/etc/containers/registries.conf.d\"      # for CRI-O"})
+	}
+	return &s
+}
+
+// connect reaches the runtimes of this node.
+func (d *doctor) connect(ctx context.Context) []*criRuntime {
+	sockets := d.sockets
+	if len(sockets) == 0 {
+		sockets = findSockets(d.root)
+	}
+	var out []*criRuntime
+	for _, s := range sockets {
+		r, err := dialRuntime(ctx, s)
+		if err != nil {
+			d.find(hostsconfig.Finding{ID: "runtime-unreachable", Severity: hostsconfig.Degraded, Where: s,
+				What: "The runtime cannot be asked: " + err.Error() + ".", Fix: "sudo larder doctor   # the socket belongs to root"})
+			continue
+		}
+		out = append(out, r)
+	}
+	if len(sockets) == 0 {
+		d.find(hostsconfig.Finding{ID: "runtime-not-found", Severity: hostsconfig.Degraded,
+			What: "No runtime's CRI socket was found, so nothing is proven by a pull.", Fix: "larder doctor --socket /path/to/containerd.sock"})
+	}
+	return out
+}
+
+// options gathers the facts for the static findings.
+func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
+	h := d.config.Hosts
+	opts := hostsconfig.DoctorOptions{
+		FS: os.DirFS(d.root), Containerd: h.Containerd, CRIO: h.CRIO, Config: d.runtimeConfig,
+		Registries: h.Registries, ProxyAddr: d.config.Proxy.Listen, ColonLink: h.ContainerdColonLink,
+	}
+	if status != nil {
+		opts.ProxyAddr = status.Proxy
+		opts.Containerd = cmp.Or(status.Hosts.Containerd, opts.Containerd)
+		opts.CRIO = cmp.Or(status.Hosts.CRIO, opts.CRIO)
+	}
+	for _, r := range runtimes {
+		if r.name == "containerd" {
+			opts.Facts.ContainerdVersion = strings.TrimPrefix(r.version, "v")
+		}
+	}
+	opts.Facts.ProxyUp = status != nil
+	if status == nil {
+		opts.Facts.PortTaken = whoAnswers(ctx, opts.ProxyAddr)
+	}
+	return opts
+}
+
+// whoAnswers describes what listens on the proxy's address although no agent
+// answers, "" for nothing.
+func whoAnswers(ctx context.Context, addr string) string {
+	if !listening(ctx, addr) {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/v2/", nil)
+	if err != nil {
+		return "a program that is not asked: " + err.Error()
+	}
+	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return "a program that does not speak HTTP"
+	}
+	_ = resp.Body.Close() // only the headers count
+	return strings.TrimSpace("an HTTP server " + resp.Header.Get("Server"))
+}
+
+// canaryTimeout is for a pull of a few hundred bytes; containerd gives a dead
+// mirror 30 s by itself.
+const canaryTimeout = time.Minute
+
+// canary lets r pull an image that only the proxy can serve.
+func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool) runtimeReport {
+	out := runtimeReport{Socket: r.socket, Name: r.name, Version: r.version, Canary: "skipped"}
+	if d.skipCanary || !agentUp {
+		return out
+	}
+	nonce := strings.ToLower(rand.Text())
+	image := d.canaryRegistry() + "/larder.invalid/canary:" + nonce
+	ctx, cancel := context.WithTimeout(ctx, canaryTimeout)
+	defer cancel()
+	pullErr := r.pull(ctx, image)
+	var seen agent.Canary
+	api, err := d.admin.api()
+	if err == nil {
+		err = api.get(context.WithoutCancel(ctx), "/api/v1/canary?"+url.Values{"nonce": {nonce}}.Encode(), &seen)
+	}
+	switch {
+	case seen.Seen && pullErr == nil:
+		out.Canary, out.Detail = "seen", seen.UserAgent
+	case seen.Seen:
+		out.Canary, out.Detail = "seen", pullErr.Error()
+		d.find(hostsconfig.Finding{ID: "canary-failed", Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
+			What: "The runtime asked the mirror for the canary image and could not pull it: " + pullErr.Error() + "."})
+	default:
+		out.Canary = "not-seen"
+		if err = cmp.Or(err, pullErr); err != nil {
+			out.Detail = err.Error()
+		}
+		d.find(hostsconfig.Finding{ID: "canary-not-seen", Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
+			What: "A pull of " + image + " did not come through the mirror: the runtime goes straight to the registry.",
+			Fix:  canaryFix(d.report.Findings, r.name)})
+	}
+	return out
+}
+
+// canaryFix points at the finding that explains the bypass, if there is one.
+func canaryFix(findings []hostsconfig.Finding, runtime string) string {
+	if slices.ContainsFunc(findings, func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken && f.Fix != "" }) {
+		return "fix the findings above, then run larder doctor again"
+	}
+	if runtime == "cri-o" {
+		return "systemctl reload crio   # it reads its registries anew, then run larder doctor again"
+	}
+	return "systemctl restart containerd   # it reads config_path at its start alone, then run larder doctor again"
+}
+
+// canaryRegistry is a registry that the runtime is told to mirror.
+func (d *doctor) canaryRegistry() string {
+	for _, r := range d.config.Hosts.Registries {
+		if r == "*" || r == "docker.io" {
+			return "docker.io"
+		}
+	}
+	return d.config.Hosts.Registries[0]
+}
+
+func printReport(w io.Writer, r doctorReport) {
+	st := newStyle(w)
+	severities := map[hostsconfig.Severity]func(string) string{hostsconfig.Broken: st.bad, hostsconfig.Degraded: st.warn, hostsconfig.Note: st.dim}
+	for _, f := range r.Findings {
+		fmt.Fprintf(w, "%s  %s", severities[f.Severity](fmt.Sprintf("%-7s", f.Severity)), f.What)
+		if f.Where != "" {
+			fmt.Fprintf(w, " (%s)", f.Where)
+		}
+		fmt.Fprintln(w)
+		for i, line := range strings.Split(f.Fix, "\n") {
+			switch {
+			case f.Fix == "":
+			case i == 0:
+				fmt.Fprintln(w, "    fix: ", line)
+			default:
+				fmt.Fprintln(w, "         ", line)
+			}
+		}
+	}
+	for _, rt := range r.Runtimes {
+		name := strings.TrimSpace(rt.Name + " " + rt.Version)
+		switch rt.Canary {
+		case "seen":
+			fmt.Fprintf(w, "%s  %s at %s pulls through the mirror: the canary was seen\n", st.good("ok     "), name, rt.Socket)
+		case "skipped":
+			fmt.Fprintf(w, "%s  %s at %s: no canary was pulled, nothing is proven\n", st.dim("info   "), name, rt.Socket)
+		}
+	}
+	if r.OK && len(r.Findings) == 0 && len(r.Runtimes) > 0 {
+		fmt.Fprintln(w, "This node's runtime uses the mirror.")
+	}
+	if !r.OK {
+		fmt.Fprintln(w, st.bad("This node's runtime would not use the mirror."))
+	}
+}

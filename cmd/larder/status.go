@@ -1,0 +1,224 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/spf13/cobra"
+)
+
+func newStatus() *cobra.Command {
+	var admin adminFlags
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show this node: cache, pulls in progress, upstreams, members",
+		Example: `  larder status
+  larder status --json | jq .cache`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			api, err := admin.api()
+			if err != nil {
+				return err
+			}
+			var s agent.Status
+			if err := api.get(cmd.Context(), "/api/v1/status", &s); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), s)
+			}
+			printStatus(cmd.OutOrStdout(), s, time.Now())
+			return nil
+		},
+	}
+	admin.bind(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func printStatus(w io.Writer, s agent.Status, now time.Time) {
+	st := newStyle(w)
+	fmt.Fprintf(w, "%s  larder %s, %s\n", st.bold(s.Node), s.Version, readiness(st, s))
+	for _, c := range s.Checks {
+		if !c.OK {
+			fmt.Fprintf(w, "  %s %s: %s\n", st.bad("not ready:"), c.Name, c.Reason)
+		}
+	}
+	facts := &table{header: []string{"", ""}}
+	facts.row("proxy", s.Proxy)
+	facts.row("up since", ago(s.Started, now))
+	facts.row("cache", cacheLine(s.Cache))
+	facts.row("served", bySource(s.Served))
+	facts.row("fetched", bySource(s.Fetched))
+	if s.Uploaded > 0 {
+		facts.row("uploaded", size(s.Uploaded)+" to other nodes")
+	}
+	facts.row("hosts", hostsLine(st, s.Hosts))
+	if s.Runtime.ContentDir != "" {
+		facts.row("runtime", runtimeLine(st, s.Runtime))
+	}
+	facts.row("peers", s.Peers)
+	facts.printBody(w)
+	printPulls(w, s.Pulls, now)
+	printFills(w, s.Fills, now)
+	printUpstreams(w, st, s, now)
+	printMembers(w, st, s.Members)
+}
+
+func readiness(st style, s agent.Status) string {
+	if s.Ready {
+		return st.good("ready")
+	}
+	return st.bad("not ready")
+}
+
+func cacheLine(c agent.CacheStatus) string {
+	line := fmt.Sprintf("%s in %d blobs", size(c.Bytes), c.Blobs)
+	if c.Limit > 0 {
+		line += " of at most " + size(c.Limit)
+	}
+	return fmt.Sprintf("%s; %s free on %s", line, size(c.Free), c.Dir)
+}
+
+// bySource is "1.0 GiB disk, 3.2 MiB upstream", largest first.
+func bySource(bytes map[string]int64) string {
+	names := slices.SortedFunc(maps.Keys(bytes), func(a, b string) int {
+		if bytes[a] != bytes[b] {
+			return int(min(1, max(-1, bytes[b]-bytes[a])))
+		}
+		return strings.Compare(a, b)
+	})
+	var parts []string
+	for _, n := range names {
+		if bytes[n] > 0 {
+			parts = append(parts, size(bytes[n])+" "+n)
+		}
+	}
+	if len(parts) == 0 {
+		return "nothing yet"
+	}
+	return strings.Join(parts, ", ")
+}
+
+func runtimeLine(st style, r agent.RuntimeStatus) string {
+	if r.Problem != "" {
+		return st.bad("cannot be read") + ": " + r.Problem
+	}
+	return fmt.Sprintf("%s in %d blobs in %s", size(r.Bytes), r.Blobs, r.ContentDir)
+}
+
+func hostsLine(st style, h agent.HostsStatus) string {
+	var dirs []string
+	for _, d := range []string{h.Containerd, h.CRIO} {
+		if d != "" {
+			dirs = append(dirs, d)
+		}
+	}
+	switch {
+	case len(dirs) == 0:
+		return "not managed (hosts.containerd and hosts.crio are empty)"
+	case h.InPlace:
+		return st.good("in place") + ": " + strings.Join(dirs, ", ")
+	}
+	return st.bad("not in place") + ": " + h.Problem
+}
+
+// printPulls shows what runtimes are being sent.
+func printPulls(w io.Writer, pulls []proxy.Pull, now time.Time) {
+	if len(pulls) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nPulls in progress")
+	t := newTable("image", "blob", "", ">", "from", "since")
+	t.indent = "  "
+	for _, p := range pulls {
+		t.row(p.Registry+"/"+p.Repository, short(cmp.Or(p.Digest.String(), p.Reference)), bar(p.Offset, p.Size, barWidth),
+			size(p.Offset)+" of "+size(p.Size), p.Source, ago(p.Started, now))
+	}
+	t.print(w)
+}
+
+const barWidth = 20
+
+// printFills shows what this node fetches.
+func printFills(w io.Writer, fills []agent.FillStatus, now time.Time) {
+	if len(fills) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nBeing fetched")
+	t := newTable("blob", "", ">", ">readers", "from", "since")
+	t.indent = "  "
+	for _, f := range fills {
+		t.row(short(f.Digest.String()), bar(f.Present, f.Size, barWidth), size(f.Present)+" of "+size(f.Size),
+			strconv.Itoa(f.Readers), origins(f.Origins), ago(f.Started, now))
+	}
+	t.print(w)
+}
+
+// origins is "registry docker.io 12.0 MiB, peer node-3 4.0 MiB".
+func origins(list []agent.Origin) string {
+	var parts []string
+	for _, o := range list {
+		parts = append(parts, strings.TrimSpace(o.Kind+" "+o.Name)+" "+size(o.Bytes))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func printUpstreams(w io.Writer, st style, s agent.Status, now time.Time) {
+	if len(s.Upstreams) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nUpstreams")
+	t := newTable("registry", "endpoint", "state", "last answer", "latency", "")
+	t.indent = "  "
+	for _, u := range s.Upstreams {
+		note := u.LastError
+		if u.RateLimit != nil {
+			note = strings.TrimPrefix(fmt.Sprintf("%s; %d of %d pulls left", note, u.RateLimit.Remaining, u.RateLimit.Limit), "; ")
+		}
+		latency := "-"
+		if u.Latency > 0 {
+			latency = u.Latency.Round(time.Millisecond).String()
+		}
+		t.row(u.Registry, u.Endpoint, state(st, u.State), ago(u.LastOKAt, now), latency, note)
+	}
+	t.print(w)
+}
+
+func state(st style, s string) string {
+	switch s {
+	case "ok":
+		return st.good(s)
+	case "failing", "open":
+		return st.bad(s)
+	case "paused":
+		return st.warn(s)
+	}
+	return s
+}
+
+func printMembers(w io.Writer, st style, members []agent.Member) {
+	if len(members) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nMembers")
+	t := newTable("node", "address", "zone", "state")
+	t.indent = "  "
+	for _, m := range members {
+		name := m.Name
+		if m.Self {
+			name = st.bold(name + " (this node)")
+		}
+		t.row(name, m.Address, m.Zone, m.State)
+	}
+	t.print(w)
+}

@@ -1,0 +1,155 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+)
+
+func newWarm() *cobra.Command {
+	var admin adminFlags
+	var platform string
+	cmd := &cobra.Command{
+		Use:   "warm IMAGE...",
+		Short: "Fetch images into this node's cache",
+		Long: `Fetch images into this node's cache, as a runtime would through the proxy, and
+report each blob and where it came from.`,
+		Example: `  larder warm nginx:1.29 quay.io/prometheus/prometheus:v3.5.0
+  larder warm --platform all registry.k8s.io/pause:3.10`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			api, err := admin.api()
+			if err != nil {
+				return err
+			}
+			for _, image := range args {
+				if _, err := agent.ParseImage(image); err != nil {
+					return usageError{err}
+				}
+			}
+			resp, err := api.do(cmd.Context(), http.MethodPost, "/api/v1/warm", agent.WarmRequest{Images: args, Platform: platform})
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			return showWarm(cmd.OutOrStdout(), resp.Body, len(args))
+		},
+	}
+	admin.bind(cmd)
+	cmd.Flags().StringVar(&platform, "platform", "", `os/arch, or "all" (default: this node's)`)
+	return cmd
+}
+
+// warmView shows the events of one warm request.
+type warmView interface {
+	event(agent.WarmEvent)
+	close()
+}
+
+// showWarm reads events until every image is done.
+func showWarm(w io.Writer, events io.Reader, images int) error {
+	var view warmView = &warmLines{w: w, images: map[string]*warmTotal{}}
+	if width, ok := terminal(w); ok {
+		view = &warmBars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(min(width, 64))), bars: map[digest.Digest]*mpb.Bar{}}
+	}
+	defer view.close()
+	done, failed := 0, 0
+	for dec := json.NewDecoder(events); ; {
+		var e agent.WarmEvent
+		err := dec.Decode(&e)
+		if errors.Is(err, io.EOF) && done == images {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("the agent went away with %d of %d images done: %w", done, images, err)
+		}
+		view.event(e)
+		if e.Done {
+			done++
+		}
+		if e.Error != "" {
+			failed++
+		}
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d of %d images could not be fetched", failed, images)
+	}
+	return nil
+}
+
+// warmLines prints one line per blob and image: for pipes and logs.
+type warmLines struct {
+	w      io.Writer
+	images map[string]*warmTotal
+}
+
+type warmTotal struct {
+	started time.Time
+	bytes   map[string]int64
+}
+
+func (v *warmLines) event(e agent.WarmEvent) {
+	total := v.images[e.Image]
+	if total == nil {
+		total = &warmTotal{started: time.Now(), bytes: map[string]int64{}}
+		v.images[e.Image] = total
+	}
+	switch {
+	case e.Error != "":
+		fmt.Fprintf(v.w, "%s: failed: %s\n", e.Image, e.Error)
+	case e.Done:
+		fmt.Fprintf(v.w, "%s: done: %s\n", e.Image, bySource(total.bytes))
+	case e.Source != "":
+		total.bytes[e.Source] += e.Bytes
+		fmt.Fprintf(v.w, "%s: %s %s %s from %s\n", e.Image, e.Kind, short(e.Digest.String()), size(e.Bytes), e.Source)
+	}
+}
+
+func (v *warmLines) close() {}
+
+// warmBars draws one bar per blob: for terminals.
+type warmBars struct {
+	progress *mpb.Progress
+	bars     map[digest.Digest]*mpb.Bar
+}
+
+func (v *warmBars) event(e agent.WarmEvent) {
+	if e.Error != "" {
+		fmt.Fprintf(v.progress, "%s: failed: %s\n", e.Image, e.Error)
+		return
+	}
+	if e.Done {
+		fmt.Fprintf(v.progress, "%s: done\n", e.Image)
+		return
+	}
+	b := v.bars[e.Digest]
+	if b == nil {
+		b = v.progress.AddBar(max(e.Total, e.Bytes),
+			mpb.PrependDecorators(decor.Name(short(e.Digest.String())+" ")),
+			mpb.AppendDecorators(decor.CountersKibiByte("% .1f / % .1f"), decor.Any(func(decor.Statistics) string { return "" })))
+		v.bars[e.Digest] = b
+	}
+	b.SetCurrent(e.Bytes)
+	if e.Source != "" {
+		b.SetTotal(e.Bytes, true)
+	}
+}
+
+// close takes unfinished bars down; mpb would wait for them for ever.
+func (v *warmBars) close() {
+	for _, b := range v.bars {
+		if !b.Completed() {
+			b.Abort(false)
+		}
+	}
+	v.progress.Wait()
+}
