@@ -34,7 +34,7 @@ var errCrash = errors.New("crash")
 // died there: not even cleaning up works.
 func crashAt(n int) (disk, *int) {
 	count := 0
-	return disk{step: func(string, string) error {
+	return disk{unsynced: true, step: func(string, string) error {
 		if count++; count > n {
 			return errCrash
 		}
@@ -114,6 +114,7 @@ func crashOnce(t *testing.T, have tree, n int) {
 			opts.ProxyAddr = "127.0.0.1:6060"
 		}
 		h = newHosts(t, opts)
+		h.disk.unsynced = true
 		if next != "remove" {
 			apply(t, h)
 			want := "http://" + opts.ProxyAddr + "/v2 pull,resolve"
@@ -153,7 +154,7 @@ func childMain() bool {
 func TestKill(t *testing.T) {
 	rounds := 40
 	if testing.Short() {
-		rounds = 8
+		rounds = 4
 	}
 	for i := range rounds {
 		dir := t.TempDir()

@@ -20,6 +20,8 @@ type disk struct {
 	// step is called before each change; an error stands for a crash. Tests
 	// set it, nothing else does.
 	step func(op, path string) error
+	// unsynced leaves out fsync, for tests that kill no kernel.
+	unsynced bool
 }
 
 func (d disk) before(op, path string) error {
@@ -113,13 +115,13 @@ func (d disk) write(path string, data []byte, like *file) error {
 	if err := d.before("write", temp); err != nil {
 		return err
 	}
-	if err := writeSynced(temp, data, like); err != nil {
+	if err := d.writeSynced(temp, data, like); err != nil {
 		return errors.Join(err, removeIfThere(temp))
 	}
 	return d.moveInto(temp, path)
 }
 
-func writeSynced(temp string, data []byte, like *file) (err error) {
+func (d disk) writeSynced(temp string, data []byte, like *file) (err error) {
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -139,6 +141,9 @@ func writeSynced(temp string, data []byte, like *file) (err error) {
 	if err := f.Chmod(mode); err != nil {
 		return err
 	}
+	if d.unsynced {
+		return nil
+	}
 	return f.Sync()
 }
 
@@ -150,7 +155,7 @@ func (d disk) moveInto(temp, path string) error {
 	if err := os.Rename(temp, path); err != nil {
 		return errors.Join(err, removeIfThere(temp))
 	}
-	return syncDir(filepath.Dir(path))
+	return d.syncDir(filepath.Dir(path))
 }
 
 // copyTo makes path a second name of src, as the same inode where the file
@@ -162,7 +167,7 @@ func (d disk) copyTo(src, path string) error {
 		return err
 	}
 	if err := os.Link(src, temp); err != nil {
-		if err := copyFile(src, temp); err != nil {
+		if err := d.copyFile(src, temp); err != nil {
 			return errors.Join(err, removeIfThere(temp))
 		}
 	}
@@ -173,7 +178,7 @@ func (d disk) copyTo(src, path string) error {
 	return d.moveInto(temp, path)
 }
 
-func copyFile(src, dst string) error {
+func (d disk) copyFile(src, dst string) error {
 	f, err := readFile(src)
 	if err != nil {
 		return err
@@ -184,7 +189,7 @@ func copyFile(src, dst string) error {
 	if f.link != "" {
 		return os.Symlink(f.link, dst)
 	}
-	if err := writeSynced(dst, f.data, f); err != nil {
+	if err := d.writeSynced(dst, f.data, f); err != nil {
 		return err
 	}
 	return os.Chtimes(dst, time.Time{}, f.mtime)
@@ -206,7 +211,7 @@ func (d disk) remove(path string) error {
 	if err := removeIfThere(path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return d.syncDir(filepath.Dir(path))
 }
 
 func removeIfThere(path string) error {
@@ -224,7 +229,7 @@ func (d disk) removeDir(path string) (bool, error) {
 	// unlinkat directly: os.Remove would try unlink first and hide ENOTEMPTY.
 	switch err := syscall.Rmdir(path); {
 	case err == nil:
-		return true, syncDir(filepath.Dir(path))
+		return true, d.syncDir(filepath.Dir(path))
 	case errors.Is(err, syscall.ENOENT):
 		return true, nil
 	case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, syscall.EEXIST), errors.Is(err, syscall.EBUSY), errors.Is(err, syscall.ENOTDIR):
@@ -248,7 +253,7 @@ func (d disk) makeDir(path string) error {
 	if err := os.Chmod(path, 0o755); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return d.syncDir(filepath.Dir(path))
 }
 
 func (d disk) symlink(target, path string) error {
@@ -258,7 +263,7 @@ func (d disk) symlink(target, path string) error {
 	if err := os.Symlink(target, path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return d.syncDir(filepath.Dir(path))
 }
 
 func (d disk) rename(from, to string) error {
@@ -268,12 +273,15 @@ func (d disk) rename(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(to))
+	return d.syncDir(filepath.Dir(to))
 }
 
 // syncDir makes a change of a directory's entries durable. Some file systems
 // cannot sync directories; they order metadata themselves.
-func syncDir(path string) error {
+func (d disk) syncDir(path string) error {
+	if d.unsynced {
+		return nil
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return err
