@@ -13,6 +13,7 @@
 package cache
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"errors"
@@ -279,7 +280,7 @@ func (c *Cache) openBlob(ctx context.Context, b *blob) (*Reader, error) {
 	file, err := c.openFile(b)
 	switch {
 	case err == nil:
-		return newReader(ctx, b.digest, b.size, nil, file), nil
+		return newReader(b.digest, b.size, nil, file), nil
 	case lost(err), errors.Is(err, ErrSizeMismatch):
 		c.log.Debug("committed blob is not what it was", "digest", b.digest, "err", err)
 		return nil, c.drop(ctx, b, reasonLost)
@@ -364,14 +365,14 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 		if err != nil {
 			return nil, false
 		}
-		return newReader(nil, d, b.size, nil, file), true
+		return newReader(d, b.size, nil, file), true
 	}
 	if f == nil {
 		return nil, false
 	}
 	select {
 	case <-f.sized:
-		return newReader(nil, d, f.Size(), f, nil), true
+		return newReader(d, f.Size(), f, nil), true
 	default:
 		f.release()
 		return nil, false
@@ -388,7 +389,8 @@ func (c *Cache) Has(d digest.Digest) bool {
 
 // Put commits small content that is in memory: manifests. The body is
 // checked; ErrDigestMismatch leaves no trace. If a fill of d runs, the body
-// completes it. Put waits, until ctx ends, for Run and for the commit.
+// completes it. Put waits, until ctx ends, for Run and for the commit; ErrNoRoom
+// says that the disk did not take it.
 func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
 	if err := checkDigest(d); err != nil {
 		return err
@@ -411,7 +413,9 @@ func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []
 	if err := wait(ctx, f.done); err != nil {
 		return err
 	}
-	return f.failure()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return cmp.Or(f.err, f.unkept)
 }
 
 // feed writes body where bytes are missing.

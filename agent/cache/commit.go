@@ -242,6 +242,9 @@ func (f *fill) finish(err error, verified bool) {
 		// The rename may have happened; no other blob has this name now.
 		err = errors.Join(err, remove(f.c.dir.blob(f.digest)))
 		f.c.log.Warn("blob was served but not kept", "digest", f.digest, "err", err)
+		f.mu.Lock()
+		f.unkept = noRoom(err)
+		f.mu.Unlock()
 		f.c.abandon(f, size, false)
 	default:
 		f.c.abandon(f, size, keep)
@@ -334,7 +337,8 @@ func (f *fill) open(ctx context.Context, joined bool) (*Reader, error) {
 	var err error
 	select {
 	case <-f.sized:
-		r := newReader(ctx, f.digest, f.Size(), f, nil)
+		r := newReader(f.digest, f.Size(), f, nil)
+		r.ctx = ctx
 		f.enter(r)
 		return r, nil
 	case <-f.broken:

@@ -118,6 +118,10 @@ func TestFailedCommitStep(t *testing.T) {
 			if left := append(c.entries(c.dir.blobs("sha256")), c.entries(c.dir.ingests())...); len(left) > 0 {
 				t.Errorf("left over: %v", left)
 			}
+			if err := c.Put(t.Context(), d, registry, body); !errors.Is(err, ErrNoRoom) {
+				t.Errorf("put: %v", err)
+			}
+			settle(c, d)
 			c.faults = nil
 			if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
 				t.Error("wrong bytes the second time")

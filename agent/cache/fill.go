@@ -47,6 +47,7 @@ type fill struct {
 	torn    bool   // since then, a claimed piece turned out to be missing
 	good    bool   // the whole digest matched: the last piece may be shown
 	err     error  // why the fill ended without the blob
+	unkept  error  // why a verified blob was not committed
 	stop    context.CancelFunc
 	readers map[*Reader]struct{}
 	waiters map[*waiter]struct{}
@@ -215,10 +216,12 @@ func (f *fill) Digest() digest.Digest { return f.digest }
 
 // SetSize announces the blob's size. The first call decides: room is made on
 // disk, readers get going. It returns an error satisfying ErrNoRoom when the
-// disk cannot take the blob; a size that differs from an earlier one fails the
-// fill with ErrSizeMismatch. Equal repeats are free.
+// disk cannot take the blob; a size that differs from an earlier one, or 0 for
+// a digest that is not that of nothing, fails the fill with ErrSizeMismatch.
+// Equal repeats are free.
 func (f *fill) SetSize(n int64) error {
-	if n < 0 {
+	// Nothing could be held back of an empty blob (I2).
+	if n < 0 || n == 0 && f.digest != f.digest.Algorithm().FromBytes(nil) {
 		err := fmt.Errorf("size %d: %w", n, ErrSizeMismatch)
 		f.fail(err)
 		return err

@@ -275,7 +275,7 @@ func TestSizeLies(t *testing.T) {
 			}
 		})
 	}
-	for name, size := range map[string]int64{"negative": -1, "absurd": maxBlob + 1} {
+	for name, size := range map[string]int64{"negative": -1, "absurd": maxBlob + 1, "nothing": 0} {
 		t.Run(name, func(t *testing.T) {
 			c := start(t, Options{})
 			if _, err := c.Open(t.Context(), d, SourceFunc(func(_ context.Context, f *Fill) error { return f.SetSize(size) })); err == nil {

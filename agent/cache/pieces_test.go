@@ -25,10 +25,10 @@ func TestPieceSize(t *testing.T) {
 // random growth.
 func TestPiecesAgainstModel(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
-	const size = 7*minPiece + 1234
+	const size = 3*minPiece + 1234
 	p := newPieces(size)
 	model := make([]bool, size)
-	for range 60 {
+	for range 40 {
 		i := rnd.IntN(p.count())
 		n := min(rnd.Int64N(minPiece)+1, p.length(i)-int64(p.have[i]))
 		from := p.present(i)

@@ -317,9 +317,9 @@ func (r *Reader) Close() error {
 }
 
 // newReader makes a reader of file, or of a sized fill that the caller is
-// attached to.
-func newReader(ctx context.Context, d digest.Digest, size int64, f *fill, file *os.File) *Reader {
-	r := &Reader{digest: d, size: size, ctx: ctx, fill: f, own: file}
+// attached to; it waits for nothing until it is given a context.
+func newReader(d digest.Digest, size int64, f *fill, file *os.File) *Reader {
+	r := &Reader{digest: d, size: size, fill: f, own: file}
 	if f != nil {
 		r.shared = f.file
 	}

@@ -402,3 +402,42 @@ func TestUnlinkFails(t *testing.T) {
 		t.Errorf("has %v, committed %d, %+v", c.Has(ds[0]), committed, c.Stats())
 	}
 }
+
+// TestOpenDuringRemoval opens a blob while its withdrawal is under way: it is
+// still served, and the next fill waits until the unlink is over.
+func TestOpenDuringRemoval(t *testing.T) {
+	withdrawing, goOn := make(chan bool), make(chan bool)
+	c := start(t, Options{Events: Events{Removing: func(digest.Digest) {
+		withdrawing <- true
+		<-goOn
+	}}})
+	body, d := content(91, 1000)
+	if err := c.Put(t.Context(), d, registry, body); err != nil {
+		t.Fatal(err)
+	}
+	removed := make(chan error)
+	go func() { removed <- c.Remove(d) }()
+	<-withdrawing
+	if c.Has(d) {
+		t.Error("Has during the withdrawal")
+	}
+	if got := mustRead(t, c, d, nil); !bytes.Equal(got, body) {
+		t.Error("wrong bytes during the withdrawal")
+	}
+	if err := os.Remove(c.dir.blob(d)); err != nil { // as if the unlink had just happened
+		t.Fatal(err)
+	}
+	again := make(chan []byte)
+	go func() { again <- mustRead(t, c, d, all(body)) }()
+	goOn <- true
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	if got := <-again; !bytes.Equal(got, body) {
+		t.Error("wrong bytes after the removal")
+	}
+	settle(c, d)
+	if !c.Has(d) {
+		t.Error("the new fill was not kept")
+	}
+}
