@@ -33,6 +33,10 @@ func TestStorm(t *testing.T) {
 		},
 	}})
 	const blobs = 12
+	rounds := 300
+	if testing.Short() {
+		rounds = 60
+	}
 	bodies, digests := make([][]byte, blobs), make([]digest.Digest, blobs)
 	for i := range blobs {
 		bodies[i], digests[i] = content(uint64(300+i), 100_000+i*70_000)
@@ -41,7 +45,7 @@ func TestStorm(t *testing.T) {
 	for k := range 8 {
 		clients.Go(func() {
 			rnd := rand.New(rand.NewPCG(uint64(k), 1))
-			for range 150 {
+			for range rounds {
 				i := rnd.IntN(blobs)
 				switch rnd.IntN(10) {
 				case 0:
@@ -152,7 +156,7 @@ func TestConstantMemory(t *testing.T) {
 					watch()
 				}
 			}
-			if err != io.EOF || read != size {
+			if !errors.Is(err, io.EOF) || read != size {
 				t.Errorf("read %d bytes, %v", read, err)
 			}
 		})
