@@ -29,6 +29,9 @@ const (
 	// first, for the new stream to come up to speed.
 	window = 400 * time.Millisecond
 	tick   = 50 * time.Millisecond
+	// trialWindows is how often a new stream is measured before it is given up:
+	// a single window may hold nothing but its connection's slow start.
+	trialWindows = 2
 	// hungry ticks in a row with a reader far from any stream move one there.
 	hungry = 3
 )
@@ -55,7 +58,7 @@ type fetch struct {
 	since    time.Time // start of the window; zero = before the first byte
 	base     int64     // bytes at its start
 	rate     float64   // last measured, bytes/s
-	trial    bool      // the newest stream has yet to prove its worth
+	trial    int       // windows in which the newest stream may yet prove its worth
 	starving int
 }
 
@@ -229,26 +232,49 @@ func (f *fetch) next(st *stream) (*claim, bool) {
 	return &claim{off, end}, true
 }
 
-// free is the first run at or after from that is missing and not claimed.
+// missing is the sink's, with nothing past the end.
+func (f *fetch) missing(from int64) (off, end int64, ok bool) {
+	if from >= f.src.known() {
+		return 0, 0, false
+	}
+	off, end, ok = f.sink.Missing(from)
+	return off, end, ok && end > max(off, from)
+}
+
+// free is the first run that ends after from, is missing and not claimed.
 func (f *fetch) free(from int64) (off, end int64, ok bool) {
 	for {
-		off, end, ok = f.sink.Missing(from)
-		if !ok || off >= end {
+		off, end, ok = f.missing(from)
+		if !ok {
 			return 0, 0, false
 		}
-		from = off
+		next := from
 		for cl := range f.claims {
 			switch {
 			case cl.off <= off && off < cl.end:
-				from = max(from, cl.end)
+				next = max(next, cl.end)
 			case off < cl.off && cl.off < end:
 				end = cl.off
 			}
 		}
-		if from == off {
+		switch {
+		case next > from:
+			from = next
+		case f.covered(off):
+			return 0, 0, false
+		default:
 			return off, end, true
 		}
 	}
+}
+
+func (f *fetch) covered(off int64) bool {
+	for cl := range f.claims {
+		if cl.off <= off && off < cl.end {
+			return true
+		}
+	}
+	return false
 }
 
 // split takes the far half of the largest claim, if that is worth a connection.
@@ -348,7 +374,7 @@ func (f *fetch) steer(now time.Time) (start bool) {
 // gets a stream of its own, or the newest claim makes way.
 func (f *fetch) feed() (start bool) {
 	piece := max(f.sink.PieceSize(), 1)
-	off, _, ok := f.sink.Missing(max(f.sink.Wanted(), 0) / piece * piece)
+	off, _, ok := f.missing(max(f.sink.Wanted(), 0) / piece * piece)
 	if !ok || f.near(off) {
 		f.starving = 0
 		return false
@@ -407,22 +433,23 @@ func (f *fetch) widen(now time.Time) (start bool) {
 	if elapsed < window {
 		return false
 	}
-	before := f.rate
-	f.rate = float64(f.bytes-f.base) / elapsed.Seconds()
+	rate := float64(f.bytes-f.base) / elapsed.Seconds()
 	f.since, f.base = now, f.bytes
-	if f.trial && f.rate < gain*before {
-		f.frozen = true
-		f.target = max(1, f.running-1)
+	if f.trial > 0 && rate < gain*f.rate {
+		if f.trial--; f.trial == 0 {
+			f.frozen = true
+			f.target = max(1, f.running-1)
+		}
 		return false
 	}
-	f.trial = false
+	f.rate, f.trial = rate, 0
 	if f.running >= f.src.c.cfg.StreamsPerBlob || f.remaining() < parallelMin {
 		return false
 	}
 	if f.running == 1 {
 		f.shorten()
 	}
-	f.since, f.trial = now.Add(window/2), true
+	f.since, f.trial = now.Add(window/2), trialWindows
 	f.running++
 	f.target = f.running
 	return true
@@ -445,13 +472,13 @@ func segment(left int64, streams int) int64 {
 }
 
 func (f *fetch) remaining() (n int64) {
-	for off := int64(0); ; {
-		start, end, ok := f.sink.Missing(off)
-		if !ok || end <= start {
+	for from := int64(0); ; {
+		off, end, ok := f.missing(from)
+		if !ok {
 			return n
 		}
-		n += end - start
-		off = end
+		n += end - max(off, from)
+		from = end
 	}
 }
 

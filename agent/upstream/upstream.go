@@ -60,7 +60,8 @@ type Sink interface {
 	// PieceSize is the alignment of ranges: WriteAt accepts bytes at a multiple
 	// of it or where the written prefix of a piece ends. Asked once the size is known.
 	PieceSize() int64
-	// Missing is the first run at or after off that is not there yet.
+	// Missing is the first run that is not there yet and ends after off. start is
+	// where a write may begin, and may lie before off inside off's piece.
 	Missing(off int64) (start, end int64, ok bool)
 	// Wanted is the offset that would help a reader most.
 	Wanted() int64

@@ -1,0 +1,6 @@
+//go:build !race
+
+package upstream
+
+// raceEnabled loosens expectations about speed.
+const raceEnabled = false
