@@ -62,6 +62,8 @@ const (
 )
 
 // Events tell others what this node can serve. Nil functions are skipped.
+// Removing is called while a pull waits for room, so neither should wait for a
+// network.
 type Events struct {
 	// Committed is called after a blob became durable.
 	Committed func(d digest.Digest, size int64)
@@ -198,9 +200,8 @@ func (c *Cache) Close() error {
 //
 // An error satisfies ErrNoRoom when this disk cannot take the blob - pass it
 // through - and ErrClosed when the cache no longer runs (before Run, a fill
-// waits for it); it is a *FillError when
-// the fill failed, and wraps fs.ErrNotExist when src is nil and the blob is
-// not here.
+// waits for it). It is a *FillError when the fill failed, and wraps
+// fs.ErrNotExist when src is nil and the blob is not here.
 func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader, error) {
 	if err := checkDigest(d); err != nil {
 		return nil, err

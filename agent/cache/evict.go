@@ -147,8 +147,19 @@ func (c *Cache) shrink(s shortage) bool {
 	return freed > 0
 }
 
-// relieve evicts after the disk said that it is full, whatever the limits say.
-func (c *Cache) relieve(n int64) bool { return c.evict(n, reasonFull) > 0 }
+// relieve evicts n bytes after the disk said that it is full, whatever the
+// limits say, unless that could not be enough: a hostile size must not empty
+// the cache.
+func (c *Cache) relieve(n int64) bool {
+	_, free, err := c.statfs()
+	if err != nil {
+		return false
+	}
+	c.mu.Lock()
+	most := free + c.used - c.reserved - c.pinned()
+	c.mu.Unlock()
+	return n <= most && c.evict(n, reasonFull) > 0
+}
 
 // evict deletes idle ingests, then blobs, until n bytes are free or nothing
 // more may go, and returns how many it freed.

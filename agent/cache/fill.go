@@ -57,7 +57,7 @@ type fill struct {
 // waiter is somebody blocked until the byte at off is there.
 type waiter struct {
 	off    int64
-	reader bool          // counts for Wanted, and for the hold-back of the last piece
+	reader bool          // counts for Wanted
 	ready  chan struct{} // buffered: one wake-up is never lost
 }
 

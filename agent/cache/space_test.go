@@ -142,6 +142,25 @@ func TestNoRoom(t *testing.T) {
 			t.Error("evicted in vain")
 		}
 	})
+	t.Run("a hostile size, without limits", func(t *testing.T) {
+		c := start(t, Options{})
+		old := fillUp(t, c, 1, 50*kib)
+		c.faults = func(s step, _ digest.Digest) error {
+			if s == stepAllocate {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		c.statfs = func() (int64, int64, error) { return 1 << 40, 1 << 30, nil }
+		_, err := c.Open(t.Context(), d, SourceFunc(func(_ context.Context, f *Fill) error { return f.SetSize(100 << 30) }))
+		if !errors.Is(err, ErrNoRoom) {
+			t.Errorf("got %v", err)
+		}
+		settle(c, d)
+		if !c.Has(old[0]) {
+			t.Error("evicted in vain")
+		}
+	})
 	t.Run("all pinned", func(t *testing.T) {
 		c := start(t, Options{MaxBytes: Bytes(300 * kib)})
 		for _, d := range fillUp(t, c, 2, 100*kib) {
