@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -646,5 +647,80 @@ func TestOpenWaitsForRun(t *testing.T) {
 	run(t, c)
 	if !bytes.Equal(<-got, body) {
 		t.Error("wrong bytes")
+	}
+}
+
+// TestReaderConforms runs the standard library's reader test on each state.
+func TestReaderConforms(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(21, 2*minPiece+100)
+	_, f, r := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, len(body))
+	settle(c, d)
+	hit, err := c.Open(t.Context(), d, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hit.Close()
+	peer, ok := c.Lookup(d)
+	if !ok {
+		t.Fatal("not found")
+	}
+	defer peer.Close()
+	for name, r := range map[string]*Reader{"joined": r, "hit": hit, "looked up": peer} {
+		if err := iotest.TestReader(r, body); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if r.Size() != int64(len(body)) || r.Digest() != d || r.Err() != nil || !r.Complete() {
+			t.Errorf("%s: size %d, digest %s, err %v", name, r.Size(), r.Digest(), r.Err())
+		}
+		if _, n, err := r.Extent(r.Size()); n != 0 || err != nil {
+			t.Errorf("%s: extent at the end: %d, %v", name, n, err)
+		}
+		for _, off := range []int64{-1, r.Size() + 1} {
+			if _, _, err := r.Extent(off); !errors.Is(err, errOffset) {
+				t.Errorf("%s: extent at %d: %v", name, off, err)
+			}
+		}
+		if _, err := r.Seek(-1, io.SeekStart); !errors.Is(err, errOffset) {
+			t.Errorf("%s: seek: %v", name, err)
+		}
+	}
+}
+
+func TestProgress(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(22, 3*minPiece)
+	_, f, _ := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, 1000)
+	all := c.Fills()
+	if len(all) != 1 {
+		t.Fatalf("%d fills", len(all))
+	}
+	p := all[0]
+	if p.Digest != d || p.Size != int64(len(body)) || p.Present != 1000 || p.Readers != 1 || p.Origins[registry] != 1000 {
+		t.Errorf("%+v", p)
+	}
+	if s := c.Stats(); s.Fills != 1 || s.Reserved != int64(len(body)) || s.Bytes != s.Reserved {
+		t.Errorf("%+v", s)
+	}
+	if f.Digest() != d || f.PieceSize() != minPiece || f.Pieces() != 3 {
+		t.Errorf("fill of %d pieces of %d", f.Pieces(), f.PieceSize())
+	}
+}
+
+// TestOriginsAreBounded pins that thousands of peers cannot grow a fill.
+func TestOriginsAreBounded(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(23, 2*minPiece)
+	_, f, _ := begin(t, c, d, int64(len(body)))
+	for i := range 3 * maxOrigins {
+		if _, err := f.Writer(Origin{FromPeer, fmt.Sprint(i)}).WriteAt(body[i:i+1], int64(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := c.Fills()[0]
+	if other := p.Origins[Origin{FromPeer, "other"}]; len(p.Origins) > maxOrigins+1 || other != 2*maxOrigins {
+		t.Errorf("%d origins, %d bytes by others", len(p.Origins), other)
 	}
 }

@@ -30,7 +30,7 @@ func TestDirectoryDeletedWhileRunning(t *testing.T) {
 		"metadata":  func(l layout) string { return l.metadata() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := start(t, Options{})
+			c := start(t, Options{MaxBytes: Percent(50), MinFree: Bytes(1)})
 			old, oldDigest := content(200, 300*kib)
 			if err := c.Put(t.Context(), oldDigest, registry, old); err != nil {
 				t.Fatal(err)
@@ -339,4 +339,108 @@ func TestUnusableDirectory(t *testing.T) {
 			t.Errorf("%v: got %q", err, got)
 		}
 	}
+}
+
+// leave makes an idle ingest: a fill whose source fails after one piece.
+func leave(t *testing.T, c *Cache, d digest.Digest, body []byte) {
+	t.Helper()
+	m, f, r := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, minPiece)
+	m.end <- io.ErrUnexpectedEOF
+	settle(c, d)
+	r.Close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.idle[d]; !ok {
+		t.Fatal("nothing was left to resume")
+	}
+}
+
+func TestIdleIngests(t *testing.T) {
+	body, d := content(220, 3*minPiece)
+	t.Run("go first when room is needed", func(t *testing.T) {
+		c := start(t, Options{MaxBytes: Bytes(5 * minPiece)})
+		old := fillUp(t, c, 2, minPiece)
+		leave(t, c, d, body)
+		other, od := content(221, minPiece/2)
+		if err := c.Put(t.Context(), od, registry, other); err != nil {
+			t.Fatal(err)
+		}
+		if len(present(c, old)) != 2 || c.Stats().Bytes != 2*minPiece+minPiece/2 {
+			t.Errorf("left %v, %+v", present(c, old), c.Stats())
+		}
+		if left := c.entries(c.dir.ingests()); len(left) > 0 {
+			t.Errorf("left over: %v", left)
+		}
+	})
+	t.Run("expire", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := open(t, Options{})
+			run(t, c)
+			leave(t, c, d, body)
+			<-time.After(idleFor - time.Minute)
+			if c.Stats().Bytes != int64(len(body)) {
+				t.Errorf("gone too early: %+v", c.Stats())
+			}
+			<-time.After(2 * time.Minute)
+			synctest.Wait()
+			if left := c.entries(c.dir.ingests()); len(left) > 0 || c.Stats().Bytes != 0 {
+				t.Errorf("left %v, %+v", left, c.Stats())
+			}
+		})
+	})
+	for name, ruin := range map[string]func(l layout) error{
+		"map deleted":    func(l layout) error { return os.Remove(l.ingestMap(d)) },
+		"data deleted":   func(l layout) error { return os.Remove(l.ingest(d)) },
+		"data truncated": func(l layout) error { return os.Truncate(l.ingest(d), 10) },
+		"map of garbage": func(l layout) error { return os.WriteFile(l.ingestMap(d), []byte("garbage"), 0o600) },
+		"everything":     func(l layout) error { return os.RemoveAll(string(l)) },
+	} {
+		t.Run("resume with "+name, func(t *testing.T) {
+			c := start(t, Options{})
+			leave(t, c, d, body)
+			if err := ruin(c.dir); err != nil {
+				t.Fatal(err)
+			}
+			if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
+				t.Error("wrong bytes")
+			}
+			settle(c, d)
+			if !c.Has(d) || c.Stats().Bytes != int64(len(body)) {
+				t.Errorf("has %v, %+v", c.Has(d), c.Stats())
+			}
+		})
+	}
+	t.Run("deleted behind the cache's back", func(t *testing.T) {
+		c := start(t, Options{})
+		leave(t, c, d, body)
+		if err := os.RemoveAll(c.dir.ingests()); err != nil {
+			t.Fatal(err)
+		}
+		c.reconcile(map[string]time.Time{})
+		if s := c.Stats(); s.Bytes != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+func TestSuspectsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		c.mu.Lock()
+		for i := range 3 * maxSuspects {
+			c.distrust(digest.FromString(fmt.Sprint(i)))
+		}
+		last := digest.FromString(fmt.Sprint(3*maxSuspects - 1))
+		if len(c.suspects) > maxSuspects || !c.suspect(last) {
+			t.Errorf("%d suspects", len(c.suspects))
+		}
+		c.mu.Unlock()
+		<-time.After(suspectFor)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.suspect(last) {
+			t.Error("suspect for ever")
+		}
+	})
 }
