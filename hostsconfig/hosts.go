@@ -107,6 +107,7 @@ type Hosts struct {
 	limiter *limiter
 
 	mu      sync.Mutex          // makes Apply, Remove, Plan and Run take turns; guards what follows
+	running bool                // Run is on
 	held    map[string]*managed // directories that Run keeps locked
 	reasons map[string]string   // what was last logged as left alone
 

@@ -2,6 +2,7 @@ package hostsconfig
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"net"
 	"net/http"
@@ -114,54 +115,87 @@ func tomlString(s string) string {
 }
 
 // insertFirst puts block before the first table of doc, where root keys end.
-// Root keys that define hosts (host."url".x = .., host = {..}) are order-bound
-// in containerd 1.x and invisible to 2.x: they move behind the block into a
-// [host] table, which both read exactly as before.
+//
+// Hosts without a table header (host."url".x = .., host = {..}, "url" = {..}
+// below [host]) need care: 2.x ignores them, and 1.x tries hosts in the order
+// of their lines, with inline tables before all others. So those at root move
+// behind the block into a [host] table, which both read as before, and inline
+// ones become dotted keys.
 func insertFirst(doc []byte, block string) ([]byte, error) {
 	exprs, err := outline(doc)
 	if err != nil {
 		return nil, err
 	}
 	at := len(doc)
+	if i := slices.IndexFunc(exprs, isTable); i >= 0 {
+		at = exprs[i].start
+	}
 	var edits []edit
 	var moved strings.Builder
+	table := []string(nil)
 	for _, e := range exprs {
-		if e.kind != unstable.KeyValue {
-			at = e.start
-			break
+		switch {
+		case isTable(e):
+			table = e.key
+		case table == nil && e.key[0] == "host":
+			edits = append(edits, edit{start: e.start, end: e.end})
+			moved.WriteString(hostMembers(doc, e))
+		case len(table) == 1 && table[0] == "host" && len(e.key) == 1 && len(e.member.children) > 0:
+			edits = append(edits, edit{start: e.start, end: e.end, text: dotted(e.member) + lineTail(doc, e)})
 		}
-		if e.key[0] != "host" {
-			continue
-		}
-		edits = append(edits, edit{start: e.start, end: e.end})
-		moved.WriteString(hostMembers(doc, e))
 	}
 	text := block
 	if moved.Len() > 0 {
 		text += "\n[host]\n" + strings.TrimSuffix(moved.String(), "\n")
 	}
-	switch {
-	case at < len(doc) || at == 0 || doc[at-1] == '\n':
+	if at < len(doc) || at == 0 || doc[at-1] == '\n' {
 		text += "\n"
-	default:
+	} else {
 		// The document ends without a line end; so do we, and removeBlock
 		// takes the line end we put before the block out again.
 		text = "\n" + text
 	}
-	return splice(doc, append(edits, edit{start: at, end: at, text: text})), nil
+	edits = append(edits, edit{start: at, end: at, text: text})
+	slices.SortStableFunc(edits, func(a, b edit) int { return cmp.Or(a.start-b.start, a.end-b.end) })
+	return splice(doc, edits), nil
 }
+
+func isTable(e expression) bool { return e.kind != unstable.KeyValue }
 
 // hostMembers renders a root key-value below host as members of [host].
 func hostMembers(doc []byte, e expression) string {
-	if len(e.key) > 1 {
-		line := string(doc[e.tail:e.end])
-		return strings.TrimSuffix(line, "\n") + "\n"
-	}
 	var b strings.Builder
-	for _, c := range e.children {
-		b.WriteString(c + "\n")
+	switch {
+	case len(e.key) == 1:
+		for _, m := range e.member.children {
+			b.WriteString(dotted(m) + "\n")
+		}
+	case len(e.key) == 2 && len(e.member.children) > 0:
+		m := e.member
+		m.key, m.parts = e.second, 1
+		b.WriteString(dotted(m) + lineTail(doc, e))
+	default:
+		b.WriteString(strings.TrimSuffix(string(doc[e.tail:e.end]), "\n") + "\n")
 	}
 	return b.String()
+}
+
+// dotted writes a host that is an inline table as dotted keys. An empty one
+// cannot be written so.
+func dotted(m member) string {
+	if m.parts > 1 || len(m.children) == 0 {
+		return m.raw
+	}
+	lines := make([]string, len(m.children))
+	for i, c := range m.children {
+		lines[i] = m.key + "." + c.raw
+	}
+	return strings.Join(lines, "\n")
+}
+
+// lineTail is what follows a value on its line: a comment and the line end.
+func lineTail(doc []byte, e expression) string {
+	return strings.TrimRight(string(doc[e.valueEnd:e.end]), "\n") + "\n"
 }
 
 // checkMerged proves a merge by reading it again: our host first, everything

@@ -1,6 +1,7 @@
 package hostsconfig
 
 import (
+	"encoding/json"
 	"log/slog"
 	"net/http"
 	"time"
@@ -57,7 +58,14 @@ type ClientPair struct {
 	Key  string `json:"key,omitempty"`
 }
 
-// LogValue leaves the header out.
+// MarshalJSON leaves header and password out.
+func (e Endpoint) MarshalJSON() ([]byte, error) {
+	type plain Endpoint // without this method
+	e.Base = redactURL(e.Base)
+	return json.Marshal(plain(e))
+}
+
+// LogValue leaves header and password out.
 func (e Endpoint) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("base", redactURL(e.Base)), slog.Bool("source", e.Source),
 		slog.Bool("pull", e.Pull), slog.Bool("resolve", e.Resolve), slog.Int("headers", len(e.Header)))

@@ -14,12 +14,20 @@ type expression struct {
 	key        []string
 	start, end int
 	// tail is where the second part of the key begins, for KeyValue with a
-	// dotted key; children are the raw members of an inline table.
-	tail     int
-	value    unstable.Kind
-	children []string
+	// dotted key; valueEnd is where the value ends.
+	tail, valueEnd int
+	second         string // the second part of the key, as written
+	// member is the expression itself, for KeyValue.
+	member member
 	// paths are the string values below keys named ca or client.
 	paths []span
+}
+
+// member is a key-value, at top level or in an inline table, as it is written.
+type member struct {
+	raw, key string
+	parts    int      // of the key
+	children []member // of an inline table
 }
 
 // span is a string value in a document.
@@ -55,6 +63,7 @@ func readExpression(p *unstable.Parser, doc []byte) (expression, error) {
 			first = int(raw.Offset)
 		} else if e.tail == 0 {
 			e.tail = int(raw.Offset)
+			e.second = string(p.Raw(raw))
 		}
 		last = int(raw.Offset + raw.Length)
 		e.key = append(e.key, string(it.Node().Data))
@@ -64,17 +73,33 @@ func readExpression(p *unstable.Parser, doc []byte) (expression, error) {
 	}
 	if n.Kind == unstable.KeyValue {
 		last = int(n.Raw.Offset + n.Raw.Length)
-		e.value = n.Value().Kind
-		if e.value == unstable.InlineTable {
-			for it := n.Value().Children(); it.Next(); {
-				e.children = append(e.children, string(p.Raw(it.Node().Raw)))
-			}
-		}
+		e.valueEnd = last
+		e.member = readMember(p, n)
 		e.paths = certPaths(p, n, nil)
 	}
 	e.start = bytes.LastIndexByte(doc[:first], '\n') + 1
 	e.end = lineEnd(doc, last)
 	return e, nil
+}
+
+func readMember(p *unstable.Parser, n *unstable.Node) member {
+	m := member{raw: string(p.Raw(n.Raw))}
+	first, last := -1, 0
+	for it := n.Key(); it.Next(); {
+		raw := it.Node().Raw
+		if first < 0 {
+			first = int(raw.Offset)
+		}
+		last = int(raw.Offset + raw.Length)
+		m.parts++
+	}
+	m.key = string(p.Data()[first:last])
+	if n.Value().Kind == unstable.InlineTable {
+		for it := n.Value().Children(); it.Next(); {
+			m.children = append(m.children, readMember(p, it.Node()))
+		}
+	}
+	return m
 }
 
 // lineEnd returns the offset behind the line that holds offset at.

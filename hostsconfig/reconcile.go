@@ -71,6 +71,33 @@ func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
 	return changes, errors.Join(problems...)
 }
 
+// PlanRemove returns what Remove would change, and changes nothing.
+func (h *Hosts) PlanRemove(ctx context.Context) ([]Change, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var changes []Change
+	var problems []error
+	for _, d := range h.directories() {
+		m, err := peek(d.path, d.runtime)
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		rels, err := m.taken()
+		problems = append(problems, err, ctx.Err())
+		for _, rel := range rels {
+			st := m.planRestore(rel)
+			if !st.quiet {
+				changes = append(changes, st.change)
+			}
+		}
+		if m.journal.Link != "" {
+			changes = append(changes, Change{Path: m.colonPath(m.journal.Link), Runtime: d.runtime, Action: Delete})
+		}
+	}
+	return changes, errors.Join(problems...)
+}
+
 var (
 	errRemoved = errors.New("the host configuration has been removed")
 	errNotYet  = errors.New("the host configuration has not been applied yet")
@@ -121,6 +148,10 @@ func (h *Hosts) lock(d directory) (m *managed, done func() error, err error) {
 	m, err = open(d.path, d.runtime, h.proxy.String(), h.disk)
 	if err != nil {
 		return nil, nil, err
+	}
+	if h.running {
+		h.held[d.path] = m
+		return m, func() error { return nil }, nil
 	}
 	return m, m.release, nil
 }
@@ -237,8 +268,7 @@ func (h *Hosts) report(m *managed, st step, repair bool) {
 	h.log.Info("host file written", "runtime", m.runtime, "path", path, "action", string(st.change.Action))
 }
 
-// plan compares the files with what they shall be. The errors it returns are
-// of single files; the steps are valid all the same.
+// plan compares the files with what they shall be.
 func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -248,12 +278,8 @@ func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
 		return nil, err
 	}
 	var steps []step
-	var problems []error
 	for _, rel := range rels {
-		st, err := h.planFile(m, rel, render)
-		if err != nil {
-			problems = append(problems, err)
-		} else if st != nil {
+		if st := h.planFile(m, rel, render); st != nil {
 			steps = append(steps, *st)
 		}
 	}
@@ -261,11 +287,9 @@ func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
 		if slices.Contains(rels, rel) {
 			continue
 		}
-		st, err := m.planRestore(rel)
-		problems = append(problems, err)
-		steps = append(steps, st)
+		steps = append(steps, m.planRestore(rel))
 	}
-	return steps, errors.Join(problems...)
+	return steps, nil
 }
 
 func (h *Hosts) hiddenRoots() []string {
@@ -296,24 +320,21 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 }
 
 // planFile returns nil if the file is as it shall be.
-func (h *Hosts) planFile(m *managed, rel string, render renderFunc) (*step, error) {
-	skip := func(err error) (*step, error) {
-		return &step{s: situation{rel: rel}, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Skip, Reason: err.Error()}}, nil
-	}
+func (h *Hosts) planFile(m *managed, rel string, render renderFunc) *step {
 	s, err := m.situate(rel)
 	if err != nil {
-		return skip(err)
+		return m.skip(rel, err)
 	}
 	want, err := render(rel, s.original)
 	if err != nil {
 		if m.runtime == containerd && (s.ours || s.rewritten) {
 			// Ours around something that no longer parses: give the user's back.
 			// On CRI-O it is another file that does not parse, and ours stays.
-			st, restoreErr := m.planRestore(rel)
+			st := m.planRestore(rel)
 			st.change.Reason = err.Error()
-			return &st, restoreErr
+			return &st
 		}
-		return skip(err)
+		return m.skip(rel, err)
 	}
 	entry := m.journal.Files[rel]
 	st := &step{s: s, want: want, drift: entry != nil && !s.ours}
@@ -326,19 +347,23 @@ func (h *Hosts) planFile(m *managed, rel string, render renderFunc) (*step, erro
 	}
 	if s.current != nil && s.current.link == "" && string(have) == string(want) {
 		if !s.unsaved && entry != nil {
-			return nil, nil
+			return nil
 		}
 		st.quiet = true
 	}
 	st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, false)
-	return st, nil
+	return st
+}
+
+func (m *managed) skip(rel string, err error) *step {
+	return &step{s: situation{rel: rel}, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Skip, Reason: err.Error()}}
 }
 
 // planRestore is the step that gives one file back.
-func (m *managed) planRestore(rel string) (step, error) {
+func (m *managed) planRestore(rel string) step {
 	s, err := m.situate(rel)
 	if err != nil {
-		return step{s: situation{rel: rel}, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Skip, Reason: err.Error()}}, nil
+		return *m.skip(rel, err)
 	}
 	if m.lost(rel) {
 		s.original = nil
@@ -357,7 +382,7 @@ func (m *managed) planRestore(rel string) (step, error) {
 	if !st.quiet {
 		st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, s.original == nil)
 	}
-	return st, nil
+	return st
 }
 
 // remove does the work of Remove. Caller holds mu.
@@ -391,15 +416,9 @@ func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
 }
 
 func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
-	rels := m.entries()
-	stale, err := m.staleFiles()
+	rels, err := m.taken()
 	if err != nil {
 		return nil, err
-	}
-	for _, rel := range stale {
-		if !slices.Contains(rels, rel) {
-			rels = append(rels, rel)
-		}
 	}
 	var changes []Change
 	var problems []error
@@ -411,11 +430,8 @@ func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
 			problems = append(problems, m.forget(rel))
 			continue
 		}
-		st, err := m.planRestore(rel)
-		if err == nil {
-			err = h.perform(m, st)
-		}
-		if err != nil {
+		st := m.planRestore(rel)
+		if err := h.perform(m, st); err != nil {
 			problems = append(problems, err)
 			continue
 		}
@@ -451,6 +467,12 @@ func hasTraces(d directory) (bool, error) {
 	}
 	stale, err := m.staleFiles()
 	return len(stale) > 0, err
+}
+
+// taken lists the files to give back: those of the journal, then strays.
+func (m *managed) taken() ([]string, error) {
+	stale, err := m.staleFiles()
+	return append(m.entries(), stale...), err
 }
 
 // staleFiles lists files with a part of ours that no journal knows of.

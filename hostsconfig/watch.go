@@ -99,16 +99,15 @@ func (h *Hosts) pass(ctx context.Context, w *watcher, before []Imported, repair 
 func (h *Hosts) hold() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.running = true
 	for _, d := range h.directories() {
-		m, _, err := h.lock(d)
+		_, _, err := h.lock(d)
 		if errors.Is(err, ErrBusy) {
 			return explain(d, err)
 		}
 		if err != nil {
-			h.log.Error("host directory cannot be managed; pulls go direct", "runtime", d.runtime, "path", d.path, "err", err)
-			continue
+			h.log.Error("host directory cannot be managed yet; pulls go direct", "runtime", d.runtime, "path", d.path, "err", err)
 		}
-		h.held[d.path] = m
 	}
 	return nil
 }
@@ -116,6 +115,7 @@ func (h *Hosts) hold() error {
 func (h *Hosts) unhold() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.running = false
 	var problems []error
 	for path, m := range h.held {
 		problems = append(problems, m.release())
