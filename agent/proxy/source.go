@@ -105,7 +105,7 @@ func final(err error) bool {
 func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error {
 	w := f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry})
 	if kind != KindManifest {
-		return p.upstream.Fetch(ctx, t, f.Digest(), w)
+		return p.upstream.Fetch(ctx, t, f.Digest(), sink{w})
 	}
 	desc, body, err := p.upstream.Manifest(ctx, t, f.Digest().String(), acceptAll)
 	if err != nil {
@@ -119,6 +119,18 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 	}
 	_, err = w.WriteAt(body, 0)
 	return err
+}
+
+// sink is a writer whose Missing has an end. The cache answers a question at the
+// size with the last piece, if that is missing, and upstream, which asks from
+// the end of each run on, would ask for ever.
+type sink struct{ *cache.Writer }
+
+func (s sink) Missing(off int64) (start, end int64, ok bool) {
+	if size := s.Size(); size >= 0 && off >= size {
+		return 0, 0, false
+	}
+	return s.Writer.Missing(off)
 }
 
 // healer finds another place for a blob when the one it came from fails. For

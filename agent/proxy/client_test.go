@@ -1,0 +1,299 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// belowSpy is a connection's ResponseWriter that notes what ReadFrom was given.
+type belowSpy struct {
+	*httptest.ResponseRecorder
+	files, others int
+}
+
+func (s *belowSpy) ReadFrom(r io.Reader) (int64, error) {
+	limited, ok := r.(*io.LimitedReader)
+	if ok {
+		_, ok = limited.R.(*os.File)
+	}
+	if ok {
+		s.files++
+	} else {
+		s.others++
+	}
+	return io.Copy(s.ResponseRecorder, r)
+}
+
+// TestSendfile pins that the connection is handed the file itself, for hits and
+// for blobs that are still coming; net then sends it without a copy.
+func TestSendfile(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	for _, name := range []string{"cold", "warm"} {
+		for _, header := range []string{"", "bytes=100-"} {
+			r := httptest.NewRequest("GET", blobPath(d), nil)
+			if header != "" {
+				r.Header.Set("Range", header)
+			}
+			w := &belowSpy{ResponseRecorder: httptest.NewRecorder()}
+			n.proxy.ServeHTTP(w, r)
+			want := bytesOf(t, img, d)
+			if header != "" {
+				want = want[100:]
+			}
+			if w.files == 0 || w.others != 0 || !bytes.Equal(w.Body.Bytes(), want) {
+				t.Errorf("%s %q: %d files, %d others, %d bytes", name, header, w.files, w.others, w.Body.Len())
+			}
+		}
+		await(t, "commit", func() bool { return n.cache.Has(d) })
+	}
+}
+
+// rawGet writes a request by hand and returns the connection after the headers.
+func rawGet(t *testing.T, n *node, path string) (*net.TCPConn, *bufio.Reader, *http.Response) {
+	t.Helper()
+	conn, err := net.Dial("tcp", n.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn.(*net.TCPConn), r, resp
+}
+
+// TestFINNotRST: a body that cannot be finished ends with FIN on the wire; RST
+// would fail the pull without failover.
+func TestFINNotRST(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.Stall, s.upstream.StreamsPerBlob = time.Minute, 1
+		s.proxy.StallTimeout = 200 * time.Millisecond
+	})
+	d := n.image(3_000_000).Layers[0].Digest
+	n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.StallAfter(1_000_000))
+	_, r, resp := rawGet(t, n, blobPath(d))
+	got, err := io.Copy(io.Discard, r)
+	if resp.StatusCode != 200 || resp.ContentLength != 3_000_000 || got == 0 || got >= 3_000_000 {
+		t.Errorf("status %d, %d of %d bytes", resp.StatusCode, got, resp.ContentLength)
+	}
+	if err != nil { // io.Copy reports no EOF: nil is FIN
+		t.Errorf("the connection ended with %v (RST: %v)", err, errors.Is(err, syscall.ECONNRESET))
+	}
+}
+
+// TestClientHangsUp: one client's fate does not decide the fill's.
+func TestClientHangsUp(t *testing.T) {
+	n := startNode(t, nil)
+	n.registry.SetRate(8<<20, 0)
+	d := n.image(4_000_000).Layers[0].Digest
+	ctx, cancel := context.WithCancel(t.Context())
+	resp := n.open(ctx, "GET", blobPath(d))
+	if _, err := io.ReadFull(resp.Body, make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	_ = resp.Body.Close()
+	await(t, "the fill to end well", func() bool { return n.cache.Has(d) })
+	await(t, "the request to end", func() bool { return len(n.proxy.Pulls()) == 0 })
+	if n.proxy.failed.has(keyOf(n.target(), d)) {
+		t.Error("a client that hung up counts as a failure of the blob")
+	}
+}
+
+// TestOverlappingRanges: sixteen at once on a blob that is only coming, in one
+// download.
+func TestOverlappingRanges(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.upstream.StreamsPerBlob = 1 })
+	n.registry.SetRate(8<<20, 0)
+	img := n.image(4_000_000)
+	d := img.Layers[0].Digest
+	want := bytesOf(t, img, d)
+	var wg sync.WaitGroup
+	for i := range 16 {
+		wg.Go(func() {
+			from := i * 200_000
+			a := n.get(blobPath(d), "Range", fmt.Sprintf("bytes=%d-", from))
+			if a.status != 206 || !bytes.Equal(a.body, want[from:]) {
+				t.Errorf("from %d: status %d, %d bytes, %v", from, a.status, len(a.body), a.err)
+			}
+		})
+	}
+	wg.Wait()
+	if got := n.registry.Bytes(registrytest.Match{Reference: d.String()}); got > 5_000_000 {
+		t.Errorf("%d bytes from upstream for a blob of 4,000,000", got)
+	}
+}
+
+// TestContainerdInChunks: a client that asks for parallel open-ended ranges and
+// hangs up on each.
+func TestContainerdInChunks(t *testing.T) {
+	n := startNode(t, nil)
+	n.image(6_000_000)
+	c := n.containerd()
+	c.ChunkSize = 1 << 20
+	if _, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.registry.Bytes(registrytest.Match{Kind: registrytest.Blob}); got > 7_500_000 {
+		t.Errorf("%d bytes from upstream", got)
+	}
+}
+
+// slowWriter is a client that stops reading: a write waits until the deadline.
+type slowWriter struct {
+	http.ResponseWriter
+	deadline time.Time
+	reads    time.Duration // how long the client takes for a chunk
+}
+
+func (w *slowWriter) SetWriteDeadline(t time.Time) error { w.deadline = t; return nil }
+
+func (w *slowWriter) ReadFrom(r io.Reader) (int64, error) {
+	if left := time.Until(w.deadline); left < w.reads {
+		time.Sleep(left) // the bubble's clock
+		return 0, os.ErrDeadlineExceeded
+	}
+	time.Sleep(w.reads) // the bubble's clock
+	return io.Copy(io.Discard, r)
+}
+
+// TestSlowClients: there is no bound on the whole, and one on each chunk.
+func TestSlowClients(t *testing.T) {
+	const size = 8 << 20
+	file, err := os.Create(t.TempDir() + "/blob")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := file.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		reads time.Duration
+		ok    bool
+	}{{time.Millisecond, true}, {writeTimeout - time.Second, true}, {writeTimeout + time.Second, false}, {24 * time.Hour, false}} {
+		synctest.Test(t, func(t *testing.T) {
+			x := &exchange{ResponseWriter: &slowWriter{reads: tc.reads}, r: httptest.NewRequest("GET", "/", nil)}
+			x.ctx, x.cancel = context.WithCancelCause(t.Context())
+			b := &body{x: x, stall: time.Second, at: wholeFile{file, size}}
+			begin := time.Now()
+			sent, err := x.ReadFrom(&io.LimitedReader{R: b, N: size})
+			if ok := err == nil && sent == size; ok != tc.ok {
+				t.Errorf("a chunk in %s: sent %d, %v", tc.reads, sent, err)
+			}
+			if !tc.ok && time.Since(begin) > writeTimeout {
+				t.Errorf("held for %s", time.Since(begin))
+			}
+			if b.failure() != nil {
+				t.Errorf("a client's slowness counts as the blob's: %v", b.failure())
+			}
+		})
+	}
+}
+
+// wholeFile is content in a file.
+type wholeFile struct {
+	file *os.File
+	n    int64
+}
+
+func (w wholeFile) source() source                            { return sourceDisk }
+func (w wholeFile) size() int64                               { return w.n }
+func (w wholeFile) ready(context.Context, int64) error        { return nil }
+func (w wholeFile) extent(off int64) (*os.File, int64, error) { return w.file, w.n - off, nil }
+func (w wholeFile) read(p []byte, off int64) (int, error)     { return w.file.ReadAt(p, off) }
+func (w wholeFile) Close() error                              { return nil }
+
+// TestPulls: what status shows of a download under way.
+func TestPulls(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.Stall, s.upstream.StreamsPerBlob = time.Minute, 1
+		s.proxy.StallTimeout = time.Minute
+	})
+	d := n.image(3_000_000).Layers[0].Digest
+	f := n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.StallAfter(1_500_000))
+	resp := n.open(t.Context(), "GET", blobPath(d))
+	defer resp.Body.Close()
+	if _, err := io.ReadFull(resp.Body, make([]byte, 1_000_000)); err != nil {
+		t.Fatal(err)
+	}
+	pulls := n.proxy.Pulls()
+	if len(pulls) != 1 {
+		t.Fatalf("%+v", pulls)
+	}
+	p := pulls[0]
+	if p.Digest != d || p.Registry != host || p.Repository != repo || p.Size != 3_000_000 || p.Offset < 1_000_000 || p.Source != "upstream" || p.Started.IsZero() {
+		t.Errorf("%+v", p)
+	}
+	f.Remove()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestCountersAddUp: what clients got is what the metrics and the audit say.
+func TestCountersAddUp(t *testing.T) {
+	var mu sync.Mutex
+	var events []Event
+	n := startNode(t, func(s *setup) {
+		s.proxy.Audit = func(e Event) {
+			mu.Lock()
+			defer mu.Unlock()
+			events = append(events, e)
+		}
+	})
+	img := n.image(1_000_000)
+	d := img.Layers[0].Digest
+	received := 0
+	for _, path := range []string{manifestPath("v1"), blobPath(d), blobPath(d), manifestPath("none"), "/v2/UPPER/manifests/x?ns=" + host} {
+		if a := n.get(path); a.status == 200 {
+			received += len(a.body)
+		}
+	}
+	await(t, "the last event", func() bool { mu.Lock(); defer mu.Unlock(); return len(events) == 5 })
+	mu.Lock()
+	defer mu.Unlock()
+	var audited int64
+	for _, e := range events {
+		if e.Status == 200 {
+			audited += e.Bytes
+		}
+		if e.Duration <= 0 || e.Remote == "" || e.Method != "GET" || e.Status != 200 && e.Err == nil {
+			t.Errorf("%+v", e)
+		}
+	}
+	var counted float64
+	for _, s := range []source{sourceDisk, sourceUpstream} {
+		counted += testutil.ToFloat64(n.proxy.metrics.served.WithLabelValues(string(s)))
+	}
+	if int64(counted) != int64(received) || audited != int64(received) {
+		t.Errorf("received %d, counted %v, audited %d", received, counted, audited)
+	}
+	if got := testutil.CollectAndCount(n.proxy.metrics.requests); got < 4 {
+		t.Errorf("%d series of requests", got)
+	}
+}

@@ -1,0 +1,144 @@
+package proxy
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+func tagsOf(t *testing.T, a answer) []string {
+	t.Helper()
+	var list struct {
+		Name string
+		Tags []string
+	}
+	if err := json.Unmarshal(a.body, &list); err != nil || a.status != 200 || list.Name != repo {
+		t.Fatalf("status %d: %s", a.status, a.body)
+	}
+	return list.Tags
+}
+
+func TestTags(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(10)
+	for _, tag := range []string{"a", "b", "c"} {
+		n.registry.Tag(repo, tag, img.Digest)
+	}
+	for _, base := range []string{"/v2/" + repo + "/tags/list?ns=" + host, "/v2/" + host + "/" + repo + "/tags/list?"} {
+		if got := tagsOf(t, n.get(base)); !slices.Equal(got, []string{"a", "b", "c", "v1"}) {
+			t.Errorf("all: %v", got)
+		}
+		if got := tagsOf(t, n.get(base+"&last=b")); !slices.Equal(got, []string{"c", "v1"}) {
+			t.Errorf("after b: %v", got)
+		}
+		none := n.get(base + "&n=0")
+		if got := tagsOf(t, none); len(got) != 0 || none.header.Get("Link") != "" {
+			t.Errorf("n=0: %v, Link %q", got, none.header.Get("Link"))
+		}
+		if got := followTags(t, n, base+"&n=2"); !slices.Equal(got, []string{"a", "b", "c", "v1"}) {
+			t.Errorf("by pages: %v", got)
+		}
+	}
+	checkOCIError(t, n.get("/v2/"+repo+"/tags/list?n=x&ns="+host), 400, "UNSUPPORTED")
+}
+
+// followTags goes on by Link as clients do, which must stay on the proxy.
+func followTags(t *testing.T, n *node, path string) (tags []string) {
+	t.Helper()
+	for range 10 {
+		a := n.get(path)
+		tags = append(tags, tagsOf(t, a)...)
+		link := a.header.Get("Link")
+		if link == "" {
+			return tags
+		}
+		next, ok := strings.CutSuffix(strings.TrimPrefix(link, "<"), `>; rel="next"`)
+		if !ok || strings.Contains(path, "ns=") != strings.Contains(next, "ns=") || !strings.HasPrefix(next, path[:strings.Index(path, "?")]) {
+			t.Fatalf("Link %q after %s", link, path)
+		}
+		path = next
+	}
+	t.Fatal("the pages do not end")
+	return nil
+}
+
+func TestTagsWithUpstreamDown(t *testing.T) {
+	n := startNode(t, nil)
+	n.image(10)
+	path := "/v2/" + repo + "/tags/list?ns=" + host
+	n.get(path)
+	n.registry.Down()
+	a := n.get(path)
+	if got := tagsOf(t, a); !slices.Equal(got, []string{"v1"}) || a.header.Get(headerSource) != "stale" {
+		t.Errorf("%v from %s", got, a.header.Get(headerSource))
+	}
+	checkOCIError(t, n.get("/v2/other/tags/list?ns="+host), 503, "UNAVAILABLE")
+}
+
+// TestReferrers asks registries with and without the API the same.
+func TestReferrers(t *testing.T) {
+	for _, without := range []bool{false, true} {
+		n := startNode(t, func(s *setup) { s.registry.NoReferrers = without })
+		img := n.image(10)
+		sbom := registrytest.Artifact(img.Descriptor, "application/vnd.example.sbom", 1)
+		signature := registrytest.Artifact(img.Descriptor, "application/vnd.example.signature", 2)
+		n.registry.Put(repo, sbom, "sbom")
+		n.registry.Put(repo, signature, "signature")
+		path := "/v2/" + repo + "/referrers/" + img.Digest.String() + "?ns=" + host
+		if got := referrersOf(t, n.get(path)); len(got) != 2 {
+			t.Errorf("without API %v: %v", without, got)
+		}
+		filtered := n.get(path + "&artifactType=application/vnd.example.sbom")
+		if got := referrersOf(t, filtered); len(got) != 1 || got[0].Digest != sbom.Digest || filtered.header.Get("OCI-Filters-Applied") != "artifactType" {
+			t.Errorf("without API %v, filtered: %v %v", without, got, filtered.header)
+		}
+		nobody := n.get("/v2/" + repo + "/referrers/" + sbom.Digest.String() + "?ns=" + host)
+		if without {
+			checkOCIError(t, nobody, 404, "MANIFEST_UNKNOWN")
+		} else if got := referrersOf(t, nobody); len(got) != 0 {
+			t.Errorf("of an artifact: %v", got)
+		}
+	}
+}
+
+func referrersOf(t *testing.T, a answer) []ocispec.Descriptor {
+	t.Helper()
+	var index ocispec.Index
+	if err := json.Unmarshal(a.body, &index); err != nil || a.status != 200 || a.header.Get("Content-Type") != ocispec.MediaTypeImageIndex {
+		t.Fatalf("status %d, %s: %s", a.status, a.header.Get("Content-Type"), a.body)
+	}
+	return index.Manifests
+}
+
+// TestCanary: the image can be pulled under any registry and by both kinds of
+// client, with no registry at all, and the proxy knows.
+func TestCanary(t *testing.T) {
+	n := startNode(t, nil)
+	n.registry.Down()
+	if _, ok := n.proxy.CanarySeen("n1"); ok {
+		t.Error("seen before")
+	}
+	c := n.containerd()
+	if r, err := c.Pull(t.Context(), host+"/larder.invalid/canary:n1", nil); err != nil || len(r.Content) < 4 {
+		t.Errorf("containerd: %v, %d parts", err, len(r.Content))
+	}
+	if _, err := n.crio().Pull(t.Context(), "larder.invalid/canary", "n2"); err != nil {
+		t.Errorf("CRI-O: %v", err)
+	}
+	crio := n.crio()
+	crio.Sources = []string{n.addr + "/larder.invalid"}
+	if _, err := crio.Pull(t.Context(), "canary", "n3"); err != nil {
+		t.Errorf("CRI-O, by its own name: %v", err)
+	}
+	for nonce, registry := range map[string]string{"n1": host, "n2": host, "n3": "larder.invalid"} {
+		if seen, ok := n.proxy.Canary(nonce); !ok || seen.Registry != registry || seen.UserAgent == "" {
+			t.Errorf("%s: %+v, %v", nonce, seen, ok)
+		}
+	}
+	checkOCIError(t, n.get("/v2/larder.invalid/canary/tags/list?ns="+host), 404, "NAME_UNKNOWN")
+}

@@ -1,0 +1,281 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// TestFaults is the matrix of what a registry does wrong against what a real
+// containerd makes of the mirror's answer. The registry is broken only for the
+// proxy's first requests (times), or for all of them - containerd, which goes
+// to the same registry, then fails as it would have without a mirror.
+func TestFaults(t *testing.T) {
+	blob := registrytest.Match{Kind: registrytest.Blob}
+	large := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{2_000_000}, Opaque: true}).Layers[0].Digest.String()
+	layer := registrytest.Match{Kind: registrytest.Blob, Method: http.MethodGet, Reference: large}
+	manifests := registrytest.Match{Kind: registrytest.Manifest}
+	times := registrytest.Times
+	for name, tc := range map[string]struct {
+		match   registrytest.Match
+		effects []registrytest.Effect
+		options registrytest.Options
+	}{
+		"nothing":                       {match: registrytest.Match{Kind: registrytest.Other}, effects: []registrytest.Effect{registrytest.Status(500)}},
+		"blob 500 for a while":          {match: blob, effects: []registrytest.Effect{times(3), registrytest.Status(500)}},
+		"blob 429 for a while":          {match: blob, effects: []registrytest.Effect{times(3), registrytest.TooManyRequests(0)}},
+		"manifest 503 once":             {match: manifests, effects: []registrytest.Effect{times(1), registrytest.Status(503)}},
+		"manifest 429 once":             {match: manifests, effects: []registrytest.Effect{times(1), registrytest.TooManyRequests(30 * time.Second)}},
+		"cut at 0 once":                 {match: layer, effects: []registrytest.Effect{times(1), registrytest.CutAfter(0)}},
+		"cut in the body once":          {match: layer, effects: []registrytest.Effect{times(1), registrytest.CutAfter(700_000)}},
+		"cut in every body":             {match: layer, effects: []registrytest.Effect{registrytest.CutAfter(700_000)}},
+		"reset in the body once":        {match: layer, effects: []registrytest.Effect{times(1), registrytest.ResetAfter(700_000)}},
+		"stall before headers once":     {match: layer, effects: []registrytest.Effect{times(1), registrytest.Hold()}},
+		"stall in the body once":        {match: layer, effects: []registrytest.Effect{times(1), registrytest.StallAfter(700_000)}},
+		"corrupt once":                  {match: layer, effects: []registrytest.Effect{times(1), registrytest.CorruptAt(1_900_000)}},
+		"size lie once, more":           {match: layer, effects: []registrytest.Effect{times(1), registrytest.ContentLength(1000)}},
+		"size lie once, less":           {match: layer, effects: []registrytest.Effect{times(1), registrytest.ContentLength(-1000)}},
+		"ranges ignored":                {match: layer, effects: []registrytest.Effect{registrytest.IgnoreRange()}},
+		"wrong 206 once":                {match: layer, effects: []registrytest.Effect{times(2), registrytest.ShiftRange(7)}},
+		"mislabelled 206 once":          {match: layer, effects: []registrytest.Effect{times(2), registrytest.MislabelRange(7)}},
+		"redirect circle once":          {match: layer, effects: []registrytest.Effect{times(1), registrytest.RedirectLoop()}},
+		"web page instead of blob once": {match: layer, effects: []registrytest.Effect{times(1), registrytest.HTML()}},
+		"endless manifest once":         {match: manifests, effects: []registrytest.Effect{times(1), registrytest.Oversized(-1)}},
+		"1 GiB manifest once":           {match: manifests, effects: []registrytest.Effect{times(1), registrytest.Oversized(1 << 30)}},
+		"behind a CDN":                  {match: registrytest.Match{Kind: registrytest.Other}, effects: []registrytest.Effect{registrytest.Status(500)}, options: registrytest.Options{CDN: true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t, func(s *setup) { s.registry = tc.options })
+			n.image(2_000_000)
+			n.registry.Inject(tc.match, tc.effects...)
+			begin := time.Now()
+			r, err := n.containerd().Pull(t.Context(), host+"/"+repo+":v1", nil)
+			if err != nil {
+				// A wrong byte that reached the runtime ends this pull, as it would
+				// have without a mirror; it must not end the next.
+				t.Logf("first pull: %v", err)
+				if _, err := n.containerd().Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+					t.Errorf("second pull: %v", err)
+				}
+				if name != "corrupt once" {
+					t.Errorf("first pull: %v", err)
+				}
+			}
+			if d := time.Since(begin); d > 15*time.Second {
+				t.Errorf("took %s", d)
+			}
+			for _, e := range r.Exchanges {
+				if strings.Contains(e.URL, n.addr) && (e.Status == http.StatusTooManyRequests || e.Status >= 300 && e.Status < 400) {
+					t.Errorf("relayed %d", e.Status)
+				}
+			}
+		})
+	}
+}
+
+// TestCorruptOnce holds P4: what the registry sent wrong once never completes at a
+// client, and is not what the next client gets.
+func TestCorruptOnce(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.Times(4), registrytest.CorruptAt(10))
+	a := n.get(blobPath(d))
+	if a.status == 200 && a.err == nil {
+		t.Fatal("a wrong blob was delivered whole")
+	}
+	if a.status == 200 {
+		checkOCIError(t, n.get(blobPath(d), "Range", "bytes=2000000-"), 503, "UNAVAILABLE")
+	}
+	await(t, "the true bytes", func() bool {
+		n.proxy.failed.forget(keyOf(n.target(), d))
+		a := n.get(blobPath(d))
+		return a.status == 200 && a.err == nil && bytes.Equal(a.body, bytesOf(t, img, d))
+	})
+}
+
+// TestStallInTheBody holds the way out of DESIGN: what is there, then FIN, then
+// 503 at once to the Range that follows, without a question to upstream.
+func TestStallInTheBody(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.Stall = 30 * time.Second
+		s.upstream.StreamsPerBlob = 1
+		s.proxy.StallTimeout = 300 * time.Millisecond
+	})
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	f := n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.StallAfter(1_000_000))
+	a := n.get(blobPath(d))
+	if a.status != 200 || !errors.Is(a.err, io.ErrUnexpectedEOF) || !bytes.Equal(a.body, bytesOf(t, img, d)[:len(a.body)]) || len(a.body) == 0 {
+		t.Fatalf("status %d, %d bytes, %v; want 200 cut short by FIN", a.status, len(a.body), a.err)
+	}
+	asked := n.registry.Count(registrytest.Match{})
+	begin := time.Now()
+	for range 3 {
+		checkOCIError(t, n.get(blobPath(d), "Range", "bytes=1000000-"), 503, "UNAVAILABLE")
+	}
+	if time.Since(begin) > 250*time.Millisecond || n.registry.Count(registrytest.Match{}) != asked {
+		t.Errorf("the refusal took %s and %d requests", time.Since(begin), n.registry.Count(registrytest.Match{})-asked)
+	}
+	f.Remove()
+	await(t, "the fill to go on in the background", func() bool { return n.cache.Has(d) })
+	if a := n.get(blobPath(d), "Range", "bytes=1000000-"); a.status != 206 || !bytes.Equal(a.body, bytesOf(t, img, d)[1_000_000:]) {
+		t.Errorf("after the fill: status %d", a.status)
+	}
+}
+
+// TestFirstByteBudget: no headers without a byte; an error within the budget, and
+// the download goes on.
+func TestFirstByteBudget(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.FirstByte, s.upstream.Stall = 30*time.Second, 30*time.Second
+		s.proxy.FirstByteBudget = 200 * time.Millisecond
+	})
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	for name, effect := range map[string]registrytest.Effect{"headers": registrytest.Hold(), "body": registrytest.StallAfter(0)} {
+		f := n.registry.Inject(registrytest.Match{Reference: d.String()}, effect)
+		begin := time.Now()
+		checkOCIError(t, n.get(blobPath(d)), 503, "UNAVAILABLE")
+		if d := time.Since(begin); d > 2*time.Second {
+			t.Errorf("%s: answered after %s", name, d)
+		}
+		f.Remove()
+		await(t, "the fill to go on", func() bool { return n.cache.Has(d) })
+		if err := n.cache.Remove(d); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestNoRoom: a node whose disk takes nothing still delivers, verified, and
+// does not deliver the end of what is wrong.
+func TestNoRoom(t *testing.T) {
+	full := func(s *setup) { s.cache.MaxBytes = cache.Bytes(1) }
+	t.Run("whole", func(t *testing.T) {
+		n := startNode(t, full)
+		img := n.image(3_000_000, 1000)
+		for _, l := range img.Layers {
+			want := bytesOf(t, img, l.Digest)
+			if a := n.get(blobPath(l.Digest)); a.status != 200 || a.err != nil || !bytes.Equal(a.body, want) || a.header.Get(headerSource) != "upstream" {
+				t.Errorf("%d bytes: status %d, %v", l.Size, a.status, a.err)
+			}
+			if a := n.get(blobPath(l.Digest), "Range", "bytes=500-"); a.status != 206 || !bytes.Equal(a.body, want[500:]) {
+				t.Errorf("range of %d bytes: status %d", l.Size, a.status)
+			}
+		}
+		if a := n.get(manifestPath("v1")); a.status != 200 || a.header.Get(headerDigest) != img.Digest.String() {
+			t.Errorf("manifest: %d", a.status)
+		}
+		if _, err := n.containerd().Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("cut", func(t *testing.T) {
+		n := startNode(t, full)
+		img := n.image(3_000_000)
+		d := img.Layers[0].Digest
+		n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.Times(2), registrytest.CutAfter(1_000_000))
+		if a := n.get(blobPath(d)); a.err != nil || !bytes.Equal(a.body, bytesOf(t, img, d)) {
+			t.Errorf("status %d, %v", a.status, a.err)
+		}
+	})
+	t.Run("corrupt", func(t *testing.T) {
+		n := startNode(t, full)
+		img := n.image(3_000_000)
+		d := img.Layers[0].Digest
+		n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.CorruptAt(10))
+		a := n.get(blobPath(d))
+		if a.err == nil || int64(len(a.body)) != 3_000_000-heldTail {
+			t.Errorf("%d bytes of a wrong blob, %v", len(a.body), a.err)
+		}
+		checkOCIError(t, n.get(blobPath(d), "Range", "bytes=2900000-"), 503, "UNAVAILABLE")
+	})
+}
+
+// TestNoRoomInTheMiddle: the disk fills up while a body is under way; the rest
+// comes past it.
+func TestNoRoomInTheMiddle(t *testing.T) {
+	part := make(chan struct{})
+	swarm := &swarmFunc{}
+	n := startNode(t, func(s *setup) { s.proxy.Swarm = swarm })
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	want := bytesOf(t, img, d)
+	swarm.fetch = func(_ context.Context, f *cache.Fill) error {
+		w := f.Writer(cache.Origin{Kind: cache.FromPeer, Name: "other"})
+		if err := w.SetSize(int64(len(want))); err != nil {
+			return err
+		}
+		if _, err := w.WriteAt(want[:1_000_000], 0); err != nil {
+			return err
+		}
+		<-part
+		return cache.ErrNoRoom
+	}
+	resp := n.open(t.Context(), "GET", blobPath(d))
+	defer resp.Body.Close()
+	head := make([]byte, 1_000_000)
+	if _, err := io.ReadFull(resp.Body, head); err != nil {
+		t.Fatal(err)
+	}
+	close(part)
+	rest, err := io.ReadAll(resp.Body)
+	if err != nil || !bytes.Equal(append(head, rest...), want) || resp.Header.Get(headerSource) != "peer" {
+		t.Errorf("%d bytes, %v, from %s", len(rest), err, resp.Header.Get(headerSource))
+	}
+}
+
+// TestUpstreamDown: what is here is served, what is not is an error that sends
+// the runtime on, quickly.
+func TestUpstreamDown(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(2_000_000)
+	c := n.containerd()
+	if _, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "commit", func() bool { return n.cache.Has(img.Layers[0].Digest) })
+	n.registry.Down()
+	if err := c.Wipe(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+		t.Errorf("warm pull with the registry down: %v", err)
+	}
+	checkOCIError(t, n.get(manifestPath("v2")), 503, "UNAVAILABLE")
+}
+
+// TestTokenExpiry: the registry's tokens run out in the middle of a blob.
+func TestTokenExpiry(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.policy.TokenRealms = []string{"localhost"}
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Bearer, Anonymous: []string{"library/*"}}
+		s.upstream.StreamsPerBlob = 1
+	})
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.Times(1), registrytest.Do(n.registry.ExpireTokens), registrytest.CutAfter(1_000_000))
+	if a := n.get(blobPath(d)); a.err != nil || !bytes.Equal(a.body, bytesOf(t, img, d)) {
+		t.Errorf("status %d, %v", a.status, a.err)
+	}
+}
+
+// TestPrivateRepository: an answer of 401 sends the runtime to the registry with
+// its own credentials, and is never relayed.
+func TestPrivateRepository(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"u": "p"}}
+	})
+	img := n.image()
+	checkOCIError(t, n.get(manifestPath("v1")), 404, "MANIFEST_UNKNOWN")
+	checkOCIError(t, n.get(blobPath(img.Layers[0].Digest)), 404, "BLOB_UNKNOWN")
+}

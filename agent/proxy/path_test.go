@@ -1,0 +1,97 @@
+package proxy
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// TestCRIO pulls by the path-encoded mirror with a client as strict as CRI-O:
+// a 200 on the manifest commits the proxy to every blob.
+func TestCRIO(t *testing.T) {
+	get := registrytest.Match{Kind: registrytest.Blob, Method: "GET"}
+	head := registrytest.Match{Kind: registrytest.Blob, Method: "HEAD"}
+	times := registrytest.Times
+	for name, tc := range map[string]struct {
+		match   registrytest.Match
+		effects []registrytest.Effect
+		direct  bool // the pull goes past the proxy
+	}{
+		"all well":                         {registrytest.Match{Kind: registrytest.Other}, []registrytest.Effect{registrytest.Status(500)}, false},
+		"manifest fails once":              {registrytest.Match{Kind: registrytest.Manifest}, []registrytest.Effect{times(1), registrytest.Status(404)}, true},
+		"a blob is not there at first":     {head, []registrytest.Effect{times(1), registrytest.Status(404)}, true},
+		"a blob fails when it is fetched":  {get, []registrytest.Effect{times(2), registrytest.Status(500)}, false},
+		"every body is cut":                {get, []registrytest.Effect{registrytest.CutAfter(700_000)}, false},
+		"a body stalls once":               {get, []registrytest.Effect{times(1), registrytest.StallAfter(700_000)}, false},
+		"headers do not come once":         {get, []registrytest.Effect{times(1), registrytest.Hold()}, false},
+		"429 for a while":                  {get, []registrytest.Effect{times(3), registrytest.TooManyRequests(0)}, false},
+		"a web page instead of every blob": {get, []registrytest.Effect{times(2), registrytest.HTML()}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t, nil)
+			n.image(2_000_000)
+			n.registry.Inject(tc.match, tc.effects...)
+			r, err := n.crio().Pull(t.Context(), repo, "v1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if direct := r.From(n.registry.Host()) > 0; direct != tc.direct {
+				t.Errorf("went direct: %v, want %v", direct, tc.direct)
+			}
+		})
+	}
+}
+
+// TestPromiseIsRemembered: after a blob could not be delivered, the manifest and
+// the index above it answer 404 for a while, so that the next try goes direct.
+func TestPromiseIsRemembered(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.put(registrytest.Platforms(registrytest.ImageSpec{Seed: 5, Layers: []int64{3_000_000}, Opaque: true}, false))
+	layer, child := img.Layers[0].Digest, img.Manifests[0].Digest
+	if a := n.get(pathManifest("v1")); a.status != 200 {
+		t.Fatalf("before: %d", a.status)
+	}
+	n.registry.Inject(registrytest.Match{Reference: layer.String(), Method: "GET"}, registrytest.Status(404))
+	checkOCIError(t, n.get(pathBlob(layer)), 404, "BLOB_UNKNOWN")
+	for _, ref := range []string{"v1", img.Digest.String(), child.String()} {
+		checkOCIError(t, n.get(pathManifest(ref)), 404, "MANIFEST_UNKNOWN")
+	}
+	if a := n.get(manifestPath(child.String())); a.status != 200 {
+		t.Errorf("a client that can go on by itself got %d", a.status)
+	}
+	n.registry.ClearFaults()
+	n.proxy.undelivered.forget(keyOf(n.target(), layer))
+	if a := n.get(pathManifest("v1")); a.status != 200 {
+		t.Errorf("after: %d", a.status)
+	}
+}
+
+// TestPromiseCosts: blobs that are here cost no question, others one each.
+func TestPromiseCosts(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(1000, 2000, 3000, 4000, 5000)
+	for range 3 {
+		if a := n.get(pathManifest("v1")); a.status != 200 {
+			t.Fatal(a.status)
+		}
+	}
+	if got, want := n.registry.Count(registrytest.Match{Kind: registrytest.Blob, Method: "HEAD"}), len(img.Layers)+1; got != want {
+		t.Errorf("%d questions for %d blobs", got, want)
+	}
+}
+
+// TestPathBlobWaits: longer than the first-byte budget, for there is no second
+// place to send the client to.
+func TestPathBlobWaits(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = 100 * time.Millisecond })
+	img := n.image(1_000_000)
+	d := img.Layers[0].Digest
+	f := n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.Delay(500*time.Millisecond))
+	a := n.get(pathBlob(d))
+	if a.status != 200 || !bytes.Equal(a.body, bytesOf(t, img, d)) || f.Hits() == 0 {
+		t.Error(fmt.Errorf("status %d, %w", a.status, a.err))
+	}
+}

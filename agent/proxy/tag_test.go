@@ -1,0 +1,214 @@
+package proxy
+
+import (
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+var heads = registrytest.Match{Kind: registrytest.Manifest, Method: "HEAD"}
+
+// TestTagIsAskedOncePerTTL also holds that asking at once is asking once.
+func TestTagIsAskedOncePerTTL(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.proxy.TagTTL = time.Hour })
+	img := n.image()
+	n.registry.SetLatency(100 * time.Millisecond)
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			if a := n.do("HEAD", manifestPath("v1")); a.status != 200 || a.header.Get(headerDigest) != img.Digest.String() {
+				t.Errorf("status %d", a.status)
+			}
+		})
+	}
+	wg.Wait()
+	if got := n.registry.Count(heads); got != 1 {
+		t.Errorf("%d requests upstream for 16 at once, want 1", got)
+	}
+}
+
+func TestTagIsRevalidated(t *testing.T) {
+	short := upstream.Duration(0)
+	n := startNode(t, func(s *setup) { s.proxy.TagTTL = time.Hour; s.policy.TagTTL = &short })
+	n.image(1000)
+	n.get(manifestPath("v1"))
+	other := n.put(registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}))
+	if a := n.get(manifestPath("v1")); a.header.Get(headerDigest) != other.Digest.String() {
+		t.Error("the registry's own tag_ttl of 0 was not followed")
+	}
+}
+
+// TestStaleTag: whatever keeps upstream from answering, the last known digest is
+// served, within the budget; a plain no is believed.
+func TestStaleTag(t *testing.T) {
+	for name, tc := range map[string]struct {
+		effect registrytest.Effect
+		status int
+	}{
+		"500":            {registrytest.Status(500), 200},
+		"503":            {registrytest.Status(503), 200},
+		"429":            {registrytest.TooManyRequests(time.Minute), 200},
+		"never answers":  {registrytest.Hold(), 200},
+		"web page":       {registrytest.HTML(), 200},
+		"404":            {registrytest.Status(404), 404},
+		"401":            {registrytest.Status(401), 404},
+		"403":            {registrytest.Status(403), 404},
+		"redirect cycle": {registrytest.RedirectLoop(), 0}, // either way, but an answer
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = time.Second })
+			img := n.image()
+			if a := n.get(manifestPath("v1")); a.status != 200 {
+				t.Fatalf("cold: %d", a.status)
+			}
+			n.registry.Inject(registrytest.Match{Kind: registrytest.Manifest}, tc.effect)
+			for _, method := range []string{"HEAD", "GET"} {
+				begin := time.Now()
+				a := n.do(method, manifestPath("v1"))
+				if d := time.Since(begin); d > 1500*time.Millisecond {
+					t.Errorf("%s: answered after %s", method, d)
+				}
+				if tc.status != 0 && a.status != tc.status {
+					t.Errorf("%s: status %d, want %d", method, a.status, tc.status)
+				}
+				if a.status == 200 && (a.header.Get(headerSource) != "stale" || a.header.Get(headerDigest) != img.Digest.String()) {
+					t.Errorf("%s: from %s: %s", method, a.header.Get(headerSource), a.header.Get(headerDigest))
+				}
+			}
+			if tc.status == 200 {
+				if got := testutil.ToFloat64(n.proxy.metrics.stale); got != 2 {
+					t.Errorf("tag_stale_served_total = %v, want 2", got)
+				}
+			}
+		})
+	}
+}
+
+// TestDeletedTagIsForgotten: after a 404 the tag is not served stale either.
+func TestDeletedTagIsForgotten(t *testing.T) {
+	n := startNode(t, nil)
+	n.image()
+	n.get(manifestPath("v1"))
+	n.registry.Delete(repo, "v1")
+	checkOCIError(t, n.get(manifestPath("v1")), 404, "MANIFEST_UNKNOWN")
+	n.registry.Down()
+	if a := n.get(manifestPath("v1")); a.status == 200 {
+		t.Error("a deleted tag was served from memory")
+	}
+}
+
+// TestAcceptByTag: a stored answer of a type that the client cannot read is not
+// served, and what one kind of client gets does not become the other's answer.
+func TestAcceptByTag(t *testing.T) {
+	spec := registrytest.ImageSpec{Seed: 3, Layers: []int64{1000}}
+	n := startNode(t, func(s *setup) { s.proxy.TagTTL = time.Hour })
+	n.registry.Put(repo, registrytest.Platforms(spec, false), "list")
+	n.registry.Put(repo, registrytest.DockerImage(spec), "one")
+	for _, tc := range []struct {
+		tag, accept string
+		status      int
+		mediaType   string
+	}{
+		{"list", "", 200, ocispec.MediaTypeImageIndex},
+		{"list", "*/*", 200, ocispec.MediaTypeImageIndex},
+		{"list", "application/*", 200, ocispec.MediaTypeImageIndex},
+		{"list", ocispec.MediaTypeImageIndex + ";q=0.5, text/html", 200, ocispec.MediaTypeImageIndex},
+		{"list", ocispec.MediaTypeImageManifest, 404, ""},
+		{"list", strings.Join(acceptAll, ", "), 200, ocispec.MediaTypeImageIndex},
+		{"one", dockerManifest, 200, dockerManifest},
+		{"one", ocispec.MediaTypeImageManifest, 404, ""},
+		{"one", "*/*", 200, dockerManifest},
+	} {
+		for _, method := range []string{"HEAD", "GET"} {
+			var header []string
+			if tc.accept != "" {
+				header = []string{"Accept", tc.accept}
+			}
+			a := n.do(method, manifestPath(tc.tag), header...)
+			if a.status != tc.status || a.status == 200 && a.header.Get("Content-Type") != tc.mediaType {
+				t.Errorf("%s %s, Accept %q: %d %s", method, tc.tag, tc.accept, a.status, a.header.Get("Content-Type"))
+			}
+		}
+	}
+}
+
+// TestManifestWithoutMetadata: the media type is found in the bytes when the
+// metadata was lost.
+func TestManifestWithoutMetadata(t *testing.T) {
+	spec := registrytest.ImageSpec{Seed: 3, Layers: []int64{1000}}
+	for name, img := range map[string]*registrytest.Image{
+		"oci": registrytest.OCIImage(spec), "schema 2": registrytest.DockerImage(spec),
+		"index": registrytest.Platforms(spec, false), "manifest list": registrytest.Platforms(spec, true),
+	} {
+		root := img.Manifests[len(img.Manifests)-1]
+		o, err := parseOutline(root.Data)
+		if err != nil || o.infer() != root.MediaType {
+			t.Errorf("%s: inferred %q, %v", name, o.infer(), err)
+		}
+		o.MediaType = ""
+		if got := o.infer(); strings.Contains(root.MediaType, "oci") && got != root.MediaType {
+			t.Errorf("%s without mediaType: inferred %q", name, got)
+		}
+	}
+	for _, body := range []string{``, `[]`, `{}`, `{"architecture":"amd64","rootfs":{}}`, `{"schemaVersion":2,"config":{"digest":"../x"}}`} {
+		if o, err := parseOutline([]byte(body)); err == nil && o.infer() != "" {
+			t.Errorf("%s taken for %s", body, o.infer())
+		}
+	}
+}
+
+// TestBlobIsNoManifest: bytes that are cached as a blob do not become a
+// manifest by being asked for as one.
+func TestBlobIsNoManifest(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(1000)
+	d := img.Layers[0].Digest
+	n.get(blobPath(d))
+	await(t, "commit", func() bool { return n.cache.Has(d) })
+	checkOCIError(t, n.get(manifestPath(d.String())), 404, "MANIFEST_UNKNOWN")
+}
+
+// TestMembership: a served manifest leaves behind what its repository holds.
+func TestMembership(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image()
+	n.get(manifestPath("v1"))
+	place := tagKey{registry: host, repository: repo}.place()
+	for _, d := range img.Layers {
+		if parent, ok := n.cache.Meta().Member(place, d.Digest); !ok || parent != img.Digest {
+			t.Errorf("layer %s: parent %q, %v", d.Digest, parent, ok)
+		}
+		if size, ok := n.cache.Meta().Size(d.Digest); !ok || size != d.Size {
+			t.Errorf("layer %s: size %d, %v", d.Digest, size, ok)
+		}
+	}
+}
+
+func TestRecentForgets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newRecent[string, int](2)
+		m.put("a", 1, time.Minute)
+		m.put("b", 2, time.Hour)
+		time.Sleep(time.Minute)
+		if m.has("a") || !m.has("b") {
+			t.Error("not by time")
+		}
+		m.put("c", 3, time.Hour)
+		m.put("d", 4, time.Hour)
+		if m.has("b") || !m.has("c") || !m.has("d") || len(m.items) != 2 || m.order.Len() != 2 {
+			t.Error("not bounded")
+		}
+		m.forget("c")
+		if m.has("c") {
+			t.Error("not forgotten")
+		}
+	})
+}
