@@ -85,7 +85,7 @@ type Cache struct {
 	started chan struct{}  // closed when Run begins
 	fills   sync.WaitGroup // running fills; added to under mu while running
 
-	mu       sync.Mutex // guards everything below; never held across I/O or callbacks
+	mu       sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
 	state    state
 	runCtx   context.Context // Run's; what fills live by
 	blobs    map[digest.Digest]*blob

@@ -33,7 +33,7 @@ type fill struct {
 	broken chan struct{} // closed when err is set
 	done   chan struct{} // closed when the outcome is final and booked
 
-	mu      sync.Mutex // guards everything below; never held across I/O
+	mu      sync.Mutex // guards everything below; never held across I/O (I10)
 	freed   *sync.Cond // a piece is no longer being written, or sizing ended
 	sizing  bool       // a SetSize is making room
 	pieces  *pieces    // nil until sized
@@ -415,7 +415,8 @@ type grabbed struct {
 	record *pieceMap
 }
 
-// grab waits for its turn at off's piece and takes it.
+// grab waits for its turn at off's piece and takes what of p is not there yet
+// (I11).
 func (f *fill) grab(p []byte, off int64) (grabbed, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

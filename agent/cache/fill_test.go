@@ -653,7 +653,7 @@ func TestOpenWaitsForRun(t *testing.T) {
 // TestReaderConforms runs the standard library's reader test on each state.
 func TestReaderConforms(t *testing.T) {
 	c := start(t, Options{})
-	body, d := content(21, 2*minPiece+100)
+	body, d := content(21, 20_000)
 	_, f, r := begin(t, c, d, int64(len(body)))
 	put(t, f, body, 0, len(body))
 	settle(c, d)
