@@ -1,0 +1,598 @@
+package peer
+
+import (
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	coalesce      = 6 * time.Millisecond // haves pushed together
+	maxNeighbours = 40                   // of one blob; more are turned away
+	fewNeighbours = 6                    // fewer: ask the home for more
+	keepBlob      = 10 * time.Minute     // piece digests of an idle blob
+	maxIdleBlobs  = 256
+)
+
+var (
+	errShortRead = errors.New("short read")
+	errNotHere   = errors.New("blob is not here")
+)
+
+// blob is one blob as this node's swarm sees it: what is here, who else has
+// what, and what is asked of whom. It lives while the node fetches it, while neighbours or
+// leases need it, and some minutes longer for its piece digests.
+//
+// mu is never held across I/O or a call into the node. It may be held while
+// taking a link's mu, never the other way round.
+type blob struct {
+	s *Swarm
+	k key
+	d digest.Digest
+
+	home    meeting // this node as the blob's home
+	served  float64 // guarded by uploads.mu
+	wake    chan struct{}
+	sizedCh chan struct{} // closed once the size is known
+
+	mu        sync.Mutex // guards the following
+	grownCh   chan struct{}
+	size      int64
+	pieceSize int64 // constant once size is known
+	n         int
+	fill      Fill // while fetching
+	authority bool // bytes here come straight from upstream, or the whole digest matched
+	here      bitmap
+	missing   int
+	have      bitmap // here, and the digest is known: can be given
+	haveN     int
+	sums      []*batch // by piece
+	given     []uint16
+	fresh     int               // pieces of have never given
+	hinted    map[int]time.Time // never given, but somebody was pointed to it
+	signers   map[string]bool   // whose batches count, see I2
+	nbrs      map[string]*neighbour
+	avail     []uint16 // neighbours that have a piece
+	wants     map[int][]*request
+	flying    int          // requests under way
+	cursor    int          // first missing piece a reader waits for
+	idle      []*neighbour // that pump may ask
+	dirty     []int
+	flushing  bool      // a flush is due
+	flushed   time.Time // the last one
+	rng       *rand.Rand
+	pace      pace
+	progress  time.Time // last piece that came, or bytes of one
+	sources   map[string]int64
+	distrust  time.Time // until when the swarm is not used for it
+	failure   error     // of this node as home, for leases that come back
+	failedAt  time.Time
+	lastUse   time.Time
+	scanning  bool
+	src       *handle
+}
+
+// handle is an open blob of the store, shared by uploads.
+type handle struct {
+	StoredBlob
+	refs int
+}
+
+// neighbour is another node that takes part in the blob.
+type neighbour struct {
+	l         *link
+	size      int64 // as it says; 0 = it does not know
+	pieceSize int64
+	have      bitmap
+	n         int
+	told      bool // it has our bitmap
+	flying    int
+	busy      time.Time // turned away, ask again then
+	load      byte
+	took      time.Duration // smoothed time of a piece
+	last      time.Time     // a piece came
+}
+
+// request is a piece asked of a neighbour. Only the link's reader touches buf
+// and got until the request is off the link.
+type request struct {
+	blob   *blob
+	nb     *neighbour
+	id     uint32
+	piece  int
+	size   int
+	sent   time.Time
+	moved  atomic.Int64 // last bytes, UnixNano
+	buf    []byte
+	got    int
+	gaveUp bool // guarded by blob.mu
+}
+
+// pace measures how fast pieces come.
+type pace struct {
+	rate  float64 // bytes per second
+	bytes float64
+	since time.Time
+}
+
+func (p *pace) add(n int, now time.Time) {
+	if p.since.IsZero() {
+		p.since = now
+	}
+	p.bytes += float64(n)
+	if d := now.Sub(p.since).Seconds(); d >= 0.1 {
+		r := p.bytes / d
+		if p.rate == 0 {
+			p.rate = r
+		}
+		p.rate += (r - p.rate) / 2
+		p.bytes, p.since = 0, now
+	}
+}
+
+// pause keeps idle time out of the measure.
+func (p *pace) pause() { p.bytes, p.since = 0, time.Time{} }
+
+func (p *pace) resume(now time.Time) {
+	if p.since.IsZero() {
+		p.since = now
+	}
+}
+
+func newBlob(s *Swarm, k key, rng *rand.Rand) *blob {
+	return &blob{
+		s: s, k: k, d: digest.NewDigestFromBytes(digest.SHA256, k[:]),
+		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
+		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
+		sources: make(map[string]int64), rng: rng, lastUse: time.Now(),
+	}
+}
+
+func (b *blob) poke() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// grown is closed when the next piece comes.
+func (b *blob) grown() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.grownCh
+}
+
+// rng0 is a source of chance of its own, for callers without the lock.
+func (b *blob) rng0() *rand.Rand {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return rand.New(rand.NewPCG(b.rng.Uint64(), 0))
+}
+
+// setSize makes the tables once the size is known. A different size later is
+// ignored here; the fill refuses it.
+func (b *blob) setSize(size int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.setSizeLocked(size)
+}
+
+func (b *blob) setSizeLocked(size int64) bool {
+	if b.size != 0 {
+		return b.size == size
+	}
+	ps := b.s.cfg.PieceSize(size)
+	n := pieceCount(size, ps)
+	if n == 0 || n > maxPieces {
+		return false
+	}
+	b.size, b.pieceSize, b.n, b.missing = size, ps, n, n
+	b.here, b.have = newBitmap(n), newBitmap(n)
+	b.sums, b.given, b.avail = make([]*batch, n), make([]uint16, n), make([]uint16, n)
+	for _, nb := range b.nbrs {
+		b.countLocked(nb, +1)
+		nb.told = false
+		b.tellLocked(nb)
+	}
+	close(b.sizedCh)
+	return true
+}
+
+// sized reports the size, 0 while unknown.
+func (b *blob) sized() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.size
+}
+
+func (b *blob) pieceLen(i int) int {
+	return int(min(b.pieceSize, b.size-int64(i)*b.pieceSize))
+}
+
+// fits reports whether a neighbour cuts the blob as this node does.
+func (b *blob) fits(nb *neighbour) bool { return nb.size == b.size && nb.pieceSize == b.pieceSize }
+
+// countLocked adds what a neighbour has to (or takes it from) avail.
+func (b *blob) countLocked(nb *neighbour, by int) {
+	if b.size == 0 || !b.fits(nb) {
+		return
+	}
+	for i := range b.n {
+		if nb.have.has(i) {
+			b.avail[i] = uint16(int(b.avail[i]) + by)
+		}
+	}
+}
+
+// tellLocked sends the neighbour what is here.
+func (b *blob) tellLocked(nb *neighbour) {
+	nb.told = true
+	o := open{blob: b.k, size: b.size, pieceSize: b.pieceSize, have: b.have}
+	nb.l.send(o.append)
+}
+
+// meet makes the peer of a link a neighbour, unless there is no room.
+func (b *blob) meet(l *link) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.meetLocked(l) != nil
+}
+
+func (b *blob) meetLocked(l *link) *neighbour {
+	if nb, ok := b.nbrs[l.peer]; ok && nb.l == l {
+		return nb
+	}
+	if len(b.nbrs) >= maxNeighbours {
+		return nil
+	}
+	if old, ok := b.nbrs[l.peer]; ok {
+		b.partLocked(old)
+	}
+	nb := &neighbour{l: l}
+	b.nbrs[l.peer] = nb
+	b.tellLocked(nb)
+	l.touch()
+	return nb
+}
+
+// opened takes in what a peer says it holds.
+func (b *blob) opened(l *link, o open) {
+	b.mu.Lock()
+	nb := b.meetLocked(l)
+	if nb == nil {
+		b.mu.Unlock()
+		l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		return
+	}
+	b.countLocked(nb, -1)
+	nb.size, nb.pieceSize, nb.have, nb.n = o.size, o.pieceSize, o.have, o.have.count()
+	b.countLocked(nb, +1)
+	b.lastUse = time.Now()
+	b.mu.Unlock()
+	b.poke()
+}
+
+// adopt takes a blob's size from a member that the home vouches for, when the
+// home does not know it. From anybody else it would be hearsay.
+func (b *blob) adopt(l *link, size int64) {
+	b.mu.Lock()
+	f, ok := b.fill, b.size == 0 && b.fill != nil && b.signers[l.peer]
+	b.mu.Unlock()
+	if !ok {
+		return
+	}
+	if err := f.SetSize(size); err != nil {
+		b.s.log.Warn("size of a blob differs", "digest", b.d, "peer", l.node, "bytes", size, "err", err)
+		return
+	}
+	b.setSize(size)
+	b.poke()
+}
+
+// haves takes in what a neighbour got since.
+func (b *blob) haves(l *link, h have) {
+	b.mu.Lock()
+	nb := b.nbrs[l.peer]
+	if nb == nil || nb.l != l || nb.size == 0 {
+		b.mu.Unlock()
+		return
+	}
+	nb.load = h.load
+	fits := b.size != 0 && b.fits(nb)
+	n := pieceCount(nb.size, nb.pieceSize)
+	news := false
+	for _, r := range h.runs {
+		for i := int(r.first); i < min(int(r.first+r.count), n); i++ {
+			if nb.have.has(i) {
+				continue
+			}
+			nb.have.set(i)
+			nb.n++
+			if fits {
+				b.avail[i]++
+				news = news || !b.here.has(i)
+			}
+		}
+	}
+	b.mu.Unlock()
+	if news {
+		b.poke()
+	}
+}
+
+// left drops a peer that no longer takes part, and reports whether it did.
+func (b *blob) left(l *link) bool {
+	b.mu.Lock()
+	nb := b.nbrs[l.peer]
+	here := nb != nil && nb.l == l
+	if here {
+		b.partLocked(nb)
+	}
+	b.mu.Unlock()
+	b.poke()
+	return here
+}
+
+// partLocked removes a neighbour; what was asked of it is asked elsewhere.
+func (b *blob) partLocked(nb *neighbour) {
+	b.countLocked(nb, -1)
+	delete(b.nbrs, nb.l.peer)
+	for _, rs := range b.wants {
+		for _, r := range slices.Clone(rs) {
+			if r.nb == nb {
+				b.giveUpLocked(r)
+			}
+		}
+	}
+}
+
+// giveUpLocked stops waiting for a request.
+func (b *blob) giveUpLocked(r *request) {
+	if r.gaveUp {
+		return
+	}
+	r.gaveUp = true
+	r.nb.flying--
+	b.flying--
+	rs := slices.DeleteFunc(b.wants[r.piece], func(o *request) bool { return o == r })
+	if len(rs) == 0 {
+		delete(b.wants, r.piece)
+	} else {
+		b.wants[r.piece] = rs
+	}
+	b.s.flying.Add(int64(-r.size))
+	if r.nb.l.forget(r.id) != nil {
+		r.nb.l.send(func(p []byte) []byte { return answer{id: r.id}.append(p, frameCancel) })
+	}
+}
+
+type failure int
+
+const (
+	failClosed failure = iota
+	failGone
+	failBusy
+)
+
+// failed is told by the link that a request will not be answered.
+func (b *blob) failed(r *request, why failure) {
+	b.s.buffers.put(r.buf)
+	b.mu.Lock()
+	b.giveUpLocked(r)
+	if why == failGone && r.nb.have.has(r.piece) && b.fits(r.nb) {
+		// It said it had it. Believe it no more for this piece.
+		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
+		b.avail[r.piece]--
+		r.nb.n--
+	}
+	b.mu.Unlock()
+	b.poke()
+}
+
+// busy is a neighbour's word that it will not serve this request now.
+func (b *blob) busy(r *request, a answer) {
+	now := time.Now()
+	wait := time.Duration(min(a.delay, 1000)) * time.Millisecond
+	b.failed(r, failBusy)
+	b.mu.Lock()
+	b.idle = append(b.idle[:0], r.nb)
+	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, false, now) {
+		r.nb.busy = now.Add(wait)
+	}
+	b.mu.Unlock()
+	b.s.after(wait, b.poke)
+}
+
+// received checks a whole piece and gives it to the fill. It runs on the
+// link's reader, so a peer that sends faster than this node can check and
+// write is held back by its own connection.
+func (b *blob) received(r *request) {
+	defer b.s.buffers.put(r.buf)
+	now := time.Now()
+	b.mu.Lock()
+	sum, known := b.sumLocked(r.piece)
+	f, done := b.fill, b.here.has(r.piece)
+	b.mu.Unlock()
+	switch {
+	case f == nil || done:
+	case !known:
+		b.s.log.Debug("piece came without a digest that counts", "digest", b.d, "peer", r.nb.l.node)
+	case sha256.Sum256(r.buf) != [32]byte(sum):
+		b.s.ban(r.nb.l, banDigest)
+	default:
+		_, err := f.From(r.nb.l.node).WriteAt(r.buf, int64(r.piece)*b.pieceSize)
+		if err == nil {
+			b.took(r, now)
+			return
+		}
+		b.s.log.Warn("piece was not taken", "digest", b.d, "err", err)
+	}
+	b.mu.Lock()
+	b.giveUpLocked(r)
+	b.mu.Unlock()
+	b.poke()
+}
+
+// took notes that a piece is written.
+func (b *blob) took(r *request, now time.Time) {
+	b.mu.Lock()
+	nb := r.nb
+	d := now.Sub(r.sent)
+	if nb.took == 0 {
+		nb.took = d
+	}
+	nb.took += (d - nb.took) / 4
+	nb.last, b.progress = now, now
+	b.sources[nb.l.node] += int64(r.size)
+	b.pace.add(r.size, now)
+	b.giveUpLocked(r)
+	for _, twin := range slices.Clone(b.wants[r.piece]) {
+		b.giveUpLocked(twin)
+	}
+	b.gotLocked(r.piece)
+	b.mu.Unlock()
+	b.poke()
+}
+
+// gotLocked notes that a piece is here.
+func (b *blob) gotLocked(i int) {
+	if b.here.has(i) {
+		return
+	}
+	b.here.set(i)
+	b.missing--
+	close(b.grownCh)
+	b.grownCh = make(chan struct{})
+	if b.sums[i] != nil || b.n == 1 {
+		b.offerLocked(i)
+	}
+}
+
+// offerLocked makes a piece that is here and has a digest known to neighbours,
+// soon.
+func (b *blob) offerLocked(i int) {
+	if b.have.has(i) {
+		return
+	}
+	b.have.set(i)
+	b.haveN++
+	if b.given[i] == 0 {
+		b.fresh++
+	}
+	b.dirty = append(b.dirty, i)
+	if !b.flushing {
+		b.flushing = true
+		b.s.after(max(0, coalesce-time.Since(b.flushed)), b.flush)
+	}
+}
+
+// flush pushes the coalesced haves. A neighbour is not told of what it has
+// itself: it could neither ask for it nor count it.
+func (b *blob) flush() {
+	load := b.s.uploads.load()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slices.Sort(b.dirty)
+	dirty := b.dirty
+	b.dirty, b.flushing, b.flushed = nil, false, time.Now()
+	var buf []int
+	for _, nb := range b.nbrs {
+		buf = buf[:0]
+		for _, i := range dirty {
+			if !nb.have.has(i) || !b.fits(nb) {
+				buf = append(buf, i)
+			}
+		}
+		if runs := runsOf(buf); len(runs) > 0 {
+			nb.l.send(have{blob: b.k, load: load, runs: runs}.append)
+		}
+	}
+}
+
+// sumLocked is the digest of a piece.
+func (b *blob) sumLocked(i int) (key, bool) {
+	if b.n == 1 {
+		return b.k, true
+	}
+	if i >= len(b.sums) || b.sums[i] == nil {
+		return key{}, false
+	}
+	for _, p := range b.sums[i].pieces {
+		if int(p.piece) == i {
+			return p.sum, true
+		}
+	}
+	return key{}, false
+}
+
+// acquire opens the blob in the store for an upload.
+func (b *blob) acquire() (*handle, error) {
+	b.mu.Lock()
+	if h := b.src; h != nil {
+		h.refs++
+		b.mu.Unlock()
+		return h, nil
+	}
+	b.mu.Unlock()
+	sb, ok := b.s.cfg.Store.Lookup(b.d)
+	if !ok {
+		return nil, errNotHere
+	}
+	b.mu.Lock()
+	if h := b.src; h != nil { // somebody was faster
+		h.refs++
+		b.mu.Unlock()
+		sb.Close()
+		return h, nil
+	}
+	h := &handle{StoredBlob: sb, refs: 2} // the blob's own and the caller's
+	b.src = h
+	b.mu.Unlock()
+	return h, nil
+}
+
+func (b *blob) release(h *handle) {
+	b.mu.Lock()
+	h.refs--
+	last := h.refs == 0
+	b.mu.Unlock()
+	if last {
+		h.Close()
+	}
+}
+
+// letGo closes the blob's own handle; uploads under way keep theirs.
+func (b *blob) letGo() {
+	b.mu.Lock()
+	h := b.src
+	b.src = nil
+	b.mu.Unlock()
+	if h != nil {
+		b.release(h)
+	}
+}
+
+// withdraw tells neighbours that the blob is no longer to be had here.
+func (b *blob) withdraw() {
+	b.mu.Lock()
+	for _, nb := range b.nbrs {
+		nb.l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		b.partLocked(nb)
+	}
+	if b.size != 0 && b.fill == nil {
+		b.here, b.have = newBitmap(b.n), newBitmap(b.n)
+		b.missing, b.haveN, b.authority = b.n, 0, false
+		b.fresh = 0
+	}
+	b.mu.Unlock()
+	b.letGo()
+}
+
+var _ io.ReaderAt = (*handle)(nil)

@@ -1,0 +1,104 @@
+package peer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+)
+
+// Methods of calls.
+const (
+	methodJoin byte = iota + 1
+	methodPermit
+	methodResolve
+	methodPublic
+	methodDelta
+)
+
+// Statuses of answers.
+const (
+	statusOK byte = iota
+	statusFailed
+	statusBusy
+)
+
+// remoteError is what a peer said went wrong.
+type remoteError struct{ text string }
+
+func (e *remoteError) Error() string { return e.text }
+
+var errBusy = errors.New("peer answers too many questions already")
+
+// ask calls a method whose answer is one JSON value.
+func (l *link) ask(ctx context.Context, method byte, q, a any) error {
+	return l.call(ctx, method, marshal(q), func(c call) error {
+		switch c.method {
+		case statusOK:
+			return json.Unmarshal(c.body, a)
+		case statusBusy:
+			return errBusy
+		}
+		return &remoteError{fmt.Sprintf("peer %s: %s", l.node, truncate(string(c.body), maxStatusLen))}
+	})
+}
+
+// called starts the answer to a question. The reader goes on meanwhile.
+func (s *Swarm) called(l *link, c call) error {
+	if l.asked.Add(1) > maxCalls {
+		l.asked.Add(-1)
+		l.send(call{id: c.id, method: statusBusy}.reply)
+		return nil
+	}
+	l.touch()
+	s.spawn(func(ctx context.Context) {
+		defer l.asked.Add(-1)
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		body, err := s.answer(ctx, l, c)
+		switch {
+		case err != nil:
+			l.send(call{id: c.id, method: statusFailed, body: []byte(truncate(err.Error(), maxStatusLen))}.reply)
+		case len(body) > maxPayload-64:
+			l.send(call{id: c.id, method: statusFailed, body: []byte("answer too long")}.reply)
+		default:
+			l.send(call{id: c.id, body: body}.reply)
+		}
+	})
+	return nil
+}
+
+func (m call) reply(b []byte) []byte { return m.append(b, frameReply) }
+
+// answer answers one question.
+func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
+	switch c.method {
+	case methodJoin:
+		return answerAs(c.body, func(a joinAsk) (joinReply, error) { return s.joined(ctx, l, a) })
+	case methodPermit:
+		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
+	}
+	return nil, fmt.Errorf("method %d is unknown", c.method)
+}
+
+func answerAs[Q, A any](body []byte, f func(Q) (A, error)) ([]byte, error) {
+	q, err := decode[Q](body)
+	if err != nil {
+		return nil, err
+	}
+	a, err := f(q)
+	if err != nil {
+		return nil, err
+	}
+	return marshal(a), nil
+}
+
+func readFull(c net.Conn, p []byte) error {
+	_, err := io.ReadFull(c, p)
+	return err
+}
+
+func cutDigest(d string) (algo, enc string, ok bool) { return strings.Cut(d, ":") }

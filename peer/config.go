@@ -1,0 +1,212 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config is what a Swarm is made of. Store and Origin are required; the zero
+// value of the rest is a lone node.
+type Config struct {
+	// Name is the node's name. It decides which blobs the node is home of, so it
+	// should survive a restart. At most 200 bytes.
+	Name string
+	// Zone groups nodes with cheap links between them; at most 20 bytes.
+	Zone string
+	// Home says whether this node may fetch from upstream for others.
+	Home bool
+	// ZoneScope makes each zone fetch its own copy from upstream.
+	ZoneScope bool
+
+	// Keys are the cluster's secrets, 32 bytes each. The first one signs and
+	// encrypts; all are accepted, so that a key can be rolled. Without keys New
+	// refuses every address that is not loopback.
+	Keys [][]byte
+
+	// Gossip and Data are listen addresses (host:port); an empty Gossip makes no
+	// members but those of AddMember. Advertise is the IP address told to others; empty means
+	// the first that is not loopback. Join lists host:port, names are
+	// re-resolved for as long as Run runs.
+	Gossip, Data, Advertise string
+	Join                    []string
+
+	// MaxUploads bounds pieces being sent or queued, 64 if zero;
+	// MaxUploadBytesPerSecond is a token bucket over all of them, 0 = none.
+	MaxUploads              int
+	MaxUploadBytesPerSecond int64
+	// TagTTL is how long a home answers Resolve from memory.
+	TagTTL time.Duration
+
+	Store  Store
+	Origin Origin
+
+	Logger     *slog.Logger          // nil discards
+	Registerer prometheus.Registerer // nil leaves metrics unregistered
+
+	// Network carries links; nil is TCP. PieceSize must be the cache's own
+	// formula; nil is [PieceSize]. Seed makes choices repeatable in simulations; 0
+	// takes a random one. Sites, if set, replaces DNS in Join.
+	Network   Network
+	PieceSize func(size int64) int64
+	Seed      uint64
+}
+
+// Network is where links run. The package lays mutual TLS over what it returns
+// if there are Keys.
+type Network interface {
+	Listen(addr string) (net.Listener, error)
+	DialContext(ctx context.Context, addr string) (net.Conn, error)
+}
+
+// Blob is a blob of this node, whole or growing. Every method may be called by
+// several goroutines, none may call back into the Swarm.
+type Blob interface {
+	// Size is -1 while unknown.
+	Size() int64
+	// Has reports whether piece i (see [PieceSize]) is here and trusted.
+	Has(piece int) bool
+	// ReadAt reads bytes of pieces that Has; for others it fails or blocks.
+	io.ReaderAt
+	// Changed is closed at the next change of any of the above.
+	Changed() <-chan struct{}
+}
+
+// Fill is a blob this node is fetching.
+type Fill interface {
+	Blob
+	// SetSize decides the size; a different one later is an error that ends the
+	// fill.
+	SetSize(int64) error
+	// Missing returns the first missing run at or after off.
+	Missing(off int64) (start, end int64, ok bool)
+	// Wanted is the lowest offset a reader waits for, else the slowest reader's
+	// position, else the first missing byte.
+	Wanted() int64
+	// From returns the way in for trusted bytes, by where they came from: a
+	// member's node name, or "" for upstream.
+	From(node string) io.WriterAt
+}
+
+// Store is this node's cache as peers may see it.
+type Store interface {
+	// Lookup opens a blob that is here or being filled; it never starts a fill
+	// and does not count as a reader (it must not move Fill.Wanted).
+	Lookup(d digest.Digest) (StoredBlob, bool)
+}
+
+// StoredBlob is a Blob that must be closed.
+type StoredBlob interface {
+	Blob
+	io.Closer
+}
+
+// Want names what a node misses and how upstream knows it.
+type Want struct {
+	Digest     digest.Digest
+	Registry   string // as images name it
+	Repository string
+	Manifest   bool // Digest is a manifest's
+	// Authorization is the client's credential for upstream, "" for none. It is
+	// sent to homes over TLS, kept in memory only, and never logged.
+	Authorization string
+}
+
+// Reference names a tag, or with an empty Tag a repository.
+type Reference struct {
+	Registry, Repository, Tag string
+	Accept                    []string
+	Authorization             string
+}
+
+// Descriptor is what a tag stands for.
+type Descriptor struct {
+	MediaType string
+	Digest    digest.Digest
+	Size      int64
+}
+
+// Origin is how a home asks its own node to turn to upstream.
+type Origin interface {
+	// Fill starts, or joins, the node's fill of the blob and returns without
+	// waiting for it. That fill calls Swarm.Fetch, which finds that this node is
+	// the home. An error (no room, denied) makes the asker try the next home.
+	Fill(ctx context.Context, w Want) error
+	// Resolve asks upstream what a tag stands for.
+	Resolve(ctx context.Context, r Reference) (Descriptor, error)
+	// Public reports whether upstream shows the repository to anyone.
+	Public(ctx context.Context, r Reference) (bool, error)
+}
+
+// Sink takes a blob from upstream. It is the fill seen through the swarm:
+// Missing leaves out what peers are about to deliver, so that a new home
+// fetches only what the swarm has lost.
+type Sink interface {
+	SetSize(int64) error
+	Size() int64
+	Missing(off int64) (start, end int64, ok bool)
+	Wanted() int64
+	WriteAt(p []byte, off int64) (int, error)
+}
+
+// Upstream fetches into the sink from the registry until nothing is Missing.
+type Upstream func(ctx context.Context, into Sink) error
+
+var (
+	// ErrUnsupported means that the swarm cannot carry this blob.
+	ErrUnsupported = errors.New("blob cannot be swarmed")
+	// ErrDistrusted means that the swarm gave a wrong blob under this digest lately
+	// (see Swarm.Distrust); fetch it from upstream alone.
+	ErrDistrusted = errors.New("swarm is distrusted for this blob")
+	// ErrNotRunning means that Run has not started or has ended.
+	ErrNotRunning = errors.New("swarm is not running")
+	// ErrRefused means that no home could get the blob and none permits this node
+	// to try for the swarm.
+	ErrRefused = errors.New("homes cannot get the blob")
+	// ErrStalled means that neither peers nor homes made progress and this node got no
+	// permit to fetch from upstream for the swarm.
+	ErrStalled = errors.New("swarm made no progress")
+)
+
+// PieceSize is the piece size of a blob: the size over 256, rounded up to a power
+// of two, no less than 256 KiB and no more than 8 MiB.
+func PieceSize(size int64) int64 {
+	const least, most = 256 << 10, 8 << 20
+	p := int64(least)
+	for p < most && p*256 < size {
+		p <<= 1
+	}
+	return p
+}
+
+func (c Config) withDefaults() Config {
+	if c.MaxUploads == 0 {
+		c.MaxUploads = 64
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.PieceSize == nil {
+		c.PieceSize = PieceSize
+	}
+	if c.Network == nil {
+		c.Network = tcp{}
+	}
+	return c
+}
+
+// tcp is the Network of real nodes.
+type tcp struct{}
+
+func (tcp) Listen(addr string) (net.Listener, error) { return net.Listen("tcp", addr) }
+
+func (tcp) DialContext(ctx context.Context, addr string) (net.Conn, error) {
+	d := net.Dialer{}
+	return d.DialContext(ctx, "tcp", addr)
+}

@@ -1,0 +1,622 @@
+package peer
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	renewEvery  = 10 * time.Second
+	lookAgain   = 100 * time.Millisecond // how often a fetch looks at its own progress
+	askHomeFor  = 2 * time.Second        // a home that takes longer to answer is silent
+	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
+	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
+	permitWait  = time.Second
+	giveUpAfter = 20 * time.Second // without progress and without a permit
+	distrustFor = 10 * time.Minute
+)
+
+// Fetch completes a fill from the swarm. If this node is the blob's home, and nobody
+// in the swarm has the blob, it fetches it with up; else up is called only when neither peers nor homes make
+// progress and a home permits it.
+//
+// It returns when every byte is in the fill (the caller then checks the
+// whole digest), when ctx ends, or with an error; then the caller should
+// fetch what is missing from upstream by itself. A second Fetch of the same
+// blob at the same time is an error.
+func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
+	k, err := parseKey(w.Digest.String())
+	if err != nil {
+		return err
+	}
+	ctx, stop, err := s.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	b := s.blob(k)
+	if err := b.begin(f); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var tasks sync.WaitGroup
+	tasks.Go(func() { b.watch(ctx, f) })
+	tasks.Go(func() { b.exchange(ctx, f) })
+	x := &fetch{s: s, b: b, w: w, f: f, up: up, tried: make(map[string]bool)}
+	err = x.run(ctx)
+	cancel()
+	tasks.Wait()
+	b.end(err)
+	if err == nil {
+		s.spawn(func(ctx context.Context) { b.settle(ctx, x.home) })
+		return nil
+	}
+	return fmt.Errorf("swarm %s: %w", w.Digest, err)
+}
+
+// Distrust says that a blob that Fetch completed did not match its digest. Until
+// some minutes later Fetch refuses this blob, and what is known of its pieces is
+// forgotten.
+func (s *Swarm) Distrust(w Want) {
+	k, err := parseKey(w.Digest.String())
+	if err != nil {
+		return
+	}
+	b := s.blob(k)
+	b.mu.Lock()
+	b.distrust = time.Now().Add(distrustFor)
+	clear(b.sums)
+	clear(b.signers)
+	b.mu.Unlock()
+	b.withdraw()
+}
+
+// begin makes f the fill of the blob.
+func (b *blob) begin(f Fill) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.fill != nil:
+		return fmt.Errorf("fetch %s: already under way", b.d)
+	case time.Now().Before(b.distrust):
+		return ErrDistrusted
+	}
+	b.fill, b.authority = f, false
+	b.failure = nil
+	b.progress = time.Now()
+	b.pace = pace{}
+	clear(b.sources)
+	if b.size != 0 {
+		b.here, b.have, b.missing, b.haveN = newBitmap(b.n), newBitmap(b.n), b.n, 0
+		b.cursor, b.fresh = 0, 0
+	}
+	return nil
+}
+
+// end detaches the fill and gives up what is still asked for.
+func (b *blob) end(err error) {
+	b.mu.Lock()
+	for _, rs := range b.wants {
+		for _, r := range slices.Clone(rs) {
+			b.giveUpLocked(r)
+		}
+	}
+	b.fill, b.lastUse = nil, time.Now()
+	b.mu.Unlock()
+	if err != nil {
+		b.fail(err)
+		b.withdraw()
+	}
+	b.letGo()
+}
+
+// settle waits for the store to commit the blob, and then offers all of it.
+func (b *blob) settle(ctx context.Context, home bool) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	h, err := b.acquire()
+	if err != nil {
+		return
+	}
+	err = awaitPieces(ctx, h, b.n)
+	b.release(h)
+	if err == nil {
+		err = b.seed()
+	}
+	if err != nil {
+		b.s.log.Debug("blob is not offered", "digest", b.d, "err", err)
+	}
+}
+
+// awaitPieces waits until all pieces are in the store.
+func awaitPieces(ctx context.Context, src Blob, n int) error {
+	for {
+		changed := src.Changed()
+		if hasAll(src, n) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func hasAll(src Blob, n int) bool {
+	for i := range n {
+		if !src.Has(i) {
+			return false
+		}
+	}
+	return n > 0
+}
+
+// watch brings what changes in the fill to the blob.
+func (b *blob) watch(ctx context.Context, f Fill) {
+	for {
+		changed := f.Changed()
+		if err := b.scan(f); err != nil {
+			b.s.log.Warn("piece digests cannot be made", "digest", b.d, "err", err)
+		}
+		b.moveCursor(f.Wanted())
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (b *blob) moveCursor(off int64) {
+	b.mu.Lock()
+	if b.size != 0 {
+		b.cursor = b.firstMissing(min(max(int(off/b.pieceSize), 0), b.n-1))
+	}
+	b.mu.Unlock()
+	b.poke()
+}
+
+// firstMissing is the first missing piece at or after i, or else of all.
+func (b *blob) firstMissing(i int) int {
+	for j := range b.n {
+		if p := (i + j) % b.n; !b.here.has(p) {
+			return p
+		}
+	}
+	return 0
+}
+
+// exchange asks neighbours for pieces until ctx ends.
+func (b *blob) exchange(ctx context.Context, f Fill) {
+	for {
+		select {
+		case <-b.wake:
+		case <-ctx.Done():
+			return
+		}
+		b.mu.Lock()
+		b.pump(time.Now())
+		b.mu.Unlock()
+	}
+}
+
+// fetch is one call of Fetch.
+type fetch struct {
+	s    *Swarm
+	b    *blob
+	w    Want
+	f    Fill
+	up   Upstream
+	home bool // this node is the one that goes upstream
+
+	joined   string // the home that answered
+	joinedAt time.Time
+	homeLink *link // while the home is a neighbour
+	tried    map[string]bool
+	refused  error
+}
+
+func (x *fetch) whole() bool {
+	_, _, missing := x.f.Missing(0)
+	return x.f.Size() >= 0 && !missing
+}
+
+// run finds the home, and goes on until the fill is whole.
+func (x *fetch) run(ctx context.Context) error {
+	if size := x.f.Size(); size >= 0 {
+		x.b.setSize(size)
+	}
+	for ctx.Err() == nil {
+		if x.whole() {
+			return nil
+		}
+		if err := x.step(ctx); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// step finds a home, or is one, and exchanges until that has to change.
+func (x *fetch) step(ctx context.Context) error {
+	for _, m := range x.route() {
+		if m.Name == x.s.self.Name {
+			return x.asHome(ctx)
+		}
+		if x.s.roster.isDown(m.Name) || x.tried[m.Name] {
+			continue
+		}
+		err := x.join(ctx, m, false)
+		if err == nil {
+			return x.takePart(ctx)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", err)
+		x.tried[m.Name] = true
+		x.refused = errors.Join(x.refused, err)
+	}
+	// Nobody else is left. A home that answered, but could not help, still
+	// keeps count of who goes upstream.
+	if !x.permit(ctx) {
+		return fmt.Errorf("%w: %w", ErrRefused, x.refused)
+	}
+	return x.asHome(ctx)
+}
+
+// route lists the homes to ask, in order; this node itself, where it stands in
+// the list, is the one that goes upstream. The homes of the zone come first; a
+// zone's first home goes on to the cluster's (I4).
+func (x *fetch) route() []*Member {
+	v := x.s.roster.view.Load()
+	zone := v.homes(x.b.k, x.s.cfg.Zone, true)
+	if x.s.cfg.ZoneScope {
+		return zone
+	}
+	for i, m := range zone {
+		if m.Name == x.s.self.Name {
+			// The zone's homes before this one, then the cluster's, which may
+			// name this node again.
+			return append(zone[:i:i], v.homes(x.b.k, "", false)...)
+		}
+	}
+	return append(zone, v.homes(x.b.k, "", false)...)
+}
+
+// join asks a home, takes what it says, and links with whom it names.
+func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
+	l, err := x.s.connect(ctx, m)
+	if err != nil {
+		return err
+	}
+	ask := joinAsk{Digest: x.w.Digest.String(), Registry: x.w.Registry, Repository: x.w.Repository, Manifest: x.w.Manifest,
+		Authorization: x.w.Authorization, Zone: x.s.cfg.Zone, Have: x.b.held(), Stalled: stalled}
+	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
+	defer cancel()
+	var reply joinReply
+	if err := l.ask(cctx, methodJoin, ask, &reply); err != nil {
+		if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+			x.s.roster.unreachable(m.Name)
+		}
+		return err
+	}
+	if reply.Refused != "" {
+		return errors.New(reply.Refused)
+	}
+	return x.accept(ctx, m, l, reply)
+}
+
+// accept follows a home's answer.
+func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply) error {
+	if reply.Size != 0 {
+		if reply.Size < 0 || reply.Size > maxBlobSize {
+			x.s.ban(l, banProtocol)
+			return fmt.Errorf("home says %d bytes", reply.Size)
+		}
+		if err := x.f.SetSize(reply.Size); err != nil {
+			return fmt.Errorf("home says %d bytes: %w", reply.Size, err)
+		}
+		x.b.setSize(reply.Size)
+	}
+	x.b.vouch(append(reply.Vouch[:min(len(reply.Vouch), maxSigners)], m.Name))
+	x.joined, x.joinedAt = m.Name, time.Now()
+	if len(reply.Body) > 0 {
+		return x.inline(l, reply.Body)
+	}
+	x.homeLink = nil
+	if reply.Stay && x.b.meet(l) {
+		x.homeLink = l
+	}
+	if reply.Moving {
+		x.b.moved(time.Now().Add(-stallRejoin / 2))
+	}
+	for _, name := range reply.Meet[:min(len(reply.Meet), 4*introduce)] {
+		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
+	}
+	return nil
+}
+
+// meet links with a neighbour.
+func (x *fetch) meet(ctx context.Context, name string) {
+	m, ok := x.s.roster.get(name)
+	if !ok || name == x.s.self.Name || !x.b.active() {
+		return
+	}
+	if l, err := x.s.connect(ctx, m); err == nil {
+		x.b.meet(l)
+	}
+}
+
+// inline takes a small blob that came with the answer.
+func (x *fetch) inline(l *link, body []byte) error {
+	if x.f.Size() != int64(len(body)) || key(sha256.Sum256(body)) != x.b.k {
+		x.s.ban(l, banDigest)
+		return errWrongBlob
+	}
+	_, err := x.f.From(l.node).WriteAt(body, 0)
+	return err
+}
+
+// takePart waits while neighbours deliver. It returns nil when there is
+// another step to take.
+func (x *fetch) takePart(ctx context.Context) error {
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	rejoined := time.Now()
+	for !x.whole() {
+		select {
+		case <-x.b.grown():
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		now := time.Now()
+		idle, neighbours := x.b.look(now)
+		switch {
+		case idle > stallFetch:
+			return x.ownFetch(ctx, idle)
+		case now.Sub(x.joinedAt) > renewEvery, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
+			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second:
+			rejoined = now
+			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
+				return nil // the next home
+			}
+		}
+	}
+	return nil
+}
+
+// rejoin renews the lease and asks for more neighbours.
+func (x *fetch) rejoin(ctx context.Context, stalled bool) error {
+	m, ok := x.s.roster.get(x.joined)
+	if !ok {
+		return errLinkClosed
+	}
+	err := x.join(ctx, m, stalled)
+	if err != nil {
+		x.tried[m.Name] = true
+	}
+	return err
+}
+
+// homeless reports whether the home was a neighbour and is gone.
+func (x *fetch) homeless() bool {
+	if x.homeLink == nil {
+		return false
+	}
+	select {
+	case <-x.homeLink.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// asHome fetches from upstream what nobody in the swarm has.
+func (x *fetch) asHome(ctx context.Context) error {
+	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
+	if err := x.fromHolders(ctx); err != nil || x.whole() {
+		return err
+	}
+	x.b.home.mu.Lock()
+	resumed := x.b.home.resumed
+	x.b.home.mu.Unlock()
+	if resumed {
+		x.rest(ctx, resumeWait)
+	}
+	return x.upstream(ctx)
+}
+
+// fromHolders tries the members that hold the whole blob, before upstream.
+func (x *fetch) fromHolders(ctx context.Context) error {
+	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
+	if len(holders) == 0 {
+		return nil
+	}
+	x.b.vouch(holders)
+	for _, name := range holders {
+		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
+	}
+	for ctx.Err() == nil && !x.whole() {
+		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 {
+			return nil
+		}
+		x.rest(ctx, lookAgain)
+	}
+	return ctx.Err()
+}
+
+// rest waits for d, or for the next piece.
+func (x *fetch) rest(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// upstream fetches until the fill is whole: first what no neighbour has, then,
+// if neighbours do not deliver what they have, everything.
+func (x *fetch) upstream(ctx context.Context) error {
+	x.home = true
+	x.b.mu.Lock()
+	x.b.authority = true
+	x.b.mu.Unlock()
+	sink := &sink{x: x, w: x.f.From("")}
+	for !x.whole() {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err := x.up(ctx, sink); err != nil {
+			return err
+		}
+		if x.whole() {
+			break
+		}
+		x.rest(ctx, lookAgain)
+		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 {
+			sink.all = true
+		}
+	}
+	return nil
+}
+
+// ownFetch goes upstream beside the home, if a home permits it or none answers.
+func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
+	if x.permit(ctx) {
+		x.s.log.Info("swarm stalls, fetching from upstream", "digest", x.w.Digest)
+		return x.upstream(ctx)
+	}
+	if idle > giveUpAfter {
+		return ErrStalled
+	}
+	x.rest(ctx, permitWait)
+	return nil
+}
+
+func (x *fetch) permit(ctx context.Context) bool {
+	for _, m := range x.route() {
+		if m.Name == x.s.self.Name {
+			return x.b.home.permit(time.Now())
+		}
+		l, err := x.s.connect(ctx, m)
+		if err != nil {
+			continue
+		}
+		cctx, cancel := context.WithTimeout(ctx, permitWait)
+		var reply permitReply
+		err = l.ask(cctx, methodPermit, permitAsk{x.w.Digest.String()}, &reply)
+		cancel()
+		if err == nil {
+			return reply.Granted
+		}
+	}
+	return true
+}
+
+// sink is the fill as the node's upstream client sees it.
+type sink struct {
+	x   *fetch
+	w   io.WriterAt
+	all bool
+}
+
+func (k *sink) SetSize(n int64) error {
+	if err := k.x.f.SetSize(n); err != nil {
+		return err
+	}
+	k.x.b.setSize(n)
+	return nil
+}
+
+func (k *sink) Size() int64   { return k.x.f.Size() }
+func (k *sink) Wanted() int64 { return k.x.f.Wanted() }
+
+// WriteAt counts as progress before a piece is whole: pieces of 8 MiB may take
+// seconds each.
+func (k *sink) WriteAt(p []byte, off int64) (int, error) {
+	n, err := k.w.WriteAt(p, off)
+	if n > 0 {
+		k.x.b.moved(time.Now())
+	}
+	return n, err
+}
+
+func (b *blob) moved(at time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if at.After(b.progress) {
+		b.progress = at
+	}
+}
+
+// Missing leaves out pieces that neighbours hold or are sending.
+func (k *sink) Missing(off int64) (start, end int64, ok bool) {
+	for {
+		start, end, ok = k.x.f.Missing(off)
+		if !ok || k.all {
+			return start, end, ok
+		}
+		s, e := k.x.b.lost(start, end)
+		if s < e {
+			return s, e, true
+		}
+		off = end
+	}
+}
+
+// lost returns the first run within [start, end) that no neighbour has.
+func (b *blob) lost(start, end int64) (int64, int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size == 0 {
+		return start, end
+	}
+	for start < end {
+		i := int(start / b.pieceSize)
+		if i >= b.n || (b.avail[i] == 0 && b.wants[i] == nil) {
+			break
+		}
+		start = int64(i+1) * b.pieceSize
+	}
+	at := start
+	for at < end {
+		i := int(at / b.pieceSize)
+		if i >= b.n || b.avail[i] > 0 || b.wants[i] != nil {
+			break
+		}
+		at = int64(i+1) * b.pieceSize
+	}
+	return min(start, end), min(at, end)
+}
+
+// held is how many pieces are here.
+func (b *blob) held() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.n - b.missing
+}
+
+// look reports for how long nothing came, and how many neighbours there are.
+func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	last := b.progress
+	for _, rs := range b.wants {
+		for _, r := range rs {
+			if t := time.Unix(0, r.moved.Load()); t.After(r.sent) && t.After(last) {
+				last = t
+			}
+		}
+	}
+	return now.Sub(last), len(b.nbrs)
+}

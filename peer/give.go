@@ -1,0 +1,107 @@
+package peer
+
+import "time"
+
+// hintTime is how long a hint keeps others from the same one.
+const hintTime = 30 * time.Millisecond
+
+// asked answers a request for a piece: it is queued, or the asker hears at
+// once that it should go elsewhere (I5).
+func (b *blob) asked(l *link, w want) {
+	u := b.grant(l, w)
+	if u == nil {
+		l.send(func(p []byte) []byte { return answer{id: w.id, hint: noHint}.append(p, frameGone) })
+		return
+	}
+	l.touch()
+	if wait, ok := b.s.uploads.add(u); !ok {
+		b.refused(u)
+		u.refuse(wait)
+	}
+}
+
+// grant makes the upload of a piece that is here, and counts it as given.
+func (b *blob) grant(l *link, w want) *upload {
+	source := b.isHome()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := int(w.piece)
+	if b.size == 0 || i >= b.n || !b.have.has(i) {
+		return nil
+	}
+	u := &upload{l: l, blob: b, id: w.id, piece: i, size: b.pieceLen(i), given: int(b.given[i]), hint: noHint, spare: spare}
+	if w.needDigest && b.n > 1 {
+		u.batch = b.sums[i]
+	}
+	b.lastUse = time.Now()
+	source = source || b.sourceLocked()
+	switch {
+	case l.zone != b.s.cfg.Zone && !b.sourceLocked():
+		// Another zone has its own home; what this one spares is for nobody else.
+		u.foreign, u.spare = true, spareFresh
+		u.given = max(u.given, 1)
+		return u
+	case b.fresh > 0 && source:
+		u.spare, u.hinted = spareFresh, true
+	}
+	if b.given[i] == 0 {
+		b.fresh--
+		delete(b.hinted, i)
+	}
+	b.given[i]++
+	return u
+}
+
+// sourceLocked reports whether this node may have pieces that nobody else has
+// yet: it fetches from upstream, or held the blob before.
+func (b *blob) sourceLocked() bool { return b.authority || b.haveN == b.n }
+
+// refused takes back that a piece was given, and finds a better one.
+func (b *blob) refused(u *upload) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if u.foreign {
+		return
+	}
+	if u.hinted && u.given > 0 {
+		u.hint = b.hintLocked(u.l)
+	}
+	b.given[u.piece]--
+	if b.given[u.piece] == 0 {
+		b.fresh++
+	}
+}
+
+// hintLocked is a piece never given that the asker lacks and that nobody else
+// was just pointed to.
+func (b *blob) hintLocked(l *link) uint32 {
+	nb := b.nbrs[l.peer]
+	if nb == nil {
+		return noHint
+	}
+	now := time.Now()
+	if b.hinted == nil {
+		b.hinted = make(map[int]time.Time)
+	}
+	for i, n := b.n-1, 0; i >= 0 && n < window; i-- {
+		if !b.have.has(i) || b.given[i] > 0 || nb.have.has(i) {
+			continue
+		}
+		n++
+		if now.Sub(b.hinted[i]) > hintTime {
+			b.hinted[i] = now
+			return uint32(i)
+		}
+	}
+	return noHint
+}
+
+// forgetGiven starts a new count: what was given to an earlier storm says nothing
+// about the next.
+func (b *blob) forgetGiven() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.given)
+	clear(b.hinted)
+	b.fresh = b.haveN
+}

@@ -1,0 +1,370 @@
+package peer
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	lease        = 30 * time.Second
+	maxLeases    = 20000                  // of one blob
+	introduce    = 10                     // neighbours named to one that joins; links count for both sides
+	homeDegree   = 24                     // neighbours a home keeps for itself
+	sizeWait     = 300 * time.Millisecond // an answer waits so long for the size
+	inlineMax    = 16 << 10               // blobs up to this ride in the answer
+	permitsMax   = 2                      // upstream fetches beside the home's own, per blob and home
+	failMemory   = 3 * time.Second
+	resumeWait   = 150 * time.Millisecond // a new home listens for what the swarm has
+	maxStatusLen = 256
+)
+
+// meeting is what a node keeps of a blob as its home: who takes part. It stands
+// in for a tracker.
+type meeting struct {
+	mu      sync.Mutex // guards the following
+	members map[string]*attendee
+	names   []string // of members, in no order
+	permits []time.Time
+	resumed bool      // somebody came with pieces: another home was here before
+	doubted time.Time // when somebody last did, so likely because that home is gone
+	stalled bool      // somebody has holders and no progress
+}
+
+type attendee struct {
+	until  time.Time
+	at     int // index in names
+	named  int // how often it was introduced to others
+	zone   string
+	whole  bool
+	upward bool
+}
+
+// join notes that a member takes part and returns whom it should meet.
+func (m *meeting) join(name, zone string, whole bool, rng *rand.Rand) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.members == nil {
+		m.members = make(map[string]*attendee)
+	}
+	out := m.introduceLocked(name, zone, rng)
+	a := m.members[name]
+	if a == nil && len(m.names) < maxLeases {
+		a = &attendee{at: len(m.names), zone: zone}
+		m.members[name] = a
+		m.names = append(m.names, name)
+	}
+	if a != nil {
+		a.until, a.whole = time.Now().Add(lease), whole
+	}
+	return out
+}
+
+// introduceLocked picks neighbours. Of two drawn by chance the one that was named less
+// is taken, which keeps degrees even although early members are there for all
+// the draws; the same zone is preferred.
+func (m *meeting) introduceLocked(self, zone string, rng *rand.Rand) (out []string) {
+	now := time.Now()
+	taken := map[string]bool{self: true}
+	for tries := 0; len(out) < introduce && tries < 6*introduce && len(m.names) > 0; tries++ {
+		var best string
+		for range 2 {
+			n := m.names[rng.IntN(len(m.names))]
+			a := m.members[n]
+			if taken[n] || now.After(a.until) || (a.zone != zone && tries < 4*introduce) {
+				continue
+			}
+			if best == "" || a.named < m.members[best].named {
+				best = n
+			}
+		}
+		if best != "" {
+			taken[best] = true
+			m.members[best].named++
+			out = append(out, best)
+		}
+	}
+	return out
+}
+
+// doubt reports when somebody came here because the home above is gone.
+func (m *meeting) doubt() time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.doubted
+}
+
+// isHome reports whether anybody meets here.
+func (b *blob) isHome() bool {
+	b.home.mu.Lock()
+	defer b.home.mu.Unlock()
+	return len(b.home.names) > 0
+}
+
+func (m *meeting) forget(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.forgetLocked(name)
+}
+
+func (m *meeting) forgetLocked(name string) {
+	a, ok := m.members[name]
+	if !ok {
+		return
+	}
+	last := m.names[len(m.names)-1]
+	m.names[a.at], m.members[last].at = last, a.at
+	m.names = m.names[:len(m.names)-1]
+	delete(m.members, name)
+}
+
+// expire drops leases that ran out and reports how many are left.
+func (m *meeting) expire(now time.Time) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, n := range slices.Clone(m.names) {
+		if now.After(m.members[n].until) {
+			m.forgetLocked(n)
+		}
+	}
+	return len(m.names)
+}
+
+// permit allows one more fetch from upstream for the blob, if there were not
+// too many lately.
+func (m *meeting) permit(now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.permits = slices.DeleteFunc(m.permits, func(t time.Time) bool { return now.Sub(t) > lease })
+	if len(m.permits) >= permitsMax {
+		return false
+	}
+	m.permits = append(m.permits, now)
+	return true
+}
+
+// joinAsk is what a node that misses a blob sends to its home, at first and to renew its lease.
+type joinAsk struct {
+	Digest        string
+	Registry      string `json:",omitempty"`
+	Repository    string `json:",omitempty"`
+	Authorization string `json:",omitempty"`
+	Manifest      bool   `json:",omitempty"`
+	Zone          string `json:",omitempty"`
+	Have          int    `json:",omitempty"` // pieces, all of them if Whole
+	Whole         bool   `json:",omitempty"`
+	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
+}
+
+// joinReply is all that a node needs to take part: one round trip. Piece digests
+// travel with the pieces (I2).
+type joinReply struct {
+	Size    int64    `json:",omitempty"` // 0 = the home does not know yet
+	Meet    []string `json:",omitempty"` // members to link with
+	Vouch   []string `json:",omitempty"` // whose piece digests count
+	Stay    bool     `json:",omitempty"` // the home itself is a neighbour
+	Body    []byte   `json:",omitempty"` // all of a small blob
+	Moving  bool     `json:",omitempty"` // the home itself got bytes lately
+	Refused string   `json:",omitempty"` // ask the next home: why
+}
+
+// joined answers a node that misses a blob.
+func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, error) {
+	k, err := parseKey(ask.Digest)
+	if err != nil {
+		return joinReply{}, err
+	}
+	b := s.blob(k)
+	b.note(l, ask)
+	reply := joinReply{Meet: b.home.join(l.peer, l.zone, ask.Whole, b.rng0()), Vouch: b.vouched()}
+	if ask.Whole {
+		return joinReply{}, nil
+	}
+	holders := s.holders(k, l.zone)
+	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
+	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
+		reply.Refused = truncate(err.Error(), maxStatusLen)
+		return reply, nil
+	}
+	reply.Meet = append(reply.Meet, holders...)
+	reply.Vouch = append(reply.Vouch, holders...)
+	b.awaitSize(ctx, sizeWait)
+	reply.Size = b.sized()
+	idle, _ := b.look(time.Now())
+	reply.Moving = b.active() && idle < stallRejoin/2
+	if reply.Body = b.inline(); reply.Body == nil {
+		reply.Stay = b.stay(l)
+	}
+	return reply, nil
+}
+
+// note keeps what an asker tells of the swarm's past.
+func (b *blob) note(l *link, ask joinAsk) {
+	b.mu.Lock()
+	b.lastUse = time.Now()
+	b.mu.Unlock()
+	b.home.mu.Lock()
+	defer b.home.mu.Unlock()
+	if ask.Have > 0 && b.home.members[l.peer] == nil {
+		b.home.resumed, b.home.doubted = true, time.Now()
+	}
+	b.home.stalled = b.home.stalled || ask.Stalled
+}
+
+// gather makes sure that the blob is here, on its way, or held by somebody.
+func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) error {
+	if b.active() {
+		return nil
+	}
+	if b.offered() > 0 && b.whole() {
+		return nil
+	}
+	if err := s.seedFromStore(b); err == nil {
+		return nil
+	}
+	if held && !ask.Stalled {
+		return nil
+	}
+	if err := b.recentFailure(); err != nil {
+		return err
+	}
+	err := s.cfg.Origin.Fill(ctx, Want{Digest: b.d, Registry: ask.Registry, Repository: ask.Repository,
+		Manifest: ask.Manifest, Authorization: ask.Authorization})
+	if err != nil {
+		return fmt.Errorf("home %s: %w", s.self.Node, err)
+	}
+	return nil
+}
+
+// stay makes the asker a neighbour of the home while there is room.
+func (b *blob) stay(l *link) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, ok := b.nbrs[l.peer]; !ok && len(b.nbrs) >= homeDegree {
+		return false
+	}
+	return b.meetLocked(l) != nil
+}
+
+// inline returns the whole of a small blob that is here.
+func (b *blob) inline() []byte {
+	b.mu.Lock()
+	size, n := b.size, b.haveN
+	b.mu.Unlock()
+	if size <= 0 || size > inlineMax || n != 1 {
+		return nil
+	}
+	h, err := b.acquire()
+	if err != nil {
+		return nil
+	}
+	defer b.release(h)
+	p := make([]byte, size)
+	if m, _ := h.ReadAt(p, 0); int64(m) < size {
+		return nil
+	}
+	return p
+}
+
+// awaitSize waits for the size to be known; for a blob that fits into the answer also
+// for its bytes.
+func (b *blob) awaitSize(ctx context.Context, atMost time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, atMost)
+	defer cancel()
+	select {
+	case <-b.sizedCh:
+	case <-ctx.Done():
+	}
+	if size := b.sized(); size > 0 && size <= inlineMax {
+		b.awaitWhole(ctx)
+	}
+}
+
+// awaitWhole waits until every piece can be given.
+func (b *blob) awaitWhole(ctx context.Context) {
+	for !b.whole() {
+		select {
+		case <-b.grown():
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (b *blob) vouched() (out []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for n := range b.signers {
+		out = append(out, n)
+	}
+	return append(out, b.s.self.Name)
+}
+
+func (b *blob) active() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.fill != nil
+}
+
+func (b *blob) offered() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.haveN
+}
+
+func (b *blob) whole() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.n > 0 && b.haveN == b.n
+}
+
+func (b *blob) fail(err error) {
+	b.mu.Lock()
+	b.failure, b.failedAt = err, time.Now()
+	b.mu.Unlock()
+}
+
+// recentFailure keeps a home whose fetch just failed from trying again for
+// every node that asks.
+func (b *blob) recentFailure() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if time.Since(b.failedAt) > failMemory {
+		return nil
+	}
+	return b.failure
+}
+
+func truncate(s string, n int) string { return s[:min(len(s), n)] }
+
+// permitAsk asks a home whether this node may fetch from upstream although it
+// is not the home.
+type permitAsk struct{ Digest string }
+
+type permitReply struct{ Granted bool }
+
+func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
+	k, err := parseKey(ask.Digest)
+	if err != nil {
+		return permitReply{}, err
+	}
+	b := s.blob(k)
+	ok := b.home.permit(time.Now())
+	if ok {
+		b.vouch([]string{l.peer})
+	}
+	return permitReply{ok}, nil
+}
+
+// decode reads a call's body; it is at most one frame long.
+func decode[T any](body []byte) (T, error) {
+	var v T
+	if err := json.Unmarshal(body, &v); err != nil {
+		return v, fmt.Errorf("%w: %w", errWire, err)
+	}
+	return v, nil
+}

@@ -1,0 +1,432 @@
+package peer
+
+import (
+	"bufio"
+	"context"
+	"crypto/ed25519"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	silence     = 2 * time.Second        // a peer not heard of for so long is gone
+	pingEvery   = 500 * time.Millisecond // below silence by enough for a lost second
+	idleLink    = 20 * time.Second       // a link without a common blob is closed
+	connectTime = 500 * time.Millisecond // for TCP; a blackholed member costs no more
+	helloTime   = silence                // for TLS and the first frame, on a loaded node
+	maxOut      = 1 << 20                // control bytes that wait for a peer that does not read
+	maxLinks    = 2048
+	maxCalls    = 64 // questions of one peer being answered
+)
+
+// link is the one connection between two nodes, whoever dialed. Control
+// frames overtake piece bytes at the next chunk; there is one reader and one
+// writer goroutine, and nobody else touches the connection.
+type link struct {
+	s      *Swarm
+	peer   string // member name
+	node   string
+	zone   string
+	key    ed25519.PublicKey
+	dialed bool
+	conn   net.Conn
+	heard  atomic.Int64 // last bytes from the peer, UnixNano
+	used   atomic.Int64 // last time a blob or a call needed the link
+	asked  atomic.Int32 // questions being answered
+	done   chan struct{}
+
+	sent, received atomic.Int64 // piece bytes
+
+	mu     sync.Mutex // guards the following
+	out    []byte     // control frames
+	spare  []byte
+	bulk   []*upload // granted by uploads, sent in order
+	calls  map[uint32]chan call
+	wants  map[uint32]*request
+	nextID uint32
+	lastTx time.Time
+	closed error
+	wake   chan struct{}
+}
+
+var (
+	errLinkClosed = errors.New("link closed")
+	errSilent     = errors.New("peer is silent")
+	errBacklog    = errors.New("peer does not read")
+	errReplaced   = errors.New("replaced by the peer's own link")
+	errIdle       = errors.New("idle")
+	errBanned     = errors.New("peer is banned")
+	errMembers    = errors.New("too many links")
+)
+
+// heardConn notes when bytes arrive, so that a peer in the middle of a long
+// frame is not silent.
+type heardConn struct {
+	net.Conn
+	l *link
+}
+
+func (c heardConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.l.heard.Store(time.Now().UnixNano())
+	}
+	return n, err
+}
+
+func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
+	l := &link{
+		s: s, peer: m.Name, node: m.Node, zone: m.Zone, key: m.Key, dialed: dialed, conn: conn,
+		done: make(chan struct{}), calls: make(map[uint32]chan call), wants: make(map[uint32]*request),
+		wake: make(chan struct{}, 1), lastTx: time.Now(),
+	}
+	now := time.Now().UnixNano()
+	l.heard.Store(now)
+	l.used.Store(now)
+	return l
+}
+
+func (l *link) touch() { l.used.Store(time.Now().UnixNano()) }
+
+// send queues control frames; it never blocks. Frames to a closed link are
+// dropped: its end is told to every blob anyway.
+func (l *link) send(put func([]byte) []byte) {
+	l.mu.Lock()
+	if l.closed == nil {
+		l.out = put(l.out)
+	}
+	over := len(l.out) > maxOut
+	l.mu.Unlock()
+	if over {
+		l.close(errBacklog)
+		return
+	}
+	l.poke()
+}
+
+func (l *link) poke() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// close ends the link, once. The reader then tells everyone.
+func (l *link) close(why error) {
+	l.mu.Lock()
+	first := l.closed == nil
+	if first {
+		l.closed = why
+	}
+	l.mu.Unlock()
+	if first {
+		close(l.done)
+		l.conn.Close()
+	}
+}
+
+// run serves the link until it ends and returns why.
+func (l *link) run() error {
+	var writer sync.WaitGroup
+	writer.Go(l.write)
+	err := l.read()
+	if errors.Is(err, errWire) {
+		l.s.bans.add(l.node, banProtocol)
+	}
+	l.close(fmt.Errorf("%w: %w", errLinkClosed, err))
+	writer.Wait()
+	return l.settle()
+}
+
+// settle fails what the link still owed.
+func (l *link) settle() error {
+	l.mu.Lock()
+	wants, calls, bulk, why := l.wants, l.calls, l.bulk, l.closed
+	l.wants, l.calls, l.bulk, l.out = nil, nil, nil, nil
+	l.mu.Unlock()
+	for _, c := range calls {
+		close(c)
+	}
+	for _, r := range wants {
+		r.blob.failed(r, failClosed)
+	}
+	for _, u := range bulk {
+		l.s.uploads.finished(u)
+	}
+	return why
+}
+
+func (l *link) read() error {
+	br := bufio.NewReaderSize(heardConn{l.conn, l}, 8<<10)
+	var small [1024]byte
+	for {
+		var h [frameHeader]byte
+		if _, err := io.ReadFull(br, h[:]); err != nil {
+			return err
+		}
+		t, n, err := parseHeader(h)
+		if err != nil {
+			return err
+		}
+		if t == frameData {
+			err = l.readData(br, n)
+		} else {
+			p := small[:]
+			if n > len(p) {
+				p = make([]byte, n)
+			}
+			if _, err = io.ReadFull(br, p[:n]); err == nil {
+				err = l.s.handle(l, t, p[:n])
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// readData puts piece bytes where they were asked for, and drops those nobody
+// waits for any more.
+func (l *link) readData(br *bufio.Reader, n int) error {
+	if n < dataHead {
+		return errWire
+	}
+	var h [dataHead]byte
+	if _, err := io.ReadFull(br, h[:]); err != nil {
+		return err
+	}
+	id, off := binary.BigEndian.Uint32(h[:]), int(binary.BigEndian.Uint32(h[4:]))
+	n -= dataHead
+	l.mu.Lock()
+	r := l.wants[id]
+	l.mu.Unlock()
+	if r == nil {
+		_, err := br.Discard(n)
+		return err
+	}
+	if off != r.got || n > r.size-r.got || n == 0 {
+		return fmt.Errorf("%w: bytes %d+%d of a piece of %d, expected %d", errWire, off, n, r.size, r.got)
+	}
+	if r.buf == nil {
+		r.buf = l.s.buffers.get(r.size)
+	}
+	if _, err := io.ReadFull(br, r.buf[r.got:r.got+n]); err != nil {
+		return err
+	}
+	r.got += n
+	r.moved.Store(time.Now().UnixNano())
+	l.received.Add(int64(n))
+	if r.got == r.size && l.forget(id) != nil {
+		r.blob.received(r)
+	}
+	return nil
+}
+
+// forget takes a request off the link; nil if it is not there any more.
+func (l *link) forget(id uint32) *request {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	r := l.wants[id]
+	delete(l.wants, id)
+	return r
+}
+
+// request asks the peer for a piece.
+func (l *link) request(r *request, w want) bool {
+	l.mu.Lock()
+	if l.closed != nil {
+		l.mu.Unlock()
+		return false
+	}
+	l.nextID++
+	r.id, w.id = l.nextID, l.nextID
+	l.wants[r.id] = r
+	l.out = w.append(l.out)
+	l.mu.Unlock()
+	l.touch()
+	l.poke()
+	return true
+}
+
+// next blocks until there is something to write. It returns control frames, or
+// else the upload whose turn it is.
+func (l *link) next() (ctl []byte, u *upload, ok bool) {
+	for {
+		l.mu.Lock()
+		switch {
+		case l.closed != nil:
+			l.mu.Unlock()
+			return nil, nil, false
+		case len(l.out) > 0:
+			ctl, l.out, l.spare = l.out, l.spare[:0], nil
+		case len(l.bulk) > 0:
+			u = l.bulk[0]
+		}
+		if ctl != nil || u != nil {
+			l.lastTx = time.Now()
+			l.mu.Unlock()
+			return ctl, u, true
+		}
+		l.mu.Unlock()
+		select {
+		case <-l.wake:
+		case <-l.done:
+		}
+	}
+}
+
+func (l *link) write() {
+	for {
+		ctl, u, ok := l.next()
+		if !ok {
+			return
+		}
+		var err error
+		if u != nil {
+			err = l.writeChunk(u)
+		} else {
+			_, err = l.conn.Write(ctl)
+			l.recycle(ctl)
+		}
+		if err != nil {
+			l.close(fmt.Errorf("%w: %w", errLinkClosed, err))
+			return
+		}
+	}
+}
+
+func (l *link) recycle(b []byte) {
+	if cap(b) > 64<<10 {
+		return
+	}
+	l.mu.Lock()
+	l.spare = b[:0]
+	l.mu.Unlock()
+}
+
+// writeChunk sends the next bytes of an upload. Bytes that cannot be read make
+// the piece gone, not the link.
+func (l *link) writeChunk(u *upload) error {
+	b := l.s.chunks.Get().(*[]byte)
+	defer l.s.chunks.Put(b)
+	n, err := u.next((*b)[frameHeader+dataHead:])
+	if err != nil {
+		l.endUpload(u)
+		l.send(func(b []byte) []byte { return answer{id: u.id}.append(b, frameGone) })
+		return nil
+	}
+	if err := l.s.limit(l.done, n); err != nil {
+		return err
+	}
+	putDataHead(*b, u.id, uint32(u.off), n)
+	if _, err := l.conn.Write((*b)[:frameHeader+dataHead+n]); err != nil {
+		return err
+	}
+	u.off += n
+	l.sent.Add(int64(n))
+	l.s.metrics.uploaded.Add(float64(n))
+	if u.off == u.size {
+		l.endUpload(u)
+	}
+	return nil
+}
+
+func (l *link) endUpload(u *upload) {
+	l.mu.Lock()
+	if len(l.bulk) > 0 && l.bulk[0] == u {
+		l.bulk = l.bulk[1:]
+	}
+	l.mu.Unlock()
+	l.s.uploads.finished(u)
+}
+
+// start hands the link an upload; false if the link is closed.
+func (l *link) start(u *upload) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed != nil {
+		return false
+	}
+	if t := u.batch; t != nil {
+		l.out = t.append(l.out)
+	}
+	l.bulk = append(l.bulk, u)
+	l.poke()
+	return true
+}
+
+// call asks the peer and waits for the answers; each is given to got in turn.
+func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
+	answers := make(chan call, 4)
+	l.mu.Lock()
+	if l.closed != nil {
+		l.mu.Unlock()
+		return l.closed
+	}
+	l.nextID++
+	id := l.nextID
+	l.calls[id] = answers
+	l.out = call{id: id, method: method, body: body}.append(l.out, frameCall)
+	l.mu.Unlock()
+	l.touch()
+	l.poke()
+	defer func() {
+		l.mu.Lock()
+		delete(l.calls, id)
+		l.mu.Unlock()
+	}()
+	for {
+		select {
+		case a, ok := <-answers:
+			if !ok {
+				return errLinkClosed
+			}
+			if err := got(a); err != nil || !a.more {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// answered gives an answer to whoever asked. A peer that sends more answers
+// than were taken in time breaks its own link.
+func (l *link) answered(a call) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, ok := l.calls[a.id]
+	if !ok {
+		return nil
+	}
+	select {
+	case c <- a:
+		return nil
+	default:
+		return fmt.Errorf("%w: answers pile up", errWire)
+	}
+}
+
+// tend pings a quiet link and closes a silent or idle one.
+func (l *link) tend(now time.Time, idle time.Duration) {
+	if now.UnixNano()-l.heard.Load() > int64(silence) {
+		l.close(errSilent)
+		return
+	}
+	if now.UnixNano()-l.used.Load() > int64(idle) {
+		l.close(errIdle)
+		return
+	}
+	l.mu.Lock()
+	quiet := now.Sub(l.lastTx) >= pingEvery && len(l.out) == 0
+	l.mu.Unlock()
+	if quiet {
+		l.send(func(b []byte) []byte { return appendFrame(b, framePing, func(b []byte) []byte { return b }) })
+	}
+}

@@ -1,0 +1,444 @@
+package peer
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// testNode is a node on loopback with a store in memory.
+type testNode struct {
+	t     *testing.T
+	s     *Swarm
+	world *testWorld
+	stop  context.CancelFunc
+	gone  chan struct{}
+
+	mu     sync.Mutex // guards the following
+	blobs  map[digest.Digest]*memBlob
+	fills  map[digest.Digest]*testFill
+	refuse error                                      // of Fill, as a node without room
+	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
+}
+
+type testFill struct {
+	done chan struct{}
+	err  error
+}
+
+// testWorld is the registry and the content.
+type testWorld struct {
+	mu       sync.Mutex
+	content  map[digest.Digest][]byte
+	fetched  atomic.Int64
+	requests atomic.Int64
+	resolves atomic.Int64
+	delay    time.Duration // per chunk
+	failFrom int64         // bytes after which the registry is down; 0 = never
+	chunk    int
+}
+
+func newTestWorld() *testWorld {
+	return &testWorld{content: make(map[digest.Digest][]byte), chunk: 64 << 10}
+}
+
+func (w *testWorld) add(size int, seed uint64) digest.Digest {
+	p := make([]byte, size)
+	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
+	r.Read(p)
+	d := digest.FromBytes(p)
+	w.mu.Lock()
+	w.content[d] = p
+	w.mu.Unlock()
+	return d
+}
+
+func (w *testWorld) bytes(d digest.Digest) []byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.content[d]
+}
+
+// memBlob is a blob in memory: store and fill in one, as strict as the cache.
+type memBlob struct {
+	mu      sync.Mutex
+	d       digest.Digest
+	taint   func(p []byte, off int64)
+	size    int64
+	data    []byte
+	got     []int64 // contiguous bytes of each piece
+	from    map[string]int64
+	changed chan struct{}
+	bad     error
+}
+
+func newMemBlob(d digest.Digest) *memBlob {
+	return &memBlob{d: d, size: -1, changed: make(chan struct{}), from: make(map[string]int64)}
+}
+
+func (b *memBlob) pieceSize() int64 { return PieceSize(b.size) }
+
+func (b *memBlob) Size() int64 { b.mu.Lock(); defer b.mu.Unlock(); return b.size }
+
+func (b *memBlob) lenOf(i int) int64 { return min(b.pieceSize(), b.size-int64(i)*b.pieceSize()) }
+
+func (b *memBlob) Has(i int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return i < len(b.got) && b.got[i] == b.lenOf(i)
+}
+
+func (b *memBlob) ReadAt(p []byte, off int64) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if off >= b.size {
+		return 0, io.EOF
+	}
+	n := copy(p, b.data[off:])
+	if b.taint != nil {
+		b.taint(p[:n], off)
+	}
+	return n, nil
+}
+
+func (b *memBlob) Changed() <-chan struct{} { b.mu.Lock(); defer b.mu.Unlock(); return b.changed }
+func (b *memBlob) Close() error             { return nil }
+
+func (b *memBlob) SetSize(n int64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size >= 0 && b.size != n {
+		b.bad = fmt.Errorf("size %d, then %d", b.size, n)
+		return b.bad
+	}
+	if b.size < 0 {
+		b.size, b.data = n, make([]byte, n)
+		b.got = make([]int64, pieceCount(n, PieceSize(n)))
+		b.changeLocked()
+	}
+	return nil
+}
+
+func (b *memBlob) changeLocked() { close(b.changed); b.changed = make(chan struct{}) }
+
+func (b *memBlob) Missing(off int64) (int64, int64, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size < 0 {
+		return 0, 0, true
+	}
+	ps := b.pieceSize()
+	for i := int(off / ps); i < len(b.got); i++ {
+		if b.got[i] < b.lenOf(i) {
+			start := int64(i)*ps + b.got[i]
+			end := min(int64(i+1)*ps, b.size)
+			for j := i + 1; j < len(b.got) && b.got[j] == 0; j++ {
+				end = min(int64(j+1)*ps, b.size)
+			}
+			return start, end, true
+		}
+	}
+	return 0, 0, false
+}
+
+func (b *memBlob) Wanted() int64 {
+	start, _, ok := b.Missing(0)
+	if !ok {
+		return max(b.Size(), 0)
+	}
+	return start
+}
+
+type memWriter struct {
+	b    *memBlob
+	from string
+}
+
+func (b *memBlob) From(node string) io.WriterAt { return memWriter{b, node} }
+
+func (w memWriter) WriteAt(p []byte, off int64) (int, error) {
+	b := w.b
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ps := b.pieceSize()
+	for done := 0; done < len(p); {
+		at := off + int64(done)
+		i := int(at / ps)
+		if i >= len(b.got) {
+			return done, errors.New("past the end")
+		}
+		in := at - int64(i)*ps
+		n := min(int64(len(p)-done), b.lenOf(i)-in)
+		if in > b.got[i] {
+			return done, fmt.Errorf("gap: %d > %d in piece %d", in, b.got[i], i)
+		}
+		if end := in + n; end > b.got[i] {
+			copy(b.data[int64(i)*ps+b.got[i]:int64(i)*ps+end], p[done+int(b.got[i]-in):])
+			b.from[w.from] += end - b.got[i]
+			b.got[i] = end
+		}
+		done += int(n)
+	}
+	b.changeLocked()
+	return len(p), nil
+}
+
+func (b *memBlob) verify() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.bad != nil {
+		return b.bad
+	}
+	if digest.FromBytes(b.data) != b.d {
+		return errWrongBlob
+	}
+	return nil
+}
+
+func (b *memBlob) sources() map[string]int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := make(map[string]int64)
+	for k, v := range b.from {
+		out[k] = v
+	}
+	return out
+}
+
+var testKey = bytes.Repeat([]byte{7}, keySize)
+
+func (w *testWorld) node(t *testing.T, name string, change ...func(*Config)) *testNode {
+	n := &testNode{t: t, world: w, blobs: make(map[digest.Digest]*memBlob), fills: make(map[digest.Digest]*testFill), gone: make(chan struct{})}
+	cfg := Config{Name: name, Home: true, Keys: [][]byte{testKey}, Data: "127.0.0.1:0", Store: n, Origin: n, TagTTL: time.Minute}
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.s = s
+	ctx, cancel := context.WithCancel(context.Background())
+	n.stop = cancel
+	go func() {
+		defer close(n.gone)
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(n.kill)
+	waitFor(t, func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.run != nil })
+	return n
+}
+
+func (n *testNode) kill() { n.stop(); <-n.gone }
+
+// waitFor waits for a condition that other goroutines bring about.
+func waitFor(t testing.TB, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatal("it did not come to pass within 20 s")
+		}
+		<-tick.C
+	}
+}
+
+// meet makes nodes members of each other's rosters, as gossip would.
+func meet(nodes ...*testNode) {
+	for _, a := range nodes {
+		for _, b := range nodes {
+			if a != b {
+				a.s.roster.set(b.s.self)
+			}
+		}
+	}
+}
+
+func (w *testWorld) nodes(t *testing.T, count int, change ...func(*Config)) []*testNode {
+	var out []*testNode
+	for i := range count {
+		out = append(out, w.node(t, fmt.Sprintf("node-%d", i), change...))
+	}
+	meet(out...)
+	return out
+}
+
+func (n *testNode) Lookup(d digest.Digest) (StoredBlob, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	b, ok := n.blobs[d]
+	return b, ok
+}
+
+func (n *testNode) Fill(_ context.Context, w Want) error {
+	if n.refuse != nil {
+		return n.refuse
+	}
+	n.start(w.Digest)
+	return nil
+}
+
+func (n *testNode) Resolve(_ context.Context, r Reference) (Descriptor, error) {
+	n.world.resolves.Add(1)
+	return Descriptor{Digest: digest.FromString(r.Tag), MediaType: "test", Size: 7}, nil
+}
+
+func (n *testNode) Public(context.Context, Reference) (bool, error) {
+	n.world.resolves.Add(1)
+	return true, nil
+}
+
+// give puts a whole blob into the node's store.
+func (n *testNode) give(d digest.Digest) {
+	b := newMemBlob(d)
+	p := n.world.bytes(d)
+	b.SetSize(int64(len(p)))
+	b.From("").WriteAt(p, 0)
+	n.mu.Lock()
+	b.taint = n.taintOf(d)
+	n.blobs[d] = b
+	n.mu.Unlock()
+}
+
+func (n *testNode) taintOf(d digest.Digest) func([]byte, int64) {
+	if n.taint == nil {
+		return nil
+	}
+	f := n.taint
+	return func(p []byte, off int64) { f(d, p, off) }
+}
+
+// start fetches a blob as the node's cache would: once.
+func (n *testNode) start(d digest.Digest) *testFill {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if f, ok := n.fills[d]; ok {
+		return f
+	}
+	f := &testFill{done: make(chan struct{})}
+	b := newMemBlob(d)
+	b.taint = n.taintOf(d)
+	n.fills[d], n.blobs[d] = f, b
+	go func() {
+		defer close(f.done)
+		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+		defer cancel()
+		f.err = n.s.Fetch(ctx, Want{Digest: d, Registry: "registry.test", Repository: "app"}, b, n.upstream(d))
+		if f.err == nil {
+			f.err = b.verify()
+		}
+	}()
+	return f
+}
+
+var errRegistryDown = errors.New("registry is down")
+
+func (n *testNode) upstream(d digest.Digest) Upstream {
+	return func(ctx context.Context, into Sink) error {
+		p := n.world.bytes(d)
+		n.world.requests.Add(1)
+		if err := into.SetSize(int64(len(p))); err != nil {
+			return err
+		}
+		for off := int64(0); ctx.Err() == nil; {
+			start, end, ok := into.Missing(off)
+			if !ok {
+				return nil
+			}
+			end = min(end, start+int64(n.world.chunk))
+			if n.world.failFrom > 0 && n.world.fetched.Load() >= n.world.failFrom {
+				return errRegistryDown
+			}
+			if n.world.delay > 0 {
+				wait(ctx, n.world.delay)
+			}
+			n.world.fetched.Add(end - start)
+			if _, err := into.WriteAt(p[start:end], start); err != nil {
+				return err
+			}
+			off = end
+		}
+		return ctx.Err()
+	}
+}
+
+func (n *testNode) wantOK(d digest.Digest) {
+	n.t.Helper()
+	f := n.start(d)
+	<-f.done
+	if f.err != nil {
+		n.t.Errorf("%s: %v", n.s.self.Node, f.err)
+	}
+}
+
+// homeOf puts the blob's first home first.
+func homeOf(d digest.Digest, nodes []*testNode) (home *testNode, others []*testNode) {
+	k, _ := parseKey(d.String())
+	top := nodes[0].s.roster.view.Load().homes(k, "", false)[0].Name
+	for _, n := range nodes {
+		if n.s.self.Name == top {
+			home = n
+		} else {
+			others = append(others, n)
+		}
+	}
+	return home, others
+}
+
+func TestLoopbackStorm(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 6)
+	for _, size := range []int{100, 200 << 10, 5 << 20, 20<<20 + 17} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			d := w.add(size, uint64(size))
+			before := w.fetched.Load()
+			for _, n := range nodes {
+				n.start(d)
+			}
+			for _, n := range nodes {
+				n.wantOK(d)
+			}
+			if got := w.fetched.Load() - before; got != int64(size) {
+				t.Errorf("upstream gave %d bytes of %d", got, size)
+			}
+		})
+	}
+}
+
+// TestThroughput shows what one link carries.
+func TestThroughput(t *testing.T) {
+	if testing.Short() {
+		t.Skip("moves 256 MiB")
+	}
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	d := w.add(256<<20, 1)
+	home, others := homeOf(d, nodes)
+	home.give(d)
+	b := home.s.blob(key(sha256Of(d)))
+	home.s.seedFromStore(b)
+	waitFor(t, b.whole)
+	began := time.Now()
+	others[0].wantOK(d)
+	took := time.Since(began)
+	t.Logf("256 MiB in %v: %.0f MB/s with hashing, TLS and both ends", took, 256*1.048576/took.Seconds())
+}
+
+func sha256Of(d digest.Digest) [sha256.Size]byte {
+	k, _ := parseKey(d.String())
+	return k
+}

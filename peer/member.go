@@ -1,0 +1,254 @@
+package peer
+
+import (
+	"cmp"
+	"crypto/ed25519"
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Member is one start of one node, as it told about itself.
+type Member struct {
+	Name  string // node name and start id; unique
+	Node  string // survives restarts
+	Zone  string
+	Addr  string // of the data port
+	Epoch uint64 // grows with each start of a node
+	Home  bool   // may be a home
+	Key   ed25519.PublicKey
+
+	rank uint64 // hash of Node
+}
+
+// metaMax bounds NodeMeta: a change of it floods the cluster, and it rides on
+// every alive message.
+const metaMax = 64
+
+// A NodeMeta is a byte of version and flags, the data port, the signing key, and
+// the rest is the zone: 35 bytes and up to 29. The epoch is in the name.
+const metaVersion, maxZone = 1, metaMax - 35
+
+func (m Member) meta() []byte {
+	_, port, _ := net.SplitHostPort(m.Addr)
+	n, _ := strconv.ParseUint(port, 10, 16)
+	b := []byte{metaVersion<<4 | flag(m.Home, 1)}
+	b = binary.BigEndian.AppendUint16(b, uint16(n))
+	b = append(b, m.Key...)
+	return append(b, m.Zone...)
+}
+
+// parseMember reads what gossip says of a member.
+func parseMember(name string, ip netip.Addr, meta []byte) (Member, error) {
+	node, epoch, ok := cutStart(name)
+	c := cursor{b: meta}
+	head, port := c.u8(), c.u16()
+	m := Member{Name: name, Node: node, Epoch: epoch, Home: head&1 != 0}
+	m.Key = append(ed25519.PublicKey(nil), c.take(ed25519.PublicKeySize)...)
+	if c.bad || head>>4 != metaVersion || port == 0 || !ok || len(c.b) > maxZone || !ip.IsValid() {
+		return Member{}, fmt.Errorf("member %.64q: %w", name, errWire)
+	}
+	m.Zone = string(c.b)
+	m.Addr = netip.AddrPortFrom(ip.Unmap(), uint16(port)).String()
+	return m, nil
+}
+
+// startName separates two starts of one node: a name that memberlist has seen die
+// under another address stays unusable for a while.
+func startName(node string, epoch uint64) string {
+	return fmt.Sprintf("%s~%011x", node, epoch)
+}
+
+func cutStart(name string) (node string, epoch uint64, ok bool) {
+	i := len(name) - 12
+	if i <= 0 || name[i] != '~' || len(name) > maxName {
+		return "", 0, false
+	}
+	epoch, err := strconv.ParseUint(name[i+1:], 16, 44)
+	return name[:i], epoch, err == nil
+}
+
+// roster is the live members. Reads take no lock.
+type roster struct {
+	view atomic.Pointer[view]
+
+	mu     sync.Mutex // serialises writers; guards fallen and down
+	fallen map[string]fallenMember
+	down   map[string]time.Time // members this node could not reach, until when
+}
+
+type fallenMember struct {
+	Member
+	at time.Time
+}
+
+// view is immutable.
+type view struct {
+	byName map[string]*Member
+	all    []*Member // sorted by name
+}
+
+func newRoster() *roster {
+	r := &roster{fallen: make(map[string]fallenMember), down: make(map[string]time.Time)}
+	r.view.Store(&view{byName: map[string]*Member{}})
+	return r
+}
+
+const (
+	keepFallen = 10 * time.Minute // digests signed by a dead home stay good
+	maxFallen  = 4096
+	keepDown   = 5 * time.Second // an unreachable member is not asked again before
+)
+
+// set adds or replaces members.
+func (r *roster) set(ms ...Member) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v := r.view.Load().clone()
+	for _, m := range ms {
+		m.rank = hash64(m.Node)
+		v.put(&m)
+		delete(r.fallen, m.Name)
+		delete(r.down, m.Name)
+	}
+	r.view.Store(v)
+}
+
+func (r *roster) remove(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old := r.view.Load()
+	m, ok := old.byName[name]
+	if !ok {
+		return
+	}
+	for n, f := range r.fallen {
+		if time.Since(f.at) > keepFallen {
+			delete(r.fallen, n)
+		}
+	}
+	if len(r.fallen) < maxFallen {
+		r.fallen[name] = fallenMember{*m, time.Now()}
+	}
+	delete(r.down, name)
+	v := old.clone()
+	delete(v.byName, name)
+	v.all = slices.DeleteFunc(v.all, func(m *Member) bool { return m.Name == name })
+	r.view.Store(v)
+}
+
+func (v *view) clone() *view {
+	c := &view{byName: make(map[string]*Member, len(v.byName)+1), all: slices.Clone(v.all)}
+	for n, m := range v.byName {
+		c.byName[n] = m
+	}
+	return c
+}
+
+func (v *view) put(m *Member) {
+	i, found := slices.BinarySearchFunc(v.all, m.Name, func(a *Member, name string) int { return cmp.Compare(a.Name, name) })
+	if found {
+		v.all[i] = m
+	} else {
+		v.all = slices.Insert(v.all, i, m)
+	}
+	v.byName[m.Name] = m
+}
+
+func (r *roster) get(name string) (*Member, bool) {
+	m, ok := r.view.Load().byName[name]
+	return m, ok
+}
+
+// key returns the signing key of a member that lives or fell lately.
+func (r *roster) key(name string) ed25519.PublicKey {
+	if m, ok := r.get(name); ok {
+		return m.Key
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.fallen[name].Key
+}
+
+// unreachable keeps a member from being chosen as home for a while: the data
+// path does not wait for gossip to notice a death.
+func (r *roster) unreachable(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, live := r.get(name); live {
+		r.down[name] = time.Now().Add(keepDown)
+	}
+}
+
+func (r *roster) reachable(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.down, name)
+}
+
+func (r *roster) isDown(name string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	until, ok := r.down[name]
+	return ok && time.Now().Before(until)
+}
+
+// homesPerBlob is how many members may be asked for one blob before a node
+// relies on itself.
+const homesPerBlob = 3
+
+// homes returns the best members for a blob by rendezvous hashing: all of the
+// cluster, or those of one zone. Every node that sees the same members returns
+// the same list, and a change of one member moves only that member's blobs. The
+// best of the cluster is also the best of its own zone, so a zone's home
+// is one hop from the cluster's.
+func (v *view) homes(k key, zone string, zoned bool) []*Member {
+	type scored struct {
+		m     *Member
+		score uint64
+	}
+	seed := binary.BigEndian.Uint64(k[:])
+	var top [homesPerBlob]scored
+	for _, m := range v.all {
+		if !m.Home || (zoned && m.Zone != zone) {
+			continue
+		}
+		s := scored{m, mix(seed ^ m.rank)}
+		for i := range top {
+			if top[i].m == nil || s.score > top[i].score || (s.score == top[i].score && s.m.Name < top[i].m.Name) {
+				s, top[i] = top[i], s
+			}
+			if s.m == nil {
+				break
+			}
+		}
+	}
+	var out []*Member
+	for _, t := range top {
+		if t.m != nil {
+			out = append(out, t.m)
+		}
+	}
+	return out
+}
+
+func hash64(s string) uint64 {
+	h := fnv.New64a()
+	h.Write([]byte(s))
+	return mix(h.Sum64())
+}
+
+// mix is the finaliser of splitmix64.
+func mix(x uint64) uint64 {
+	x += 0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}

@@ -1,0 +1,178 @@
+package peer
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+const (
+	window     = 64 // pieces from the cursor among which the rarest is asked first
+	urgentN    = 2  // first missing pieces: may be asked twice
+	perPeer    = 4  // requests under way at one neighbour
+	leastFly   = 8
+	mostFly    = 32
+	flyFor     = 400 * time.Millisecond // requests under way cover so much time
+	maxFlyByte = 32 << 20               // piece buffers of the whole node
+	pieceTime  = time.Second            // a piece that moves no byte for so long is asked elsewhere
+	twinTimes  = 6                      // an urgent piece is asked twice after so many times what pieces take,
+	twinAfter  = 300 * time.Millisecond // but not before
+)
+
+// pump asks for as many pieces as may be under way. b.mu is held.
+func (b *blob) pump(now time.Time) {
+	if b.fill == nil || b.size == 0 || b.missing == 0 {
+		return
+	}
+	limit := b.flyLimit()
+	b.idleLocked(now)
+	b.pumpUrgent(now)
+	for from := 0; b.flying < limit && from < b.n && len(b.idle) > 0; {
+		var c []candidate
+		c, from = b.candidates(from)
+		if b.ask(c, limit, now) {
+			return // somebody is left who could be asked for these later
+		}
+	}
+}
+
+// idleLocked lists the neighbours that may be asked.
+func (b *blob) idleLocked(now time.Time) {
+	b.idle = b.idle[:0]
+	for _, nb := range b.nbrs {
+		if nb.flying < perPeer && !now.Before(nb.busy) && b.fits(nb) {
+			b.idle = append(b.idle, nb)
+		}
+	}
+}
+
+// flyLimit is how many requests may be under way: enough for flyFor at the
+// present pace.
+func (b *blob) flyLimit() int {
+	n := 2 * leastFly
+	if b.pace.rate > 0 {
+		n = int(b.pace.rate * flyFor.Seconds() / float64(b.pieceSize))
+	}
+	return min(max(n, leastFly), mostFly)
+}
+
+// pumpUrgent asks for the pieces that a reader waits for, and a second time
+// when the first answer takes longer than such answers take.
+func (b *blob) pumpUrgent(now time.Time) {
+	for i, n := b.cursor, 0; i < b.n && n < urgentN; i++ { // what lies before the cursor is not urgent
+		if b.here.has(i) {
+			continue
+		}
+		n++
+		rs := b.wants[i]
+		switch {
+		case len(rs) == 0:
+			b.askOne(i, nil, true, now)
+		case len(rs) == 1 && now.Sub(rs[0].sent) > max(twinTimes*rs[0].nb.took, twinAfter):
+			b.askOne(i, rs[0].nb, true, now)
+		}
+	}
+}
+
+type candidate struct {
+	piece int
+	rare  uint32 // availability, then chance
+}
+
+// candidates returns the pieces of one window, rarest first, and where the next
+// window begins; from counts from the cursor, around the end.
+func (b *blob) candidates(from int) (c []candidate, next int) {
+	c = b.s.scratch.get()
+	for n := 0; from < b.n && n < window; from++ {
+		i := (b.cursor + from) % b.n
+		if b.here.has(i) {
+			continue
+		}
+		n++
+		if b.avail[i] > 0 && b.wants[i] == nil {
+			c = append(c, candidate{i, uint32(b.avail[i])<<16 | b.rng.Uint32()>>16})
+		}
+	}
+	slices.SortFunc(c, func(a, z candidate) int { return cmp.Compare(a.rare, z.rare) })
+	return c, from
+}
+
+// ask goes through candidates until limit requests are under way. It reports
+// whether that was reached.
+func (b *blob) ask(c []candidate, limit int, now time.Time) bool {
+	defer b.s.scratch.put(c)
+	for _, x := range c {
+		if b.flying >= limit {
+			return true
+		}
+		b.askOne(x.piece, nil, false, now)
+	}
+	return b.flying >= limit
+}
+
+// askOne asks the neighbour that will likely deliver the piece first, except
+// one. Chance breaks ties.
+func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) bool {
+	var best *neighbour
+	var bestCost float64
+	for _, nb := range b.idle {
+		if nb == except || !nb.have.has(piece) {
+			continue
+		}
+		if cost := b.cost(nb); best == nil || cost < bestCost {
+			best, bestCost = nb, cost
+		}
+	}
+	size := int64(b.pieceLen(piece))
+	if best == nil || (b.flying > 0 && b.s.flying.Load()+size > maxFlyByte) {
+		return false
+	}
+	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
+	r.moved.Store(now.UnixNano())
+	_, known := b.sumLocked(piece)
+	if !best.l.request(r, want{blob: b.k, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
+		return false
+	}
+	best.flying++
+	b.flying++
+	b.s.flying.Add(size)
+	b.wants[piece] = append(b.wants[piece], r)
+	if best.flying >= perPeer {
+		b.idle = slices.DeleteFunc(b.idle, func(nb *neighbour) bool { return nb == best })
+	}
+	return true
+}
+
+// cost estimates how long a neighbour takes: what is under way there (ours, and by its
+// own word others'), times how long it took before.
+func (b *blob) cost(nb *neighbour) float64 {
+	took := nb.took.Seconds()
+	if took == 0 {
+		took = 0.02
+	}
+	c := (1 + float64(nb.flying) + float64(nb.load)/4) * (took + 0.005)
+	if nb.l.zone != b.s.cfg.Zone {
+		c *= 4
+	}
+	return c * (1 + b.rng.Float64()/2)
+}
+
+// expire gives up requests that move no bytes, and reports the neighbours that
+// kept theirs while others delivered: those are slow, and banned for
+// a while. If nobody delivered, the fault is likely on this side.
+func (b *blob) expire(now time.Time) (slow []*link) {
+	for _, rs := range b.wants {
+		for _, r := range slices.Clone(rs) {
+			limit := max(pieceTime, 4*r.nb.took)
+			if now.Sub(time.Unix(0, r.moved.Load())) < limit {
+				continue
+			}
+			if r.nb.last.Before(r.sent) && now.Sub(b.progress) < limit/2 {
+				slow = append(slow, r.nb.l)
+			}
+			r.nb.busy = now.Add(limit)
+			b.giveUpLocked(r)
+		}
+	}
+	return slow
+}

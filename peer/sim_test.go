@@ -1,0 +1,488 @@
+package peer
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A simulation runs the real package, wire format, hashing and signatures
+// included, on simNet under testing/synctest: time passes only when everybody
+// waits. Choices follow from the seed; what does not is the order in which
+// goroutines that are ready at the same instant run, so a seed replays a run in
+// its course but not to the last message.
+type sim struct {
+	nodes   int
+	pieces  int
+	seed    uint64
+	rate    float64       // bytes per second, both ways
+	origin  float64       // of the registry
+	latency time.Duration // one way
+	zones   int
+
+	slow    float64       // share of nodes with a tenth of the rate
+	die     float64       // share of nodes killed while they fetch
+	stagger time.Duration // nodes start at random within it
+	killTop time.Duration // the home is killed then
+	seeded  bool          // one node, not the home, has the blob, and the registry is down
+}
+
+const (
+	simPiece     = 512 // bytes in memory
+	simRealPiece = 256 << 10
+)
+
+type simResult struct {
+	bound, slowest, median, slowestOfSlow time.Duration
+	copies                                float64
+	requests                              int64
+	frames                                float64       // control writes per node
+	control                               float64       // control bytes per node, relative to the blob
+	sent                                  float64       // piece bytes sent, relative to what had to be
+	home                                  time.Duration // the home had everything
+	failed                                []error
+	real                                  time.Duration
+}
+
+func (r simResult) String() string {
+	return fmt.Sprintf("bound %v slowest %v = %.2fx median %.2fx copies %.3f (requests %d) control writes/node %.0f overhead %.2f%% sent %.3f home %.2fx failed %d cpu-time %v",
+		r.bound.Round(time.Millisecond), r.slowest.Round(time.Millisecond), r.slowest.Seconds()/r.bound.Seconds(),
+		r.median.Seconds()/r.bound.Seconds(), r.copies, r.requests, r.frames, 100*r.control, r.sent, r.home.Seconds()/r.bound.Seconds(), len(r.failed), r.real.Round(time.Millisecond))
+}
+
+// simWorld is the running simulation.
+type simWorld struct {
+	sim
+	net     *simNet
+	rng     *rand.Rand
+	content []byte
+	digest  digest.Digest
+	nodes   []*simNode
+	src     *simHost // the registry
+	fetched atomic.Int64
+	asks    atomic.Int64
+}
+
+type simNode struct {
+	w      *simWorld
+	s      *Swarm
+	host   *simHost
+	blob   *simBlob
+	cancel context.CancelFunc
+	slow   bool
+	dies   bool
+	seeded bool
+	once   sync.Once
+	took   time.Duration
+	err    error
+	done   chan struct{}
+	began  time.Time
+}
+
+// simBlob is a node's store and fill in one; the bytes are shared by all nodes
+// and only whether a node has them is its own.
+type simBlob struct {
+	w       *simWorld
+	mu      sync.Mutex
+	size    int64
+	got     []int // bytes of each piece
+	changed chan struct{}
+}
+
+func (b *simBlob) Size() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.size
+}
+
+func (b *simBlob) Has(i int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.hasLocked(i)
+}
+
+func (b *simBlob) hasLocked(i int) bool {
+	return i < len(b.got) && b.got[i] == int(min(simPiece, b.size-int64(i)*simPiece))
+}
+
+func (b *simBlob) ReadAt(p []byte, off int64) (int, error) {
+	if off >= int64(len(b.w.content)) {
+		return 0, io.EOF
+	}
+	return copy(p, b.w.content[off:]), nil
+}
+
+func (b *simBlob) Changed() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.changed
+}
+
+func (b *simBlob) changeLocked() {
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+func (b *simBlob) SetSize(n int64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size >= 0 {
+		if b.size != n {
+			return errors.New("size differs")
+		}
+		return nil
+	}
+	b.size, b.got = n, make([]int, (n+simPiece-1)/simPiece)
+	b.changeLocked()
+	return nil
+}
+
+func (b *simBlob) Missing(off int64) (int64, int64, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.size < 0 {
+		return 0, 0, true
+	}
+	for i := int(off / simPiece); i < len(b.got); i++ {
+		if !b.hasLocked(i) {
+			j := i
+			for j < len(b.got) && !b.hasLocked(j) {
+				j++
+			}
+			return max(off, int64(i)*simPiece), min(int64(j)*simPiece, b.size), true
+		}
+	}
+	return 0, 0, false
+}
+
+// Wanted is the position of a reader that takes every byte as it comes.
+func (b *simBlob) Wanted() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i := range b.got {
+		if !b.hasLocked(i) {
+			return int64(i) * simPiece
+		}
+	}
+	return max(b.size, 0)
+}
+
+type simWriter struct{ b *simBlob }
+
+func (w simWriter) WriteAt(p []byte, off int64) (int, error) {
+	b := w.b
+	if string(b.w.content[off:off+int64(len(p))]) != string(p) {
+		return 0, errors.New("wrong bytes were taken")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := int(off / simPiece)
+	b.got[i] = max(b.got[i], int(off)%simPiece+len(p))
+	b.changeLocked()
+	return len(p), nil
+}
+
+func (b *simBlob) From(string) io.WriterAt { return simWriter{b} }
+func (b *simBlob) Close() error            { return nil }
+
+func (n *simNode) Lookup(d digest.Digest) (StoredBlob, bool) {
+	return n.blob, d == n.w.digest
+}
+
+func (n *simNode) Fill(_ context.Context, w Want) error {
+	n.start(w)
+	return nil
+}
+
+func (n *simNode) Resolve(context.Context, Reference) (Descriptor, error) {
+	return Descriptor{}, errors.ErrUnsupported
+}
+
+func (n *simNode) Public(context.Context, Reference) (bool, error) {
+	return false, errors.ErrUnsupported
+}
+
+// start fetches the blob, once, as the node's cache would.
+func (n *simNode) start(w Want) {
+	if n.seeded {
+		return
+	}
+	n.once.Do(func() {
+		n.began = time.Now()
+		go func() {
+			defer close(n.done)
+			n.err = n.s.Fetch(context.Background(), w, n.blob, n.upstream)
+			n.took = time.Since(n.began)
+		}()
+	})
+}
+
+// upstream is a registry client: one stream, bounded by the registry's uplink and the
+// node's downlink.
+func (n *simNode) upstream(ctx context.Context, into Sink) error {
+	n.w.asks.Add(1)
+	if n.w.seeded {
+		return errors.New("registry is down")
+	}
+	wait(ctx, 2*n.w.latency)
+	if err := into.SetSize(int64(len(n.w.content))); err != nil {
+		return err
+	}
+	for off := int64(0); ctx.Err() == nil; {
+		start, end, ok := into.Missing(off)
+		if !ok {
+			return nil
+		}
+		end = min(end, start+simPiece/2)
+		cost := (end - start) * n.w.net.scale
+		n.w.fetched.Add(cost)
+		wait(ctx, max(n.w.src.charge(cost, true), n.host.charge(cost, false)))
+		if _, err := into.WriteAt(n.w.content[start:end], start); err != nil {
+			return err
+		}
+		off = end
+	}
+	return ctx.Err()
+}
+
+func (c sim) run(t testing.TB) (r simResult) {
+	began := time.Now()
+	synctest.Test(t.(*testing.T), func(t *testing.T) { r = c.world(t).play(t) })
+	r.real = time.Since(began)
+	return r
+}
+
+func (c sim) world(t *testing.T) *simWorld {
+	w := &simWorld{sim: c, net: newSimNet(c.latency, simRealPiece/simPiece), rng: rand.New(rand.NewPCG(c.seed, 1))}
+	w.content = make([]byte, c.pieces*simPiece-100)
+	for i := range w.content {
+		w.content[i] = byte(w.rng.Uint32())
+	}
+	w.digest = digest.NewDigestFromBytes(digest.SHA256, sum(w.content))
+	w.src = w.net.host("registry", c.origin, c.origin)
+	var members []Member
+	for i := range c.nodes {
+		n := w.node(t, i)
+		w.nodes = append(w.nodes, n)
+		members = append(members, n.s.self)
+	}
+	if c.seeded {
+		w.plant()
+	}
+	for i, n := range w.nodes {
+		n.s.roster.set(append(slices.Clone(members[:i]), members[i+1:]...)...)
+	}
+	return w
+}
+
+// plant gives one node the blob, and tells all others by what the index would say.
+func (w *simWorld) plant() {
+	n := w.nodes[len(w.nodes)-1]
+	n.blob.SetSize(int64(len(w.content)))
+	for i := range n.blob.got {
+		n.blob.got[i] = int(min(simPiece, n.blob.size-int64(i)*simPiece))
+	}
+	n.seeded = true
+	close(n.done)
+}
+
+func sum(b []byte) []byte {
+	s := sha256.Sum256(b)
+	return s[:]
+}
+
+func (w *simWorld) node(t *testing.T, i int) *simNode {
+	n := &simNode{w: w, done: make(chan struct{}), blob: &simBlob{w: w, size: -1, changed: make(chan struct{})}}
+	rate := w.rate
+	if n.slow = w.rng.Float64() < w.slow; n.slow {
+		rate /= 10
+	}
+	n.dies = w.rng.Float64() < w.die
+	n.host = w.net.host(fmt.Sprintf("10.0.%d.%d:1", i>>8, i&255), rate, rate)
+	s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Zone: fmt.Sprint("z", i%max(w.zones, 1)), Home: !n.slow,
+		Store: n, Origin: n, Network: n.host, Seed: w.seed,
+		PieceSize: func(int64) int64 { return simPiece }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.chunk = simPiece / 4
+	s.holdersOf = func(key, string) []string {
+		if !w.seeded {
+			return nil
+		}
+		return []string{w.nodes[len(w.nodes)-1].s.self.Name}
+	}
+	n.s = s
+	return n
+}
+
+func (w *simWorld) play(t *testing.T) simResult {
+	var running sync.WaitGroup
+	for _, n := range w.nodes {
+		ctx, cancel := context.WithCancel(t.Context())
+		n.cancel = cancel
+		running.Go(func() { n.s.Run(ctx) })
+	}
+	synctest.Wait()
+	want := Want{Digest: w.digest, Registry: "registry.test", Repository: "app"}
+	expect := time.Duration(float64(w.pieces*simRealPiece) / w.rate * float64(time.Second))
+	for _, n := range w.nodes {
+		start := time.Duration(0)
+		if w.stagger > 0 {
+			start = time.Duration(w.rng.Int64N(int64(w.stagger)))
+		}
+		die := start + time.Duration(w.rng.Float64()*float64(expect))
+		time.AfterFunc(start, func() { n.start(want) })
+		if n.dies {
+			time.AfterFunc(die, func() { n.cancel(); n.host.kill() })
+		}
+	}
+	if w.killTop > 0 {
+		top := w.top()
+		top.dies = true
+		time.AfterFunc(w.killTop, func() { top.cancel(); top.host.kill() })
+	}
+	for _, n := range w.nodes {
+		<-n.done
+	}
+	r := w.result()
+	for _, n := range w.nodes {
+		n.cancel()
+	}
+	running.Wait()
+	return r
+}
+
+// top is the blob's first home.
+func (w *simWorld) top() *simNode {
+	k, _ := parseKey(w.digest.String())
+	name := w.nodes[0].s.roster.view.Load().homes(k, "", false)[0].Name
+	i := slices.IndexFunc(w.nodes, func(n *simNode) bool { return n.s.self.Name == name })
+	return w.nodes[i]
+}
+
+func (w *simWorld) result() simResult {
+	size := float64(w.pieces * simRealPiece)
+	var fast, slow []time.Duration
+	var failed []error
+	sumUp, minDown, n := 0.0, w.rate, 0.0
+	for _, x := range w.nodes {
+		switch {
+		case x.dies:
+			continue
+		case x.seeded:
+		case x.err != nil:
+			failed = append(failed, fmt.Errorf("%s: %w", x.s.self.Node, x.err))
+		case x.slow:
+			slow = append(slow, x.took)
+		default:
+			fast = append(fast, x.took)
+		}
+		if !x.seeded {
+			n++
+		}
+		sumUp += x.host.up
+	}
+	source := w.origin
+	if w.seeded {
+		source = 0
+	}
+	bound := max(size/w.origin, size/minDown, n*size/(source+sumUp))
+	slices.Sort(fast)
+	if len(fast) == 0 {
+		return simResult{failed: failed}
+	}
+	r := simResult{
+		bound: time.Duration(bound * float64(time.Second)), slowest: fast[len(fast)-1], median: fast[len(fast)/2],
+		copies: float64(w.fetched.Load()) / size, requests: w.asks.Load(), failed: failed,
+		frames:  float64(w.net.frames.Load()) / n,
+		sent:    float64(w.net.data.Load()) / (n - 1) / size,
+		home:    w.top().took,
+		control: float64(w.net.control.Load()) / n / size,
+	}
+	if len(slow) > 0 {
+		r.slowestOfSlow = slices.Max(slow)
+	}
+	return r
+}
+
+const mbit = 1e6 / 8
+
+func baseSim(nodes, pieces int) sim {
+	return sim{nodes: nodes, pieces: pieces, seed: 1, rate: 200 * mbit, origin: 1000 * mbit, latency: 250 * time.Microsecond, zones: 1}
+}
+
+// TestStorm holds P2 and P3 for storms that are cheap to simulate.
+func TestStorm(t *testing.T) {
+	for _, nodes := range []int{10, 100} {
+		t.Run(fmt.Sprint(nodes), func(t *testing.T) {
+			if testing.Short() && nodes > 10 {
+				t.Skip("ten seconds of CPU")
+			}
+			r := baseSim(nodes, 256).run(t)
+			t.Log(r)
+			if r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.4*r.bound.Seconds() {
+				t.Errorf("storm of %d: %v %v", nodes, r, r.failed)
+			}
+		})
+	}
+}
+
+// TestStormOfTroubles simulates what goes wrong in a real cluster, one at a time.
+func TestStormOfTroubles(t *testing.T) {
+	cases := []struct {
+		name   string
+		change func(*sim)
+		ratio  float64
+		copies float64
+	}{
+		{"one seed, registry down", func(c *sim) { c.seeded = true }, 1.5, 0},
+		{"staggered starts", func(c *sim) { c.stagger = 2 * time.Second }, 2.2, 1.02},
+		{"10 % slow nodes", func(c *sim) { c.slow = 0.1 }, 2, 1.05},
+		{"20 % die", func(c *sim) { c.die = 0.2 }, 2, 2},
+		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
+		{"four zones", func(c *sim) { c.zones = 4 }, 2.2, 1.02},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			if testing.Short() {
+				t.Skip("ten seconds of CPU together")
+			}
+			s := baseSim(40, 128)
+			c.change(&s)
+			r := s.run(t)
+			t.Log(r, r.slowestOfSlow)
+			if r.copies > c.copies || len(r.failed) > 0 || r.slowest.Seconds() > c.ratio*r.bound.Seconds() {
+				t.Errorf("%v %v", r, r.failed)
+			}
+		})
+	}
+}
+
+// TestStormOfThousand is the one behind `make sim`.
+func TestStormOfThousand(t *testing.T) {
+	if os.Getenv("LARDER_SIM") == "" {
+		t.Skip("minutes of CPU: run `make sim`")
+	}
+	for _, pieces := range []int{256, 1024} {
+		t.Run(fmt.Sprint(pieces), func(t *testing.T) {
+			r := baseSim(1000, pieces).run(t)
+			t.Log(r)
+			if r.copies > 1.02 || len(r.failed) > 0 {
+				t.Errorf("%v %v", r, r.failed)
+			}
+		})
+	}
+}

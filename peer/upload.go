@@ -1,0 +1,256 @@
+package peer
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// uploads decides whose piece is sent next, over all links and blobs.
+//
+// Few pieces are under way at once (a piece that arrives whole can be passed
+// on; twenty that arrive together come twenty times later), so the rest
+// wait, and once the wait exceeds maxWait the asker is told to go elsewhere (I5).
+// A transfer that drags on gives its place to others, so a slow receiver
+// cannot hold the node's uplink.
+type uploads struct {
+	s   *Swarm
+	max int
+
+	mu     sync.Mutex // guards the following
+	queue  []*upload
+	active []*upload
+	vtime  float64 // of the blob served last
+	pace   pace    // while busy
+}
+
+const (
+	uploadSlots = 6
+	slotTime    = 250 * time.Millisecond // after this a transfer never counts
+	maxWait     = 120 * time.Millisecond // of a request in the queue
+	leastQueue  = 4
+	leastWait   = 5 * time.Millisecond // told to the askers that are turned away
+	spare       = 3                    // uploads under way up to which a piece is given a second time
+	spareFresh  = 1                    // the same, while this node has pieces it alone may have
+)
+
+// upload is one piece on its way to one peer. Only the link's writer touches
+// off once the upload has started.
+type upload struct {
+	l       *link
+	blob    *blob
+	id      uint32
+	piece   int
+	size    int
+	hinted  bool // a refusal may name a better piece
+	foreign bool // for another zone
+	given   int  // times this node has given the piece before
+	hint    uint32
+	spare   int // given pieces are served only while fewer uploads are under way
+	asked   time.Time
+	started time.Time
+	gone    atomic.Bool // cancelled
+	batch   *batch      // digests to send ahead
+	src     *handle
+	off     int
+}
+
+// next reads the upload's next bytes into p.
+func (u *upload) next(p []byte) (int, error) {
+	if u.gone.Load() {
+		return 0, errLinkClosed
+	}
+	if u.src == nil {
+		h, err := u.blob.acquire()
+		if err != nil {
+			return 0, err
+		}
+		u.src = h
+	}
+	n := min(len(p), u.size-u.off)
+	m, err := u.src.ReadAt(p[:n], int64(u.piece)*u.blob.pieceSize+int64(u.off))
+	if m == n {
+		return n, nil
+	}
+	return 0, cmp.Or(err, errShortRead)
+}
+
+// add queues an upload, or says in how long to ask again.
+func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
+	q.mu.Lock()
+	u.asked = time.Now()
+	limit, n := q.limit(u.size), len(q.queue)+len(q.active)
+	if n >= q.max || (u.given > 0 && n >= u.spare) || (len(q.queue) >= limit && !q.displaceable(u)) {
+		wait = q.drain(u.size)
+		q.mu.Unlock()
+		return wait, false
+	}
+	q.queue = append(q.queue, u)
+	var worst *upload
+	if len(q.queue) > limit {
+		worst = q.takeWorst()
+		wait = q.drain(u.size)
+	}
+	q.dispatchLocked()
+	q.mu.Unlock()
+	if worst != nil {
+		worst.blob.refused(worst)
+		worst.refuse(wait)
+	}
+	return 0, true
+}
+
+// limit is how many pieces of this size may wait.
+func (q *uploads) limit(size int) int {
+	return max(leastQueue, int(q.pace.rate*maxWait.Seconds()/float64(max(size, 1))))
+}
+
+func (q *uploads) drain(size int) time.Duration {
+	if q.pace.rate <= 0 {
+		return 4 * leastWait
+	}
+	d := time.Duration(float64(size*len(q.queue)) / q.pace.rate * float64(time.Second) / 2)
+	return min(max(d, leastWait), maxWait)
+}
+
+// displaceable reports whether something that waits is worth less than u.
+func (q *uploads) displaceable(u *upload) bool {
+	return slices.ContainsFunc(q.queue, func(w *upload) bool { return w.given > u.given })
+}
+
+func (q *uploads) takeWorst() *upload {
+	w := 0
+	for i, u := range q.queue {
+		if u.given > q.queue[w].given {
+			w = i
+		}
+	}
+	u := q.queue[w]
+	q.queue = slices.Delete(q.queue, w, w+1)
+	return u
+}
+
+func (u *upload) refuse(wait time.Duration) {
+	u.l.send(func(b []byte) []byte {
+		return answer{id: u.id, delay: uint32(wait.Milliseconds()), hint: u.hint}.append(b, frameBusy)
+	})
+}
+
+// load is what haves tell: how many uploads wait here.
+func (q *uploads) load() byte {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return byte(min(len(q.queue)+len(q.active), 255))
+}
+
+func (q *uploads) dispatchLocked() {
+	now := time.Now()
+	for len(q.queue) > 0 && q.free(now) {
+		i := q.best()
+		u := q.queue[i]
+		q.queue = slices.Delete(q.queue, i, i+1)
+		u.blob.served += float64(u.size)
+		q.vtime = u.blob.served
+		u.started = now
+		q.pace.resume(now)
+		if u.l.start(u) {
+			q.active = append(q.active, u)
+		}
+	}
+}
+
+// slotTime is how long a transfer may count: three times what it takes if this
+// node's uplink is the limit.
+func (q *uploads) slotTime(size int) time.Duration {
+	if q.pace.rate <= 0 {
+		return slotTime
+	}
+	return min(time.Duration(3*uploadSlots*float64(size)/q.pace.rate*float64(time.Second)), slotTime)
+}
+
+// free reports whether one more transfer may start.
+func (q *uploads) free(now time.Time) bool {
+	young := 0
+	for _, u := range q.active {
+		if now.Sub(u.started) < q.slotTime(u.size) {
+			young++
+		}
+	}
+	return young < uploadSlots && len(q.active) < q.max
+}
+
+// best is the upload to start next: of the blob that was served least, so that a
+// large one cannot starve a small one; of its pieces the one given least often
+// (I6); of those the oldest. served is a virtual time: a blob that comes (back)
+// starts at the present.
+func (q *uploads) best() int {
+	for _, u := range q.queue {
+		u.blob.served = max(u.blob.served, q.vtime-16*float64(u.size))
+	}
+	best := 0
+	for i, u := range q.queue {
+		if q.before(u, q.queue[best]) {
+			best = i
+		}
+	}
+	return best
+}
+
+func (q *uploads) before(a, b *upload) bool {
+	if a.blob != b.blob && a.blob.served != b.blob.served {
+		return a.blob.served < b.blob.served
+	}
+	if a.given != b.given {
+		return a.given < b.given
+	}
+	return a.asked.Before(b.asked)
+}
+
+// finished takes an upload off, whether it was sent or not.
+func (q *uploads) finished(u *upload) {
+	if u.src != nil {
+		u.blob.release(u.src)
+		u.src = nil
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i := slices.Index(q.active, u)
+	if i < 0 {
+		return
+	}
+	q.active = slices.Delete(q.active, i, i+1)
+	q.pace.add(u.off, time.Now())
+	q.dispatchLocked()
+	if len(q.active) == 0 {
+		q.pace.pause()
+	}
+}
+
+// cancel drops what a peer no longer wants.
+func (q *uploads) cancel(l *link, id uint32) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool { return u.l == l && u.id == id })
+	for _, u := range q.active {
+		if u.l == l && u.id == id {
+			u.gone.Store(true)
+		}
+	}
+}
+
+// drop forgets what waits for a link that ended.
+func (q *uploads) drop(l *link) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool { return u.l == l })
+	q.dispatchLocked()
+}
+
+// tend starts what a place freed by slotTime lets in.
+func (q *uploads) tend() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.dispatchLocked()
+}

@@ -1,0 +1,456 @@
+package peer
+
+import (
+	"crypto/ed25519"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/bits"
+)
+
+// A frame is one type byte, three length bytes (big endian) and a payload. All
+// integers on the wire are big endian. A reader refuses a frame before it
+// allocates for it.
+const (
+	frameHeader = 4
+	chunkSize   = 64 << 10          // piece bytes in one frameData
+	maxPayload  = chunkSize + 4<<10 // of any frame
+	maxPieces   = 1 << 18           // a bitmap of 32 KiB; 2 TiB in pieces of 8 MiB
+	maxRuns     = 4096              // runs in one frameHave
+	maxBatch    = 64                // pieces in one signed batch
+	maxName     = 255               // bytes in a member's name
+	maxBlobSize = int64(maxPieces) * 8 << 20
+)
+
+type frameType byte
+
+const (
+	frameHello   frameType = iota + 1
+	framePing              // nothing: "I am here"
+	frameOpen              // digest, size, piece size, bitmap: take part in a blob
+	frameHave              // digest, load, runs of pieces that are newly here
+	frameClose             // digest: no longer takes part
+	frameRequest           // request id, piece, flags, digest
+	frameCancel            // request id
+	frameBusy              // request id, milliseconds after which to ask again
+	frameGone              // request id: not here (any more)
+	frameDigests           // digest, signed batch of piece digests
+	frameData              // request id, offset in the piece, bytes
+	frameCall              // call id, method, body
+	frameReply             // call id, status, more?, body
+	frameLast
+)
+
+var errWire = errors.New("malformed frame")
+
+// key is a SHA-256, the only kind of digest the swarm speaks of.
+type key [32]byte
+
+// appendFrame appends a frame whose payload put appends.
+func appendFrame(b []byte, t frameType, put func([]byte) []byte) []byte {
+	at := len(b)
+	b = append(b, byte(t), 0, 0, 0)
+	b = put(b)
+	n := len(b) - at - frameHeader
+	b[at+1], b[at+2], b[at+3] = byte(n>>16), byte(n>>8), byte(n)
+	return b
+}
+
+// parseHeader returns a frame's type and the length of its payload.
+func parseHeader(h [frameHeader]byte) (frameType, int, error) {
+	t, n := frameType(h[0]), int(h[1])<<16|int(h[2])<<8|int(h[3])
+	if t == 0 || t >= frameLast || n > maxPayload {
+		return 0, 0, fmt.Errorf("%w: type %d of %d bytes", errWire, t, n)
+	}
+	return t, n, nil
+}
+
+// cursor reads a payload. After the first short read every further read yields
+// zero values; the caller checks done once, at the end.
+type cursor struct {
+	b   []byte
+	bad bool
+}
+
+func (c *cursor) take(n int) []byte {
+	if c.bad || n < 0 || n > len(c.b) {
+		c.bad = true
+		return nil
+	}
+	p := c.b[:n]
+	c.b = c.b[n:]
+	return p
+}
+
+func (c *cursor) u8() byte {
+	if p := c.take(1); p != nil {
+		return p[0]
+	}
+	return 0
+}
+
+func (c *cursor) u16() int {
+	if p := c.take(2); p != nil {
+		return int(binary.BigEndian.Uint16(p))
+	}
+	return 0
+}
+
+func (c *cursor) u32() uint32 {
+	if p := c.take(4); p != nil {
+		return binary.BigEndian.Uint32(p)
+	}
+	return 0
+}
+
+func (c *cursor) u64() uint64 {
+	if p := c.take(8); p != nil {
+		return binary.BigEndian.Uint64(p)
+	}
+	return 0
+}
+
+func (c *cursor) key() (k key) {
+	copy(k[:], c.take(len(k)))
+	return k
+}
+
+func (c *cursor) str() string { return string(c.take(int(c.u8()))) }
+
+// done reports whether the payload was long enough and used up.
+func (c *cursor) done() error {
+	if c.bad || len(c.b) != 0 {
+		return errWire
+	}
+	return nil
+}
+
+func appendStr(b []byte, s string) []byte {
+	s = s[:min(len(s), maxName)]
+	return append(append(b, byte(len(s))), s...)
+}
+
+// hello is the first frame in both directions. On TLS links the certificate
+// decides who speaks; the name must agree with it.
+type hello struct {
+	version byte
+	epoch   uint64
+	name    string
+	zone    string
+}
+
+const wireVersion = 1
+
+func (h hello) append(b []byte) []byte {
+	return appendFrame(b, frameHello, func(b []byte) []byte {
+		b = append(b, h.version)
+		b = binary.BigEndian.AppendUint64(b, h.epoch)
+		return appendStr(appendStr(b, h.name), h.zone)
+	})
+}
+
+func parseHello(p []byte) (hello, error) {
+	c := cursor{b: p}
+	h := hello{version: c.u8(), epoch: c.u64(), name: c.str(), zone: c.str()}
+	if err := c.done(); err != nil {
+		return hello{}, err
+	}
+	if h.version != wireVersion || h.name == "" {
+		return hello{}, fmt.Errorf("%w: hello of version %d", errWire, h.version)
+	}
+	return h, nil
+}
+
+// open says that the sender takes part in a blob and what it holds of it. A
+// sender that does not know the size yet sends zero and no bitmap.
+type open struct {
+	blob      key
+	size      int64
+	pieceSize int64
+	have      bitmap
+}
+
+func (o open) append(b []byte) []byte {
+	return appendFrame(b, frameOpen, func(b []byte) []byte {
+		b = append(b, o.blob[:]...)
+		b = binary.BigEndian.AppendUint64(b, uint64(o.size))
+		b = binary.BigEndian.AppendUint32(b, uint32(o.pieceSize))
+		return append(b, o.have...)
+	})
+}
+
+func parseOpen(p []byte) (open, error) {
+	c := cursor{b: p}
+	o := open{blob: c.key(), size: int64(c.u64()), pieceSize: int64(c.u32())}
+	if c.bad || o.size < 0 || o.size > maxBlobSize {
+		return open{}, errWire
+	}
+	if o.size == 0 {
+		return o, c.done()
+	}
+	n := pieceCount(o.size, o.pieceSize)
+	if n == 0 || n > maxPieces {
+		return open{}, errWire
+	}
+	o.have = bitmap(append([]byte(nil), c.take((n+7)/8)...))
+	o.have.clip(n)
+	return o, c.done()
+}
+
+// have lists pieces that the sender can now give, as runs, and how many
+// uploads wait at the sender.
+type have struct {
+	blob key
+	load byte
+	runs []run
+}
+
+type run struct{ first, count uint32 }
+
+func (h have) append(b []byte) []byte {
+	return appendFrame(b, frameHave, func(b []byte) []byte {
+		b = append(append(b, h.blob[:]...), h.load)
+		for _, r := range h.runs[:min(len(h.runs), maxRuns)] {
+			b = binary.BigEndian.AppendUint32(b, r.first)
+			b = binary.BigEndian.AppendUint32(b, r.count)
+		}
+		return b
+	})
+}
+
+func parseHave(p []byte) (have, error) {
+	c := cursor{b: p}
+	h := have{blob: c.key(), load: c.u8()}
+	if c.bad || len(c.b)%8 != 0 || len(c.b)/8 > maxRuns {
+		return have{}, errWire
+	}
+	h.runs = make([]run, 0, len(c.b)/8)
+	for len(c.b) > 0 {
+		r := run{first: c.u32(), count: c.u32()}
+		if r.count == 0 || r.first >= maxPieces || r.count > maxPieces-r.first {
+			return have{}, errWire
+		}
+		h.runs = append(h.runs, r)
+	}
+	return h, c.done()
+}
+
+// runsOf compresses sorted piece numbers.
+func runsOf(pieces []int) []run {
+	var out []run
+	for _, p := range pieces {
+		if n := len(out); n > 0 && int(out[n-1].first+out[n-1].count) == p {
+			out[n-1].count++
+			continue
+		}
+		out = append(out, run{first: uint32(p), count: 1})
+	}
+	return out
+}
+
+// want asks for one piece. needDigest asks for the signed batch that holds its
+// digest, to be sent ahead of the bytes.
+type want struct {
+	id         uint32
+	blob       key
+	piece      uint32
+	needDigest bool
+	urgent     bool
+}
+
+func (w want) append(b []byte) []byte {
+	return appendFrame(b, frameRequest, func(b []byte) []byte {
+		b = binary.BigEndian.AppendUint32(b, w.id)
+		b = append(b, w.blob[:]...)
+		b = binary.BigEndian.AppendUint32(b, w.piece)
+		return append(b, flag(w.needDigest, 1)|flag(w.urgent, 2))
+	})
+}
+
+func parseWant(p []byte) (want, error) {
+	c := cursor{b: p}
+	w := want{id: c.u32(), blob: c.key(), piece: c.u32()}
+	f := c.u8()
+	w.needDigest, w.urgent = f&1 != 0, f&2 != 0
+	if w.piece >= maxPieces {
+		return want{}, errWire
+	}
+	return w, c.done()
+}
+
+func flag(on bool, bit byte) byte {
+	if on {
+		return bit
+	}
+	return 0
+}
+
+// answer is the payload of frameCancel, frameGone and frameBusy. Only the last
+// has a delay, and perhaps a hint: a piece that the sender would give at once.
+type answer struct {
+	id    uint32
+	delay uint32 // milliseconds
+	hint  uint32 // piece, or noHint
+}
+
+const noHint = ^uint32(0)
+
+func (a answer) append(b []byte, t frameType) []byte {
+	return appendFrame(b, t, func(b []byte) []byte {
+		b = binary.BigEndian.AppendUint32(b, a.id)
+		b = binary.BigEndian.AppendUint32(b, a.delay)
+		return binary.BigEndian.AppendUint32(b, a.hint)
+	})
+}
+
+func parseAnswer(p []byte) (answer, error) {
+	c := cursor{b: p}
+	a := answer{id: c.u32(), delay: c.u32(), hint: c.u32()}
+	return a, c.done()
+}
+
+func appendClose(b []byte, k key) []byte {
+	return appendFrame(b, frameClose, func(b []byte) []byte { return append(b, k[:]...) })
+}
+
+// batch is a list of piece digests that an authority (the blob's home, or a
+// member that holds the whole verified blob) signed. Whoever took a piece by it
+// passes it on as it is, so a relay cannot forge it (I2).
+type batch struct {
+	blob      key
+	pieceSize uint32
+	signer    string
+	pieces    []pieceDigest
+	sig       [ed25519.SignatureSize]byte
+}
+
+type pieceDigest struct {
+	piece uint32
+	sum   key
+}
+
+// signed returns the bytes under the signature.
+func (t *batch) signed() []byte {
+	b := append([]byte("larder piece digests 1\x00"), t.blob[:]...)
+	b = binary.BigEndian.AppendUint32(b, t.pieceSize)
+	b = appendStr(b, t.signer)
+	for _, p := range t.pieces {
+		b = append(binary.BigEndian.AppendUint32(b, p.piece), p.sum[:]...)
+	}
+	return b
+}
+
+func (t *batch) append(b []byte) []byte {
+	return appendFrame(b, frameDigests, func(b []byte) []byte {
+		b = append(b, t.sig[:]...)
+		b = append(b, t.blob[:]...)
+		b = binary.BigEndian.AppendUint32(b, t.pieceSize)
+		b = appendStr(b, t.signer)
+		for _, p := range t.pieces {
+			b = append(binary.BigEndian.AppendUint32(b, p.piece), p.sum[:]...)
+		}
+		return b
+	})
+}
+
+func parseBatch(p []byte) (*batch, error) {
+	c := cursor{b: p}
+	t := &batch{}
+	copy(t.sig[:], c.take(len(t.sig)))
+	t.blob, t.pieceSize, t.signer = c.key(), c.u32(), c.str()
+	if c.bad || len(c.b) == 0 || len(c.b)%36 != 0 || len(c.b)/36 > maxBatch {
+		return nil, errWire
+	}
+	t.pieces = make([]pieceDigest, 0, len(c.b)/36)
+	for len(c.b) > 0 {
+		d := pieceDigest{piece: c.u32(), sum: c.key()}
+		if d.piece >= maxPieces {
+			return nil, errWire
+		}
+		t.pieces = append(t.pieces, d)
+	}
+	return t, c.done()
+}
+
+// dataHead precedes the bytes of a frameData.
+const dataHead = 8
+
+func putDataHead(b []byte, id, off uint32, n int) {
+	p := dataHead + n
+	b[0], b[1], b[2], b[3] = byte(frameData), byte(p>>16), byte(p>>8), byte(p)
+	binary.BigEndian.PutUint32(b[4:], id)
+	binary.BigEndian.PutUint32(b[8:], off)
+}
+
+// call is a question with one answer, or with several of which all but the last
+// have more set.
+type call struct {
+	id     uint32
+	method byte // of a question; the status of an answer
+	more   bool
+	body   []byte
+}
+
+func (m call) append(b []byte, t frameType) []byte {
+	return appendFrame(b, t, func(b []byte) []byte {
+		b = binary.BigEndian.AppendUint32(b, m.id)
+		b = append(b, m.method, flag(m.more, 1))
+		return append(b, m.body...)
+	})
+}
+
+func parseCall(p []byte) (call, error) {
+	c := cursor{b: p}
+	m := call{id: c.u32(), method: c.u8(), more: c.u8()&1 != 0}
+	if c.bad {
+		return call{}, errWire
+	}
+	m.body = append([]byte(nil), c.b...)
+	return m, nil
+}
+
+// readFrame reads one frame other than frameData, whose payload is read by
+// whoever asked for it.
+func readFrame(r io.Reader, n int) ([]byte, error) {
+	p := make([]byte, n)
+	_, err := io.ReadFull(r, p)
+	return p, err
+}
+
+// bitmap holds one bit per piece, the lowest piece in the highest bit of the
+// first byte.
+type bitmap []byte
+
+func newBitmap(n int) bitmap { return make(bitmap, (n+7)/8) }
+
+func (b bitmap) has(i int) bool { return i>>3 < len(b) && b[i>>3]&(0x80>>(i&7)) != 0 }
+
+func (b bitmap) set(i int) { b[i>>3] |= 0x80 >> (i & 7) }
+
+// clip clears the bits past n.
+func (b bitmap) clip(n int) {
+	if n&7 != 0 && len(b) == (n+7)/8 && len(b) > 0 {
+		b[len(b)-1] &= byte(0xff) << (8 - n&7)
+	}
+}
+
+func (b bitmap) count() (n int) {
+	for _, x := range b {
+		n += bits.OnesCount8(x)
+	}
+	return n
+}
+
+// pieceCount returns 0 for sizes that make no sense.
+func pieceCount(size, pieceSize int64) int {
+	if size <= 0 || pieceSize <= 0 || size > maxBlobSize {
+		return 0
+	}
+	n := (size + pieceSize - 1) / pieceSize
+	if n > math.MaxInt32 {
+		return 0
+	}
+	return int(n)
+}
