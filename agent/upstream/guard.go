@@ -260,6 +260,8 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 		return fmt.Errorf("%w: token realm %s would send credentials in clear", ErrRefused, u.Host)
 	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()):
 		return nil
+	case loopback(host) && loopback(ep.hostname()):
+		return nil // two names of this machine
 	}
 	return fmt.Errorf("%w: token realm %s is not of %s; add it to token_realms of registry %q if this is right",
 		ErrRefused, u.Host, ep.hostname(), ep.reg.Host)
@@ -273,6 +275,11 @@ func (r *registry) realmListed(host, port string) bool {
 		}
 	}
 	return false
+}
+
+func loopback(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return strings.EqualFold(host, "localhost") || err == nil && addr.Unmap().IsLoopback()
 }
 
 // sameSite says whether two names share a registrable domain.

@@ -38,10 +38,10 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 		ignoresRange    bool
 	}{
 		{name: "each connection limited", perConn: 12 * mib, streams: 4, least: 3, most: 6, atMost: 5 * time.Second},
-		{name: "the node limited", uplink: 24 * mib, streams: 4, least: 1, most: 3, atMost: 7 * time.Second},
-		{name: "one stream configured", perConn: 32 * mib, streams: 1, least: 1, most: 1},
+		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 3, atMost: 5 * time.Second},
+		{name: "one stream configured", perConn: 64 * mib, streams: 1, least: 1, most: 1},
 		{name: "no limit", streams: 4, least: 1, most: 2},
-		{name: "ranges ignored", perConn: 32 * mib, streams: 4, ignoresRange: true, least: 1, most: 2},
+		{name: "ranges ignored", perConn: 64 * mib, streams: 4, ignoresRange: true, least: 1, most: 2},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
