@@ -105,5 +105,17 @@ func (a adminAPI) unreachable(err error) error {
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		why = op.Err
 	}
-	return fmt.Errorf("cannot reach the agent at %s: %w; is it running? Start it with `larder agent`, or say where it is with --admin", a.base, why)
+	return &unreachableError{base: a.base, why: why}
 }
+
+// unreachableError says that no agent answers.
+type unreachableError struct {
+	base string
+	why  error
+}
+
+func (e *unreachableError) Error() string {
+	return fmt.Sprintf("cannot reach the agent at %s: %v; is it running? Start it with `larder agent`, or say where it is with --admin", e.base, e.why)
+}
+
+func (e *unreachableError) Unwrap() error { return e.why }

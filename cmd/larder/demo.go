@@ -105,6 +105,9 @@ func runDemo(ctx context.Context, out io.Writer, nodes int, stay bool) (err erro
 	}
 	copies := float64(d.registry.Bytes(registrytest.Match{Kind: registrytest.Blob})) / float64(d.size)
 	requests := d.registry.Count(registrytest.Match{})
+	if err := d.settle(ctx); err != nil {
+		return err
+	}
 	d.registry.Down()
 	warm, err := d.pullAll(ctx, "warm, registry stopped")
 	if err != nil {
@@ -212,6 +215,24 @@ func (d *demo) pull(ctx context.Context, n *demoNode, show *demoProgress) (demoP
 		out.bytes += p.Bytes
 	}
 	return out, nil
+}
+
+// settlePoll is how often settle looks.
+const settlePoll = 10 * time.Millisecond
+
+// settle waits until every node has on disk what it pulled: a runtime has its
+// last byte some milliseconds before the blob is synced and committed.
+func (d *demo) settle(ctx context.Context) error {
+	for _, n := range d.nodes {
+		for len(n.agent.Status().Fills) > 0 {
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("demo: %w", context.Cause(ctx))
+			case <-time.After(settlePoll):
+			}
+		}
+	}
+	return nil
 }
 
 // print is the table of all pulls.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -113,8 +114,12 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 		err = api.get(ctx, "/api/v1/status", &s)
 	}
 	if err != nil {
-		d.find(hostsconfig.Finding{ID: "agent-down", Severity: hostsconfig.Broken, What: "The agent does not answer, so pulls go straight to the registry: " + err.Error() + ".",
-			Fix: "larder agent   # or, in Kubernetes: kubectl -n larder get pods -o wide"})
+		why := err.Error()
+		if u, ok := errors.AsType[*unreachableError](err); ok {
+			why = u.base + ": " + u.why.Error()
+		}
+		d.find(hostsconfig.Finding{ID: "agent-down", Severity: hostsconfig.Broken, What: "The agent does not answer, so pulls go straight to the registry (" + why + ").",
+			Fix: "larder agent   # or say where it is with --admin; in Kubernetes: kubectl -n larder get pods -o wide"})
 		return nil
 	}
 	d.report.Agent = s.Version
@@ -165,6 +170,7 @@ func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*
 		opts.Containerd = cmp.Or(status.Hosts.Containerd, opts.Containerd)
 		opts.CRIO = cmp.Or(status.Hosts.CRIO, opts.CRIO)
 	}
+	opts.Containerd, opts.CRIO = d.onNode(opts.Containerd), d.onNode(opts.CRIO)
 	for _, r := range runtimes {
 		if r.name == "containerd" {
 			opts.Facts.ContainerdVersion = strings.TrimPrefix(r.version, "v")
@@ -175,6 +181,15 @@ func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*
 		opts.Facts.PortTaken = whoAnswers(ctx, opts.ProxyAddr)
 	}
 	return opts
+}
+
+// onNode is how the node itself names path: an agent in a container knows its
+// directories below the mount of the node's root.
+func (d *doctor) onNode(path string) string {
+	if rest, ok := strings.CutPrefix(path, strings.TrimSuffix(d.root, "/")+"/"); ok {
+		return "/" + rest
+	}
+	return path
 }
 
 // whoAnswers describes what listens on the proxy's address although no agent

@@ -27,6 +27,7 @@ look beforehand, and for what a killed agent left behind.`,
   larder hosts remove`,
 	}
 	cmd.AddCommand(newHostsApply(), newHostsRemove(), newHostsCheck())
+	asGroup(cmd)
 	return cmd
 }
 

@@ -76,7 +76,27 @@ other nodes, and only then from the registry.`,
 	for _, cmd := range root.Commands() {
 		markUsage(cmd)
 	}
+	asGroup(root)
 	return root
+}
+
+// asGroup makes a command that only has others: by itself it prints its help,
+// and what it does not know is a usage error.
+func asGroup(group *cobra.Command) {
+	group.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	group.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		var names []string
+		for _, sub := range cmd.Commands() {
+			names = append(names, sub.Name())
+		}
+		if near := agent.Nearest(args[0], names); near != "" {
+			return usageError{fmt.Errorf("unknown command %q; did you mean %s %s?", args[0], cmd.CommandPath(), near)}
+		}
+		return usageError{fmt.Errorf("unknown command %q; see %s --help", args[0], cmd.CommandPath())}
+	}
 }
 
 // flagError names the flag that an unknown one may have meant.

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/opencontainers/go-digest"
+)
+
+// standIn answers every request to the admin API with one value: for golden
+// files of what a real agent would not say twice.
+func standIn(t *testing.T, v any) string {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if err := json.NewEncoder(w).Encode(v); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func TestStatusGolden(t *testing.T) {
+	now := time.Now()
+	d := digest.FromString("layer")
+	s := agent.Status{
+		Build: agent.Build{Version: "v1.2.3"}, Node: "node-1", Started: now.Add(-26 * time.Hour), Proxy: "127.0.0.1:5050",
+		Checks: []agent.Check{{Name: "proxy", OK: true}, {Name: "hosts", Reason: "/etc/containerd/certs.d: read-only file system"}},
+		Cache:  agent.CacheStatus{Dir: "/var/lib/larder", Blobs: 42, Bytes: 5 << 30, Limit: 20 << 30, Free: 100 << 30, MinFree: 40 << 30},
+		Pulls: []proxy.Pull{{Digest: d, Registry: "docker.io", Repository: "library/nginx", Reference: "1.29",
+			Size: 40 << 20, Offset: 10 << 20, Source: "upstream", Started: now.Add(-3 * time.Minute)}},
+		Fills: []agent.FillStatus{{Digest: d, Size: 40 << 20, Present: 30 << 20, Readers: 2, Started: now.Add(-4 * time.Minute),
+			Origins: []agent.Origin{{Kind: "peer", Name: "node-2", Bytes: 20 << 20}, {Kind: "upstream", Name: "docker.io", Bytes: 10 << 20}}}},
+		Served:  map[string]int64{"disk": 9 << 30, "upstream": 5 << 30, "stale": 0},
+		Fetched: map[string]int64{"upstream": 3 << 30, "peer": 2 << 30}, Uploaded: 1 << 30,
+		Upstreams: []upstream.Health{
+			{Registry: "docker.io", Endpoint: "registry-1.docker.io", State: "ok", LastOKAt: now.Add(-12 * time.Minute), Latency: 84 * time.Millisecond,
+				RateLimit: &upstream.RateLimit{Limit: 100, Remaining: 87}},
+			{Registry: "quay.io", Endpoint: "quay.io", State: "open", LastError: "connection refused"},
+		},
+		Peers: "2 members", Members: []agent.Member{
+			{Name: "node-1", Address: "10.0.0.1:5051", Zone: "a", State: "alive", Self: true},
+			{Name: "node-2", Address: "10.0.0.2:5051", Zone: "b", State: "alive"},
+		},
+		Hosts:   agent.HostsStatus{Containerd: "/etc/containerd/certs.d", Problem: "/etc/containerd/certs.d: read-only file system"},
+		Runtime: agent.RuntimeStatus{ContentDir: "/var/lib/containerd/io.containerd.content.v1.content", Blobs: 311, Bytes: 12 << 30},
+	}
+	code, out, errs := larder(t, "status", "--admin", standIn(t, s))
+	if code != 0 || errs != "" {
+		t.Fatalf("exit %d: %s", code, errs)
+	}
+	golden(t, "status", out)
+}
+
+func TestExplainGolden(t *testing.T) {
+	now := time.Now()
+	from := func(kind, name string, n int64) []agent.Origin {
+		return []agent.Origin{{Kind: kind, Name: name, Bytes: n, When: now.Add(-5 * time.Minute)}}
+	}
+	e := agent.Explanation{
+		Image: "docker.io/library/nginx:1.29", Digest: digest.FromString("index"), Checked: now.Add(-30 * time.Minute), Bytes: 70<<20 + 9000, Here: 40 << 20,
+		Parts: []agent.Part{
+			{Kind: "index", Digest: digest.FromString("index"), Size: 2000, Where: "disk", Present: 2000, Origins: from("upstream", "docker.io", 2000)},
+			{Kind: "manifest", Platform: "linux/amd64", Digest: digest.FromString("manifest"), Size: 1000, Where: "disk", Present: 1000, Origins: from("peer", "node-2", 1000)},
+			{Kind: "config", Digest: digest.FromString("config"), Size: 6000, Where: "runtime", Present: 6000},
+			{Kind: "layer", Digest: digest.FromString("one"), Size: 30 << 20, Where: "disk", Present: 30 << 20, Origins: append(from("peer", "node-2", 20<<20), from("upstream", "docker.io", 10<<20)...)},
+			{Kind: "layer", Digest: digest.FromString("two"), Size: 20 << 20, Where: "arriving", Present: 10 << 20, Origins: from("peer", "node-3", 10<<20)},
+			{Kind: "layer", Digest: digest.FromString("three"), Size: 20 << 20, Where: "peer", Holders: []string{"node-2", "node-3"}},
+			{Kind: "layer", Digest: digest.FromString("four"), Size: 100, Where: "upstream"},
+		},
+	}
+	code, out, errs := larder(t, "explain", "nginx:1.29", "--admin", standIn(t, e))
+	if code != 0 || errs != "" {
+		t.Fatalf("exit %d: %s", code, errs)
+	}
+	golden(t, "explain", out)
+}
+
+// TestAgainstARealAgent runs the commands one after the other as a user would.
+func TestAgainstARealAgent(t *testing.T) {
+	n := startNode(t, nil)
+	code, out, errs := larder(t, "explain", testImage, "--admin", n.admin)
+	if code != exitFailed || out != "" || !strings.Contains(errs, "larder warm "+testImage) {
+		t.Errorf("explain of an unknown image: exit %d, %q, %q", code, out, errs)
+	}
+	code, out, errs = larder(t, "warm", testImage, "--platform", "linux/amd64", "--admin", n.admin)
+	if code != 0 {
+		t.Fatalf("warm: exit %d: %s", code, errs)
+	}
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if len(lines) != 5 || !strings.HasPrefix(lines[4], testImage+": done: ") || !strings.HasSuffix(lines[4], "upstream") {
+		t.Errorf("warm printed:\n%s", out)
+	}
+	n.registry.Down()
+	eventually(t, "committed", func() error {
+		code, out, errs = larder(t, "explain", testImage, "--platform", "linux/amd64", "--admin", n.admin)
+		if code != 0 || strings.Count(out, "  disk ") != 4 || strings.Count(out, "upstream "+testHost) != 4 {
+			return usageError{os.ErrInvalid}
+		}
+		return nil
+	})
+	var e agent.Explanation
+	code, out, _ = larder(t, "explain", testImage, "--platform", "linux/amd64", "--json", "--admin", n.admin)
+	if err := json.Unmarshal([]byte(out), &e); err != nil || code != 0 || len(e.Parts) != 4 || e.Digest != n.image.Digest {
+		t.Errorf("explain --json: exit %d, %v\n%s", code, err, out)
+	}
+	code, out, _ = larder(t, "status", "--admin", n.admin)
+	if code != 0 || !strings.Contains(out, "node-1  larder v1.2.3, ready") || !strings.Contains(out, "in 4 blobs") {
+		t.Errorf("status: exit %d\n%s", code, out)
+	}
+	var s agent.Status
+	code, out, _ = larder(t, "status", "--json", "--admin", strings.TrimPrefix(n.admin, "http://"))
+	if err := json.Unmarshal([]byte(out), &s); err != nil || code != 0 || s.Cache.Blobs != 4 || s.Node != "node-1" {
+		t.Errorf("status --json: exit %d, %v\n%s", code, err, out)
+	}
+	code, out, errs = larder(t, "warm", testHost+"/team/gone:v1", testImage, "--platform", "linux/amd64", "--admin", n.admin)
+	if code != exitFailed || !strings.Contains(out, "team/gone:v1: failed: ") || !strings.Contains(errs, "1 of 2 images could not be fetched") {
+		t.Errorf("warm of a missing image: exit %d, %q, %q", code, out, errs)
+	}
+}
+
+// TestMistakes holds that an error says what to do, and the exit codes.
+func TestMistakes(t *testing.T) {
+	empty := filepath.Join(t.TempDir(), "larder.toml")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	typo := filepath.Join(t.TempDir(), "typo.toml")
+	if err := os.WriteFile(typo, []byte("[cache]\nmaxbytes = 3\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		name string
+		args []string
+		code int
+		want []string
+	}{
+		{"no agent", []string{"status", "--admin", "http://127.0.0.1:1"}, exitFailed,
+			[]string{"cannot reach the agent at http://127.0.0.1:1", "connection refused", "is it running", "--admin"}},
+		{"explain without agent", []string{"explain", "nginx", "--admin", "127.0.0.1:1"}, exitFailed, []string{"is it running"}},
+		{"warm without agent", []string{"warm", "nginx", "--admin", "127.0.0.1:1"}, exitFailed, []string{"is it running"}},
+		{"bad admin", []string{"status", "--admin", "https://x"}, exitUsage, []string{"--admin", "http://127.0.0.1:5053"}},
+		{"bad image", []string{"explain", "NGINX:"}, exitUsage, []string{"NGINX:", "not an image name"}},
+		{"bad image to warm", []string{"warm", "nginx", "a b"}, exitUsage, []string{"a b", "not an image name"}},
+		{"no image", []string{"warm"}, exitUsage, []string{"larder warm --help"}},
+		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
+		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},
+		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?"}},
+		{"unknown key", []string{"agent", "--config", typo}, exitUsage, []string{"cache.maxbytes", "typo.toml:2", "did you mean cache.max_bytes?"}},
+		{"two problems", []string{"agent", "--config", empty, "--log.level=x", "--cache.dir="}, exitUsage, []string{"log.level", "cache.dir"}},
+		{"hosts without a directory", []string{"hosts", "apply", "--config", empty}, exitUsage, []string{"--hosts.containerd /etc/containerd/certs.d"}},
+		{"too many nodes", []string{"demo", "--nodes=1000"}, exitUsage, []string{"1 to 64"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			code, out, errs := larder(t, tt.args...)
+			if code != tt.code || out != "" {
+				t.Errorf("exit %d, want %d; printed %q", code, tt.code, out)
+			}
+			for _, w := range tt.want {
+				if !strings.Contains(errs, w) {
+					t.Errorf("%q does not say %q", errs, w)
+				}
+			}
+		})
+	}
+}
+
+func TestAdminFromEnvironmentAndFile(t *testing.T) {
+	n := startNode(t, nil)
+	t.Setenv("LARDER_ADMIN", n.admin)
+	if code, _, errs := larder(t, "status"); code != 0 {
+		t.Errorf("LARDER_ADMIN: exit %d: %s", code, errs)
+	}
+	t.Setenv("LARDER_ADMIN", "")
+	t.Setenv("LARDER_ADMIN_LISTEN", n.AdminAddr())
+	if code, _, errs := larder(t, "status"); code != 0 {
+		t.Errorf("LARDER_ADMIN_LISTEN: exit %d: %s", code, errs)
+	}
+}
+
+func TestHostsCommands(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "certs.d")
+	hosts := func(args ...string) (int, string, string) {
+		t.Helper()
+		return larder(t, append([]string{"hosts"}, append(args, "--hosts.containerd", dir, "--proxy.listen", "127.0.0.1:1")...)...)
+	}
+	code, out, _ := hosts("check")
+	if code != exitFailed || !strings.Contains(out, "create") || !strings.Contains(out, "http://127.0.0.1:1") {
+		t.Errorf("check before: exit %d\n%s", code, out)
+	}
+	golden(t, "hosts-apply-dry-run", strings.ReplaceAll(mustPrint(t, hosts, "apply", "--dry-run"), dir, "/etc/containerd/certs.d"))
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("a dry run wrote something")
+	}
+	code, _, errs := hosts("apply")
+	if code != 0 || !strings.Contains(errs, "nothing listens on 127.0.0.1:1") {
+		t.Errorf("apply: exit %d: %s", code, errs)
+	}
+	if code, out, _ := hosts("check"); code != 0 || out != "nothing to change\n" {
+		t.Errorf("check after: exit %d\n%s", code, out)
+	}
+	if code, out, _ := hosts("check", "--json"); code != 0 || out != "[]\n" {
+		t.Errorf("check --json after: exit %d\n%s", code, out)
+	}
+	if code, out, _ := hosts("remove"); code != 0 || !strings.Contains(out, "delete") {
+		t.Errorf("remove: exit %d\n%s", code, out)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("remove left the directory")
+	}
+}
+
+func mustPrint(t *testing.T, run func(...string) (int, string, string), args ...string) string {
+	t.Helper()
+	code, out, errs := run(args...)
+	if code != 0 {
+		t.Fatalf("%v: exit %d: %s", args, code, errs)
+	}
+	return out
+}
+
+// TestHostsWhileTheAgentRuns holds that the agent's files are the agent's.
+func TestHostsWhileTheAgentRuns(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "certs.d")
+	startNode(t, func(c *agent.Config) { c.Hosts.Containerd = dir })
+	code, _, errs := larder(t, "hosts", "remove", "--hosts.containerd", dir)
+	if code != exitFailed || !strings.Contains(errs, "stop it first") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "_default", "hosts.toml")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestKeygen(t *testing.T) {
+	_, one, _ := larder(t, "keygen")
+	_, two, _ := larder(t, "keygen")
+	key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(one))
+	if err != nil || len(key) != keyBytes || one == two {
+		t.Errorf("%q, %q: %v", one, two, err)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	code, out, _ := larder(t, "version")
+	if code != 0 || !strings.HasPrefix(out, "larder ") || !strings.Contains(out, "go1.") {
+		t.Errorf("exit %d: %q", code, out)
+	}
+	var b agent.Build
+	code, out, _ = larder(t, "version", "--json")
+	if err := json.Unmarshal([]byte(out), &b); err != nil || code != 0 || b.Version == "" || b.Go == "" {
+		t.Errorf("exit %d: %v %q", code, err, out)
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		if code, out, _ := larder(t, "completion", shell); code != 0 || !strings.Contains(out, "larder") {
+			t.Errorf("%s: exit %d", shell, code)
+		}
+	}
+}
+
+// TestHelpNamesEveryKey compares --help with the configuration keys.
+func TestHelpNamesEveryKey(t *testing.T) {
+	_, out, _ := larder(t, "agent", "--help")
+	for _, k := range agent.Keys() {
+		line := ""
+		for l := range strings.Lines(out) {
+			if strings.Contains(l, "--"+k.Name+" ") {
+				line = l
+			}
+		}
+		if !strings.Contains(line, k.Help) {
+			t.Errorf("--help does not say of %s: %q", k.Name, k.Help)
+		}
+		if def := k.Shown + k.Default; def != "" && def != "false" && def != "0" && !strings.Contains(line, def) {
+			t.Errorf("--help does not say that %s is %s by default: %s", k.Name, def, line)
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/larder-cache/larder/agent"
+	"google.golang.org/grpc"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// criStandIn is a runtime that pulls as it is told: through a mirror, or past
+// it. The real ones are in test/e2e.
+type criStandIn struct {
+	cri.UnimplementedRuntimeServiceServer
+	cri.UnimplementedImageServiceServer
+	name    string
+	pull    func(ctx context.Context, image string) error
+	removed []string
+}
+
+func (s *criStandIn) Version(context.Context, *cri.VersionRequest) (*cri.VersionResponse, error) {
+	return &cri.VersionResponse{RuntimeName: s.name, RuntimeVersion: "v2.1.4"}, nil
+}
+
+func (s *criStandIn) PullImage(ctx context.Context, r *cri.PullImageRequest) (*cri.PullImageResponse, error) {
+	if err := s.pull(ctx, r.Image.Image); err != nil {
+		return nil, err
+	}
+	return &cri.PullImageResponse{ImageRef: "sha256:canary"}, nil
+}
+
+func (s *criStandIn) RemoveImage(_ context.Context, r *cri.RemoveImageRequest) (*cri.RemoveImageResponse, error) {
+	s.removed = append(s.removed, r.Image.Image)
+	return &cri.RemoveImageResponse{}, nil
+}
+
+// serve listens where containerd does below root.
+func (s *criStandIn) serve(t *testing.T, root string) {
+	t.Helper()
+	socket := filepath.Join(root, runtimeSockets[0])
+	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	cri.RegisterRuntimeServiceServer(server, s)
+	cri.RegisterImageServiceServer(server, s)
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(l) }()
+	t.Cleanup(func() {
+		server.Stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// shortDir is a temporary directory whose path leaves room for a socket name.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "larder")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// nodeRoot is a node's file system with a containerd 2.1 that is set up well.
+func nodeRoot(t *testing.T) string {
+	t.Helper()
+	root := shortDir(t)
+	for name, body := range map[string]string{
+		"etc/containerd/config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '/etc/containerd/certs.d'\n",
+	} {
+		path := filepath.Join(root, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(body), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+func TestDoctor(t *testing.T) {
+	root := nodeRoot(t)
+	certs := filepath.Join(root, "etc/containerd/certs.d")
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = certs })
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	through := func(ctx context.Context, image string) error {
+		ref, err := agent.ParseImage(image)
+		if err != nil {
+			return err
+		}
+		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
+		return err
+	}
+	past := func(context.Context, string) error {
+		return errors.New("failed to resolve reference: lookup registry-1.docker.io: no such host")
+	}
+	tests := []struct {
+		name string
+		pull func(context.Context, string) error
+		args []string
+		code int
+	}{
+		{"seen", through, nil, 0},
+		{"past-the-mirror", past, nil, exitFailed},
+		{"agent-down", through, []string{"--admin", "127.0.0.1:1"}, exitFailed},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			runtime := &criStandIn{name: "containerd", pull: tt.pull}
+			runtime.serve(t, root)
+			args := append([]string{"doctor", "--root", root, "--hosts.containerd", certs, "--proxy.listen", n.ProxyAddr(), "--admin", n.admin}, tt.args...)
+			code, out, errs := larder(t, args...)
+			if code != tt.code || errs != "" {
+				t.Errorf("exit %d, want %d: %s", code, tt.code, errs)
+			}
+			golden(t, "doctor-"+tt.name, stable(nonces.ReplaceAllString(out, "canary:NONCE"), root, ""))
+			if tt.name == "seen" && len(runtime.removed) != 1 {
+				t.Errorf("removed %v, want the canary", runtime.removed)
+			}
+			var report doctorReport
+			code, out, _ = larder(t, append(args, "--json")...)
+			if err := json.Unmarshal([]byte(out), &report); err != nil || code != tt.code || report.OK != (tt.code == 0) {
+				t.Errorf("--json: exit %d: %v\n%s", code, err, out)
+			}
+		})
+	}
+}
+
+func TestDoctorWithoutRuntime(t *testing.T) {
+	n := startNode(t, nil)
+	code, out, _ := larder(t, "doctor", "--root", shortDir(t), "--admin", n.admin)
+	if code != exitFailed || !strings.Contains(out, "No runtime's CRI socket was found") || !strings.Contains(out, `hosts.containerd = "/etc/containerd/certs.d"`) {
+		t.Errorf("exit %d\n%s", code, out)
+	}
+	code, out, _ = larder(t, "doctor", "--root", shortDir(t), "--socket", "/nonexistent.sock", "--admin", n.admin)
+	if code != exitFailed || !strings.Contains(out, "cannot be asked") {
+		t.Errorf("exit %d\n%s", code, out)
+	}
+}
