@@ -500,14 +500,14 @@ func headers(table map[string]any) (http.Header, error) {
 	for name, v := range table {
 		switch v := v.(type) {
 		case string:
-			out[name] = []string{v}
+			out.Add(name, v)
 		case []any:
 			for _, item := range v {
 				s, ok := item.(string)
 				if !ok {
 					return nil, fmt.Errorf("header %q: want strings", name)
 				}
-				out[name] = append(out[name], s)
+				out.Add(name, s)
 			}
 		default:
 			return nil, fmt.Errorf("header %q: want a string or a list of strings", name)

@@ -140,7 +140,7 @@ func TestNoSecrets(t *testing.T) {
 	h.log.Info("imported", "upstream", list[0].Endpoints[0])
 	text, err := json.Marshal(list)
 	must(t, err)
-	if list[0].Endpoints[0].Header.Get("Authorization") == "" && len(list[0].Endpoints[0].Header["authorization"]) == 0 {
+	if list[0].Endpoints[0].Header.Get("Authorization") == "" {
 		t.Error("the header was not imported")
 	}
 	for what, s := range map[string]string{"log": logged.String(), "JSON": string(text)} {
