@@ -107,18 +107,23 @@ func (p *Proxy) manifest(ctx context.Context, t upstream.Target, d digest.Digest
 }
 
 func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
-	c, err := p.open(ctx, t, d, KindManifest)
+	m, err := readAll(ctx, d, func() (content, error) { return p.open(ctx, t, d, KindManifest) })
+	if err != nil && notOurs(err) {
+		m, err = readAll(ctx, d, func() (content, error) { return p.openCache(ctx, t, d, KindManifest) })
+	}
 	if errors.Is(err, cache.ErrNoRoom) {
 		return p.passManifest(ctx, t, d)
 	}
+	return m, err
+}
+
+func readAll(ctx context.Context, d digest.Digest, open func() (content, error)) (manifest, error) {
+	c, err := open()
 	if err != nil {
 		return manifest{}, err
 	}
 	defer func() { _ = c.Close() }() // was only read
 	body, err := readSmall(ctx, c)
-	if errors.Is(err, cache.ErrNoRoom) {
-		return p.passManifest(ctx, t, d)
-	}
 	return manifest{desc: ocispec.Descriptor{Digest: d, Size: c.size()}, body: body, from: c.source()}, err
 }
 
