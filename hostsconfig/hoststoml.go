@@ -368,6 +368,11 @@ func parseHosts(doc []byte) (*hostFile, error) {
 	// Only what containerd reads can make it stumble: it decodes inline host
 	// tables, but never looks inside.
 	for _, name := range f.order {
+		if name == "" {
+			// containerd overlooks it in first place only, so ours before it
+			// would change what it reads.
+			return nil, fmt.Errorf("a host without a name")
+		}
 		if _, err := f.Hosts[name].endpoint(name, "/"); err != nil {
 			return nil, fmt.Errorf("host %q: %w", redactURL(name), err)
 		}
