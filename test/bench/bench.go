@@ -320,17 +320,26 @@ func (b *bench) coldFirstByte(ctx context.Context, a *agent) error {
 			addr string
 			to   *[]float64
 		}{{a.proxy, &larder}, {b.upstream.Host(), &direct}} {
-			b.seed++
-			d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
-			l, err := hammer(ctx, c.addr, path("blobs", d.Digest.String()), 1, 1, 0)
+			first, err := b.coldRequest(ctx, c.addr)
 			if err != nil {
 				return err
 			}
-			*c.to = append(*c.to, l.firstBytes...)
+			*c.to = append(*c.to, first...)
 		}
 	}
 	b.firstByteRows("first byte, cold 1 MiB", larder, "direct", direct)
-	return nil
+	return b.cpuProfile(ctx, a, "cold-first-byte", func(ctx context.Context) error {
+		_, err := b.coldRequest(ctx, a.proxy)
+		return err
+	})
+}
+
+// coldRequest asks a server for a blob that is new to everybody.
+func (b *bench) coldRequest(ctx context.Context, addr string) (firstByte []float64, err error) {
+	b.seed++
+	d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
+	l, err := hammer(ctx, addr, path("blobs", d.Digest.String()), 1, 1, 0)
+	return l.firstBytes, err
 }
 
 // cold compares pulls through an agent that has nothing yet with pulls straight
