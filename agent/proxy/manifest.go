@@ -29,7 +29,7 @@ const membershipMemory = time.Hour
 
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
-	defer x.within(p.patience(x), errBudget)()
+	defer x.within(p.manifestPatience(x), errBudget)()
 	d, stale := x.route.digest, false
 	if x.route.tag != "" {
 		tag, err := p.resolve(x.ctx, x.target, x.route.tag, accepted(x.r.Header))
@@ -56,6 +56,15 @@ func (p *Proxy) serveManifest(x *exchange) error {
 	}
 	p.sendManifest(x, m)
 	return nil
+}
+
+// manifestPatience: on a manifest path-encoded clients do go on to the registry,
+// so they wait only for the extra questions that promise asks.
+func (p *Proxy) manifestPatience(x *exchange) time.Duration {
+	if x.route.pathEncoded {
+		return 3 * p.opts.FirstByteBudget
+	}
+	return p.opts.FirstByteBudget
 }
 
 func (p *Proxy) sendManifest(x *exchange, m manifest) {
