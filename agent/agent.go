@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -37,9 +38,10 @@ type Agent struct {
 	proxy     *proxy.Proxy
 	runtime   *runtimestore.Store // nil: not a source
 	hosts     *hostsconfig.Hosts  // nil: none to manage
-	swarm     *swarm              // nil: alone
-	audit     *auditLog           // nil: none
-	self      *http.Client        // to this agent's own proxy
+	imported  []hostsconfig.Imported
+	swarm     *swarm       // nil: alone
+	audit     *auditLog    // nil: none
+	self      *http.Client // to this agent's own proxy
 
 	state atomic.Int32 // one of the states below
 
@@ -153,12 +155,23 @@ func (a *Agent) openHosts() error {
 	if h.Containerd == "" && h.CRIO == "" {
 		return nil
 	}
-	hosts, err := hostsconfig.New(HostsOptions(a.config, a.ProxyAddr(), a.log, a.registry))
+	opts := HostsOptions(a.config, a.ProxyAddr(), a.log, a.registry)
+	opts.OnImport = a.importsChanged
+	hosts, err := hostsconfig.New(opts)
 	if err != nil {
 		return fmt.Errorf("hosts: %w", err)
 	}
-	a.hosts = hosts
+	a.hosts, a.imported = hosts, hosts.Upstreams()
 	return nil
+}
+
+// importsChanged is told what the runtimes' own registry configuration is, now
+// and again. Upstreams are fixed at the start; whoever changes them in passing
+// learns that it takes a restart.
+func (a *Agent) importsChanged(now []hostsconfig.Imported) {
+	if !reflect.DeepEqual(now, a.imported) {
+		a.log.Warn("the runtimes' own registry configuration has changed; restart the agent to use it for upstreams")
+	}
 }
 
 // HostsOptions are what hostsconfig is told by the configuration: also what
@@ -179,7 +192,7 @@ func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.R
 func (a *Agent) openUpstream() (*upstream.Client, error) {
 	registries := a.config.Registries
 	if a.hosts != nil {
-		registries = mergeImported(registries, a.hosts.Upstreams(), a.log)
+		registries = mergeImported(registries, a.imported, a.log)
 	}
 	client, err := upstream.New(upstream.Config{
 		Registries:        registries,

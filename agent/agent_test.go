@@ -409,6 +409,22 @@ func TestSecondAgent(t *testing.T) {
 	}
 }
 
+// TestHostsUnwritable holds that an agent which cannot point a runtime at
+// itself serves all the same, and says why it is not ready.
+func TestHostsUnwritable(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	c.Hosts.Containerd = "/proc/larder/certs.d"
+	a := start(t, c)
+	eventually(t, "noticed", func() error {
+		if code, body := a.admin(t, "GET", "/readyz", ""); code != 503 || !strings.Contains(body, "/proc/larder") {
+			return fmt.Errorf("/readyz: %d %s", code, body)
+		}
+		return nil
+	})
+	a.pull(t)
+}
+
 // TestAudit holds that each pull of content is one line.
 func TestAudit(t *testing.T) {
 	c := testConfig(t)

@@ -13,6 +13,8 @@ import (
 // Status describes this node at this moment.
 func (a *Agent) Status() Status {
 	checks := a.checks()
+	served := a.sum("larder_served_bytes_total", "source")
+	delete(served, "none") // error bodies and pings
 	stats := a.cache.Stats()
 	return Status{
 		Build: a.build, Node: a.nodeName(), Started: a.started, Proxy: a.ProxyAddr(),
@@ -23,7 +25,7 @@ func (a *Agent) Status() Status {
 		},
 		Pulls:     append([]proxy.Pull{}, a.proxy.Pulls()...),
 		Fills:     a.fills(),
-		Served:    a.sum("larder_served_bytes_total", "source"),
+		Served:    served,
 		Fetched:   a.sum("larder_fetched_bytes_total", "from"),
 		Uploaded:  a.sum("larder_uploaded_bytes_total", "")[""],
 		Upstreams: append([]upstream.Health{}, a.upstream.Health()...),

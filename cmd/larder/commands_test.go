@@ -213,6 +213,12 @@ func TestHostsCommands(t *testing.T) {
 	if code, out, _ := hosts("check", "--json"); code != 0 || out != "[]\n" {
 		t.Errorf("check --json after: exit %d\n%s", code, out)
 	}
+	if out := mustPrint(t, hosts, "remove", "--dry-run"); !strings.Contains(out, "delete") {
+		t.Errorf("remove --dry-run printed:\n%s", out)
+	}
+	if code, out, _ := hosts("check"); code != 0 || out != "nothing to change\n" {
+		t.Errorf("check after a dry run: exit %d\n%s", code, out)
+	}
 	if code, out, _ := hosts("remove"); code != 0 || !strings.Contains(out, "delete") {
 		t.Errorf("remove: exit %d\n%s", code, out)
 	}

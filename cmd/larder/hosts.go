@@ -40,6 +40,7 @@ type hostsFlags struct {
 
 func (f *hostsFlags) bind(cmd *cobra.Command) {
 	f.config.bind(cmd, "hosts", "proxy")
+	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "show what would change and change nothing")
 	cmd.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
 }
 
@@ -98,7 +99,6 @@ func newHostsApply() *cobra.Command {
 		},
 	}
 	f.bind(cmd)
-	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "show what would change and change nothing")
 	return cmd
 }
 
@@ -113,7 +113,11 @@ func newHostsRemove() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			changes, err := h.Remove(cmd.Context())
+			remove := h.Remove
+			if f.dryRun {
+				remove = h.PlanRemove
+			}
+			changes, err := remove(cmd.Context())
 			return f.finish(cmd, changes, err)
 		},
 	}
@@ -132,7 +136,7 @@ func newHostsCheck() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			changes, err := h.Plan(cmd.Context())
+			changes, err := h.Plan(cmd.Context()) // with --dry-run or without: check writes nothing
 			if err := f.finish(cmd, changes, err); err != nil {
 				return err
 			}

@@ -55,7 +55,7 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	}
 	facts := &table{header: []string{"", ""}}
 	facts.row("proxy", s.Proxy)
-	facts.row("up since", ago(s.Started, now))
+	facts.row("started", ago(s.Started, now))
 	facts.row("cache", cacheLine(s.Cache))
 	facts.row("served", bySource(s.Served))
 	facts.row("fetched", bySource(s.Fetched))
@@ -141,8 +141,12 @@ func printPulls(w io.Writer, pulls []proxy.Pull, now time.Time) {
 	t := newTable("image", "blob", "", ">", "from", "since")
 	t.indent = "  "
 	for _, p := range pulls {
+		from, amount := p.Source, size(p.Offset)+" of "+size(p.Size)
+		if p.Size == 0 {
+			from, amount = "-", "waiting"
+		}
 		t.row(p.Registry+"/"+p.Repository, short(cmp.Or(p.Digest.String(), p.Reference)), bar(p.Offset, p.Size, barWidth),
-			size(p.Offset)+" of "+size(p.Size), p.Source, ago(p.Started, now))
+			amount, from, ago(p.Started, now))
 	}
 	t.print(w)
 }

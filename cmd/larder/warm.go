@@ -135,7 +135,7 @@ func (v *warmBars) event(e agent.WarmEvent) {
 	if b == nil {
 		b = v.progress.AddBar(max(e.Total, e.Bytes),
 			mpb.PrependDecorators(decor.Name(short(e.Digest.String())+" ")),
-			mpb.AppendDecorators(decor.CountersKibiByte("% .1f / % .1f"), decor.Any(func(decor.Statistics) string { return "" })))
+			mpb.AppendDecorators(decor.CountersKibiByte("% .1f / % .1f")))
 		v.bars[e.Digest] = b
 	}
 	b.SetCurrent(e.Bytes)

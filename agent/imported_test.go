@@ -1,0 +1,81 @@
+package agent
+
+import (
+	"bytes"
+	"log/slog"
+	"net/http"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/hostsconfig"
+)
+
+func TestMergeImported(t *testing.T) {
+	no := false
+	mirror := hostsconfig.Endpoint{Base: "https://mirror.example/v2", Pull: true, Resolve: true}
+	source := hostsconfig.Endpoint{Source: true, Pull: true, Resolve: true}
+	with := func(e hostsconfig.Endpoint, change func(*hostsconfig.Endpoint)) hostsconfig.Endpoint {
+		change(&e)
+		return e
+	}
+	tests := []struct {
+		name  string
+		found hostsconfig.Imported
+		want  upstream.Registry // zero: stays the runtime's alone
+		why   string            // said of what stays
+	}{
+		{name: "mirror before the source", found: hostsconfig.Imported{Registry: "docker.io", Endpoints: []hostsconfig.Endpoint{mirror, source}},
+			want: upstream.Registry{Host: "docker.io", Upstreams: []string{"https://mirror.example/v2", "https://registry-1.docker.io"}}},
+		{name: "source with a CA and a client certificate", found: hostsconfig.Imported{Registry: "reg.example:5000", Endpoints: []hostsconfig.Endpoint{
+			with(source, func(e *hostsconfig.Endpoint) {
+				e.CAFiles, e.ClientPairs = []string{"/ca"}, []hostsconfig.ClientPair{{Cert: "/cert", Key: "/key"}}
+			})}},
+			want: upstream.Registry{Host: "reg.example:5000", Upstreams: []string{"https://reg.example:5000"}, CAFile: "/ca", ClientCertFile: "/cert", ClientKeyFile: "/key"}},
+		{name: "certificate and key in one file", found: hostsconfig.Imported{Registry: "reg.example", Endpoints: []hostsconfig.Endpoint{
+			with(source, func(e *hostsconfig.Endpoint) { e.ClientPairs = []hostsconfig.ClientPair{{Cert: "/both"}} })}},
+			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://reg.example"}, ClientCertFile: "/both", ClientKeyFile: "/both"}},
+		{name: "insecure", found: hostsconfig.Imported{Registry: "reg.example", Runtime: "crio", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.AllowHTTP, e.SkipVerify = true, true })}},
+			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://mirror.example/v2", "http://mirror.example/v2"}, SkipVerify: true}},
+		{name: "mirror by digest alone", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Resolve = false }), source}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://quay.io"}}},
+		{name: "blocked with a mirror by digest", found: hostsconfig.Imported{Registry: "quay.io", Blocked: true, Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Resolve = false })}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/v2"}}},
+		{name: "blocked", found: hostsconfig.Imported{Registry: "quay.io", Blocked: true},
+			want: upstream.Registry{Host: "quay.io", ContactUpstream: &no}},
+		{name: "configured", found: hostsconfig.Imported{Registry: "mine.example", Endpoints: []hostsconfig.Endpoint{mirror}}},
+		{name: "every registry", found: hostsconfig.Imported{Registry: "*", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "every registry"},
+		{name: "prefix", found: hostsconfig.Imported{Registry: "quay.io", Prefix: "team", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "below team"},
+		{name: "headers", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Header = http.Header{"X-Token": {"secret"}} })}}, why: "headers"},
+		{name: "two CAs", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/a"} }),
+			with(source, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/b"} })}}, why: "different CA files"},
+		{name: "no URL", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "ftp://x" })}}, why: "scheme"},
+	}
+	mine := upstream.Registry{Host: "mine.example", Upstreams: []string{"https://elsewhere.example"}}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var said bytes.Buffer
+			got := mergeImported([]upstream.Registry{mine}, []hostsconfig.Imported{tt.found}, slog.New(slog.NewTextHandler(&said, nil)))
+			if !reflect.DeepEqual(got[0], mine) {
+				t.Errorf("the configured table became %+v", got[0])
+			}
+			if tt.want.Host == "" {
+				if len(got) != 1 {
+					t.Errorf("became %+v", got[1])
+				}
+			} else if len(got) != 2 || !reflect.DeepEqual(got[1], tt.want) {
+				t.Errorf("became %+v, want %+v", got[1:], tt.want)
+			}
+			if !strings.Contains(said.String(), tt.why) || strings.Contains(said.String(), "secret") {
+				t.Errorf("said %q, want %q", said.String(), tt.why)
+			}
+		})
+	}
+}
