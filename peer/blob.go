@@ -279,13 +279,19 @@ func (b *blob) opened(l *link, o open) {
 	b.poke()
 }
 
-// adopt takes a blob's size from a member that the home vouches for, when the
-// home does not know it. From anybody else it would be hearsay.
-func (b *blob) adopt(l *link, size int64) {
+// adopt takes a blob's size from a member that the home vouches for and that
+// gives pieces, when the home does not know it. From anybody else it would be
+// hearsay.
+func (b *blob) adopt(l *link) {
 	b.mu.Lock()
-	f, ok := b.fill, b.size == 0 && b.fill != nil && b.signers[l.peer]
+	f, nb := b.fill, b.nbrs[l.peer]
+	if b.size != 0 || f == nil || nb == nil || nb.n == 0 || !b.signers[l.peer] {
+		b.mu.Unlock()
+		return
+	}
+	size := nb.size
 	b.mu.Unlock()
-	if !ok {
+	if size == 0 {
 		return
 	}
 	if err := f.SetSize(size); err != nil {

@@ -17,6 +17,7 @@ const (
 	methodResolve
 	methodPublic
 	methodDelta
+	methodSnapshot
 )
 
 // Statuses of answers.
@@ -80,6 +81,27 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a joinAsk) (joinReply, error) { return s.joined(ctx, l, a) })
 	case methodPermit:
 		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
+	}
+	switch c.method {
+	case methodResolve, methodPublic:
+		r, err := decode[Reference](c.body)
+		if err != nil {
+			return nil, err
+		}
+		return s.answerSmall(ctx, c.method, r)
+	case methodDelta:
+		q := cursor{b: c.body}
+		seq, from := q.u32(), q.u64()
+		if err := q.done(); err != nil {
+			return nil, err
+		}
+		return s.index.delta(seq, from).append(nil), nil
+	case methodSnapshot:
+		q, err := parsePageAsk(c.body)
+		if err != nil {
+			return nil, err
+		}
+		return s.index.page(q), nil
 	}
 	return nil, fmt.Errorf("method %d is unknown", c.method)
 }

@@ -193,7 +193,10 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	reply.Meet = append(reply.Meet, holders...)
 	reply.Vouch = append(reply.Vouch, holders...)
 	b.awaitSize(ctx, sizeWait)
-	reply.Size = b.sized()
+	if b.active() || b.offered() > 0 {
+		// The size of a file that is still to be checked is no more than a guess.
+		reply.Size = b.sized()
+	}
 	idle, _ := b.look(time.Now())
 	reply.Moving = b.active() && idle < stallRejoin/2
 	if reply.Body = b.inline(); reply.Body == nil {

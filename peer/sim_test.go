@@ -282,7 +282,13 @@ func (c sim) world(t *testing.T) *simWorld {
 		w.plant()
 	}
 	for i, n := range w.nodes {
-		n.s.roster.set(append(slices.Clone(members[:i]), members[i+1:]...)...)
+		others := append(slices.Clone(members[:i]), members[i+1:]...)
+		n.s.roster.set(others...)
+		n.s.index.joined(others)
+		if c.seeded {
+			k, _ := parseKey(w.digest.String())
+			n.s.index.heard(appendMessage(nil, memberID(members[c.nodes-1].Name), 0, []op{{true, prefixOf(k)}}))
+		}
 	}
 	return w
 }
@@ -318,12 +324,6 @@ func (w *simWorld) node(t *testing.T, i int) *simNode {
 		t.Fatal(err)
 	}
 	s.chunk = simPiece / 4
-	s.holdersOf = func(key, string) []string {
-		if !w.seeded {
-			return nil
-		}
-		return []string{w.nodes[len(w.nodes)-1].s.self.Name}
-	}
 	n.s = s
 	return n
 }

@@ -34,6 +34,9 @@ type Swarm struct {
 	roster   *roster
 	bans     *bans
 	uploads  *uploads
+	index    *index
+	gossip   *gossip // nil without a gossip address
+	answers  answers
 	limiter  *rate.Limiter // nil = none
 	buffers  buffers
 	chunks   sync.Pool
@@ -42,7 +45,6 @@ type Swarm struct {
 	flying   atomic.Int64 // bytes of pieces asked for
 
 	strangers chan struct{} // a place each
-	holdersOf func(key, string) []string
 
 	tasks sync.WaitGroup // every goroutine but Run's own
 
@@ -81,6 +83,11 @@ func New(cfg Config) (*Swarm, error) {
 		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), bans: &bans{m: m, until: make(map[string]time.Time)},
 		strangers: make(chan struct{}, maxStrangers),
 		links:     make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[key]*blob),
+	}
+	s.index = newIndex(s)
+	s.answers.byKey = make(map[key]*remembered)
+	if cfg.Gossip != "" {
+		s.gossip = newGossip(s)
 	}
 	s.uploads = &uploads{s: s, max: cfg.MaxUploads}
 	s.chunk = chunkSize
@@ -128,11 +135,21 @@ func (s *Swarm) identify() error {
 func (s *Swarm) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if s.gossip != nil {
+		if err := s.gossip.start(); err != nil {
+			s.listener.Close()
+			return err
+		}
+	}
 	s.mu.Lock()
 	s.run = ctx
 	s.mu.Unlock()
 	s.spawn(s.accept)
 	s.spawn(s.tend)
+	s.spawn(s.index.run)
+	if s.gossip != nil {
+		s.spawn(s.gossip.run)
+	}
 	<-ctx.Done()
 	s.mu.Lock()
 	s.run = nil
@@ -478,7 +495,7 @@ func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 	case frameOpen:
 		return handleAs(parseOpen, p, func(o open) error { return s.opened(l, o) })
 	case frameHave:
-		return handleAs(parseHave, p, func(h have) error { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h) }); return nil })
+		return handleAs(parseHave, p, func(h have) error { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h); b.adopt(l) }); return nil })
 	case frameClose:
 		if len(p) != len(key{}) {
 			return errWire
@@ -523,8 +540,8 @@ func (s *Swarm) ifBlob(k key, f func(*blob)) {
 func (s *Swarm) opened(l *link, o open) error {
 	b := s.blob(o.blob)
 	b.opened(l, o)
-	if o.size > 0 {
-		b.adopt(l, o.size)
+	if o.have.count() > 0 {
+		b.adopt(l)
 	}
 	if !b.active() && b.offered() == 0 {
 		if s.seedFromStore(b) != nil && !b.active() && b.offered() == 0 && !b.isHome() {
@@ -728,10 +745,7 @@ func (s *Swarm) signingKey(name string) ed25519.PublicKey {
 
 // holders are live members known to hold the whole blob.
 func (s *Swarm) holders(k key, zone string) []string {
-	if s.holdersOf == nil {
-		return nil
-	}
-	return s.holdersOf(k, zone)
+	return s.index.holders(prefixOf(k), zone, namedHolders)
 }
 
 // limit waits for the upload budget.

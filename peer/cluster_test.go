@@ -1,0 +1,321 @@
+package peer
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// gossiping gives a node a gossip port and whom to join.
+func gossiping(join ...*testNode) func(*Config) {
+	return func(c *Config) {
+		c.Gossip = "127.0.0.1:0"
+		for _, n := range join {
+			c.Join = append(c.Join, n.gossipAddr())
+		}
+	}
+}
+
+func (n *testNode) gossipAddr() string {
+	var addr string
+	waitFor(n.t, func() bool {
+		n.s.mu.Lock()
+		defer n.s.mu.Unlock()
+		if n.s.run == nil {
+			return false
+		}
+		addr = n.s.gossip.list.LocalNode().Address()
+		return true
+	})
+	return addr
+}
+
+func (n *testNode) members() int { return len(n.s.roster.view.Load().all) }
+
+func wantMembers(t *testing.T, count int, nodes ...*testNode) {
+	t.Helper()
+	for _, n := range nodes {
+		waitFor(t, func() bool { return n.members() == count })
+	}
+}
+
+// gossipCluster starts nodes that find each other through the first.
+func (w *testWorld) gossipCluster(t *testing.T, count int, change ...func(*Config)) []*testNode {
+	nodes := []*testNode{w.node(t, "node-0", append(change, gossiping())...)}
+	for i := 1; i < count; i++ {
+		nodes = append(nodes, w.node(t, fmt.Sprintf("node-%d", i), append(change, gossiping(nodes[0]))...))
+	}
+	wantMembers(t, count, nodes...)
+	return nodes
+}
+
+func TestGossipCluster(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 4, func(c *Config) { c.Zone = "a-zone-with-29-bytes-in-name-" })
+	d := w.add(3<<20, 3)
+	for _, n := range nodes {
+		n.start(d)
+	}
+	for _, n := range nodes {
+		n.wantOK(d)
+	}
+	if got := w.fetched.Load(); got != 3<<20 {
+		t.Errorf("upstream gave %d bytes", got)
+	}
+	st := nodes[1].s.Status()
+	if len(st.Members) != 4 || len(st.Links) == 0 || st.Members[0].Zone != "a-zone-with-29-bytes-in-name-" {
+		t.Errorf("status %+v", st)
+	}
+	nodes[3].kill()
+	wantMembers(t, 3, nodes[:3]...)
+}
+
+// TestIndexByGossip: what one node announces others find, and no longer find
+// once it is withdrawn or the node has left.
+func TestIndexByGossip(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 4)
+	a, b := w.add(1000, 1), w.add(1000, 2)
+	nodes[1].give(a)
+	nodes[1].s.Announce(a)
+	nodes[2].s.Announce(b)
+	found := func(n *testNode, d digest.Digest) bool { return len(n.s.Holders(d)) > 0 }
+	for _, n := range []*testNode{nodes[0], nodes[3]} {
+		waitFor(t, func() bool { return found(n, a) && found(n, b) })
+	}
+	late := w.node(t, "late", gossiping(nodes[0]))
+	waitFor(t, func() bool { return found(late, a) && found(late, b) })
+	nodes[1].s.Withdraw(a)
+	for _, n := range []*testNode{nodes[0], nodes[3], late} {
+		waitFor(t, func() bool { return !found(n, a) })
+	}
+	nodes[2].kill()
+	for _, n := range []*testNode{nodes[0], nodes[3], late} {
+		waitFor(t, func() bool { return !found(n, b) })
+	}
+}
+
+// TestHoldersBeforeUpstream: a blob that a member holds costs upstream nothing.
+func TestHoldersBeforeUpstream(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 4)
+	d := w.add(2<<20, 9)
+	home, others := homeOf(d, nodes)
+	holder := others[0]
+	holder.give(d)
+	holder.s.Announce(d)
+	for _, n := range nodes {
+		if n != holder {
+			waitFor(t, func() bool { return len(n.s.Holders(d)) > 0 })
+		}
+	}
+	others[1].wantOK(d)
+	home.wantOK(d)
+	if w.requests.Load() != 0 {
+		t.Errorf("%d requests upstream for a blob that %s holds", w.requests.Load(), holder.s.self.Node)
+	}
+}
+
+func TestRestartUnderAnotherAddress(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 3)
+	old := nodes[2]
+	old.s.gossip.abrupt = true
+	old.kill()
+	fresh := w.node(t, "node-2", gossiping(nodes[0]))
+	waitFor(t, func() bool {
+		_, ok := nodes[1].s.roster.get(fresh.s.self.Name)
+		return ok && fresh.members() >= 3
+	})
+	d := w.add(1<<20, 5)
+	for _, n := range []*testNode{nodes[0], nodes[1], fresh} {
+		n.wantOK(d)
+	}
+	if w.fetched.Load() > 2<<20 {
+		t.Errorf("upstream gave %d bytes of 1 MiB", w.fetched.Load())
+	}
+}
+
+// TestHeal joins two clusters that did not know each other: a third party is
+// enough, and so is an address in Join that answers later than everything else.
+func TestHeal(t *testing.T) {
+	w := newTestWorld()
+	spare, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	later := spare.Addr().String()
+	spare.Close()
+	a := w.node(t, "a", gossiping(), func(c *Config) { c.Join = []string{later} })
+	b := w.node(t, "b", gossiping(a))
+	wantMembers(t, 2, a, b)
+	c := w.node(t, "c", gossiping(), func(c *Config) { c.Gossip = later })
+	d := w.node(t, "d", gossiping(c))
+	e := w.node(t, "e", gossiping(a, d))
+	wantMembers(t, 5, a, b, c, d, e)
+}
+
+func TestStrangers(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 2)
+	stranger := w.node(t, "stranger", gossiping(nodes[0]), func(c *Config) { c.Keys = [][]byte{bytes.Repeat([]byte{9}, keySize)} })
+	<-stranger.s.Joined()
+	if stranger.members() != 1 || nodes[0].members() != 2 {
+		t.Fatalf("a node with another key joined: it sees %d members, node-0 sees %d", stranger.members(), nodes[0].members())
+	}
+	target := nodes[0].s.self
+	for _, trial := range []struct {
+		name string
+		dial func() (net.Conn, error)
+	}{
+		{"plain", func() (net.Conn, error) { return net.Dial("tcp", target.Addr) }},
+		{"TLS without a certificate", func() (net.Conn, error) {
+			return tls.Dial("tcp", target.Addr, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})
+		}},
+		{"TLS under another key", func() (net.Conn, error) {
+			c := stranger.s.trust.config()
+			c.InsecureSkipVerify = true
+			return tls.Dial("tcp", target.Addr, c)
+		}},
+	} {
+		t.Run(trial.name, func(t *testing.T) {
+			conn, err := trial.dial()
+			if err != nil {
+				return // refused in the handshake: just as good
+			}
+			defer conn.Close()
+			h := hello{version: wireVersion, name: stranger.s.self.Name}.append(nil)
+			conn.Write(appendFrame(h, framePing, func(b []byte) []byte { return b }))
+			conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+			got, err := io.ReadAll(conn)
+			if ne, ok := err.(net.Error); ok && ne.Timeout() {
+				t.Error("the connection stays open for a stranger")
+			}
+			if bytes.Contains(got, []byte(target.Node)) {
+				t.Errorf("a stranger was told %q", got)
+			}
+		})
+	}
+}
+
+// TestKeyRoll walks through a roll: at every step neighbours in the roll can talk.
+func TestKeyRoll(t *testing.T) {
+	a, b := bytes.Repeat([]byte{1}, keySize), bytes.Repeat([]byte{2}, keySize)
+	with := func(keys ...[]byte) func(*Config) { return func(c *Config) { c.Keys = keys } }
+	steps := []struct {
+		name     string
+		old, new func(*Config)
+	}{
+		{"second key added", with(a), with(a, b)},
+		{"second key first", with(a, b), with(b, a)},
+		{"first key removed", with(b, a), with(b)},
+	}
+	for _, s := range steps {
+		t.Run(s.name, func(t *testing.T) {
+			w := newTestWorld()
+			x := w.node(t, "x", gossiping(), s.old)
+			y := w.node(t, "y", gossiping(x), s.new)
+			wantMembers(t, 2, x, y)
+			d := w.add(1<<20, 1)
+			x.wantOK(d)
+			y.wantOK(d)
+			if w.fetched.Load() != 1<<20 {
+				t.Errorf("upstream gave %d bytes", w.fetched.Load())
+			}
+		})
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	n := &testNode{world: newTestWorld()}
+	cases := []struct {
+		name   string
+		change func(*Config)
+		says   string
+	}{
+		{"no key off loopback", func(c *Config) { c.Data = "0.0.0.0:0" }, "peer.key_file"},
+		{"no key, gossip everywhere", func(c *Config) { c.Gossip = ":0" }, "peer.key_file"},
+		{"no key, advertised elsewhere", func(c *Config) { c.Advertise = "10.1.2.3" }, "peer.key_file"},
+		{"short key", func(c *Config) { c.Keys = [][]byte{{1, 2, 3}} }, "3 bytes"},
+		{"no name", func(c *Config) { c.Name = "" }, "name"},
+		{"long zone", func(c *Config) { c.Zone = strings.Repeat("z", maxZone+1) }, "zone"},
+		{"port taken", func(c *Config) { c.Data = "127.0.0.1:1"; c.Network = deafNetwork{} }, "listen"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := Config{Name: "x", Data: "127.0.0.1:0", Store: n, Origin: n}
+			c.change(&cfg)
+			s, err := New(cfg)
+			if err == nil {
+				s.Close()
+				t.Fatal("New took it")
+			}
+			if !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error %q does not say %q", err, c.says)
+			}
+		})
+	}
+}
+
+type deafNetwork struct{ tcp }
+
+func (deafNetwork) Listen(string) (net.Listener, error) { return nil, io.ErrClosedPipe }
+
+// TestCertificatesIgnoreClocks: nodes whose clocks are hours or years apart
+// still trust each other, because nothing depends on the time.
+func TestCertificatesIgnoreClocks(t *testing.T) {
+	ca1, _, err := authority(testKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca2, _, err := authority(testKey)
+	if err != nil || !bytes.Equal(ca1.Raw, ca2.Raw) {
+		t.Fatalf("the same key makes different authorities (%v)", err)
+	}
+	_, signer, _ := ed25519.GenerateKey(nil)
+	tr, err := newTrust([][]byte{testKey}, "x~00000000000", signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at := tr.config().Time(); at != verifyAt || tr.leaf.Leaf.NotBefore.Year() > 2000 || tr.leaf.Leaf.NotAfter.Year() < 2200 {
+		t.Errorf("certificates are checked at %v, valid %v to %v", at, tr.leaf.Leaf.NotBefore, tr.leaf.Leaf.NotAfter)
+	}
+}
+
+// TestResolveOnce holds P2 for what is too small for a swarm.
+func TestResolveOnce(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 5)
+	errs := make(chan error)
+	for _, n := range nodes {
+		go func() {
+			d, err := n.s.Resolve(t.Context(), Reference{Registry: "r", Repository: "app", Tag: "v1"})
+			if err == nil && d.Digest != digest.FromString("v1") {
+				err = fmt.Errorf("resolved to %v", d)
+			}
+			errs <- err
+			_, err = n.s.Public(t.Context(), Reference{Registry: "r", Repository: "app"})
+			errs <- err
+		}()
+	}
+	for range 2 * len(nodes) {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if got := w.resolves.Load(); got != 2 {
+		t.Errorf("%d questions upstream from %d nodes, want one each of two kinds", got, len(nodes))
+	}
+	if n := testutil.ToFloat64(nodes[0].s.metrics.members); n != 1 {
+		t.Logf("members gauge is %v without gossip", n)
+	}
+}

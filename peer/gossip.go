@@ -1,0 +1,351 @@
+package peer
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+)
+
+const (
+	gossipLabel   = "larder/1"       // separates this protocol from other users of memberlist
+	reclaimAfter  = 30 * time.Second // a dead member's name may come back from another address
+	gossipTimeout = 5 * time.Second
+	rejoinEvery   = 20 * time.Second // with some chance added, see rejoin
+	rejoinFirst   = time.Second      // while alone, doubling up to rejoinEvery
+	rejoinAtOnce  = 2                // unknown addresses tried each time
+	leaveTimeout  = time.Second
+	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
+	maxQueued     = 512  // index messages not yet passed on
+	lookupTimeout = 5 * time.Second
+)
+
+// gossip is the swarm's membership: a memberlist and its delegates.
+//
+// memberlist calls the event methods with its own lock held and NotifyMsg from
+// the one goroutine that handles packets. So none of them calls back into
+// memberlist, blocks, or does work that grows with the cluster: they leave
+// notes that serve takes up.
+type gossip struct {
+	s     *Swarm
+	list  *memberlist.Memberlist
+	queue *memberlist.TransmitLimitedQueue
+	inbox chan []byte
+	tried chan struct{} // closed after the first attempt to join
+	once  sync.Once
+	// abrupt makes the node end without a word, as a killed one does.
+	abrupt bool
+
+	mu    sync.Mutex // guards notes
+	notes []note
+	wake  chan struct{}
+}
+
+// note is a change of the members, in the order in which they happened.
+type note struct {
+	m    Member
+	left bool
+}
+
+func newGossip(s *Swarm) *gossip {
+	g := &gossip{s: s, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{})}
+	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: func() int { return len(s.roster.view.Load().all) }, RetransmitMult: 2}
+	return g
+}
+
+// start binds the gossip port and starts memberlist, which has no way to do the
+// one without the other.
+func (g *gossip) start() error {
+	cfg, err := g.config()
+	if err != nil {
+		return err
+	}
+	if g.list, err = memberlist.Create(cfg); err != nil {
+		return fmt.Errorf("start gossip on %s: %w", g.s.cfg.Gossip, err)
+	}
+	return nil
+}
+
+func (g *gossip) config() (*memberlist.Config, error) {
+	s := g.s
+	ip, port, err := splitAddr(s.cfg.Gossip, 0)
+	if err != nil {
+		return nil, fmt.Errorf("gossip address %q: %w", s.cfg.Gossip, err)
+	}
+	c := memberlist.DefaultLANConfig()
+	c.Name = s.self.Name
+	c.BindAddr, c.BindPort, c.AdvertisePort = ip, port, port
+	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, ip); err != nil {
+		return nil, err
+	}
+	c.Label = gossipLabel
+	c.TCPTimeout = gossipTimeout
+	c.DeadNodeReclaimTime = reclaimAfter
+	c.EnableCompression = false // our messages are digests: LZW only costs
+	c.Delegate, c.Events = g, g
+	c.Logger = log.New(slogWriter{s.log}, "", 0)
+	if s.trust != nil {
+		if c.Keyring, err = memberlist.NewKeyring(s.trust.gossip, s.trust.gossip[0]); err != nil {
+			return nil, fmt.Errorf("gossip keys: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// splitAddr splits a listen address. No host means every address.
+func splitAddr(addr string, port int) (string, int, error) {
+	host, p, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "", 0, err
+	}
+	if p != "" {
+		if port, err = strconv.Atoi(p); err != nil {
+			return "", 0, err
+		}
+	}
+	switch host {
+	case "":
+		host = "0.0.0.0"
+	case "localhost":
+		host = "127.0.0.1"
+	}
+	return host, port, nil
+}
+
+// advertised is the address others use: as configured, or the one bound, or the
+// first that is not loopback.
+func advertised(want, bound string) (string, error) {
+	if want != "" {
+		return want, nil
+	}
+	if ip, err := netip.ParseAddr(bound); err == nil && !ip.IsUnspecified() {
+		return bound, nil
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() && n.IP.To4() != nil {
+			return n.IP.String(), nil
+		}
+	}
+	return "127.0.0.1", nil
+}
+
+// run keeps the membership until ctx ends.
+func (g *gossip) run(ctx context.Context) {
+	var tasks sync.WaitGroup
+	tasks.Go(func() { g.serve(ctx) })
+	tasks.Go(func() { g.rejoin(ctx) })
+	<-ctx.Done()
+	if !g.abrupt {
+		if err := g.list.Leave(leaveTimeout); err != nil {
+			g.s.log.Debug("leaving was not heard", "err", err)
+		}
+	}
+	if err := g.list.Shutdown(); err != nil {
+		g.s.log.Warn("gossip did not stop", "err", err)
+	}
+	tasks.Wait()
+}
+
+// serve takes up what the delegates noted.
+func (g *gossip) serve(ctx context.Context) {
+	for {
+		select {
+		case <-g.wake:
+			g.settle()
+		case p := <-g.inbox:
+			g.settle() // what is said comes after who says it
+			g.s.index.heard(p)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// settle brings noted changes to the roster, all with one copy of it.
+func (g *gossip) settle() {
+	g.mu.Lock()
+	notes := g.notes
+	g.notes = nil
+	g.mu.Unlock()
+	if len(notes) == 0 {
+		return
+	}
+	var joined []Member
+	for _, n := range notes {
+		if !n.left {
+			joined = append(joined, n.m)
+			continue
+		}
+		joined = slices.DeleteFunc(joined, func(m Member) bool { return m.Name == n.m.Name })
+		g.s.roster.remove(n.m.Name)
+		g.s.index.fell(n.m.Name)
+	}
+	if len(joined) > 0 {
+		g.s.roster.set(joined...)
+		g.s.index.joined(joined)
+	}
+	g.s.metrics.members.Set(float64(len(g.s.roster.view.Load().all)))
+}
+
+// rejoin tries addresses that are no members, again and again: DNS changes,
+// and a healed partition stays split unless somebody knocks.
+func (g *gossip) rejoin(ctx context.Context) {
+	pause := rejoinFirst
+	for ctx.Err() == nil {
+		g.knock(ctx)
+		g.once.Do(func() { close(g.tried) })
+		if len(g.s.roster.view.Load().all) > 1 {
+			pause = rejoinEvery
+		}
+		wait(ctx, pause+rand.N(pause))
+		pause = min(2*pause, rejoinEvery)
+	}
+}
+
+func (g *gossip) knock(ctx context.Context) {
+	addrs := g.unknown(g.s.resolve(ctx))
+	rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+	for _, a := range addrs[:min(len(addrs), rejoinAtOnce)] {
+		if ctx.Err() != nil {
+			return
+		}
+		if _, err := g.list.Join([]string{a}); err != nil {
+			g.s.log.Debug("nobody joined", "peer", a, "err", err)
+		}
+	}
+}
+
+// unknown leaves out addresses of members.
+func (g *gossip) unknown(addrs []string) []string {
+	known := make(map[string]bool)
+	for _, n := range g.list.Members() {
+		known[n.Address()] = true
+	}
+	return slices.DeleteFunc(addrs, func(a string) bool { return known[a] })
+}
+
+// resolve turns Join into addresses.
+func (s *Swarm) resolve(ctx context.Context) (out []string) {
+	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	for _, j := range s.cfg.Join {
+		host, p, err := net.SplitHostPort(j)
+		if err != nil {
+			host, p = j, port
+		}
+		ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
+		if err != nil {
+			s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
+		}
+		for _, ip := range ips {
+			out = append(out, net.JoinHostPort(ip.IP.String(), p))
+		}
+	}
+	return out
+}
+
+// NodeMeta implements memberlist.Delegate.
+func (g *gossip) NodeMeta(int) []byte { return g.s.self.meta() }
+
+// NotifyMsg implements memberlist.Delegate. What does not fit into the inbox is
+// missed like a lost packet.
+func (g *gossip) NotifyMsg(p []byte) {
+	if len(p) > 1+maxSlots*vectorEntry {
+		return
+	}
+	select {
+	case g.inbox <- slices.Clone(p):
+	default:
+	}
+}
+
+// GetBroadcasts implements memberlist.Delegate.
+func (g *gossip) GetBroadcasts(overhead, limit int) [][]byte {
+	return g.queue.GetBroadcasts(overhead, limit)
+}
+
+// LocalState implements memberlist.Delegate: a vector of how far the index knows
+// each member, 12 bytes each.
+func (g *gossip) LocalState(bool) []byte { return g.s.index.vector() }
+
+// MergeRemoteState implements memberlist.Delegate. The vector takes the same way as
+// messages; the first byte tells them apart.
+func (g *gossip) MergeRemoteState(p []byte, _ bool) { g.NotifyMsg(p) }
+
+// NotifyJoin implements memberlist.EventDelegate.
+func (g *gossip) NotifyJoin(n *memberlist.Node) { g.note(n, false) }
+
+// NotifyUpdate implements memberlist.EventDelegate.
+func (g *gossip) NotifyUpdate(n *memberlist.Node) { g.note(n, false) }
+
+// NotifyLeave implements memberlist.EventDelegate.
+func (g *gossip) NotifyLeave(n *memberlist.Node) { g.note(n, true) }
+
+func (g *gossip) note(n *memberlist.Node, left bool) {
+	if n.Name == g.s.self.Name {
+		return
+	}
+	ip, _ := netip.AddrFromSlice(n.Addr)
+	m, err := parseMember(n.Name, ip, n.Meta)
+	if err != nil {
+		g.s.log.Debug("member ignored", "err", err)
+		return
+	}
+	g.mu.Lock()
+	g.notes = append(g.notes, note{m, left})
+	g.mu.Unlock()
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+}
+
+// broadcast is one index message on its way.
+type broadcast []byte
+
+var _ memberlist.UniqueBroadcast = broadcast(nil)
+
+func (broadcast) Invalidates(memberlist.Broadcast) bool { return false }
+func (b broadcast) Message() []byte                     { return b }
+func (broadcast) Finished()                             {}
+func (broadcast) UniqueBroadcast()                      {}
+
+// tell queues an index message for the next gossip rounds.
+func (g *gossip) tell(p []byte) {
+	g.queue.QueueBroadcast(broadcast(p))
+	if g.queue.NumQueued() > maxQueued {
+		g.queue.Prune(maxQueued)
+	}
+}
+
+// slogWriter takes memberlist's log lines. It knows four levels, and what it
+// calls an error is a peer that does not answer.
+type slogWriter struct{ log *slog.Logger }
+
+func (w slogWriter) Write(p []byte) (int, error) {
+	line := strings.TrimSpace(string(p))
+	level := slog.LevelDebug
+	if rest, ok := strings.CutPrefix(line, "[ERR] "); ok {
+		line, level = rest, slog.LevelInfo
+		if strings.Contains(rest, "Decrypt packet failed") || strings.Contains(rest, "unacceptable label") {
+			level = slog.LevelDebug // any stranger can make us say this
+		}
+	}
+	w.log.Log(context.Background(), level, "gossip", "detail", line)
+	return len(p), nil
+}

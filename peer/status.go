@@ -1,0 +1,113 @@
+package peer
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Status is a snapshot for people. Building it takes locks briefly; nothing in
+// it is shared with the swarm.
+type Status struct {
+	Self    Member
+	Members []Member // this node included, by name
+	Links   []LinkStatus
+	Blobs   []BlobStatus // being fetched or given, and those that members meet for here
+	Banned  map[string]time.Time
+	Index   IndexStatus
+	Uploads int // pieces being sent or queued
+}
+
+// LinkStatus is a connection with another node. Bytes are of pieces.
+type LinkStatus struct {
+	Node, Zone     string
+	Dialed         bool // by this node
+	Sent, Received int64
+}
+
+// BlobStatus is this node's part in one blob.
+type BlobStatus struct {
+	Digest       digest.Digest
+	Size         int64 // 0 while unknown
+	Pieces, Here int
+	Fetching     bool
+	Neighbours   int
+	InFlight     int
+	Rate         float64          // bytes per second from peers, lately
+	From         map[string]int64 // bytes by node
+	Members      int              // that meet here, if this node is the home
+}
+
+// IndexStatus is the size of the index.
+type IndexStatus struct {
+	Blobs, Postings int
+	Held            int // blobs this node said it holds, or will say
+}
+
+// Status returns what the swarm looks like from here.
+func (s *Swarm) Status() Status {
+	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Uploads: int(s.uploads.load())}
+	for _, m := range s.roster.view.Load().all {
+		st.Members = append(st.Members, *m)
+	}
+	for _, l := range s.allLinks() {
+		st.Links = append(st.Links, LinkStatus{Node: l.node, Zone: l.zone, Dialed: l.dialed, Sent: l.sent.Load(), Received: l.received.Load()})
+	}
+	slices.SortFunc(st.Links, func(a, b LinkStatus) int { return cmp.Compare(a.Node, b.Node) })
+	for _, b := range s.allBlobs() {
+		if bs := b.status(); bs.Fetching || bs.Neighbours > 0 || bs.Members > 0 {
+			st.Blobs = append(st.Blobs, bs)
+		}
+	}
+	slices.SortFunc(st.Blobs, func(a, b BlobStatus) int { return cmp.Compare(a.Digest, b.Digest) })
+	return st
+}
+
+func (b *blob) status() BlobStatus {
+	b.home.mu.Lock()
+	meeting := len(b.home.names)
+	b.home.mu.Unlock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	st := BlobStatus{Digest: b.d, Size: b.size, Pieces: b.n, Here: b.n - b.missing, Fetching: b.fill != nil,
+		Neighbours: len(b.nbrs), InFlight: b.flying, Rate: b.pace.rate, From: make(map[string]int64), Members: meeting}
+	for n, v := range b.sources {
+		st.From[n] = v
+	}
+	return st
+}
+
+func (x *index) status() IndexStatus {
+	x.mu.RLock()
+	st := IndexStatus{Blobs: x.blobs, Postings: x.postings}
+	x.mu.RUnlock()
+	x.own.mu.Lock()
+	defer x.own.mu.Unlock()
+	st.Held = len(x.own.held)
+	return st
+}
+
+func (b *bans) list() map[string]time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := make(map[string]time.Time)
+	for n, t := range b.until {
+		if time.Now().Before(t) {
+			out[n] = t
+		}
+	}
+	return out
+}
+
+// Joined is closed once the first attempt to join others was made, whatever
+// came of it; a lone node is ready too.
+func (s *Swarm) Joined() <-chan struct{} {
+	if s.gossip == nil {
+		done := make(chan struct{})
+		close(done)
+		return done
+	}
+	return s.gossip.tried
+}
