@@ -101,7 +101,7 @@ func notOurs(err error) bool {
 // node is the home, and if that fails from upstream.
 func (p *Proxy) fill(t upstream.Target, kind Kind) cache.Source {
 	return cache.SourceFunc(func(ctx context.Context, f *cache.Fill) error {
-		if p.swarm != nil {
+		if p.swarm != nil && !f.Suspect() { // wrong bytes are fetched again from the registry alone
 			err := p.swarm.Fetch(ctx, t, kind, f)
 			if err == nil || final(err) || ctx.Err() != nil {
 				return err

@@ -1,20 +1,26 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"sync/atomic"
+	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
 )
 
 var errNoSwarm = errors.New("nobody there")
 
-// swarmFunc is a swarm of one function; without it nobody has anything.
+// swarmFunc is a swarm of functions; without one nobody has anything.
 type swarmFunc struct {
-	fetch func(context.Context, *cache.Fill) error
+	fetch   func(context.Context, *cache.Fill) error
+	resolve func(tag string) (ocispec.Descriptor, error)
 }
 
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
@@ -24,8 +30,97 @@ func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *
 	return s.fetch(ctx, f)
 }
 
-func (s *swarmFunc) Resolve(context.Context, upstream.Target, string, []string) (ocispec.Descriptor, error) {
-	return ocispec.Descriptor{}, errNoSwarm
+func (s *swarmFunc) Resolve(_ context.Context, _ upstream.Target, tag string, _ []string) (ocispec.Descriptor, error) {
+	if s.resolve == nil {
+		return ocispec.Descriptor{}, errNoSwarm
+	}
+	return s.resolve(tag)
 }
 
 func (n *node) target() upstream.Target { return upstream.Target{Registry: host, Repository: repo} }
+
+// give writes a whole body into a fill, as a peer's bytes.
+func give(f *cache.Fill, body []byte) error {
+	w := f.Writer(cache.Origin{Kind: cache.FromPeer, Name: "other"})
+	if err := w.SetSize(int64(len(body))); err != nil {
+		return err
+	}
+	_, err := w.WriteAt(body, 0)
+	return err
+}
+
+// TestSwarm: peers go before upstream, upstream stands in for peers, and bytes
+// that were wrong come from upstream alone the next time.
+func TestSwarm(t *testing.T) {
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{1_000_000}, Opaque: true})
+	d := img.Layers[0].Digest
+	want := bytesOf(t, img, d)
+	wrong := bytes.Clone(want)
+	wrong[10] ^= 1
+	var calls atomic.Int32
+	for name, tc := range map[string]struct {
+		fetch    func(context.Context, *cache.Fill) error
+		source   string // of the first answer
+		upstream int    // GETs
+		calls    int32  // after a second request
+	}{
+		"peers have it": {func(_ context.Context, f *cache.Fill) error { return give(f, want) }, "peer", 0, 1},
+		"nobody has it": {func(context.Context, *cache.Fill) error { return errNoSwarm }, "upstream", 1, 1},
+		"peers stop":    {func(_ context.Context, f *cache.Fill) error { return errors.Join(halfOf(f, want), errNoSwarm) }, "peer", 1, 1},
+		"peers lie":     {func(_ context.Context, f *cache.Fill) error { return give(f, wrong) }, "", 1, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			calls.Store(0)
+			n := startNode(t, func(s *setup) {
+				s.upstream.StreamsPerBlob = 1
+				s.proxy.Swarm = &swarmFunc{fetch: func(ctx context.Context, f *cache.Fill) error {
+					calls.Add(1)
+					return tc.fetch(ctx, f)
+				}}
+			})
+			n.put(img)
+			a := n.get(blobPath(d))
+			if tc.source != "" && (a.header.Get(headerSource) != tc.source || a.err != nil || !bytes.Equal(a.body, want)) {
+				t.Errorf("%d from %s, %v", a.status, a.header.Get(headerSource), a.err)
+			}
+			if tc.source == "" && a.status == 200 && a.err == nil {
+				t.Error("wrong bytes were delivered whole")
+			}
+			n.proxy.failed.forget(keyOf(n.target(), d))
+			if a := n.get(blobPath(d)); a.status != 200 || !bytes.Equal(a.body, want) {
+				t.Errorf("again: %d, %d bytes", a.status, len(a.body))
+			}
+			if got := n.registry.Count(registrytest.Match{Reference: d.String(), Method: "GET"}); got != tc.upstream || calls.Load() != tc.calls {
+				t.Errorf("%d requests upstream, %d to the swarm; want %d, %d", got, calls.Load(), tc.upstream, tc.calls)
+			}
+		})
+	}
+}
+
+func halfOf(f *cache.Fill, body []byte) error {
+	w := f.Writer(cache.Origin{Kind: cache.FromPeer, Name: "other"})
+	if err := w.SetSize(int64(len(body))); err != nil {
+		return err
+	}
+	_, err := w.WriteAt(body[:len(body)/2], 0)
+	return err
+}
+
+// TestSwarmResolves: the home's word on a tag is taken, its silence is not.
+func TestSwarmResolves(t *testing.T) {
+	swarm := &swarmFunc{}
+	n := startNode(t, func(s *setup) { s.proxy.Swarm = swarm })
+	img := n.image(1000)
+	swarm.resolve = func(string) (ocispec.Descriptor, error) { return img.Descriptor, nil }
+	for _, asked := range []int{0, 1} {
+		if a := n.do("HEAD", manifestPath("v1")); a.status != 200 || a.header.Get(headerDigest) != img.Digest.String() {
+			t.Errorf("status %d", a.status)
+		}
+		if got := n.registry.Count(heads); got != asked {
+			t.Errorf("%d requests upstream, want %d", got, asked)
+		}
+		swarm.resolve = func(string) (ocispec.Descriptor, error) {
+			return ocispec.Descriptor{Digest: digest.Digest("")}, errNoSwarm
+		}
+	}
+}
