@@ -87,7 +87,8 @@ type stream struct {
 
 const (
 	// maxIdle tries in a row without progress end a stream: with backoff and
-	// stall deadlines that is between half a second and a minute and a half.
+	// stall deadlines that is between half a second and a minute and a half, or
+	// more where the registry itself asks for patience (Retry-After).
 	maxIdle = 5
 	// minProgress is what a try must gain to be worth another of the same kind;
 	// without it a registry that cuts after each byte would be asked for ever.

@@ -79,7 +79,7 @@ func TestFailoverWithinBudget(t *testing.T) {
 	origin.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 	mirror.Inject(registrytest.Match{}, registrytest.Hold())
 	c := newClient(t, func(cfg *Config) { cfg.FirstByte = time.Minute }, registryOf(mirror, origin))
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, err := c.Resolve(ctx, target, "v1", nil); err != nil {
 		t.Error(err)

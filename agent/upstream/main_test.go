@@ -29,7 +29,7 @@ const repo = "library/app"
 func newClient(t testing.TB, edit func(*Config), registries ...Registry) *Client {
 	t.Helper()
 	cfg := Config{
-		Registries: registries, Stall: 250 * time.Millisecond, FirstByte: 500 * time.Millisecond,
+		Registries: registries, Stall: 500 * time.Millisecond, FirstByte: time.Second,
 		proxy: &httpproxy.Config{},
 	}
 	if edit != nil {

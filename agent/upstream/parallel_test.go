@@ -37,8 +37,8 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 		atMost          time.Duration
 		ignoresRange    bool
 	}{
-		{name: "each connection limited", perConn: 12 * mib, streams: 4, least: 3, most: 6, atMost: 5 * time.Second},
-		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 3, atMost: 5 * time.Second},
+		{name: "each connection limited", perConn: 12 * mib, streams: 4, least: 3, most: 6, atMost: 7 * time.Second},
+		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 3, atMost: 8 * time.Second},
 		{name: "one stream configured", perConn: 64 * mib, streams: 1, least: 1, most: 1},
 		{name: "no limit", streams: 4, least: 1, most: 2},
 		{name: "ranges ignored", perConn: 64 * mib, streams: 4, ignoresRange: true, least: 1, most: 2},
