@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/test/registrytest"
@@ -38,7 +41,7 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 		ignoresRange    bool
 	}{
 		{name: "each connection limited", perConn: 12 * mib, streams: 4, least: 3, most: 6, atMost: 7 * time.Second},
-		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 3, atMost: 8 * time.Second},
+		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 4, atMost: 8 * time.Second},
 		{name: "one stream configured", perConn: 64 * mib, streams: 1, least: 1, most: 1},
 		{name: "no limit", streams: 4, least: 1, most: 2},
 		{name: "ranges ignored", perConn: 64 * mib, streams: 4, ignoresRange: true, least: 1, most: 2},
@@ -75,6 +78,37 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 			}
 			t.Logf("%v, %d connections, %d requests, %d bytes more than needed", took, connections(reg), reg.Count(blobGet), reg.Bytes(blobGet)-size)
 		})
+	}
+}
+
+// TestWiden pins the policy itself, without a clock or a network: one more
+// stream where the last one added a fifth, one less and no more where it did not.
+func TestWiden(t *testing.T) {
+	for name, tc := range map[string]struct {
+		rate func(streams int) int64 // MiB/s
+		want int
+	}{
+		"each connection limited": {func(n int) int64 { return 20 * int64(n) }, 4},
+		"the node limited":        {func(int) int64 { return 40 }, 1},
+		"two help":                {func(n int) int64 { return 20 * int64(min(n, 2)) }, 2},
+	} {
+		c := newClient(t, nil, Registry{Host: "test"})
+		src, err := c.newSource(target, "sha256:"+digest.Digest(strings.Repeat("a", 64)), "fetch")
+		if err != nil {
+			t.Fatal(err)
+		}
+		src.size = 1 << 30
+		f := &fetch{src: src, sink: newSinkOf(t, src.size), claims: map[*claim]struct{}{}, running: 1, target: 1}
+		now := time.Unix(1e9, 0)
+		for range 20 * time.Second / tick {
+			now = now.Add(tick)
+			f.bytes += tc.rate(f.running) * mib / int64(time.Second/tick)
+			f.widen(now)
+			f.running = f.target // as if a stream that must go went at once
+		}
+		if f.running != tc.want {
+			t.Errorf("%s: %d streams, want %d", name, f.running, tc.want)
+		}
 	}
 }
 
