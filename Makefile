@@ -15,6 +15,10 @@ help: ## Show this help
 build: ## Build bin/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
 
+.PHONY: demo
+demo: build ## A registry and an agent on loopback: one image pulled cold, then warm (DEMO_FLAGS=--stay)
+	bin/larder demo $(DEMO_FLAGS)
+
 .PHONY: check
 check: lint ## gofmt, vet, linters, import directions and unit tests
 	$(GO) test ./...

@@ -261,6 +261,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.state.Store(stateServing)
 	a.log.Info("serving", "version", a.build.Version, "proxy", a.ProxyAddr(), "admin", a.AdminAddr(), "cache", a.config.Cache.Dir)
 
+	if !a.config.Peer.Alone() {
+		a.log.Warn("peers are configured and not used: this build runs each node alone")
+	}
 	var failed error
 	select {
 	case <-ctx.Done():

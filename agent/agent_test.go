@@ -425,6 +425,29 @@ func TestHostsUnwritable(t *testing.T) {
 	a.pull(t)
 }
 
+// TestProxyOnEveryAddress holds that runtimes on this node, and the agent
+// itself, use loopback when the proxy listens everywhere.
+func TestProxyOnEveryAddress(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	c.Proxy.Listen, c.Proxy.AllowRemote = ":0", true
+	c.Hosts.Containerd = filepath.Join(t.TempDir(), "certs.d")
+	a := start(t, c)
+	eventually(t, "in place", func() error { return a.hostsInPlace() })
+	_, port, err := net.SplitHostPort(a.ProxyAddr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := os.ReadFile(filepath.Join(c.Hosts.Containerd, "_default", "hosts.toml"))
+	if err != nil || !strings.Contains(string(body), "http://127.0.0.1:"+port) {
+		t.Errorf("%v\n%s", err, body)
+	}
+	request := `{"images": ["` + testImage.String() + `"], "platform": "linux/amd64"}`
+	if code, answer := a.admin(t, "POST", "/api/v1/warm", request, "Content-Type", "application/json"); code != 200 || strings.Contains(answer, "error") {
+		t.Errorf("warm: %d %s", code, answer)
+	}
+}
+
 // TestAudit holds that each pull of content is one line.
 func TestAudit(t *testing.T) {
 	c := testConfig(t)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/platforms"
 	"github.com/larder-cache/larder/agent/cache"
@@ -20,11 +21,15 @@ var errUnknownImage = errors.New("not known on this node")
 // ("" = this node's) or "all". It asks no registry: what never passed this
 // node is an error.
 func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
-	e := explainer{agent: a, image: image, fills: map[digest.Digest]cache.Progress{}}
+	e := explainer{agent: a, image: image, fills: map[digest.Digest]cache.Progress{}, used: map[digest.Digest]time.Time{}}
 	e.out = Explanation{Image: image.String(), Platform: platform}
 	for _, f := range a.cache.Fills() {
 		e.fills[f.Digest] = f
 	}
+	a.cache.Walk(func(i cache.Info) bool {
+		e.used[i.Digest] = i.Used
+		return true
+	})
 	if err := e.root(); err != nil {
 		return Explanation{}, err
 	}
@@ -43,6 +48,7 @@ type explainer struct {
 	agent *Agent
 	image Image
 	fills map[digest.Digest]cache.Progress // arriving
+	used  map[digest.Digest]time.Time      // last hits of what is on disk
 	out   Explanation
 }
 
@@ -113,7 +119,7 @@ func (e *explainer) add(kind string, d ocispec.Descriptor) {
 	if slices.ContainsFunc(e.out.Parts, func(p Part) bool { return p.Digest == d.Digest }) {
 		return // shared by two platforms
 	}
-	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}}
+	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}, Used: e.used[d.Digest]}
 	if d.Platform != nil {
 		p.Platform = platforms.Format(*d.Platform)
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding"
 	"errors"
 	"fmt"
 	"maps"
@@ -143,6 +144,9 @@ func (f *tomlFile) unknownIn(prefix, leaf string, known []string) {
 
 // decodeOne lets go-toml put one value into the field of r with that tag.
 func decodeOne(r *upstream.Registry, leaf string, v any) error {
+	if want := wantedShape(leaf, v); want != "" {
+		return errors.New("want " + want)
+	}
 	body, err := toml.Marshal(map[string]any{leaf: v})
 	if err != nil {
 		return fmt.Errorf("cannot be read: %w", err)
@@ -151,6 +155,46 @@ func decodeOne(r *upstream.Registry, leaf string, v any) error {
 		return errors.New(strings.TrimPrefix(err.Error(), "toml: "))
 	}
 	return nil
+}
+
+// wantedShape says what a key of a [[registry]] table takes, if v is nothing
+// like it: go-toml's own message would name Go types.
+func wantedShape(leaf string, v any) string {
+	field := registryField(leaf)
+	if field.Kind() == reflect.Pointer {
+		field = field.Elem()
+	}
+	_, isString := v.(string)
+	_, isNumber := v.(int64)
+	_, isBool := v.(bool)
+	_, isList := v.([]any)
+	_, isText := reflect.New(field).Interface().(encoding.TextUnmarshaler)
+	switch {
+	case isText:
+		if !isString && !isNumber {
+			return `a quoted value with its unit, as in "10s" or "10MiB"`
+		}
+	case field.Kind() == reflect.Slice && !isList:
+		return fmt.Sprintf(`a list, as in ["%v"]`, v)
+	case field.Kind() == reflect.String && !isString:
+		return "a string"
+	case field.Kind() == reflect.Bool && !isBool:
+		return "true or false, without quotes"
+	case field.Kind() == reflect.Int && !isNumber:
+		return "a whole number, without quotes"
+	}
+	return ""
+}
+
+// registryField is the type of the field of upstream.Registry with that tag.
+func registryField(leaf string) reflect.Type {
+	t := reflect.TypeFor[upstream.Registry]()
+	for i := range t.NumField() {
+		if tag, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); tag == leaf {
+			return t.Field(i).Type
+		}
+	}
+	return reflect.TypeFor[any]()
 }
 
 // registryKeys are the keys of a [[registry]] table.

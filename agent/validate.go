@@ -177,22 +177,30 @@ func (v *validator) loopback(key, s, advice string) {
 	}
 }
 
-// peerName is what memberlist and logs can carry; Kubernetes node names fit.
-var peerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$`)
+// peerName is what package peer and logs can carry; Kubernetes node names of
+// up to 200 characters fit.
+var peerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,198}[A-Za-z0-9])?$`)
+
+// maxZone is what fits beside the other facts in 64 bytes of gossip metadata.
+const maxZone = 20
 
 func (v *validator) peer(c PeerConfig) {
 	if !c.Enabled {
 		return
 	}
 	if c.Name != "" && !peerName.MatchString(c.Name) {
-		v.bad("peer.name", c.Name, "want letters, digits, dots and dashes, at most 253")
+		v.bad("peer.name", c.Name, "want letters, digits, dots and dashes, at most 200")
 	}
 	v.oneOf("peer.upstream_scope", c.UpstreamScope, "cluster", "zone")
 	v.within("peer.max_uploads", c.MaxUploads, 1, 1<<16)
-	if len(c.Zone) > 32 || strings.ContainsFunc(c.Zone, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		v.bad("peer.zone", c.Zone, "want at most 32 printable ASCII characters") // it travels in 64 bytes of gossip metadata
+	if len(c.Zone) > maxZone || strings.ContainsFunc(c.Zone, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		v.bad("peer.zone", c.Zone, "want at most %d printable ASCII characters", maxZone)
 	}
-	v.readable("peer.key_file", c.KeyFile)
+	if c.KeyFile != "" {
+		if _, err := readKeys(c.KeyFile); err != nil {
+			v.bad("peer.key_file", c.KeyFile, "%v", err)
+		}
+	}
 	v.peerAddresses(c)
 }
 
