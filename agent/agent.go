@@ -62,7 +62,7 @@ type Option func(*options)
 type options struct {
 	log   *slog.Logger
 	build Build
-	wedge func(*http.Request) // tests block the proxy's handlers with it
+	wedge func(*http.Request) // see WithBefore
 	watch proxy.Watch         // tests make it impatient
 }
 
@@ -71,6 +71,10 @@ func WithLogger(log *slog.Logger) Option { return func(o *options) { o.log = log
 
 // WithBuild says what the status reports of the program.
 func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
+
+// WithBefore has f called before each request to the proxy is answered. It is for
+// tests that wedge an agent: while f blocks, nothing is answered.
+func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedge = f } }
 
 // New validates the configuration, opens the listeners and the cache, and
 // starts nothing. When it fails it takes back host configuration that an
