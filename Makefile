@@ -43,6 +43,10 @@ e2e: ## Real containerd, podman, skopeo and registries (root)
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
 	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
 
+.PHONY: demo
+demo: build ## A registry and an agent on loopback: pull cold, then warm with the registry down
+	bin/larder demo
+
 .PHONY: deps
 deps: ## Install what the tests run against (root, apt), or say what is missing
 	@test/tools/deps.sh

@@ -145,56 +145,30 @@ func (b *bench) push(ctx context.Context, addr string, img *registrytest.Image) 
 // warm brings a path into the agent's cache and waits until it is committed:
 // from then on it comes without the upstream.
 func (b *bench) warm(ctx context.Context, a *agent, path string) error {
-	if err := readAll(ctx, a.addr, path); err != nil {
+	if err := readAll(ctx, a.proxy, path); err != nil {
 		return err
 	}
-	return a.await(ctx, "http://"+a.addr+path)
-}
-
-// result is one turn of a contender.
-type result struct {
-	perSecond float64
-	cpu       float64 // processor seconds of the server for each unit
-}
-
-// contender has its turn.
-type contender func(context.Context) (result, error)
-
-// measured makes a contender of a load on a server, in the units that count
-// says.
-func measured(s server, put func(context.Context) (load, error), count func(load) float64) contender {
-	return func(ctx context.Context) (result, error) {
-		before, err := s.cpuTime()
-		if err != nil {
-			return result{}, err
-		}
-		l, err := put(ctx)
-		if err != nil {
-			return result{}, err
-		}
-		after, err := s.cpuTime()
-		return result{perSecond: count(l) / l.took.Seconds(), cpu: (after - before) / count(l)}, err
-	}
+	return a.await(ctx, "http://"+a.proxy+path)
 }
 
 // turns runs each contender once per round, one after the other, and returns the
-// medians of each.
-func (b *bench) turns(ctx context.Context, contenders ...contender) ([]result, error) {
-	perSecond, cpu := make([][]float64, len(contenders)), make([][]float64, len(contenders))
+// median of each.
+func (b *bench) turns(ctx context.Context, contenders ...func(context.Context) (float64, error)) ([]float64, error) {
+	values := make([][]float64, len(contenders))
 	for range b.rounds {
 		for i, contender := range contenders {
-			r, err := contender(ctx)
+			v, err := contender(ctx)
 			if err != nil {
 				return nil, err
 			}
-			perSecond[i], cpu[i] = append(perSecond[i], r.perSecond), append(cpu[i], r.cpu)
+			values[i] = append(values[i], v)
 		}
 	}
-	medians := make([]result, len(contenders))
-	for i := range medians {
-		medians[i] = result{median(perSecond[i]), median(cpu[i])}
+	medians := make([]float64, len(contenders))
+	for i, v := range values {
+		medians[i] = median(v)
 	}
-	fmt.Fprintf(os.Stderr, "  %.4g\n", perSecond)
+	fmt.Fprintf(os.Stderr, "  %.4g\n", values)
 	return medians, nil
 }
 
@@ -214,26 +188,25 @@ func (b *bench) throughput(ctx context.Context) error {
 	if err := export(root, img); err != nil {
 		return err
 	}
-	for _, addr := range []string{a.addr, a.addr, nginx.addr} {
+	for _, addr := range []string{a.proxy, a.proxy, nginx} {
 		if err := readAll(ctx, addr, p); err != nil {
 			return err
 		}
 	}
 	for _, conns := range []int{1, 4} {
-		read := func(s server) contender {
-			return measured(s, func(ctx context.Context) (load, error) {
-				return hammer(ctx, s.addr, p, conns, 8/conns, 0)
-			}, func(l load) float64 { return float64(l.bytes) })
+		read := func(addr string) func(context.Context) (float64, error) {
+			return func(ctx context.Context) (float64, error) {
+				l, err := hammer(ctx, addr, p, conns, 8/conns, 0)
+				return float64(l.bytes) / l.took.Seconds(), err
+			}
 		}
-		v, err := b.turns(ctx, read(a.server), read(nginx))
+		v, err := b.turns(ctx, read(a.proxy), read(nginx))
 		if err != nil {
 			return err
 		}
-		title := fmt.Sprintf("warm 500 MB blob, %d readers", conns)
-		b.table.compare(title, v[0].perSecond, "nginx", v[1].perSecond, goal{atLeast: 0.9}, showRate)
-		b.table.compare(title+", processor time per GB", v[0].cpu*1e9, "nginx", v[1].cpu*1e9, goal{}, showMillis)
+		b.table.compare(fmt.Sprintf("warm 500 MB blob, %d readers", conns), v[0], "nginx", v[1], goal{atLeast: 0.9}, showRate)
 	}
-	return b.cpuProfile(ctx, a, "throughput", func(ctx context.Context) error { return readAll(ctx, a.addr, p) })
+	return b.cpuProfile(ctx, a, "throughput", func(ctx context.Context) error { return readAll(ctx, a.proxy, p) })
 }
 
 // requests compares how many small answers a second there are.
@@ -245,26 +218,25 @@ func (b *bench) requests(ctx context.Context) error {
 	}
 	defer t.agent.stop()
 	const conns = 32
-	for _, what := range []struct{ kind, name, path string }{
-		{"blob", "4 KiB blob", path("blobs", img.Layers[0].Digest.String())},
-		{"manifest", "manifest", path("manifests", img.Digest.String())},
+	for _, what := range []struct{ name, path string }{
+		{"4 KiB blob", path("blobs", img.Layers[0].Digest.String())},
+		{"manifest", path("manifests", img.Digest.String())},
 	} {
-		ask := func(s server) contender {
-			return measured(s, func(ctx context.Context) (load, error) {
-				return hammer(ctx, s.addr, what.path, conns, 0, time.Duration(b.scale(int64(3*time.Second))))
-			}, func(l load) float64 { return float64(l.requests) })
+		ask := func(addr string) func(context.Context) (float64, error) {
+			return func(ctx context.Context) (float64, error) {
+				l, err := hammer(ctx, addr, what.path, conns, 0, time.Duration(b.scale(int64(3*time.Second))))
+				return float64(l.requests) / l.took.Seconds(), err
+			}
 		}
-		v, err := b.turns(ctx, ask(t.agent.server), ask(t.nginx), ask(t.registry))
+		v, err := b.turns(ctx, ask(t.agent.proxy), ask(t.nginx), ask(t.registry))
 		if err != nil {
 			return err
 		}
 		title := fmt.Sprintf("%s, %d connections", what.name, conns)
-		for i, other := range []string{"nginx", "docker-registry"} {
-			b.table.compare(title, v[0].perSecond, other, v[i+1].perSecond, goal{}, showRequests)
-			b.table.compare(title+", processor time", v[0].cpu, other, v[i+1].cpu, goal{}, showMicros)
-		}
-		err = b.cpuProfile(ctx, t.agent, what.kind+"-requests", func(ctx context.Context) error {
-			_, err := hammer(ctx, t.agent.addr, what.path, conns, 0, time.Second)
+		b.table.compare(title, v[0], "nginx", v[1], goal{}, showRequests)
+		b.table.compare(title, v[0], "docker-registry", v[2], goal{atLeast: 1}, showRequests)
+		err = b.cpuProfile(ctx, t.agent, what.name[:4]+"-requests", func(ctx context.Context) error {
+			_, err := hammer(ctx, t.agent.proxy, what.path, conns, 0, time.Second)
 			return err
 		})
 		if err != nil {
@@ -277,7 +249,7 @@ func (b *bench) requests(ctx context.Context) error {
 // trio is an agent, nginx and docker-registry that all have one image.
 type trio struct {
 	agent           *agent
-	nginx, registry server
+	nginx, registry string
 }
 
 func (b *bench) trio(ctx context.Context, img *registrytest.Image) (t trio, err error) {
@@ -291,7 +263,7 @@ func (b *bench) trio(ctx context.Context, img *registrytest.Image) (t trio, err 
 	if t.registry, err = b.startRegistry(ctx); err != nil {
 		return t, err
 	}
-	if err := errors.Join(export(root, img), b.push(ctx, t.registry.addr, img)); err != nil {
+	if err := errors.Join(export(root, img), b.push(ctx, t.registry, img)); err != nil {
 		return t, err
 	}
 	for _, p := range []string{path("blobs", img.Layers[0].Digest.String()), path("manifests", img.Digest.String())} {
@@ -318,7 +290,7 @@ func (b *bench) firstByte(ctx context.Context) error {
 		for _, c := range []struct {
 			addr string
 			to   *[]float64
-		}{{t.agent.addr, &larder}, {t.nginx.addr, &nginx}, {t.registry.addr, &registry}} {
+		}{{t.agent.proxy, &larder}, {t.nginx, &nginx}, {t.registry, &registry}} {
 			l, err := hammer(ctx, c.addr, p, 1, n, 0)
 			if err != nil {
 				return err
@@ -347,27 +319,18 @@ func (b *bench) coldFirstByte(ctx context.Context, a *agent) error {
 		for _, c := range []struct {
 			addr string
 			to   *[]float64
-		}{{a.addr, &larder}, {b.upstream.Host(), &direct}} {
-			first, err := b.coldRequest(ctx, c.addr)
+		}{{a.proxy, &larder}, {b.upstream.Host(), &direct}} {
+			b.seed++
+			d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
+			l, err := hammer(ctx, c.addr, path("blobs", d.Digest.String()), 1, 1, 0)
 			if err != nil {
 				return err
 			}
-			*c.to = append(*c.to, first...)
+			*c.to = append(*c.to, l.firstBytes...)
 		}
 	}
 	b.firstByteRows("first byte, cold 1 MiB", larder, "direct", direct)
-	return b.cpuProfile(ctx, a, "cold-first-byte", func(ctx context.Context) error {
-		_, err := b.coldRequest(ctx, a.addr)
-		return err
-	})
-}
-
-// coldRequest asks a server for a blob that is new to everybody.
-func (b *bench) coldRequest(ctx context.Context, addr string) (firstByte []float64, err error) {
-	b.seed++
-	d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
-	l, err := hammer(ctx, addr, path("blobs", d.Digest.String()), 1, 1, 0)
-	return l.firstBytes, err
+	return nil
 }
 
 // cold compares pulls through an agent that has nothing yet with pulls straight
@@ -399,19 +362,15 @@ func (b *bench) coldPulls(ctx context.Context, what string, size int64, g goal) 
 		return err
 	}
 	defer a.stop()
-	through := fmt.Sprintf("server = %q\n\n[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", b.upstream.URL(), "http://"+a.addr)
+	through := fmt.Sprintf("server = %q\n\n[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", b.upstream.URL(), "http://"+a.proxy)
 	straight := fmt.Sprintf("server = %q\n", b.upstream.URL())
-	pull := func(hosts string) contender {
-		return func(ctx context.Context) (result, error) {
-			seconds, err := b.coldPull(ctx, size, hosts)
-			return result{perSecond: 1 / seconds}, err
-		}
-	}
-	v, err := b.turns(ctx, pull(through), pull(straight))
+	v, err := b.turns(ctx,
+		func(ctx context.Context) (float64, error) { return b.coldPull(ctx, size, through) },
+		func(ctx context.Context) (float64, error) { return b.coldPull(ctx, size, straight) })
 	if err != nil {
 		return err
 	}
-	b.table.compare(what, 1/v[0].perSecond, "direct", 1/v[1].perSecond, g, showSeconds)
+	b.table.compare(what, v[0], "direct", v[1], g, showSeconds)
 	return b.cpuProfile(ctx, a, fmt.Sprintf("cold-%d", len(b.table.rows)), func(ctx context.Context) error {
 		_, err := b.coldPull(ctx, size, through)
 		return err
@@ -456,7 +415,7 @@ func (b *bench) memory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := hammer(ctx, a.addr, path("blobs", d.Digest.String()), readers, 1, 0); err != nil {
+	if _, err := hammer(ctx, a.proxy, path("blobs", d.Digest.String()), readers, 1, 0); err != nil {
 		return err
 	}
 	peak, err := a.peakMemory()

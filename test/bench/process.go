@@ -113,36 +113,6 @@ func (p *process) peakMemory() (float64, error) {
 	return 0, errors.New("no VmHWM in /proc")
 }
 
-// cpuTime is what the process and its children have used so far, in seconds.
-// Unlike elapsed time it does not depend on what else the machine is doing.
-func (p *process) cpuTime() (float64, error) {
-	stats, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil {
-		return 0, err
-	}
-	pid, ticks := strconv.Itoa(p.cmd.Process.Pid), 0.0
-	for _, name := range stats {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue // ended meanwhile
-		}
-		// pid (name, which may hold anything) state ppid ... utime stime: proc(5)
-		_, rest, _ := strings.Cut(string(b[max(0, strings.LastIndex(string(b), ")")):]), " ")
-		fields := strings.Fields(rest)
-		if len(fields) < 13 || fields[1] != pid && name != "/proc/"+pid+"/stat" {
-			continue
-		}
-		user, err1 := strconv.ParseFloat(fields[11], 64)
-		system, err2 := strconv.ParseFloat(fields[12], 64)
-		if err := errors.Join(err1, err2); err != nil {
-			return 0, fmt.Errorf("%s: %w", name, err)
-		}
-		ticks += user + system
-	}
-	const ticksPerSecond = 100 // of every Linux there is
-	return ticks / ticksPerSecond, nil
-}
-
 // freeAddr is a port of 127.0.0.1 that was free a moment ago.
 func freeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -154,8 +124,8 @@ func freeAddr() (string, error) {
 
 // agent is a running `larder agent`.
 type agent struct {
-	server // its proxy
-	admin  string
+	*process
+	proxy, admin string // host:port
 }
 
 // registryName is the registry as the images of the benchmark name it.
@@ -168,7 +138,7 @@ func (b *bench) startAgent(ctx context.Context, upstream string) (*agent, error)
 		return nil, err
 	}
 	a := &agent{}
-	if a.addr, err = freeAddr(); err != nil {
+	if a.proxy, err = freeAddr(); err != nil {
 		return nil, err
 	}
 	if a.admin, err = freeAddr(); err != nil {
@@ -180,7 +150,7 @@ func (b *bench) startAgent(ctx context.Context, upstream string) (*agent, error)
 		return nil, err
 	}
 	a.process, err = start(ctx, dir, b.larder, "agent", "--config", config,
-		"--proxy.listen", a.addr, "--admin.listen", a.admin,
+		"--proxy.listen", a.proxy, "--admin.listen", a.admin,
 		"--cache.dir", filepath.Join(dir, "cache"), "--cache.max_bytes", "30GiB", "--cache.min_free", "1GiB",
 		"--peer.enabled=false")
 	if err != nil {
@@ -211,20 +181,14 @@ http {
 }
 `
 
-// server is anything else that serves.
-type server struct {
-	*process
-	addr string
-}
-
 // startNginx serves the files below the returned root.
-func (b *bench) startNginx(ctx context.Context) (s server, root string, err error) {
+func (b *bench) startNginx(ctx context.Context) (addr, root string, err error) {
 	dir, err := os.MkdirTemp(b.dir, "nginx-")
 	if err != nil {
-		return s, "", err
+		return "", "", err
 	}
-	if s.addr, err = freeAddr(); err != nil {
-		return s, "", err
+	if addr, err = freeAddr(); err != nil {
+		return "", "", err
 	}
 	user := ""
 	if os.Getuid() == 0 {
@@ -233,19 +197,20 @@ func (b *bench) startNginx(ctx context.Context) (s server, root string, err erro
 	conf := filepath.Join(dir, "nginx.conf")
 	root = filepath.Join(dir, "root")
 	if err := os.MkdirAll(root, 0o755); err != nil {
-		return s, "", err
+		return "", "", err
 	}
 	if err := os.WriteFile(filepath.Join(root, "up"), []byte("up\n"), 0o644); err != nil {
-		return s, "", err
+		return "", "", err
 	}
-	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, user, dir, s.addr), 0o644); err != nil {
-		return s, "", err
+	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, user, dir, addr), 0o644); err != nil {
+		return "", "", err
 	}
-	if s.process, err = start(ctx, dir, b.nginx, "-c", conf, "-p", dir); err != nil {
-		return s, "", err
+	p, err := start(ctx, dir, b.nginx, "-c", conf, "-p", dir)
+	if err != nil {
+		return "", "", err
 	}
-	b.children = append(b.children, s.process)
-	return s, root, s.await(ctx, "http://"+s.addr+"/up")
+	b.children = append(b.children, p)
+	return addr, root, p.await(ctx, "http://"+addr+"/up")
 }
 
 const registryConf = `version: 0.1
@@ -254,23 +219,24 @@ storage: {filesystem: {rootdirectory: %q}}
 http: {addr: %q}
 `
 
-func (b *bench) startRegistry(ctx context.Context) (s server, err error) {
+func (b *bench) startRegistry(ctx context.Context) (addr string, err error) {
 	dir, err := os.MkdirTemp(b.dir, "registry-")
 	if err != nil {
-		return s, err
+		return "", err
 	}
-	if s.addr, err = freeAddr(); err != nil {
-		return s, err
+	if addr, err = freeAddr(); err != nil {
+		return "", err
 	}
 	conf := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, registryConf, filepath.Join(dir, "data"), s.addr), 0o644); err != nil {
-		return s, err
+	if err := os.WriteFile(conf, fmt.Appendf(nil, registryConf, filepath.Join(dir, "data"), addr), 0o644); err != nil {
+		return "", err
 	}
-	if s.process, err = start(ctx, dir, b.registry, "serve", conf); err != nil {
-		return s, err
+	p, err := start(ctx, dir, b.registry, "serve", conf)
+	if err != nil {
+		return "", err
 	}
-	b.children = append(b.children, s.process)
-	return s, s.await(ctx, "http://"+s.addr+"/v2/")
+	b.children = append(b.children, p)
+	return addr, p.await(ctx, "http://"+addr+"/v2/")
 }
 
 // profile writes a CPU profile of the agent under a load to the directory asked

@@ -46,15 +46,16 @@ type containerdConfig struct {
 }
 
 // configVersion2 is for containerd 1.x. Neither version needs a network for
-// pulling, so CNI points nowhere.
+// pulling, so CNI points nowhere; NRI has one socket for the whole machine.
 func configVersion2(c containerdConfig) string {
 	const criPlugin = `plugins."io.containerd.grpc.v1.cri"`
 	return fmt.Sprintf(`version = 2
 root = %q
 state = %q
-disabled_plugins = ["io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
 [grpc]
   address = %q
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 [plugins."io.containerd.internal.v1.opt"]
   path = %q
 [%[5]s]
@@ -78,6 +79,8 @@ root = %q
 state = %q
 [grpc]
   address = %q
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 [plugins."io.containerd.internal.v1.opt"]
   path = %q
 [%[5]s]
@@ -127,6 +130,9 @@ func startContainerd(t *testing.T, v containerdVersion, vary ...func(*containerd
 	for _, f := range vary {
 		f(&config)
 	}
+	if roots := filepath.SplitList(config.configPath); len(roots) > 0 {
+		c.certs = roots[0]
+	}
 	c.configFile = writeFile(t, filepath.Join(dir, "config.toml"), v.config(config))
 	conn, err := grpc.NewClient("unix://"+c.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -145,7 +151,7 @@ func (c *containerd) start(bin string) {
 	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		c.t.Fatal(err)
 	}
-	cmd.Env = append(cmd.Environ(), "TMPDIR="+tmp)
+	cmd.Env = append(offline(), "TMPDIR="+tmp)
 	c.proc = startProcess(c.t, c.version.name, cmd)
 	eventually(c.t, 60*time.Second, "containerd answers CRI", func() error {
 		ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
@@ -215,4 +221,19 @@ func (c *containerd) blobs() []string {
 		names = append(names, e.Name())
 	}
 	return names
+}
+
+// ingested is how many bytes the pulls in progress have written so far.
+func (c *containerd) ingested() int64 {
+	files, err := filepath.Glob(filepath.Join(c.contentDir(), "ingest", "*", "data"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var n int64
+	for _, f := range files {
+		if info, err := os.Stat(f); err == nil { // commits rename files away meanwhile
+			n += info.Size()
+		}
+	}
+	return n
 }

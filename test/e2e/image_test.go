@@ -43,6 +43,7 @@ type pushed struct {
 	repository string
 	tag        string
 	digest     v1.Hash
+	layers     []v1.Hash // not set for an index
 }
 
 // push builds an image of layers with these sizes and pushes it. The same seed
@@ -70,6 +71,7 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 		}
 	default:
 		image := buildImage(r.t, kind, runtime.GOARCH, seed, sizes)
+		p.layers = layerDigests(r.t, image)
 		p.digest, err = image.Digest()
 		if err == nil {
 			err = remote.Write(ref, image, opt)
@@ -79,6 +81,19 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 		r.t.Fatalf("push %s: %v", ref, err)
 	}
 	return p
+}
+
+func layerDigests(t *testing.T, image v1.Image) []v1.Hash {
+	t.Helper()
+	m, err := image.Manifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var digests []v1.Hash
+	for _, l := range m.Layers {
+		digests = append(digests, l.Digest)
+	}
+	return digests
 }
 
 func buildIndex(t *testing.T, seed uint64, sizes []int) v1.ImageIndex {

@@ -15,9 +15,10 @@ import (
 var run struct {
 	dir    string // holds everything the tests write; removed at the end
 	larder string // the binary under test
+	wedged string // the same, with a way to wedge it; see test/wedged
 }
 
-// raceEnv, when "1", builds the binary under test with the race detector.
+// raceEnv, when "1", builds the programs under test with the race detector.
 const raceEnv = "LARDER_E2E_RACE"
 
 func TestMain(m *testing.M) { os.Exit(mainCode(m)) }
@@ -31,11 +32,12 @@ func mainCode(m *testing.M) int {
 		return 1
 	}
 	run.dir = dir
-	if run.larder, err = buildLarder(dir); err != nil {
+	code := 1
+	if err := build(); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
-		return 1
+	} else {
+		code = m.Run()
 	}
-	code := m.Run()
 	if err := cleanUp(dir); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e: left behind:", err)
 		return 1
@@ -43,18 +45,22 @@ func mainCode(m *testing.M) int {
 	return code
 }
 
-func buildLarder(dir string) (string, error) {
-	bin := filepath.Join(dir, "larder")
-	args := []string{"build", "-o", bin}
+// build makes the programs under test.
+func build() error {
+	run.larder, run.wedged = filepath.Join(run.dir, "larder"), filepath.Join(run.dir, "wedged")
+	args := []string{"build"}
 	if os.Getenv(raceEnv) == "1" {
 		args = append(args, "-race")
 	}
-	cmd := exec.Command("go", append(args, "./cmd/larder")...)
-	cmd.Dir = filepath.Join("..", "..")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build larder: %w\n%s", err, out)
+	larder := exec.Command("go", append(args, "-o", run.larder, "./cmd/larder")...)
+	wedged := exec.Command("go", append(args, "-o", run.wedged, "./test/wedged")...)
+	for _, cmd := range []*exec.Cmd{larder, wedged} {
+		cmd.Dir = filepath.Join("..", "..")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s", cmd, err, out)
+		}
 	}
-	return bin, nil
+	return nil
 }
 
 // cleanUp removes dir, and reports mounts and processes that outlived the tests.
@@ -134,8 +140,8 @@ func needBuilt(t *testing.T, name string) string {
 	return path
 }
 
-// eventually waits until check returns nil. It gives up at the deadline with
-// check's last error.
+// eventually waits until check returns nil. It gives up at the deadline, or when
+// check says errEnded, with check's last error.
 func eventually(t *testing.T, within time.Duration, what string, check func() error) {
 	t.Helper()
 	if err := poll(within, check); err != nil {
@@ -152,6 +158,9 @@ func poll(within time.Duration, check func() error) error {
 		err := check()
 		if err == nil {
 			return nil
+		}
+		if errors.Is(err, errEnded) {
+			return err
 		}
 		select {
 		case <-deadline.C:

@@ -48,6 +48,13 @@ func startProcess(t *testing.T, name string, cmd *exec.Cmd) *process {
 	return p
 }
 
+// offline is an environment in which nothing reaches beyond this machine: what is
+// not on loopback goes to a proxy that does not exist.
+func offline() []string {
+	const nowhere = "http://127.0.0.1:1"
+	return append(os.Environ(), "HTTP_PROXY="+nowhere, "HTTPS_PROXY="+nowhere, "NO_PROXY=", "no_proxy=")
+}
+
 // end stops a child that the test left running and prints the log of a failed
 // test.
 func (p *process) end() {
@@ -107,13 +114,15 @@ func (p *process) output() []byte {
 	return b
 }
 
-// dead is an error once the child has ended, so that nothing waits for one that
-// will never answer.
+// errEnded ends a wait: what ended will never answer.
+var errEnded = errors.New("ended")
+
+// dead is errEnded once the child has ended.
 func (p *process) dead() error {
 	if p.alive() {
 		return nil
 	}
-	return fmt.Errorf("%s ended: %w\n%s", p.name, p.err, tail(p.output(), 4<<10))
+	return fmt.Errorf("%s %w: %s", p.name, errEnded, p.cmd.ProcessState)
 }
 
 func tail(b []byte, n int) []byte {

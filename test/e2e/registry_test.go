@@ -127,13 +127,31 @@ func (a access) String() string {
 	return fmt.Sprintf("%s %s %d %s", a.method, a.path, a.status, a.agent)
 }
 
+// accessList is requests in the order in which a registry answered them.
+type accessList []access
+
+// String shows the first few, one in a line.
+func (l accessList) String() string {
+	const shown = 8
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d requests", len(l))
+	for i, a := range l {
+		if i == shown {
+			b.WriteString("\n\t...")
+			break
+		}
+		fmt.Fprintf(&b, "\n\t%s", a)
+	}
+	return b.String()
+}
+
 // accessLine matches the combined log format that both registries print.
 var accessLine = regexp.MustCompile(`(?m)^\S+ - \S+ \[[^\]]+\] "([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+) \d+ "[^"]*" "([^"]*)"`)
 
 // accesses is everything this registry was asked for so far. It first asks for
 // something itself and waits to see that in the log, so that whatever was
 // answered before this call is in the result.
-func (r *registry) accesses() []access {
+func (r *registry) accesses() accessList {
 	r.t.Helper()
 	if !r.proc.alive() {
 		return parseAccesses(r.earlier)
@@ -153,8 +171,8 @@ func (r *registry) accesses() []access {
 	return parseAccesses(log)
 }
 
-func parseAccesses(log []byte) []access {
-	var all []access
+func parseAccesses(log []byte) accessList {
+	var all accessList
 	for _, m := range accessLine.FindAllSubmatch(log, -1) {
 		status, _ := strconv.Atoi(string(m[3])) // the pattern matches digits only
 		all = append(all, access{method: string(m[1]), path: string(m[2]), status: status, agent: string(m[4])})
@@ -163,7 +181,7 @@ func parseAccesses(log []byte) []access {
 }
 
 // during is what the registry was asked for while do ran.
-func (r *registry) during(do func()) []access {
+func (r *registry) during(do func()) accessList {
 	r.t.Helper()
 	before := len(r.accesses())
 	do()
@@ -171,8 +189,8 @@ func (r *registry) during(do func()) []access {
 }
 
 // blobReads are the requests that moved, or asked about, a blob's bytes.
-func blobReads(all []access) []access {
-	var blobs []access
+func blobReads(all accessList) accessList {
+	var blobs accessList
 	for _, a := range all {
 		if strings.Contains(a.path, "/blobs/") && (a.method == http.MethodGet || a.method == http.MethodHead) {
 			blobs = append(blobs, a)
@@ -182,8 +200,8 @@ func blobReads(all []access) []access {
 }
 
 // byRuntime are the requests a runtime sent itself, without Larder between.
-func byRuntime(all []access) []access {
-	var direct []access
+func byRuntime(all accessList) accessList {
+	var direct accessList
 	for _, a := range all {
 		for _, agent := range []string{"containerd/", "containers/", "skopeo/", "libpod/"} {
 			if strings.HasPrefix(a.agent, agent) {
