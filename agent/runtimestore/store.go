@@ -220,7 +220,7 @@ type file struct {
 func identify(d digest.Digest, info fs.FileInfo) file {
 	id := file{digest: d, size: info.Size(), mtime: info.ModTime().UnixNano()}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		id.dev, id.ino = uint64(st.Dev), uint64(st.Ino)
+		id.dev, id.ino = st.Dev, st.Ino
 	}
 	return id
 }

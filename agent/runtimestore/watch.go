@@ -198,7 +198,8 @@ func (s *Store) watchDir(ctx context.Context) error {
 				return errors.New("the directory was removed")
 			}
 			s.hints.add(digest.NewDigestFromEncoded(digest.SHA256, filepath.Base(e.Name)))
-		case <-w.Errors: // an overflow, most likely
+		case err := <-w.Errors: // an overflow, most likely
+			s.log.Debug("lost sight of the runtime's store, scanning it", "err", err)
 			s.hints.addAll()
 		case <-ctx.Done():
 			return nil

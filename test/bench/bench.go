@@ -58,20 +58,23 @@ func newBench(ctx context.Context, s settings) (_ *bench, err error) {
 }
 
 func (b *bench) close() {
-	var errs []error
 	for _, p := range b.children {
-		errs = append(errs, p.stop())
+		b.end(p)
 	}
 	if b.upstream != nil {
 		b.upstream.Close()
 	}
 	if b.keep {
 		fmt.Fprintln(os.Stderr, "left", b.dir)
-	} else {
-		errs = append(errs, os.RemoveAll(b.dir))
-	}
-	if err := errors.Join(errs...); err != nil {
+	} else if err := os.RemoveAll(b.dir); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: clean up:", err)
+	}
+}
+
+// end stops a server. One that does not stop is worth a line, not the results.
+func (b *bench) end(p *process) {
+	if err := p.stop(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
 	}
 }
 
@@ -145,30 +148,56 @@ func (b *bench) push(ctx context.Context, addr string, img *registrytest.Image) 
 // warm brings a path into the agent's cache and waits until it is committed:
 // from then on it comes without the upstream.
 func (b *bench) warm(ctx context.Context, a *agent, path string) error {
-	if err := readAll(ctx, a.proxy, path); err != nil {
+	if err := readAll(ctx, a.addr, path); err != nil {
 		return err
 	}
-	return a.await(ctx, "http://"+a.proxy+path)
+	return a.await(ctx, "http://"+a.addr+path)
+}
+
+// result is one turn of a contender.
+type result struct {
+	perSecond float64
+	cpu       float64 // processor seconds of the server for each unit
+}
+
+// contender has its turn.
+type contender func(context.Context) (result, error)
+
+// measured makes a contender of a load on a server, in the units that count
+// says.
+func measured(s server, put func(context.Context) (load, error), count func(load) float64) contender {
+	return func(ctx context.Context) (result, error) {
+		before, err := s.cpuTime()
+		if err != nil {
+			return result{}, err
+		}
+		l, err := put(ctx)
+		if err != nil {
+			return result{}, err
+		}
+		after, err := s.cpuTime()
+		return result{perSecond: count(l) / l.took.Seconds(), cpu: (after - before) / count(l)}, err
+	}
 }
 
 // turns runs each contender once per round, one after the other, and returns the
-// median of each.
-func (b *bench) turns(ctx context.Context, contenders ...func(context.Context) (float64, error)) ([]float64, error) {
-	values := make([][]float64, len(contenders))
+// medians of each.
+func (b *bench) turns(ctx context.Context, contenders ...contender) ([]result, error) {
+	perSecond, cpu := make([][]float64, len(contenders)), make([][]float64, len(contenders))
 	for range b.rounds {
 		for i, contender := range contenders {
-			v, err := contender(ctx)
+			r, err := contender(ctx)
 			if err != nil {
 				return nil, err
 			}
-			values[i] = append(values[i], v)
+			perSecond[i], cpu[i] = append(perSecond[i], r.perSecond), append(cpu[i], r.cpu)
 		}
 	}
-	medians := make([]float64, len(contenders))
-	for i, v := range values {
-		medians[i] = median(v)
+	medians := make([]result, len(contenders))
+	for i := range medians {
+		medians[i] = result{median(perSecond[i]), median(cpu[i])}
 	}
-	fmt.Fprintf(os.Stderr, "  %.4g\n", values)
+	fmt.Fprintf(os.Stderr, "  %.4g\n", perSecond)
 	return medians, nil
 }
 
@@ -180,7 +209,7 @@ func (b *bench) throughput(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer a.stop()
+	defer b.end(a.process)
 	nginx, root, err := b.startNginx(ctx)
 	if err != nil {
 		return err
@@ -188,25 +217,26 @@ func (b *bench) throughput(ctx context.Context) error {
 	if err := export(root, img); err != nil {
 		return err
 	}
-	for _, addr := range []string{a.proxy, a.proxy, nginx} {
+	for _, addr := range []string{a.addr, a.addr, nginx.addr} {
 		if err := readAll(ctx, addr, p); err != nil {
 			return err
 		}
 	}
 	for _, conns := range []int{1, 4} {
-		read := func(addr string) func(context.Context) (float64, error) {
-			return func(ctx context.Context) (float64, error) {
-				l, err := hammer(ctx, addr, p, conns, 8/conns, 0)
-				return float64(l.bytes) / l.took.Seconds(), err
-			}
+		read := func(s server) contender {
+			return measured(s, func(ctx context.Context) (load, error) {
+				return hammer(ctx, s.addr, p, conns, 8/conns, 0)
+			}, func(l load) float64 { return float64(l.bytes) })
 		}
-		v, err := b.turns(ctx, read(a.proxy), read(nginx))
+		v, err := b.turns(ctx, read(a.server), read(nginx))
 		if err != nil {
 			return err
 		}
-		b.table.compare(fmt.Sprintf("warm 500 MB blob, %d readers", conns), v[0], "nginx", v[1], goal{atLeast: 0.9}, showRate)
+		title := fmt.Sprintf("warm 500 MB blob, %d readers", conns)
+		b.table.compare(title, v[0].perSecond, "nginx", v[1].perSecond, goal{atLeast: 0.9}, showRate)
+		b.table.compare(title+", processor time per GB", v[0].cpu*1e9, "nginx", v[1].cpu*1e9, goal{}, showMillis)
 	}
-	return b.cpuProfile(ctx, a, "throughput", func(ctx context.Context) error { return readAll(ctx, a.proxy, p) })
+	return b.cpuProfile(ctx, a, "throughput", func(ctx context.Context) error { return readAll(ctx, a.addr, p) })
 }
 
 // requests compares how many small answers a second there are.
@@ -216,27 +246,28 @@ func (b *bench) requests(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer t.agent.stop()
+	defer b.end(t.agent.process)
 	const conns = 32
-	for _, what := range []struct{ name, path string }{
-		{"4 KiB blob", path("blobs", img.Layers[0].Digest.String())},
-		{"manifest", path("manifests", img.Digest.String())},
+	for _, what := range []struct{ kind, name, path string }{
+		{"blob", "4 KiB blob", path("blobs", img.Layers[0].Digest.String())},
+		{"manifest", "manifest", path("manifests", img.Digest.String())},
 	} {
-		ask := func(addr string) func(context.Context) (float64, error) {
-			return func(ctx context.Context) (float64, error) {
-				l, err := hammer(ctx, addr, what.path, conns, 0, time.Duration(b.scale(int64(3*time.Second))))
-				return float64(l.requests) / l.took.Seconds(), err
-			}
+		ask := func(s server) contender {
+			return measured(s, func(ctx context.Context) (load, error) {
+				return hammer(ctx, s.addr, what.path, conns, 0, time.Duration(b.scale(int64(3*time.Second))))
+			}, func(l load) float64 { return float64(l.requests) })
 		}
-		v, err := b.turns(ctx, ask(t.agent.proxy), ask(t.nginx), ask(t.registry))
+		v, err := b.turns(ctx, ask(t.agent.server), ask(t.nginx), ask(t.registry))
 		if err != nil {
 			return err
 		}
 		title := fmt.Sprintf("%s, %d connections", what.name, conns)
-		b.table.compare(title, v[0], "nginx", v[1], goal{}, showRequests)
-		b.table.compare(title, v[0], "docker-registry", v[2], goal{atLeast: 1}, showRequests)
-		err = b.cpuProfile(ctx, t.agent, what.name[:4]+"-requests", func(ctx context.Context) error {
-			_, err := hammer(ctx, t.agent.proxy, what.path, conns, 0, time.Second)
+		for i, other := range []string{"nginx", "docker-registry"} {
+			b.table.compare(title, v[0].perSecond, other, v[i+1].perSecond, goal{}, showRequests)
+			b.table.compare(title+", processor time", v[0].cpu, other, v[i+1].cpu, goal{}, showMicros)
+		}
+		err = b.cpuProfile(ctx, t.agent, what.kind+"-requests", func(ctx context.Context) error {
+			_, err := hammer(ctx, t.agent.addr, what.path, conns, 0, time.Second)
 			return err
 		})
 		if err != nil {
@@ -249,7 +280,7 @@ func (b *bench) requests(ctx context.Context) error {
 // trio is an agent, nginx and docker-registry that all have one image.
 type trio struct {
 	agent           *agent
-	nginx, registry string
+	nginx, registry server
 }
 
 func (b *bench) trio(ctx context.Context, img *registrytest.Image) (t trio, err error) {
@@ -263,7 +294,7 @@ func (b *bench) trio(ctx context.Context, img *registrytest.Image) (t trio, err 
 	if t.registry, err = b.startRegistry(ctx); err != nil {
 		return t, err
 	}
-	if err := errors.Join(export(root, img), b.push(ctx, t.registry, img)); err != nil {
+	if err := errors.Join(export(root, img), b.push(ctx, t.registry.addr, img)); err != nil {
 		return t, err
 	}
 	for _, p := range []string{path("blobs", img.Layers[0].Digest.String()), path("manifests", img.Digest.String())} {
@@ -282,7 +313,7 @@ func (b *bench) firstByte(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer t.agent.stop()
+	defer b.end(t.agent.process)
 	p := path("blobs", img.Layers[0].Digest.String())
 	n := int(b.scale(5000))
 	var larder, nginx, registry []float64
@@ -290,7 +321,7 @@ func (b *bench) firstByte(ctx context.Context) error {
 		for _, c := range []struct {
 			addr string
 			to   *[]float64
-		}{{t.agent.proxy, &larder}, {t.nginx, &nginx}, {t.registry, &registry}} {
+		}{{t.agent.addr, &larder}, {t.nginx.addr, &nginx}, {t.registry.addr, &registry}} {
 			l, err := hammer(ctx, c.addr, p, 1, n, 0)
 			if err != nil {
 				return err
@@ -319,18 +350,27 @@ func (b *bench) coldFirstByte(ctx context.Context, a *agent) error {
 		for _, c := range []struct {
 			addr string
 			to   *[]float64
-		}{{a.proxy, &larder}, {b.upstream.Host(), &direct}} {
-			b.seed++
-			d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
-			l, err := hammer(ctx, c.addr, path("blobs", d.Digest.String()), 1, 1, 0)
+		}{{a.addr, &larder}, {b.upstream.Host(), &direct}} {
+			first, err := b.coldRequest(ctx, c.addr)
 			if err != nil {
 				return err
 			}
-			*c.to = append(*c.to, l.firstBytes...)
+			*c.to = append(*c.to, first...)
 		}
 	}
 	b.firstByteRows("first byte, cold 1 MiB", larder, "direct", direct)
-	return nil
+	return b.cpuProfile(ctx, a, "cold-first-byte", func(ctx context.Context) error {
+		_, err := b.coldRequest(ctx, a.addr)
+		return err
+	})
+}
+
+// coldRequest asks a server for a blob that is new to everybody.
+func (b *bench) coldRequest(ctx context.Context, addr string) (firstByte []float64, err error) {
+	b.seed++
+	d := b.upstream.PutBlob(repository, registrytest.Random(b.seed, 1<<20))
+	l, err := hammer(ctx, addr, path("blobs", d.Digest.String()), 1, 1, 0)
+	return l.firstBytes, err
 }
 
 // cold compares pulls through an agent that has nothing yet with pulls straight
@@ -361,16 +401,20 @@ func (b *bench) coldPulls(ctx context.Context, what string, size int64, g goal) 
 	if err != nil {
 		return err
 	}
-	defer a.stop()
-	through := fmt.Sprintf("server = %q\n\n[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", b.upstream.URL(), "http://"+a.proxy)
+	defer b.end(a.process)
+	through := fmt.Sprintf("server = %q\n\n[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", b.upstream.URL(), "http://"+a.addr)
 	straight := fmt.Sprintf("server = %q\n", b.upstream.URL())
-	v, err := b.turns(ctx,
-		func(ctx context.Context) (float64, error) { return b.coldPull(ctx, size, through) },
-		func(ctx context.Context) (float64, error) { return b.coldPull(ctx, size, straight) })
+	pull := func(hosts string) contender {
+		return func(ctx context.Context) (result, error) {
+			seconds, err := b.coldPull(ctx, size, hosts)
+			return result{perSecond: 1 / seconds}, err
+		}
+	}
+	v, err := b.turns(ctx, pull(through), pull(straight))
 	if err != nil {
 		return err
 	}
-	b.table.compare(what, v[0], "direct", v[1], g, showSeconds)
+	b.table.compare(what, 1/v[0].perSecond, "direct", 1/v[1].perSecond, g, showSeconds)
 	return b.cpuProfile(ctx, a, fmt.Sprintf("cold-%d", len(b.table.rows)), func(ctx context.Context) error {
 		_, err := b.coldPull(ctx, size, through)
 		return err
@@ -410,12 +454,12 @@ func (b *bench) memory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer a.stop()
+	defer b.end(a.process)
 	idle, err := a.peakMemory()
 	if err != nil {
 		return err
 	}
-	if _, err := hammer(ctx, a.proxy, path("blobs", d.Digest.String()), readers, 1, 0); err != nil {
+	if _, err := hammer(ctx, a.addr, path("blobs", d.Digest.String()), readers, 1, 0); err != nil {
 		return err
 	}
 	peak, err := a.peakMemory()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,9 +70,9 @@ func (p *process) await(ctx context.Context, url string) error {
 		select {
 		case ended := <-p.done:
 			p.done <- ended
-			return fmt.Errorf("%s ended: %v\n%s", p.cmd.Path, ended, p.output())
+			return fmt.Errorf("%s ended: %w\n%s", p.cmd.Path, cmp.Or(ended, errors.New("status 0")), p.output())
 		case <-ctx.Done():
-			return fmt.Errorf("%s answers %s with %d, %v\n%s", p.cmd.Path, url, code, err, p.output())
+			return fmt.Errorf("%s answers %s with %d: %w\n%s", p.cmd.Path, url, code, cmp.Or(err, ctx.Err()), p.output())
 		case <-tick.C:
 		}
 	}
@@ -113,6 +114,36 @@ func (p *process) peakMemory() (float64, error) {
 	return 0, errors.New("no VmHWM in /proc")
 }
 
+// cpuTime is what the process and its children have used so far, in seconds.
+// Unlike elapsed time it does not depend on what else the machine is doing.
+func (p *process) cpuTime() (float64, error) {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		return 0, err
+	}
+	pid, ticks := strconv.Itoa(p.cmd.Process.Pid), 0.0
+	for _, name := range stats {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // ended meanwhile
+		}
+		// pid (name, which may hold anything) state ppid ... utime stime: proc(5)
+		_, rest, _ := strings.Cut(string(b[max(0, strings.LastIndex(string(b), ")")):]), " ")
+		fields := strings.Fields(rest)
+		if len(fields) < 13 || fields[1] != pid && name != "/proc/"+pid+"/stat" {
+			continue
+		}
+		user, err1 := strconv.ParseFloat(fields[11], 64)
+		system, err2 := strconv.ParseFloat(fields[12], 64)
+		if err := errors.Join(err1, err2); err != nil {
+			return 0, fmt.Errorf("%s: %w", name, err)
+		}
+		ticks += user + system
+	}
+	const ticksPerSecond = 100 // of every Linux there is
+	return ticks / ticksPerSecond, nil
+}
+
 // freeAddr is a port of 127.0.0.1 that was free a moment ago.
 func freeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -124,8 +155,8 @@ func freeAddr() (string, error) {
 
 // agent is a running `larder agent`.
 type agent struct {
-	*process
-	proxy, admin string // host:port
+	server // its proxy
+	admin  string
 }
 
 // registryName is the registry as the images of the benchmark name it.
@@ -138,7 +169,7 @@ func (b *bench) startAgent(ctx context.Context, upstream string) (*agent, error)
 		return nil, err
 	}
 	a := &agent{}
-	if a.proxy, err = freeAddr(); err != nil {
+	if a.addr, err = freeAddr(); err != nil {
 		return nil, err
 	}
 	if a.admin, err = freeAddr(); err != nil {
@@ -150,7 +181,7 @@ func (b *bench) startAgent(ctx context.Context, upstream string) (*agent, error)
 		return nil, err
 	}
 	a.process, err = start(ctx, dir, b.larder, "agent", "--config", config,
-		"--proxy.listen", a.proxy, "--admin.listen", a.admin,
+		"--proxy.listen", a.addr, "--admin.listen", a.admin,
 		"--cache.dir", filepath.Join(dir, "cache"), "--cache.max_bytes", "30GiB", "--cache.min_free", "1GiB",
 		"--peer.enabled=false")
 	if err != nil {
@@ -181,14 +212,20 @@ http {
 }
 `
 
+// server is anything else that serves.
+type server struct {
+	*process
+	addr string
+}
+
 // startNginx serves the files below the returned root.
-func (b *bench) startNginx(ctx context.Context) (addr, root string, err error) {
+func (b *bench) startNginx(ctx context.Context) (s server, root string, err error) {
 	dir, err := os.MkdirTemp(b.dir, "nginx-")
 	if err != nil {
-		return "", "", err
+		return s, "", err
 	}
-	if addr, err = freeAddr(); err != nil {
-		return "", "", err
+	if s.addr, err = freeAddr(); err != nil {
+		return s, "", err
 	}
 	user := ""
 	if os.Getuid() == 0 {
@@ -197,20 +234,19 @@ func (b *bench) startNginx(ctx context.Context) (addr, root string, err error) {
 	conf := filepath.Join(dir, "nginx.conf")
 	root = filepath.Join(dir, "root")
 	if err := os.MkdirAll(root, 0o755); err != nil {
-		return "", "", err
+		return s, "", err
 	}
 	if err := os.WriteFile(filepath.Join(root, "up"), []byte("up\n"), 0o644); err != nil {
-		return "", "", err
+		return s, "", err
 	}
-	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, user, dir, addr), 0o644); err != nil {
-		return "", "", err
+	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, user, dir, s.addr), 0o644); err != nil {
+		return s, "", err
 	}
-	p, err := start(ctx, dir, b.nginx, "-c", conf, "-p", dir)
-	if err != nil {
-		return "", "", err
+	if s.process, err = start(ctx, dir, b.nginx, "-c", conf, "-p", dir); err != nil {
+		return s, "", err
 	}
-	b.children = append(b.children, p)
-	return addr, root, p.await(ctx, "http://"+addr+"/up")
+	b.children = append(b.children, s.process)
+	return s, root, s.await(ctx, "http://"+s.addr+"/up")
 }
 
 const registryConf = `version: 0.1
@@ -219,24 +255,23 @@ storage: {filesystem: {rootdirectory: %q}}
 http: {addr: %q}
 `
 
-func (b *bench) startRegistry(ctx context.Context) (addr string, err error) {
+func (b *bench) startRegistry(ctx context.Context) (s server, err error) {
 	dir, err := os.MkdirTemp(b.dir, "registry-")
 	if err != nil {
-		return "", err
+		return s, err
 	}
-	if addr, err = freeAddr(); err != nil {
-		return "", err
+	if s.addr, err = freeAddr(); err != nil {
+		return s, err
 	}
 	conf := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, registryConf, filepath.Join(dir, "data"), addr), 0o644); err != nil {
-		return "", err
+	if err := os.WriteFile(conf, fmt.Appendf(nil, registryConf, filepath.Join(dir, "data"), s.addr), 0o644); err != nil {
+		return s, err
 	}
-	p, err := start(ctx, dir, b.registry, "serve", conf)
-	if err != nil {
-		return "", err
+	if s.process, err = start(ctx, dir, b.registry, "serve", conf); err != nil {
+		return s, err
 	}
-	b.children = append(b.children, p)
-	return addr, p.await(ctx, "http://"+addr+"/v2/")
+	b.children = append(b.children, s.process)
+	return s, s.await(ctx, "http://"+s.addr+"/v2/")
 }
 
 // profile writes a CPU profile of the agent under a load to the directory asked

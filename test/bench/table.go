@@ -83,14 +83,19 @@ func (t *table) print(out io.Writer) error {
 	return w.Flush()
 }
 
-// machine says what the numbers were measured on.
+// machine says what the numbers were measured on, and how busy it was: beyond
+// its number of processors, the load average is other people's work.
 func machine() string {
 	var u unix.Utsname
 	kernel := "unknown kernel"
 	if unix.Uname(&u) == nil {
 		kernel = "Linux " + unix.ByteSliceToString(u.Release[:])
 	}
-	return fmt.Sprintf("%d x %s, %s, %s", runtime.NumCPU(), cpuModel(), kernel, runtime.Version())
+	load := "unknown"
+	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
+		load, _, _ = strings.Cut(string(b), " ")
+	}
+	return fmt.Sprintf("%d x %s, %s, %s, load average %s", runtime.NumCPU(), cpuModel(), kernel, runtime.Version(), load)
 }
 
 func cpuModel() string {
@@ -122,5 +127,6 @@ func quantile(v []float64, q float64) float64 {
 func showRate(v float64) string     { return fmt.Sprintf("%.2f GB/s", v/1e9) }
 func showRequests(v float64) string { return fmt.Sprintf("%.0f/s", v) }
 func showSeconds(v float64) string  { return fmt.Sprintf("%.2f s", v) }
+func showMillis(v float64) string   { return fmt.Sprintf("%.0f ms", v*1e3) }
 func showMicros(v float64) string   { return fmt.Sprintf("%.0f us", v*1e6) }
 func showMiB(v float64) string      { return fmt.Sprintf("%.0f MiB", v/(1<<20)) }

@@ -5,6 +5,7 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"encoding/binary"
+	"errors"
 	"hash/crc32"
 	"io"
 
@@ -90,7 +91,7 @@ func (c concat) ReadAt(p []byte, off int64) (int, error) {
 		if done == len(p) {
 			return done, nil
 		}
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return done, err
 		}
 		off = 0
@@ -186,7 +187,7 @@ func (g *storedGzip) readPart(p []byte, off int64) (int, error) {
 	}
 	in -= storedHead
 	n, err := g.c.ReadAt(p[:min(int64(len(p)), length-in)], start+in)
-	if err == io.EOF && n > 0 {
+	if errors.Is(err, io.EOF) && n > 0 {
 		err = nil
 	}
 	return n, err

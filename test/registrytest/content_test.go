@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"io"
 	"testing"
 	"testing/iotest"
@@ -34,7 +35,7 @@ func TestContentAnywhere(t *testing.T) {
 			for off := int64(0); off < c.Size(); off += 997 {
 				p := make([]byte, 1009)
 				n, err := c.ReadAt(p, off)
-				if want := whole[off:min(int64(len(whole)), off+1009)]; !bytes.Equal(p[:n], want) || n < len(p) && err != io.EOF {
+				if want := whole[off:min(int64(len(whole)), off+1009)]; !bytes.Equal(p[:n], want) || n < len(p) && !errors.Is(err, io.EOF) {
 					t.Fatalf("at %d: %d bytes, %v", off, n, err)
 				}
 			}

@@ -184,12 +184,8 @@ func (m manifest) referrer(d digest.Digest) (ocispec.Descriptor, digest.Digest) 
 	}, in.Subject.Digest
 }
 
-// fallbackTag is the tag under which clients look for referrers where there is
-// no referrers API.
-func fallbackTag(d digest.Digest) string {
-	return strings.Replace(d.String(), ":", "-", 1)
-}
-
+// fromFallbackTag is the subject of the tag under which clients look for
+// referrers where there is no referrers API.
 func fromFallbackTag(tag string) (digest.Digest, bool) {
 	d := digest.Digest(strings.Replace(tag, "-", ":", 1))
 	return d, d.Validate() == nil
