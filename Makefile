@@ -32,6 +32,7 @@ lint: ## gofmt, vet and golangci-lint
 	for module in . test/e2e; do (cd $$module && $$tools/golangci-lint run -c $$config ./...); done
 
 .PHONY: test
+test: export LARDER_E2E_RACE := 1
 test: deps lint race e2e ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race

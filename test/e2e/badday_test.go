@@ -111,9 +111,7 @@ func TestWedged(t *testing.T) {
 				t.Fatalf("before it is wedged, the agent is not asked: %v", seen)
 			}
 			c.remove(ref)
-			if err := a.proc.signal(syscall.SIGUSR1); err != nil {
-				t.Fatal(err)
-			}
+			wedge(t, a)
 			start := time.Now()
 			seen := r.during(func() { c.mustPull(ref) })
 			took := time.Since(start)
@@ -135,6 +133,20 @@ func TestWedged(t *testing.T) {
 			}
 		})
 	}
+}
+
+// wedge makes an agent that runs test/wedged stop answering.
+func wedge(t *testing.T, a *agent) {
+	t.Helper()
+	if err := a.proc.signal(syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "the agent is wedged", func() error {
+		if !strings.Contains(string(a.proc.output()), "\nwedged\n") {
+			return errors.New("it has not said so")
+		}
+		return nil
+	})
 }
 
 // TestHungDisk is a disk that stops answering under the cache: pulls of what the

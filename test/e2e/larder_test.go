@@ -110,14 +110,22 @@ func checkLog(t *testing.T, p *process, mayFail bool) {
 	}
 }
 
-// descriptors is how many files and sockets the agent has open.
-func (a *agent) descriptors() int {
+// openBlobs names the files of the cache that the agent has open.
+func (a *agent) openBlobs() []string {
 	a.t.Helper()
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.proc.cmd.Process.Pid))
+	fds := fmt.Sprintf("/proc/%d/fd", a.proc.cmd.Process.Pid)
+	entries, err := os.ReadDir(fds)
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	return len(fds)
+	var open []string
+	for _, e := range entries {
+		file, err := os.Readlink(filepath.Join(fds, e.Name())) // fails for one closed since
+		if err == nil && strings.HasPrefix(file, filepath.Join(a.dir, "blobs")) {
+			open = append(open, file)
+		}
+	}
+	return open
 }
 
 // stop is SIGTERM, as kubelet sends it; kill is `kill -9`.

@@ -40,6 +40,7 @@ func run() error {
 	go func() {
 		<-wedged
 		close(block)
+		fmt.Fprintln(os.Stderr, "wedged") // who sent the signal waits for this
 	}()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
