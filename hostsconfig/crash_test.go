@@ -130,6 +130,42 @@ func crashOnce(t *testing.T, have tree, n int) {
 	}
 }
 
+// TestCrashOnUpgrade dies anywhere while one configuration replaces another:
+// a new port, other registries, no link.
+func TestCrashOnUpgrade(t *testing.T) {
+	upgrade := func(t *testing.T, n int) (done bool) {
+		dir := t.TempDir()
+		crashTree.write(t, dir)
+		before := snapshot(t, dir)
+		opts := crashOptions(dir)
+		h := newHosts(t, opts)
+		h.disk.unsynced = true
+		apply(t, h)
+		next := opts
+		next.ProxyAddr, next.ColonLink, next.Registries = "127.0.0.1:6060", false, []string{"docker.io", "new.x:5000"}
+		h = newHosts(t, next)
+		h.disk, _ = crashAt(n)
+		_, err := h.Apply(t.Context())
+		h = newHosts(t, opts)
+		h.disk.unsynced = true
+		if n%2 == 0 {
+			apply(t, h)
+		}
+		remove(t, h)
+		wantSame(t, fmt.Sprintf("crash before step %d of the upgrade: not restored", n), before, snapshot(t, dir))
+		return err == nil
+	}
+	stride := 1
+	if testing.Short() {
+		stride = 3
+	}
+	for n := 0; !upgrade(t, n); n += stride {
+		if t.Failed() || n > 1000 {
+			t.Fatalf("after %d steps", n)
+		}
+	}
+}
+
 // childEnv makes the test binary apply and remove for ever; see TestKill.
 const childEnv = "LARDER_HOSTSCONFIG_CHILD"
 

@@ -171,10 +171,6 @@ func (d disk) copyTo(src, path string) error {
 			return errors.Join(err, removeIfThere(temp))
 		}
 	}
-	if same(temp, path) {
-		// Renaming one name of an inode to another is a no-op that leaves both.
-		return removeIfThere(temp)
-	}
 	return d.moveInto(temp, path)
 }
 

@@ -452,6 +452,9 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 	if !c.versions.maybe(2, 1) || d.sameDir(configPath, d.opts.Containerd) && d.node.isDir(configPath) {
 		return
 	}
+	if d.opts.ColonLink && !d.opts.Facts.ProxyUp {
+		return // the agent makes the link when it starts
+	}
 	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true"
 	if reason := c.localPull(); reason != "" {
 		d.add(Finding{

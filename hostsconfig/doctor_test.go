@@ -91,6 +91,8 @@ func setFact(t *testing.T, opts *DoctorOptions, line string) {
 		opts.Facts.ProxyUp = value == "true"
 	case "taken":
 		opts.Facts.PortTaken = value
+	case "colon_link":
+		opts.ColonLink = value == "true"
 	case "containerd":
 		opts.Containerd = value
 	case "crio":

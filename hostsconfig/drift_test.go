@@ -173,6 +173,54 @@ func write(tb testing.TB, path, text string) {
 	must(tb, os.WriteFile(path, []byte(text), 0o640))
 }
 
+// TestRace: a file replaced between reading and writing is left to the next
+// pass, which takes the new one up.
+func TestRace(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.x/hosts.toml")
+	tree{"a.x/hosts.toml": "# first\n", "new": "# second\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	raced := false
+	h.disk.step = func(op, at string) error {
+		if op == "rename" && strings.HasSuffix(at, journalName) && !raced && fileHas(path, "first") {
+			if backups, _ := filepath.Glob(filepath.Join(dir, journalDir, "*.orig")); len(backups) > 0 {
+				raced = true
+				return os.Rename(filepath.Join(dir, "new"), path)
+			}
+		}
+		return nil
+	}
+	if _, err := h.Apply(t.Context()); !errors.Is(err, errRaced) {
+		t.Fatalf("Apply: %v, want errRaced", err)
+	}
+	wantContent(t, path, "# second\n")
+	apply(t, h)
+	if !fileHas(path, "second") || !fileHas(path, testProxy) {
+		t.Error("the new file was not taken up")
+	}
+	remove(t, h)
+	wantContent(t, path, "# second\n")
+}
+
+// TestPutBackWithOtherMode: the file that a user put back is the one to keep,
+// not only its bytes.
+func TestPutBackWithOtherMode(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.x/hosts.toml")
+	tree{"a.x/hosts.toml": "# first\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	apply(t, h)
+	must(t, os.Remove(path))
+	must(t, os.WriteFile(path, []byte("# first\n"), 0o600))
+	apply(t, h)
+	remove(t, h)
+	info, err := os.Stat(path)
+	must(t, err)
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("restored with mode %v, want the user's latest", info.Mode())
+	}
+}
+
 // TestBadJournal: without a readable journal nothing is deleted, and what can
 // be told from the files themselves is put right.
 func TestBadJournal(t *testing.T) {

@@ -368,6 +368,11 @@ func parseHosts(doc []byte) (*hostFile, error) {
 	// Only what containerd reads can make it stumble: it decodes inline host
 	// tables, but never looks inside.
 	for _, name := range f.order {
+		if name == "" {
+			// containerd overlooks it in first place only, so ours before it
+			// would change what it reads.
+			return nil, fmt.Errorf("a host without a name")
+		}
 		if _, err := f.Hosts[name].endpoint(name, "/"); err != nil {
 			return nil, fmt.Errorf("host %q: %w", redactURL(name), err)
 		}
@@ -500,14 +505,14 @@ func headers(table map[string]any) (http.Header, error) {
 	for name, v := range table {
 		switch v := v.(type) {
 		case string:
-			out[name] = []string{v}
+			out.Add(name, v)
 		case []any:
 			for _, item := range v {
 				s, ok := item.(string)
 				if !ok {
 					return nil, fmt.Errorf("header %q: want strings", name)
 				}
-				out[name] = append(out[name], s)
+				out.Add(name, s)
 			}
 		default:
 			return nil, fmt.Errorf("header %q: want a string or a list of strings", name)

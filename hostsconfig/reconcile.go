@@ -32,7 +32,8 @@ func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 }
 
 // Remove takes everything back and returns what it changed. It needs only the
-// directories: options that Apply had and Remove has not do not matter.
+// directories: options that Apply had and Remove has not do not matter. Beside
+// a Run of the same Hosts it does not last: end that Run instead.
 func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

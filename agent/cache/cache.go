@@ -380,6 +380,17 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 	}
 }
 
+// LookupPieces is Lookup for those who check each piece against a digest of its
+// own, as other nodes do: the last piece is not held back for them. Were it,
+// the end of every blob would have to come from the few nodes that are done.
+func (c *Cache) LookupPieces(d digest.Digest) (*Reader, bool) {
+	r, ok := c.Lookup(d)
+	if ok {
+		r.piecewise = true
+	}
+	return r, ok
+}
+
 // Has reports whether d is committed.
 func (c *Cache) Has(d digest.Digest) bool {
 	c.mu.Lock()

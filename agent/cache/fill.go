@@ -624,14 +624,15 @@ func (f *fill) moved() {
 }
 
 // visible returns how many bytes, at most limit, a reader may have from off
-// on: present, and not in the held-back last piece (I2).
-func (f *fill) visible(off, limit int64) (int64, error) {
+// on: present, and not in the held-back last piece (I2) unless last says that
+// the reader checks each piece by itself.
+func (f *fill) visible(off, limit int64, last bool) (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err != nil && errors.Is(f.err, ErrDigestMismatch) {
 		return 0, f.err
 	}
-	if n := f.pieces.run(off, limit, f.good); n > 0 {
+	if n := f.pieces.run(off, limit, f.good || last); n > 0 {
 		return n, nil
 	}
 	return 0, f.err
@@ -642,7 +643,7 @@ func (f *fill) await(ctx context.Context, off int64) error {
 	w := &waiter{off: off, reader: true, ready: make(chan struct{}, 1)}
 	defer f.forget(w)
 	for {
-		if n, err := f.visible(off, 1); n > 0 || err != nil {
+		if n, err := f.visible(off, 1, false); n > 0 || err != nil {
 			return err
 		}
 		if f.enlist(w) {

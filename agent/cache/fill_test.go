@@ -583,6 +583,33 @@ func TestLookupWaitsForNothing(t *testing.T) {
 	}
 }
 
+// TestLookupPiecesShowsTheLastPiece: other nodes check each piece by its own
+// digest, so the end of a blob spreads before anybody has all of it, while
+// readers for runtimes still wait for the whole digest.
+func TestLookupPiecesShowsTheLastPiece(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(18, 3*minPiece)
+	_, f, _ := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 2*minPiece, len(body))
+	for _, lookup := range []struct {
+		name string
+		open func(digest.Digest) (*Reader, bool)
+		want bool
+	}{{"Lookup", c.Lookup, false}, {"LookupPieces", c.LookupPieces, true}} {
+		r, ok := lookup.open(d)
+		if !ok {
+			t.Fatal("a running fill was not found")
+		}
+		defer r.Close()
+		_, err := r.ReadAt(make([]byte, minPiece), 2*minPiece)
+		if r.HasPiece(2) != lookup.want || (err == nil) != lookup.want {
+			t.Errorf("%s: has the last piece %t, read %v", lookup.name, r.HasPiece(2), err)
+		}
+	}
+	put(t, f, body, 0, 2*minPiece)
+	settle(c, d)
+}
+
 func TestPut(t *testing.T) {
 	c := start(t, Options{})
 	body, d := content(17, 700)

@@ -31,6 +31,8 @@ type Reader struct {
 	pos    int64
 	cursor atomic.Int64 // reported to the fill; -1 before the first read
 	closed atomic.Bool
+	// piecewise readers see the last piece before the whole digest matched
+	piecewise bool
 }
 
 var (
@@ -79,7 +81,7 @@ func (r *Reader) HasPiece(i int) bool {
 		return true
 	}
 	want := min(ps, r.size-off)
-	n, _ := r.fill.visible(off, want)
+	n, _ := r.fill.visible(off, want, r.piecewise)
 	return n == want
 }
 
@@ -133,7 +135,7 @@ func (r *Reader) Extent(off int64) (file *os.File, n int64, err error) {
 		return r.own, r.size - off, nil
 	}
 	r.report(off)
-	n, err = r.fill.visible(off, r.size-off)
+	n, err = r.fill.visible(off, r.size-off, r.piecewise)
 	return r.own, n, err
 }
 
@@ -209,7 +211,7 @@ func (r *Reader) readSome(p []byte, off int64) (int, error) {
 // waitSome returns how many of want bytes at off can be read, at least one.
 func (r *Reader) waitSome(off, want int64) (int64, error) {
 	for {
-		n, err := r.fill.visible(off, want)
+		n, err := r.fill.visible(off, want, r.piecewise)
 		if n > 0 || err != nil {
 			return n, err
 		}

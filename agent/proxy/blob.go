@@ -16,6 +16,9 @@ const (
 	// that can take the rest from the registry (I4): longer than any runtime's
 	// immediate retries, shorter than kubelet's back-off gets.
 	failureMemory = 30 * time.Second
+	// wrongMemory is the same for a blob whose bytes were wrong: longer than
+	// kubelet backs off, so that its next try does not meet them again.
+	wrongMemory = 10 * time.Minute
 	// undeliverableMemory is how long manifests that list a blob which could not be
 	// delivered to a path-encoded client answer 404 (I5).
 	undeliverableMemory = 5 * time.Minute
@@ -104,6 +107,8 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 	case x.route.pathEncoded:
 		p.undelivered.put(key, struct{}{}, undeliverableMemory)
 		p.deliverable.forget(key)
+	case wrongBytes(err):
+		p.failed.put(key, struct{}{}, wrongMemory)
 	case x.status != 0:
 		p.failed.put(key, struct{}{}, failureMemory)
 	}

@@ -53,9 +53,15 @@ func (c cached) read(p []byte, off int64) (int, error) {
 // held is a blob in the runtime's own store.
 type held struct{ RuntimeBlob }
 
-func (h held) source() source                     { return sourceRuntime }
-func (h held) size() int64                        { return h.Size() }
-func (h held) ready(context.Context, int64) error { return nil }
+func (h held) source() source { return sourceRuntime }
+func (h held) size() int64    { return h.Size() }
+func (h held) ready(ctx context.Context, off int64) error {
+	err := h.Ready(ctx, off)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errRuntime, err)
+	}
+	return err
+}
 func (h held) extent(off int64) (*os.File, int64, error) {
 	file, ok := h.File()
 	if !ok {
@@ -67,6 +73,9 @@ func (h held) read(p []byte, off int64) (int, error) {
 	n, err := h.ReadAt(p[:min(int64(len(p)), h.Size()-off)], off)
 	if n > 0 && errors.Is(err, io.EOF) {
 		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errRuntime, err)
 	}
 	return n, err
 }

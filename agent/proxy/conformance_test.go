@@ -143,6 +143,7 @@ func TestBlobRanges(t *testing.T) {
 	for _, warm := range []bool{false, true} {
 		for _, tt := range blobRanges {
 			t.Run(fmt.Sprintf("warm=%v/%s", warm, tt.name), func(t *testing.T) {
+				t.Parallel()
 				n := startNode(t, nil)
 				img := n.image(1e6)
 				d := img.Layers[0].Digest

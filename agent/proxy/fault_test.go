@@ -53,6 +53,7 @@ func TestFaults(t *testing.T) {
 		"behind a CDN":                  {match: registrytest.Match{Kind: registrytest.Other}, effects: []registrytest.Effect{registrytest.Status(500)}, options: registrytest.Options{CDN: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n := startNode(t, func(s *setup) { s.registry = tc.options })
 			n.image(2_000_000)
 			n.registry.Inject(tc.match, tc.effects...)
@@ -76,6 +77,68 @@ func TestFaults(t *testing.T) {
 				if strings.Contains(e.URL, n.addr) && (e.Status == http.StatusTooManyRequests || e.Status >= 300 && e.Status < 400) {
 					t.Errorf("relayed %d", e.Status)
 				}
+			}
+		})
+	}
+}
+
+// TestFallback is the matrix for a registry that is broken for the proxy and for
+// good, and works for the runtime: containerd must go on there in the same pull,
+// whatever had been sent, and soon.
+func TestFallback(t *testing.T) {
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{2_000_000}, Opaque: true})
+	layer := registrytest.Match{Kind: registrytest.Blob, Method: http.MethodGet, Reference: img.Layers[0].Digest.String()}
+	blobs := registrytest.Match{Kind: registrytest.Blob}
+	manifests := registrytest.Match{Kind: registrytest.Manifest}
+	type effects = []registrytest.Effect
+	for name, tc := range map[string]struct {
+		match   registrytest.Match
+		effects effects
+		pulls   int // until one succeeds
+	}{
+		"all 500":                     {registrytest.Match{}, effects{registrytest.Status(500)}, 1},
+		"all 404":                     {registrytest.Match{}, effects{registrytest.Status(404)}, 1},
+		"all 401":                     {registrytest.Match{}, effects{registrytest.Status(401)}, 1},
+		"all 403":                     {registrytest.Match{}, effects{registrytest.Status(403)}, 1},
+		"all 429":                     {registrytest.Match{}, effects{registrytest.TooManyRequests(time.Minute)}, 1},
+		"nothing answers":             {registrytest.Match{}, effects{registrytest.Hold()}, 1},
+		"all redirect in circles":     {registrytest.Match{}, effects{registrytest.RedirectLoop()}, 1},
+		"all web pages":               {registrytest.Match{}, effects{registrytest.HTML()}, 1},
+		"manifests corrupt":           {manifests, effects{registrytest.CorruptAt(10)}, 1},
+		"manifests without end":       {manifests, effects{registrytest.Oversized(-1)}, 1},
+		"manifests cut":               {manifests, effects{registrytest.CutAfter(10)}, 1},
+		"blobs 404":                   {blobs, effects{registrytest.Status(404)}, 1},
+		"blobs 429":                   {blobs, effects{registrytest.TooManyRequests(time.Minute)}, 1},
+		"blobs never answer":          {blobs, effects{registrytest.Hold()}, 1},
+		"blobs stall at 0":            {layer, effects{registrytest.StallAfter(0)}, 1},
+		"blobs stall in the body":     {layer, effects{registrytest.StallAfter(700_000)}, 1},
+		"blobs are cut at 0":          {layer, effects{registrytest.CutAfter(0)}, 1},
+		"blobs are cut then 404":      {layer, effects{registrytest.CutAfter(700_000), registrytest.IgnoreRange()}, 1},
+		"blobs are larger than told":  {layer, effects{registrytest.ContentLength(-1000)}, 1},
+		"blobs are smaller than told": {layer, effects{registrytest.ContentLength(1000)}, 1},
+		"last piece corrupt":          {layer, effects{registrytest.CorruptAt(1_900_000)}, 1},
+		"early piece corrupt":         {layer, effects{registrytest.CorruptAt(10)}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := startNode(t, func(s *setup) { s.proxy.StallTimeout = 1500 * time.Millisecond; s.proxy.FirstByteBudget = time.Second })
+			n.put(img)
+			n.registry.Inject(tc.match, tc.effects...)
+			direct := registrytest.Start(t, registrytest.Options{})
+			direct.Put(repo, img, "v1")
+			c := n.containerdTo(direct.URL())
+			begin := time.Now()
+			for try := 1; ; try++ {
+				_, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil)
+				if err == nil {
+					break
+				}
+				if try == tc.pulls {
+					t.Fatalf("pull %d: %v", try, err)
+				}
+			}
+			if d := time.Since(begin); d > 12*time.Second {
+				t.Errorf("took %s", d)
 			}
 		})
 	}

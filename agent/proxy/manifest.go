@@ -29,7 +29,7 @@ const membershipMemory = time.Hour
 
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
-	defer x.within(p.patience(x), errBudget)()
+	defer x.within(p.manifestPatience(x), errBudget)()
 	d, stale := x.route.digest, false
 	if x.route.tag != "" {
 		tag, err := p.resolve(x.ctx, x.target, x.route.tag, accepted(x.r.Header))
@@ -56,6 +56,15 @@ func (p *Proxy) serveManifest(x *exchange) error {
 	}
 	p.sendManifest(x, m)
 	return nil
+}
+
+// manifestPatience: on a manifest path-encoded clients do go on to the registry,
+// so they wait only for the extra questions that promise asks.
+func (p *Proxy) manifestPatience(x *exchange) time.Duration {
+	if x.route.pathEncoded {
+		return 3 * p.opts.FirstByteBudget
+	}
+	return p.opts.FirstByteBudget
 }
 
 func (p *Proxy) sendManifest(x *exchange, m manifest) {
@@ -107,18 +116,23 @@ func (p *Proxy) manifest(ctx context.Context, t upstream.Target, d digest.Digest
 }
 
 func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
-	c, err := p.open(ctx, t, d, KindManifest)
+	m, err := readAll(ctx, d, func() (content, error) { return p.open(ctx, t, d, KindManifest) })
+	if err != nil && notOurs(err) {
+		m, err = readAll(ctx, d, func() (content, error) { return p.openCache(ctx, t, d, KindManifest) })
+	}
 	if errors.Is(err, cache.ErrNoRoom) {
 		return p.passManifest(ctx, t, d)
 	}
+	return m, err
+}
+
+func readAll(ctx context.Context, d digest.Digest, open func() (content, error)) (manifest, error) {
+	c, err := open()
 	if err != nil {
 		return manifest{}, err
 	}
 	defer func() { _ = c.Close() }() // was only read
 	body, err := readSmall(ctx, c)
-	if errors.Is(err, cache.ErrNoRoom) {
-		return p.passManifest(ctx, t, d)
-	}
 	return manifest{desc: ocispec.Descriptor{Digest: d, Size: c.size()}, body: body, from: c.source()}, err
 }
 

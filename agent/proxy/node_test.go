@@ -188,11 +188,14 @@ func bytesOf(t testing.TB, img *registrytest.Image, d digest.Digest) []byte {
 
 // containerd is a runtime that has the proxy as mirror of registry.test and the
 // registry behind it.
-func (n *node) containerd() *runtimetest.Containerd {
+func (n *node) containerd() *runtimetest.Containerd { return n.containerdTo(n.registry.URL()) }
+
+// containerdTo is one that reaches the registry at another place than the proxy does.
+func (n *node) containerdTo(server string) *runtimetest.Containerd {
 	n.t.Helper()
 	certs := n.t.TempDir()
 	dir := filepath.Join(certs, host)
-	toml := "server = \"" + n.registry.URL() + "\"\n\n[host.\"http://" + n.addr + "\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
+	toml := "server = \"" + server + "\"\n\n[host.\"http://" + n.addr + "\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
 	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
 		n.t.Fatal(err)
 	}

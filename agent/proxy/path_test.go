@@ -31,6 +31,7 @@ func TestCRIO(t *testing.T) {
 		"a web page instead of every blob": {get, []registrytest.Effect{times(2), registrytest.HTML()}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n := startNode(t, nil)
 			n.image(2_000_000)
 			n.registry.Inject(tc.match, tc.effects...)
@@ -80,6 +81,21 @@ func TestPromiseCosts(t *testing.T) {
 	}
 	if got, want := n.registry.Count(registrytest.Match{Kind: registrytest.Blob, Method: "HEAD"}), len(img.Layers)+1; got != want {
 		t.Errorf("%d questions for %d blobs", got, want)
+	}
+}
+
+// TestPathManifestDoesNotWait: on a manifest such a client can still go on.
+func TestPathManifestDoesNotWait(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.FirstByte = time.Minute
+		s.proxy.FirstByteBudget = 200 * time.Millisecond
+	})
+	n.image()
+	n.registry.Inject(registrytest.Match{}, registrytest.Hold())
+	begin := time.Now()
+	checkOCIError(t, n.get(pathManifest("v1")), 503, "UNAVAILABLE")
+	if d := time.Since(begin); d > 2*time.Second {
+		t.Errorf("answered after %s", d)
 	}
 }
 

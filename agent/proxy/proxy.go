@@ -243,6 +243,9 @@ func (p *Proxy) finish(x *exchange) {
 	if p.opts.Audit != nil {
 		p.opts.Audit(e)
 	}
+	if !p.log.Enabled(context.Background(), slog.LevelDebug) {
+		return // spares a warm hit the boxing of thirteen values
+	}
 	p.log.Debug("request", "kind", e.Kind, "method", e.Method, "registry", e.Registry, "repository", e.Repository, "reference", e.Reference,
 		"source", e.Source, "status", e.Status, "bytes", e.Bytes, "duration", e.Duration, "err", e.Err)
 }

@@ -26,8 +26,9 @@ type RuntimeStore interface {
 }
 
 // RuntimeBlob is one open blob of a RuntimeStore. Its ReadAt never returns the
-// last bytes before the blob's digest has matched.
+// last bytes before the blob's digest has matched; Ready waits until it can.
 type RuntimeBlob interface {
+	Ready(ctx context.Context, off int64) error
 	ReadAt(p []byte, off int64) (int, error)
 	Close() error
 	Size() int64
@@ -56,6 +57,11 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 			return c, nil
 		}
 	}
+	return p.openCache(ctx, t, d, kind)
+}
+
+// openCache opens the cache's blob, or what fills it.
+func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
 	r, err := p.cache.Open(ctx, d, p.fill(t, kind))
 	if errors.Is(err, cache.ErrInvalidDigest) { // an algorithm that the cache does not keep
 		return nil, fmt.Errorf("%w: %w", cache.ErrNoRoom, err)
@@ -78,6 +84,17 @@ func (p *Proxy) openRuntime(d digest.Digest) content {
 		return nil
 	}
 	return held{blob}
+}
+
+// errRuntime marks what is wrong with the runtime's store alone.
+var errRuntime = errors.New("runtime's store")
+
+// notOurs reports whether err says nothing about this request's own source: a
+// fill for another repository failed under this reader, or the runtime's copy
+// is bad. One more try through the cache then asks the own source.
+func notOurs(err error) bool {
+	fill, ok := errors.AsType[*cache.FillError](err)
+	return ok && fill.Joined && !errors.Is(err, cache.ErrNoRoom) || errors.Is(err, errRuntime)
 }
 
 // fill is how a missing blob comes: from the swarm, which knows whether this
@@ -135,8 +152,8 @@ func (s sink) Missing(off int64) (start, end int64, ok bool) {
 
 // healer finds another place for a blob when the one it came from fails. For
 // clients that name a registry with ns there is one: the registry itself, by
-// the runtime's own hand, once the answer ended. Only a disk without room is
-// worked around here. Path-encoded clients have no second place, so for them
+// the runtime's own hand, once the answer ended. Only what the registry has no
+// part in is worked around: a disk without room, someone else's failed fill. Path-encoded clients have no second place, so for them
 // the proxy tries again until pathPatience is over.
 type healer struct {
 	p *Proxy
@@ -145,6 +162,7 @@ type healer struct {
 	off   int64 // where the last failure was
 	since time.Time
 	tries int
+	again bool // notOurs was tried
 }
 
 const (
@@ -164,6 +182,9 @@ func (h *healer) next(err error, off int64) (content, error) {
 		switch {
 		case errors.Is(err, cache.ErrNoRoom):
 			c, err = h.pass(off)
+		case !h.again && notOurs(err) && !(wrongBytes(err) && h.x.sent.Load() > 0):
+			h.again = true
+			c, err = h.p.openCache(h.x.ctx, h.x.target, h.x.route.digest, KindBlob)
 		case h.mayRetry(err):
 			c, err = h.retry()
 		default:
@@ -177,8 +198,14 @@ func (h *healer) next(err error, off int64) (content, error) {
 }
 
 func (h *healer) mayRetry(err error) bool {
-	return h.x.route.pathEncoded && !final(err) && !errors.Is(err, cache.ErrDigestMismatch) &&
+	return h.x.route.pathEncoded && !final(err) && !(wrongBytes(err) && h.x.sent.Load() > 0) &&
 		time.Since(h.since) < pathPatience
+}
+
+// wrongBytes: what was read so far cannot be trusted, and no other place makes
+// it good.
+func wrongBytes(err error) bool {
+	return errors.Is(err, cache.ErrDigestMismatch) || errors.Is(err, errRuntime)
 }
 
 func (h *healer) retry() (content, error) {

@@ -65,18 +65,16 @@ func (p *Proxy) resolveKey(ctx context.Context, t upstream.Target, key tagKey, a
 	if found, ok := p.fresh.get(key); ok {
 		return found, nil
 	}
-	// Upstream gets the larger part of the budget; the rest is for the
-	// manifest itself, after a stale answer too.
-	wait, cancel := context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
+	last, known := p.lastKnown(key)
+	wait, cancel := ctx, context.CancelFunc(func() {})
+	if known { // then upstream gets the larger part of the budget, the manifest the rest
+		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
+	}
 	defer cancel()
 	found, err := p.resolves.do(wait, key, func(ctx context.Context) (resolved, error) {
 		return p.ask(ctx, t, key, accept)
 	})
-	if err == nil || ctx.Err() != nil || !(errors.Is(err, errBudget) || mayServeStale(err)) {
-		return found, err
-	}
-	last, ok := p.lastKnown(key)
-	if !ok {
+	if err == nil || !known || ctx.Err() != nil || !(errors.Is(err, errBudget) || mayServeStale(err)) {
 		return found, err
 	}
 	// Those who come within the next tag_ttl need not wait as well.

@@ -92,6 +92,24 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
+// TestNodeCredentialStaysHome pins that a registry which is not marked as
+// shared by the whole node never sees the node's credential.
+func TestNodeCredentialStaysHome(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}}})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	for _, auth := range []string{"", "relay", "anonymous"} {
+		c := newClient(t, withCredential("ann", "secret"), Registry{Host: "test", Auth: auth, Upstreams: []string{reg.URL()}})
+		if _, err := c.Resolve(t.Context(), target, "v1", nil); !IsUnauthorized(err) {
+			t.Errorf("auth = %q: %v", auth, err)
+		}
+	}
+	for _, sent := range reg.Seen(registrytest.Match{}) {
+		if sent != "" {
+			t.Errorf("sent %q", sent)
+		}
+	}
+}
+
 // TestTokenReuse pins the number of token exchanges: one for each repository,
 // whatever is asked of it and by how many at once.
 func TestTokenReuse(t *testing.T) {
@@ -252,7 +270,7 @@ func TestRealmRefused(t *testing.T) {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="`+elsewhere+`/token"`)
 		w.WriteHeader(http.StatusUnauthorized)
 	})
-	c := newClient(t, withCredential("ann", "secret"), Registry{Host: "test", Upstreams: []string{reg.String()}})
+	c := newClient(t, withCredential("ann", "secret"), Registry{Host: "test", Auth: "node", Upstreams: []string{reg.String()}})
 	c.proxyFunc = func(u *url.URL) (*url.URL, error) { // whatever leaves comes to other
 		if u.Host == reg.Host {
 			return nil, nil

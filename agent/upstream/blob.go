@@ -107,10 +107,7 @@ func (st *stream) Read(ctx context.Context, p []byte) (int, error) {
 			return 0, io.EOF
 		}
 		if st.body == nil {
-			if err := st.open(ctx); err != nil {
-				if st.again(ctx, err) {
-					continue
-				}
+			if err := st.ready(ctx); err != nil {
 				return 0, err
 			}
 			continue // the size is known now; off may be the end
@@ -127,6 +124,17 @@ func (st *stream) Read(ctx context.Context, p []byte) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// ready opens the body, with all the patience a stream has, unless it is open
+// or nothing is left to read.
+func (st *stream) ready(ctx context.Context) error {
+	for st.body == nil && !st.done() {
+		if err := st.open(ctx); err != nil && !st.again(ctx, err) {
+			return err
+		}
+	}
+	return nil
 }
 
 func (st *stream) done() bool {
@@ -344,15 +352,10 @@ func (c *Client) Blob(ctx context.Context, t Target, d digest.Digest, off int64)
 		return nil, 0, err
 	}
 	st := &stream{src: src, op: "blob", off: off, end: -1}
-	for {
-		err := st.open(ctx)
-		if err == nil {
-			return &blobBody{ctx, st}, src.known(), nil
-		}
-		if !st.again(ctx, err) {
-			return nil, 0, err
-		}
+	if err := st.ready(ctx); err != nil {
+		return nil, 0, err
 	}
+	return &blobBody{ctx, st}, src.known(), nil
 }
 
 type blobBody struct {

@@ -50,25 +50,30 @@ func (b *breaker) allow(now time.Time) (wait time.Duration, ok bool) {
 	return 0, true
 }
 
-func (b *breaker) done(o outcome, now time.Time) {
+// done takes the outcome of an allowed request; turned says that it opened the
+// breaker, or closed it again.
+func (b *breaker) done(o outcome, now time.Time) (turned bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch o {
 	case good:
+		turned = !b.until.IsZero()
 		b.failures, b.openings, b.until, b.probing = 0, 0, time.Time{}, false
 	case neutral:
 		b.probing = false
 	case failed:
 		b.failures++
 		if b.failures < breakAfter || now.Before(b.until) {
-			return // requests that were under way when it opened do not lengthen the pause
+			return false // requests that were under way when it opened do not lengthen the pause
 		}
+		turned = b.until.IsZero()
 		pause := min(breakMin<<min(b.openings, 10), breakMax)
 		b.openings++
 		b.probing = false
 		// Half to whole, so that the nodes of a cluster do not probe as one.
 		b.until = now.Add(pause/2 + rand.N(pause/2))
 	}
+	return turned
 }
 
 // state is for health: consecutive failures, and when an open breaker lets

@@ -91,14 +91,8 @@ func (f *fetch) learnSize(ctx context.Context, st *stream) error {
 	if f.sink.Size() >= 0 {
 		return nil
 	}
-	for {
-		err := st.open(ctx)
-		if err == nil {
-			break
-		}
-		if !st.again(ctx, err) {
-			return err
-		}
+	if err := st.ready(ctx); err != nil {
+		return err
 	}
 	if err := f.sink.SetSize(f.src.known()); err != nil {
 		return f.sinkError(err)
@@ -297,6 +291,9 @@ func (f *fetch) split(piece int64) (*claim, bool) {
 // pull brings one claim in, as far as the claim still goes while it does.
 func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 	f.aim(st, cl)
+	if err := st.ready(ctx); err != nil { // before a buffer: many may wait here
+		return err
+	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	check := st.off + 4*chunk

@@ -50,7 +50,7 @@ func clientOf(t testing.TB, servers ...*registrytest.Server) *Client {
 }
 
 func registryOf(servers ...*registrytest.Server) Registry {
-	r := Registry{Host: "test"}
+	r := Registry{Host: "test", Auth: "node"} // node: withCredential decides
 	for _, s := range servers {
 		r.Upstreams = append(r.Upstreams, s.URL())
 	}

@@ -285,10 +285,26 @@ func (ep *endpoint) enter(ctx context.Context, q request, credential string) (le
 	return func(o outcome) {
 		once.Do(func() {
 			ep.active.Add(-1)
-			ep.breaker.done(o, time.Now())
+			turned := ep.breaker.done(o, time.Now())
 			release()
+			if turned {
+				ep.logTurn(o)
+			}
 		})
 	}, nil
+}
+
+// logTurn tells an operator once when an endpoint goes and once when it is back.
+func (ep *endpoint) logTurn(o outcome) {
+	log := ep.c.log.With("registry", ep.reg.Host, "upstream", ep.addr.host)
+	if o == good {
+		log.Info("upstream answers again")
+		return
+	}
+	ep.mu.Lock()
+	last := ep.lastErr
+	ep.mu.Unlock()
+	log.Warn("upstream left alone for a while after repeated failures", "err", last)
 }
 
 var errBusy = errors.New("all connections to the registry are in use")

@@ -82,8 +82,8 @@ func (c *Client) send(ctx context.Context, ep *endpoint, t Target, q request) (*
 	if enc := resp.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
 		resp.Body.Close()
 		err := wrap(fmt.Errorf("%w: Content-Encoding %q although identity was asked for", ErrBadAnswer, clip(enc, 32)))
-		leave(failed)
 		ep.noteError(err, time.Now())
+		leave(failed)
 		return nil, err
 	}
 	if resp.Request.Method == http.MethodHead {
@@ -362,11 +362,12 @@ func (b *settled) Read(p []byte) (int, error) {
 		b.leave(neutral)
 		return n, err
 	case b.read >= minProgress:
+		b.ep.noteError(err, time.Now())
 		b.leave(good)
 	default:
+		b.ep.noteError(err, time.Now())
 		b.leave(failed)
 	}
-	b.ep.noteError(err, time.Now())
 	return n, err
 }
 

@@ -1,0 +1,125 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// runtimeDir is a runtime's store of plain files.
+type runtimeDir struct {
+	dir string
+	bad bool // digests do not match
+}
+
+func (s *runtimeDir) put(t *testing.T, d digest.Digest, body []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(s.dir, d.Encoded()), body, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *runtimeDir) Has(d digest.Digest) bool {
+	_, err := os.Stat(filepath.Join(s.dir, d.Encoded()))
+	return err == nil
+}
+
+func (s *runtimeDir) Open(d digest.Digest) (RuntimeBlob, error) {
+	file, err := os.Open(filepath.Join(s.dir, d.Encoded()))
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	return &runtimeFile{file, info.Size(), s.bad}, err
+}
+
+type openFile = *os.File
+
+type runtimeFile struct {
+	openFile
+	size int64
+	bad  bool
+}
+
+var errBadDigest = errors.New("digest does not match")
+
+func (f *runtimeFile) Size() int64            { return f.size }
+func (f *runtimeFile) File() (*os.File, bool) { return f.openFile, !f.bad }
+func (f *runtimeFile) Ready(context.Context, int64) error {
+	if f.bad {
+		return errBadDigest
+	}
+	return nil
+}
+
+// TestRuntimeStore: what the runtime holds is served from there, under the usual
+// rules, and is not stored twice; a bad copy is no obstacle.
+func TestRuntimeStore(t *testing.T) {
+	for _, bad := range []bool{false, true} {
+		store := &runtimeDir{t.TempDir(), bad}
+		n := startNode(t, func(s *setup) { s.proxy.Runtime = store })
+		img := n.image(1_000_000)
+		layer := img.Layers[0].Digest
+		store.put(t, layer, bytesOf(t, img, layer))
+		store.put(t, img.Digest, img.Manifests[0].Data)
+		want := "runtime"
+		if bad {
+			want = "upstream"
+		}
+		for path, body := range map[string][]byte{
+			blobPath(layer): bytesOf(t, img, layer), manifestPath(img.Digest.String()): img.Manifests[0].Data,
+		} {
+			a := n.get(path)
+			if a.status != 200 || !bytes.Equal(a.body, body) || a.header.Get(headerSource) != want {
+				t.Errorf("bad=%v %s: %d from %s, %d bytes", bad, path, a.status, a.header.Get(headerSource), len(a.body))
+			}
+		}
+		if !bad {
+			if a := n.get(blobPath(layer), "Range", "bytes=500-"); a.status != 206 || !bytes.Equal(a.body, bytesOf(t, img, layer)[500:]) {
+				t.Errorf("range: %d", a.status)
+			}
+			if a := n.do("HEAD", blobPath(layer)); a.status != 200 || a.header.Get("Content-Length") != "1000000" {
+				t.Errorf("HEAD: %d %v", a.status, a.header)
+			}
+			if n.cache.Has(layer) || n.registry.Count(registrytest.Match{}) != 0 {
+				t.Error("stored twice, or asked for")
+			}
+		}
+	}
+	if _, err := (&runtimeDir{dir: t.TempDir()}).Open(digest.FromString("x")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+// TestJoinedFillOfAnotherRepository: who joined a fill that failed for another
+// repository's sake is asked for by its own.
+func TestJoinedFillOfAnotherRepository(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(1_000_000)
+	d := img.Layers[0].Digest
+	started, fail := make(chan struct{}), make(chan struct{})
+	go func() {
+		_, _ = n.cache.Open(context.Background(), d, cache.SourceFunc(func(context.Context, *cache.Fill) error {
+			close(started)
+			<-fail
+			return errBadDigest
+		}))
+	}()
+	<-started
+	got := make(chan answer, 1)
+	go func() { got <- n.get(blobPath(d)) }()
+	await(t, "the request to join", func() bool { return len(n.proxy.Pulls()) == 1 })
+	close(fail)
+	if a := <-got; a.status != 200 || !bytes.Equal(a.body, bytesOf(t, img, d)) {
+		t.Errorf("status %d: %s", a.status, a.body)
+	}
+}
