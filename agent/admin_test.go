@@ -40,9 +40,6 @@ var contractMetrics = map[string][]string{
 	"larder_hosts_drift_repaired_total":   {"runtime"},
 }
 
-// withoutSwarm are the names that package peer registers.
-var withoutSwarm = []string{"larder_uploaded_bytes_total", "larder_peer_members", "larder_peer_bans_total", "larder_index_blobs", "larder_index_holders"}
-
 // describedMetrics lists what is registered, used yet or not: "name{label,...}".
 func describedMetrics(t *testing.T, a *Agent) map[string][]string {
 	t.Helper()
@@ -73,9 +70,6 @@ func TestMetricsAreTheContract(t *testing.T) {
 	got := describedMetrics(t, a.Agent)
 	for name, want := range contractMetrics {
 		labels, ok := got[name]
-		if !ok && slices.Contains(withoutSwarm, name) {
-			continue
-		}
 		if !ok || !slices.Equal(slices.Sorted(slices.Values(labels)), slices.Sorted(slices.Values(want))) {
 			t.Errorf("%s: labels %v (registered: %v), want %v", name, labels, ok, want)
 		}

@@ -115,6 +115,9 @@ func (a *Agent) open(o options) error {
 	if a.config.Audit.File != "" {
 		a.audit = newAuditLog(a.config.Audit.File, a.log)
 	}
+	if err = a.openSwarm(); err != nil {
+		return err
+	}
 	a.proxy, err = a.openProxy(o)
 	return err
 }
@@ -147,6 +150,7 @@ func (a *Agent) openCache() (*cache.Cache, error) {
 		Logger:        a.log,
 		Registerer:    a.registry,
 		Keep:          a.keep,
+		Events:        cache.Events{Committed: a.announce, Removing: a.cacheRemoves},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cache.dir = %q: %w", a.config.Cache.Dir, err)
@@ -231,6 +235,9 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 	if a.runtime != nil {
 		opts.Runtime = runtimeSource{a.runtime}
 	}
+	if a.swarm != nil {
+		opts.Swarm = a.swarm
+	}
 	p, err := proxy.New(opts)
 	if err != nil {
 		return nil, fmt.Errorf("proxy: %w", err)
@@ -257,6 +264,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.runtime != nil {
 		p.start("runtime store", a.runtime.Run)
 	}
+	if a.swarm != nil {
+		p.start("swarm", a.swarm.Run)
+	}
 	p.start("watchdog", a.proxy.Run)
 	p.start("proxy", func(ctx context.Context) error { return a.proxy.Serve(ctx, a.listeners.proxy) })
 	if a.hosts != nil {
@@ -265,9 +275,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.state.Store(stateServing)
 	a.log.Info("serving", "version", a.build.Version, "proxy", a.ProxyAddr(), "admin", a.AdminAddr(), "cache", a.config.Cache.Dir)
 
-	if !a.config.Peer.Alone() {
-		a.log.Warn("peers are configured and not used: this build runs each node alone")
-	}
 	var failed error
 	select {
 	case <-ctx.Done():
@@ -295,6 +302,11 @@ func (a *Agent) Close() error {
 	}
 	if a.self != nil {
 		a.self.CloseIdleConnections()
+	}
+	if a.swarm != nil {
+		if err := a.swarm.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
 	}
 	if a.upstream != nil {
 		errs = append(errs, a.upstream.Close())
@@ -426,6 +438,9 @@ func (a *Agent) checks() []Check {
 	out := []Check{check("proxy", a.proxyCheck()), check("cache", a.cacheCheck())}
 	if a.hosts != nil {
 		out = append(out, check("hosts", a.hostsInPlace()))
+	}
+	if a.swarm != nil {
+		out = append(out, check("peers", a.swarm.check()))
 	}
 	return slices.Clip(out)
 }

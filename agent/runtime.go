@@ -28,7 +28,10 @@ func (a *Agent) openRuntime() error {
 	if r.ContentDir == "" {
 		return nil
 	}
-	store, err := runtimestore.New(runtimestore.Options{ContentDir: r.ContentDir, Socket: r.ContainerdSocket, Logger: a.log})
+	store, err := runtimestore.New(runtimestore.Options{
+		ContentDir: r.ContentDir, Socket: r.ContainerdSocket, Logger: a.log,
+		Events: runtimestore.Events{Added: a.announce, Removed: a.runtimeRemoved},
+	})
 	if err != nil {
 		return fmt.Errorf("runtime.content_dir = %q: %w", r.ContentDir, err)
 	}
@@ -37,10 +40,13 @@ func (a *Agent) openRuntime() error {
 }
 
 // keep says what a blob is worth to the cache: one that containerd holds too
-// is the first to go.
+// is the first to go, one that no other node holds the last.
 func (a *Agent) keep(d digest.Digest) cache.KeepHint {
-	if a.inRuntime(d) {
+	switch {
+	case a.inRuntime(d):
 		return cache.EvictFirst
+	case a.swarm.lastCopy(d):
+		return cache.EvictLast
 	}
 	return cache.Normal
 }

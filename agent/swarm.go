@@ -2,35 +2,277 @@ package agent
 
 import (
 	"bufio"
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/runtimestore"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/peer"
 )
 
 // swarm is the one place where package peer meets the rest of the agent: it
-// gives the proxy a source, the peers a view of the cache, and the status API
-// the members. A nil swarm is a node alone.
-type swarm struct{}
+// gives the proxy a source, the peers a view of this node's blobs and a way to
+// the registry, and the status API the members. A nil *swarm is a node alone.
+type swarm struct {
+	*peer.Swarm
+	agent *Agent
+}
+
+// openSwarm makes the swarm, unless this node is to be alone. The proxy exists
+// after it; nothing calls back before Run.
+func (a *Agent) openSwarm() error {
+	c := a.config.Peer
+	if c.Alone() {
+		return peer.RegisterLone(a.registry)
+	}
+	var keys [][]byte
+	if c.KeyFile != "" {
+		var err error
+		if keys, err = readKeys(c.KeyFile); err != nil {
+			return fmt.Errorf("peer.key_file = %q: %w", c.KeyFile, err)
+		}
+	}
+	s := &swarm{agent: a}
+	var err error
+	s.Swarm, err = peer.New(peer.Config{
+		Name: a.nodeName(), Zone: c.Zone, Home: c.Home, ZoneScope: c.UpstreamScope == "zone",
+		Keys: keys, Gossip: c.Gossip, Data: c.Data, Advertise: c.Advertise, Join: c.Join,
+		MaxUploads: c.MaxUploads, MaxUploadBytesPerSecond: int64(c.MaxUploadBytesPerSecond),
+		TagTTL: a.config.Upstream.TagTTL, PieceSize: cache.PieceSize,
+		Store: swarmStore{a}, Origin: swarmOrigin{s}, Logger: a.log, Registerer: a.registry,
+	})
+	if err != nil {
+		return fmt.Errorf("peer: %w", err)
+	}
+	a.swarm = s
+	return nil
+}
+
+// Run serves peers, after telling them of every blob that is here already.
+func (s *swarm) Run(ctx context.Context) error {
+	s.agent.cache.Walk(func(i cache.Info) bool {
+		s.Announce(i.Digest)
+		return ctx.Err() == nil
+	})
+	if s.agent.runtime != nil {
+		s.agent.runtime.Walk(func(d digest.Digest, _ int64) bool {
+			s.Announce(d)
+			return ctx.Err() == nil
+		})
+	}
+	return s.Swarm.Run(ctx)
+}
+
+// Fetch fills f from the swarm: the proxy's way to other nodes.
+func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill) error {
+	if f.Suspect() {
+		return peer.ErrDistrusted // bytes for this digest were wrong a moment ago
+	}
+	want := peer.Want{
+		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
+		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization,
+	}
+	return s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry}, func(ctx context.Context, into peer.Sink) error {
+		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
+	})
+}
+
+// Resolve asks the tag's home.
+func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
+	d, err := s.Swarm.Resolve(ctx, peer.Reference{
+		Registry: t.Registry, Repository: t.Repository, Tag: tag, Accept: accept, Authorization: t.Authorization,
+	})
+	if refusal, ok := errors.AsType[*peer.Refusal](err); ok {
+		err = &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "resolve", Status: refusal.Status, Err: refusal}
+	}
+	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, err
+}
+
+// swarmOrigin is how a home turns to the registry for others.
+type swarmOrigin struct{ *swarm }
+
+var _ peer.Origin = swarmOrigin{}
+
+// Fill starts this node's own fill of a blob and does not wait for it.
+func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
+	t := upstream.Target{Registry: w.Registry, Repository: w.Repository, Authorization: w.Authorization}
+	if !o.agent.upstream.Policy(t.Registry).Allows(t.Repository) {
+		return fmt.Errorf("%s/%s is denied here", t.Registry, t.Repository)
+	}
+	kind := proxy.KindBlob
+	if w.Manifest {
+		kind = proxy.KindManifest
+	}
+	return o.agent.proxy.Prefetch(t, kind, w.Digest)
+}
+
+// Resolve asks the registry what a tag stands for.
+func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descriptor, error) {
+	t := upstream.Target{Registry: r.Registry, Repository: r.Repository, Authorization: r.Authorization}
+	d, err := o.agent.upstream.Resolve(ctx, t, r.Tag, r.Accept)
+	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, refusalOf(err)
+}
+
+// Public reports whether the registry shows the repository to a stranger.
+func (o swarmOrigin) Public(ctx context.Context, r peer.Reference) (bool, error) {
+	_, err := o.agent.upstream.Tags(ctx, upstream.Target{Registry: r.Registry, Repository: r.Repository}, 1, "")
+	if upstream.IsUnauthorized(err) {
+		return false, nil
+	}
+	return err == nil, refusalOf(err)
+}
+
+// refusalOf keeps, of a registry's own answer, what another node needs to give
+// the same answer to its client.
+func refusalOf(err error) error {
+	if e, ok := errors.AsType[*upstream.Error](err); ok && e.Status != 0 {
+		return &peer.Refusal{Status: e.Status, Text: e.Error()}
+	}
+	return err
+}
+
+// swarmStore shows peers what this node has: its cache, running fills
+// included, and the runtime's own store.
+type swarmStore struct{ *Agent }
+
+var _ peer.Store = swarmStore{}
+
+// Lookup opens a blob for peers.
+func (s swarmStore) Lookup(d digest.Digest) (peer.StoredBlob, bool) {
+	if r, ok := s.cache.LookupPieces(d); ok {
+		return piecesOf{r}, true
+	}
+	if s.runtime == nil {
+		return nil, false
+	}
+	b, err := s.runtime.Open(d)
+	if err != nil {
+		return nil, false
+	}
+	return runtimePieces{b}, true
+}
+
+// piecesOf is a cache's reader as peers see it.
+type piecesOf struct{ *cache.Reader }
+
+func (p piecesOf) Has(i int) bool { return p.HasPiece(i) }
+
+// runtimePieces is a blob of the runtime's store as peers see it: all of it is
+// there, and the end of it once its digest has matched.
+type runtimePieces struct{ *runtimestore.Blob }
+
+func (p runtimePieces) Has(i int) bool {
+	return i >= 0 && int64(i)*cache.PieceSize(p.Size()) < p.Size()
+}
+
+// Changed is nil: nothing will change.
+func (p runtimePieces) Changed() <-chan struct{} { return nil }
+
+// swarmFill is a fill as the swarm sees it.
+type swarmFill struct {
+	*cache.Fill
+	registry string
+}
+
+var _ peer.Fill = swarmFill{}
+
+// homeSink is the swarm's view of a fill as upstream wants it.
+type homeSink struct {
+	peer.Sink
+	fill *cache.Fill
+}
+
+var _ upstream.Sink = homeSink{}
+
+func (s homeSink) PieceSize() int64 { return s.fill.PieceSize() }
+
+// From labels bytes with the node they came from; "" is the registry.
+func (f swarmFill) From(node string) io.WriterAt {
+	if node == "" {
+		return f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: f.registry})
+	}
+	return f.Writer(cache.Origin{Kind: cache.FromPeer, Name: node})
+}
+
+// announce and withdraw tell the swarm what comes and goes. A blob that the
+// cache and the runtime both hold is withdrawn when the last of them loses it.
+func (a *Agent) announce(d digest.Digest, _ int64) {
+	if a.swarm != nil {
+		a.swarm.Announce(d)
+	}
+}
+
+func (a *Agent) cacheRemoves(d digest.Digest) {
+	if a.swarm != nil && !a.inRuntime(d) {
+		a.swarm.Withdraw(d)
+	}
+}
+
+func (a *Agent) runtimeRemoved(d digest.Digest) {
+	if a.swarm != nil && !a.cache.Has(d) {
+		a.swarm.Withdraw(d)
+	}
+}
+
+// lastCopy reports whether no other node is known to hold d.
+func (s *swarm) lastCopy(d digest.Digest) bool { return s != nil && len(s.Holders(d)) == 0 }
+
+// check waits, for readiness, until the first attempt to join was made; a lone
+// node is ready whatever came of it.
+func (s *swarm) check() error {
+	select {
+	case <-s.Joined():
+		return nil
+	default:
+		return errors.New("no attempt to join other nodes was made yet")
+	}
+}
 
 // members lists the cluster as this node sees it, nil when alone.
-func (s *swarm) members() []Member { return nil }
+func (s *swarm) members() []Member {
+	if s == nil {
+		return nil
+	}
+	st := s.Status()
+	out := make([]Member, 0, len(st.Members))
+	for _, m := range st.Members {
+		state := "alive"
+		if _, banned := st.Banned[m.Node]; banned {
+			state = "banned"
+		}
+		out = append(out, Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: state, Self: m.Name == st.Self.Name})
+	}
+	return out
+}
 
-// holders names the peers that say they have d.
-func (s *swarm) holders(digest.Digest) []string { return nil }
+// holders names the nodes that say they have d.
+func (s *swarm) holders(d digest.Digest) []string {
+	if s == nil {
+		return nil
+	}
+	return s.Holders(d)
+}
 
 // describe is one line for `larder status`.
 func (s *swarm) describe(p PeerConfig) string {
 	switch {
 	case !p.Enabled:
 		return "off (peer.enabled = false)"
-	case p.Alone():
+	case s == nil:
 		return "alone (no peer.key_file and no peer.join)"
 	}
-	return "alone"
+	st := s.Status()
+	return fmt.Sprintf("%d members, %d links, %d blobs in the index", len(st.Members), len(st.Links), st.Index.Blobs)
 }
 
 const (

@@ -25,7 +25,17 @@ const (
 	statusOK byte = iota
 	statusFailed
 	statusBusy
+	statusRefused // a Refusal follows as JSON
 )
+
+// Refusal is upstream's own answer to a home, as another node can give it to its
+// client. Origin returns it; Resolve and Public pass it on.
+type Refusal struct {
+	Status int    // of HTTP
+	Text   string // for people
+}
+
+func (r *Refusal) Error() string { return r.Text }
 
 // remoteError is what a peer said went wrong.
 type remoteError struct{ text string }
@@ -42,6 +52,12 @@ func (l *link) ask(ctx context.Context, method byte, q, a any) error {
 			return json.Unmarshal(c.body, a)
 		case statusBusy:
 			return errBusy
+		case statusRefused:
+			refusal := new(Refusal)
+			if err := json.Unmarshal(c.body, refusal); err != nil {
+				return err
+			}
+			return refusal
 		}
 		return &remoteError{fmt.Sprintf("peer %s: %s", l.node, truncate(string(c.body), maxStatusLen))}
 	})
@@ -60,7 +76,11 @@ func (s *Swarm) called(l *link, c call) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		body, err := s.answer(ctx, l, c)
+		refusal, refused := errors.AsType[*Refusal](err)
 		switch {
+		case refused:
+			short := Refusal{Status: refusal.Status, Text: truncate(refusal.Text, maxStatusLen)}
+			l.send(call{id: c.id, method: statusRefused, body: marshal(short)}.reply)
 		case err != nil:
 			l.send(call{id: c.id, method: statusFailed, body: []byte(truncate(err.Error(), maxStatusLen))}.reply)
 		case len(body) > maxPayload-64:

@@ -18,7 +18,8 @@ const (
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
 	permitWait  = time.Second
-	giveUpAfter = 20 * time.Second // without progress and without a permit
+	peekTime    = 500 * time.Millisecond // a home waits so long for the others before it goes upstream
+	giveUpAfter = 20 * time.Second       // without progress and without a permit
 	distrustFor = 10 * time.Minute
 )
 
@@ -293,25 +294,36 @@ func (x *fetch) route() []*Member {
 
 // join asks a home, takes what it says, and links with whom it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
-	l, err := x.s.connect(ctx, m)
+	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled})
 	if err != nil {
 		return err
 	}
-	ask := joinAsk{Digest: x.w.Digest.String(), Registry: x.w.Registry, Repository: x.w.Repository, Manifest: x.w.Manifest,
-		Authorization: x.w.Authorization, Zone: x.s.cfg.Zone, Have: x.b.held(), Stalled: stalled}
+	return x.accept(ctx, m, l, reply)
+}
+
+// askHome sends ask, completed with what the blob is, and returns the answer of
+// a home that can help. Two nodes that dial each other at once lose one of the
+// links and what was asked over it; that is no answer, so it asks again.
+func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
+	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
+	ask.Authorization, ask.Zone, ask.Have = x.w.Authorization, x.s.cfg.Zone, x.b.held()
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
-	var reply joinReply
-	if err := l.ask(cctx, methodJoin, ask, &reply); err != nil {
-		if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
-			x.s.roster.unreachable(m.Name)
+	for range 2 {
+		if l, err = x.s.connect(cctx, m); err != nil {
+			return nil, reply, err
 		}
-		return err
+		if err = l.ask(cctx, methodJoin, ask, &reply); !errors.Is(err, errLinkClosed) && !errors.Is(err, errReplaced) {
+			break
+		}
 	}
-	if reply.Refused != "" {
-		return errors.New(reply.Refused)
+	switch {
+	case err == nil && reply.Refused != "":
+		err = errors.New(reply.Refused)
+	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
+		x.s.roster.unreachable(m.Name)
 	}
-	return x.accept(ctx, m, l, reply)
+	return l, reply, err
 }
 
 // accept follows a home's answer.
@@ -423,7 +435,7 @@ func (x *fetch) homeless() bool {
 // asHome fetches from upstream what nobody in the swarm has.
 func (x *fetch) asHome(ctx context.Context) error {
 	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
-	if err := x.fromHolders(ctx); err != nil || x.whole() {
+	if err := x.fromSwarm(ctx); err != nil || x.whole() {
 		return err
 	}
 	x.b.home.mu.Lock()
@@ -435,15 +447,18 @@ func (x *fetch) asHome(ctx context.Context) error {
 	return x.upstream(ctx)
 }
 
-// fromHolders tries the members that hold the whole blob, before upstream.
-func (x *fetch) fromHolders(ctx context.Context) error {
+// fromSwarm tries, before upstream, those who may have the blob: holders that
+// the index knows, and the other homes. One of these was the first home until
+// this node came, or believes that it is; it knows what the index does not say
+// yet (I4).
+func (x *fetch) fromSwarm(ctx context.Context) error {
 	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
-	if len(holders) == 0 {
-		return nil
-	}
 	x.b.vouch(holders)
 	for _, name := range holders {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
+	}
+	if !x.peek(ctx) && len(holders) == 0 {
+		return nil
 	}
 	for ctx.Err() == nil && !x.whole() {
 		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 {
@@ -452,6 +467,54 @@ func (x *fetch) fromHolders(ctx context.Context) error {
 		x.rest(ctx, lookAgain)
 	}
 	return ctx.Err()
+}
+
+// peek asks the other homes at the same time, and reports whether any of them has
+// the blob, gets it, or knows who does.
+func (x *fetch) peek(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, peekTime)
+	defer cancel()
+	type answer struct {
+		m     *Member
+		l     *link
+		reply joinReply
+		err   error
+	}
+	answers := make(chan answer, 2*homesPerBlob)
+	asked := 0
+	for _, m := range x.otherHomes() {
+		asked++
+		x.s.spawn(func(context.Context) {
+			l, reply, err := x.askHome(ctx, m, joinAsk{Peek: true})
+			answers <- answer{m, l, reply, err}
+		})
+	}
+	found := false
+	for range asked {
+		select {
+		case a := <-answers:
+			found = a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil || found
+		case <-ctx.Done():
+			return found
+		}
+	}
+	return found
+}
+
+// otherHomes are the members that are, or lately were, homes of the blob.
+func (x *fetch) otherHomes() (out []*Member) {
+	v := x.s.roster.view.Load()
+	homes := v.homes(x.b.k, x.s.cfg.Zone, true)
+	if !x.s.cfg.ZoneScope {
+		homes = append(homes, v.homes(x.b.k, "", false)...)
+	}
+	for _, m := range homes {
+		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
+		if m.Name != x.s.self.Name && !known && !x.s.roster.isDown(m.Name) && !x.tried[m.Name] {
+			out = append(out, m)
+		}
+	}
+	return out
 }
 
 // rest waits for d, or for the next piece.

@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -158,6 +159,7 @@ type joinAsk struct {
 	Have          int    `json:",omitempty"` // pieces, all of them if Whole
 	Whole         bool   `json:",omitempty"`
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
+	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
 }
 
 // joinReply is all that a node needs to take part: one round trip. Piece digests
@@ -221,6 +223,9 @@ func (b *blob) note(l *link, ask joinAsk) {
 // gather makes sure that the blob is here, on its way, or held by somebody.
 func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) error {
 	if b.active() {
+		if ask.Peek && !held && b.waits() {
+			return errNothing
+		}
 		return nil
 	}
 	if b.offered() > 0 && b.whole() {
@@ -232,6 +237,9 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	if held && !ask.Stalled {
 		return nil
 	}
+	if ask.Peek {
+		return errNothing
+	}
 	if err := b.recentFailure(); err != nil {
 		return err
 	}
@@ -242,6 +250,16 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	}
 	return nil
 }
+
+// waits reports whether all this node has of the blob is hope: it goes upstream
+// for none of it and has no piece yet.
+func (b *blob) waits() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return !b.authority && b.haveN == 0
+}
+
+var errNothing = errors.New("nothing of it here")
 
 // stay makes the asker a neighbour of the home while there is room.
 func (b *blob) stay(l *link) bool {

@@ -10,6 +10,16 @@ type metrics struct {
 	uploaded prometheus.Counter
 }
 
+// RegisterLone registers the metrics of a node that has no Swarm: itself as the
+// only member, and zeros.
+func RegisterLone(reg prometheus.Registerer) error {
+	m, err := newMetrics(reg)
+	if err == nil {
+		m.members.Set(1)
+	}
+	return err
+}
+
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		members: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_peer_members",

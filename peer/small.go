@@ -67,13 +67,19 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, out any) 
 			continue
 		}
 		err = s.question(ctx, m, method, r, out)
-		var remote *remoteError
-		if err == nil || errors.As(err, &remote) || ctx.Err() != nil {
+		if err == nil || answered(err) || ctx.Err() != nil {
 			return err
 		}
 		s.log.Debug("home did not answer", "peer", m.Node, "err", err)
 	}
 	return s.decide(ctx, method, r, out)
+}
+
+// answered reports whether a home said no, rather than nothing.
+func answered(err error) bool {
+	_, remote := errors.AsType[*remoteError](err)
+	_, refused := errors.AsType[*Refusal](err)
+	return remote || refused
 }
 
 func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Reference, out any) error {

@@ -326,6 +326,26 @@ func (f *fill) Missing(off int64) (start, end int64, ok bool) {
 	return f.pieces.missing(off)
 }
 
+// ReadAt reads bytes that are there, those of the last piece included: for a
+// Source that passes pieces on to others, who check each by a digest of its
+// own. It fails with ErrMissing where a byte is not there, and must not be
+// called after Fetch returned.
+func (f *fill) ReadAt(p []byte, off int64) (int, error) {
+	select {
+	case <-f.sized:
+	default:
+		return 0, ErrMissing
+	}
+	n, err := f.visible(off, int64(len(p)), true)
+	if err == nil && n < int64(len(p)) {
+		err = ErrMissing
+	}
+	if err != nil {
+		return 0, err
+	}
+	return f.file.ReadAt(p, off)
+}
+
 // Wanted returns where bytes are needed most: the lowest offset a reader is
 // blocked on, else the slowest reader's cursor, else the first missing byte.
 func (f *fill) Wanted() int64 {

@@ -115,6 +115,9 @@ func (p *pieces) settle(i int, good bool) {
 // missing returns the first run of absent bytes that ends after off. start is
 // where a write may begin, and so may lie before off inside off's piece.
 func (p *pieces) missing(off int64) (start, end int64, ok bool) {
+	if off >= p.size {
+		return 0, 0, false // at() would name the last piece
+	}
 	for i := p.at(max(off, 0)); i < p.count(); i++ {
 		if p.full(i) || p.claimed[i] {
 			if ok {

@@ -89,6 +89,15 @@ func checkMissing(t *testing.T, p *pieces, model []bool, off int64) {
 	}
 }
 
+// TestMissingEnds: who asks from the end of each run on must come to an end,
+// also where the last piece is short and absent.
+func TestMissingEnds(t *testing.T) {
+	p := newPieces(2*minPiece + 10)
+	if start, end, ok := p.missing(p.size); ok {
+		t.Errorf("missing(size) = %d..%d", start, end)
+	}
+}
+
 func TestHoldBackOfTheLastPiece(t *testing.T) {
 	p := newPieces(2*minPiece + 10)
 	for i := range p.count() {

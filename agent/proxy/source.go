@@ -108,7 +108,7 @@ func (p *Proxy) fill(t upstream.Target, kind Kind) cache.Source {
 			}
 			p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)
 		}
-		return p.FetchUpstream(ctx, t, kind, f)
+		return p.FetchUpstream(ctx, t, kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
 	})
 }
 
@@ -117,37 +117,41 @@ func final(err error) bool {
 	return upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
 }
 
-// FetchUpstream fills f from the registry alone: what a home does for the
-// swarm, and every node when there is no swarm.
-func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error {
-	w := f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry})
+// FetchUpstream brings a blob from the registry alone: what a home does for
+// the swarm, and every node when there is no swarm.
+func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, into upstream.Sink) error {
 	if kind != KindManifest {
-		return p.upstream.Fetch(ctx, t, f.Digest(), sink{w})
+		return p.upstream.Fetch(ctx, t, d, into)
 	}
-	desc, body, err := p.upstream.Manifest(ctx, t, f.Digest().String(), acceptAll)
+	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
 	if err != nil {
 		return err
 	}
 	if known(desc.MediaType) {
-		p.cache.Meta().SetManifest(f.Digest(), cache.Manifest{MediaType: desc.MediaType})
+		p.cache.Meta().SetManifest(d, cache.Manifest{MediaType: desc.MediaType})
 	}
-	if err := w.SetSize(int64(len(body))); err != nil {
+	if err := into.SetSize(int64(len(body))); err != nil {
 		return err
 	}
-	_, err = w.WriteAt(body, 0)
+	_, err = into.WriteAt(body, 0)
 	return err
 }
 
-// sink is a writer whose Missing has an end. The cache answers a question at the
-// size with the last piece, if that is missing, and upstream, which asks from
-// the end of each run on, would ask for ever.
-type sink struct{ *cache.Writer }
-
-func (s sink) Missing(off int64) (start, end int64, ok bool) {
-	if size := s.Size(); size >= 0 && off >= size {
-		return 0, 0, false
+// Prefetch starts the fill of a blob that nobody asked this node for, or joins
+// it, and does not wait: what a home does for other nodes.
+func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest) error {
+	started := p.background.run(func(ctx context.Context) {
+		c, err := p.open(ctx, t, d, kind)
+		if err != nil {
+			p.log.Debug("prefetch failed", "digest", d, "registry", t.Registry, "repository", t.Repository, "err", err)
+			return
+		}
+		c.Close()
+	})
+	if !started {
+		return errShutdown
 	}
-	return s.Writer.Missing(off)
+	return nil
 }
 
 // healer finds another place for a blob when the one it came from fails. For

@@ -1,0 +1,101 @@
+package agent
+
+import (
+	"encoding/base64"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// newCluster runs n agents on loopback that know each other and one registry.
+// The config of one more is returned.
+func newCluster(t *testing.T, n int) (nodes []*running, reg *registrytest.Server, img *registrytest.Image, next func() Config) {
+	t.Helper()
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, []byte(base64.StdEncoding.EncodeToString(make([]byte, 32))+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var registries Config
+	reg, img = startRegistry(t, &registries)
+	first, made := freeAddr(t), 0
+	next = func() Config {
+		c := testConfig(t)
+		made++
+		c.Registries = registries.Registries
+		c.Peer.Enabled, c.Peer.Name, c.Peer.KeyFile = true, fmt.Sprintf("node-%d", made), key
+		c.Peer.Data, c.Peer.Gossip, c.Peer.Join = "127.0.0.1:0", freeAddr(t), []string{first}
+		if made == 1 {
+			c.Peer.Gossip, c.Peer.Join = first, nil
+		}
+		return c
+	}
+	for range n {
+		nodes = append(nodes, start(t, next()))
+	}
+	for _, node := range nodes {
+		node.awaitMembers(t, n)
+	}
+	return nodes, reg, img, next
+}
+
+func (r *running) awaitMembers(t *testing.T, n int) {
+	t.Helper()
+	eventually(t, "a cluster", func() error {
+		if got := len(r.swarm.members()); got != n {
+			return fmt.Errorf("%d of %d members", got, n)
+		}
+		return nil
+	})
+}
+
+// freeAddr is a loopback address that was free a moment ago: gossip must be
+// told where others listen before they do.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// TestStormCostsOneCopy defends P2: nodes that pull the same image at once cost
+// the registry one copy and one request per blob, manifest and tag; and a node
+// that comes when the registry is gone gets all of it from the others.
+func TestStormCostsOneCopy(t *testing.T) {
+	const n = 5
+	nodes, reg, img, next := newCluster(t, n)
+	var pulls sync.WaitGroup
+	for _, node := range nodes {
+		pulls.Go(func() { node.pull(t) })
+	}
+	pulls.Wait()
+	for d := range img.Blobs {
+		if got := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: d.String()}); got != 1 {
+			t.Errorf("the registry was asked %d times for %s", got, d)
+		}
+	}
+	if got := reg.Count(registrytest.Match{Kind: registrytest.Manifest}); got > 2 {
+		t.Errorf("%d requests for one tag and one manifest", got)
+	}
+
+	reg.Down()
+	late := start(t, next())
+	late.awaitMembers(t, n+1)
+	got := sources(late.pull(t))
+	if got["peer"] == 0 || got["upstream"] != 0 {
+		t.Errorf("the late node was served %v", got)
+	}
+	late.settle(t)
+	code, body := late.admin(t, "GET", "/api/v1/explain?image="+testImage.String(), "")
+	if code != 200 || !strings.Contains(body, `"node-`) {
+		t.Errorf("explain names no peer: %d %s", code, body)
+	}
+}
