@@ -80,7 +80,7 @@ func newFile(info fs.FileInfo) *file {
 	f := &file{mode: info.Mode().Perm(), mtime: info.ModTime(), uid: -1, gid: -1}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		f.uid, f.gid = int(st.Uid), int(st.Gid)
-		f.device, f.inode = uint64(st.Dev), st.Ino
+		f.device, f.inode = uint64(st.Dev), st.Ino //nolint:unconvert // narrower on other systems
 	}
 	return f
 }

@@ -257,7 +257,7 @@ func (c *criConfig) registry() map[string]any {
 	case recent == nil:
 		return old
 	}
-	merged, _ := deepMerge(map[string]any(old), map[string]any(recent)).(map[string]any)
+	merged, _ := deepMerge(old, recent).(map[string]any)
 	return merged
 }
 

@@ -23,7 +23,12 @@ func warmServer(b *testing.B, size int64) (url string, img *registrytest.Image) 
 	}
 	running := make(chan error, 1)
 	go func() { running <- c.Run(b.Context()) }()
-	b.Cleanup(func() { <-running; _ = c.Close() })
+	b.Cleanup(func() {
+		if err := <-running; err != nil {
+			b.Errorf("cache: %v", err)
+		}
+		_ = c.Close()
+	})
 	up, err := upstream.New(upstream.Config{Logger: log})
 	if err != nil {
 		b.Fatal(err)

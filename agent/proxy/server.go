@@ -46,7 +46,7 @@ func (p *Proxy) Serve(ctx context.Context, l net.Listener) error {
 	}
 	s.draining.Store(true)
 	err := s.shutdown(ctx, p.opts.Grace)
-	<-served
+	<-served //nolint:errcheck // always http.ErrServerClosed
 	if s.wedged.Load() {
 		return ErrWedged
 	}

@@ -164,7 +164,9 @@ func TestTokenExpiry(t *testing.T) {
 		reg := registrytest.Start(t, registrytest.Options{Auth: auth})
 		reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 		c := clientOf(t, reg)
-		c.Resolve(t.Context(), target, "v1", nil)
+		if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
+			t.Fatal(err)
+		}
 		for _, s := range c.sessions.values() {
 			s.mu.Lock()
 			s.expires = time.Now()
@@ -294,7 +296,7 @@ func TestRedirectLeaks(t *testing.T) {
 			return
 		}
 		w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
-		w.Write(body)
+		_, _ = w.Write(body) // the client sees what is missing
 	})
 	to := "/ok"
 	reg := serve(t, func(w http.ResponseWriter, r *http.Request) {
@@ -371,7 +373,9 @@ func TestMirrorIsToldTheRegistry(t *testing.T) {
 		w.WriteHeader(http.StatusNotFound)
 	})
 	c := newClient(t, nil, Registry{Host: "docker.io", Upstreams: []string{base.String() + "/proxy"}})
-	c.Resolve(t.Context(), Target{Registry: "docker.io", Repository: repo}, "v1", nil)
+	if _, err := c.Resolve(t.Context(), Target{Registry: "docker.io", Repository: repo}, "v1", nil); !IsNotFound(err) {
+		t.Errorf("resolve: %v, want not found", err)
+	}
 	if len(paths) != 1 || paths[0] != "/v2/proxy/library/app/manifests/v1?ns=docker.io" || scope != "repository:proxy/library/app:pull" {
 		t.Errorf("paths %q, scope %q", paths, scope)
 	}

@@ -93,12 +93,13 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 	hang := reg.Inject(registrytest.Match{}, registrytest.Hold())
 	c := newClient(t, func(cfg *Config) { cfg.FirstByte = 20 * time.Millisecond }, registryOf(reg))
-	var err error
 	for range 2 {
-		_, err = c.Resolve(t.Context(), target, "v1", nil)
+		if _, err := c.Resolve(t.Context(), target, "v1", nil); err == nil {
+			t.Fatal("a registry that hangs answered")
+		}
 	}
 	before := reg.Count(registrytest.Match{})
-	_, err = c.Resolve(t.Context(), target, "v1", nil)
+	_, err := c.Resolve(t.Context(), target, "v1", nil)
 	if e, _ := errors.AsType[*Error](err); !errors.Is(err, ErrCircuitOpen) || !IsUnavailable(err) || e.RetryAfter <= 0 {
 		t.Fatalf("Resolve: %v, want an open circuit", err)
 	}
@@ -192,7 +193,9 @@ func TestConnectionsAreShared(t *testing.T) {
 	}
 	cancel()
 	for range cap(done) {
-		<-done
+		if err := <-done; err == nil {
+			t.Error("a fetch without its end succeeded")
+		}
 	}
 }
 

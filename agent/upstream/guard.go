@@ -212,7 +212,7 @@ func (r ruling) dial(base net.Dialer) func(context.Context, string, string) (net
 			d.ControlContext = func(_ context.Context, _, resolved string, _ syscall.RawConn) error {
 				ap, err := netip.ParseAddrPort(resolved)
 				if err != nil {
-					return fmt.Errorf("%w: %s", ErrRefused, err)
+					return fmt.Errorf("%w: %w", ErrRefused, err)
 				}
 				return r.checkAddr(host, ap.Addr())
 			}

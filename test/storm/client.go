@@ -70,7 +70,7 @@ func pullMain(ctx context.Context, args []string) error {
 // pushMain pushes an image of random layers of the given sizes.
 func pushMain(ctx context.Context, args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: storm push host:port size,size,...")
+		return errors.New("usage: storm push host:port sizes, with commas between")
 	}
 	var layers []v1.Layer
 	for i, text := range strings.Split(args[1], ",") {
@@ -79,7 +79,7 @@ func pushMain(ctx context.Context, args []string) error {
 			return fmt.Errorf("layer size: %w", err)
 		}
 		content := make([]byte, size)
-		rand.NewChaCha8([32]byte{byte(i + 1)}).Read(content)
+		_, _ = rand.NewChaCha8([32]byte{byte(i + 1)}).Read(content) // never fails
 		layers = append(layers, static.NewLayer(content, types.OCILayer))
 	}
 	img, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1), layers...)
