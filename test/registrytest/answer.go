@@ -187,8 +187,7 @@ func (a *answer) sendBody(ctx context.Context, w http.ResponseWriter, l *ledger,
 		if err := limit.WaitN(ctx, len(p)); err != nil {
 			return err
 		}
-		n, err := a.copyChunk(w, p, s.off+sent)
-		l.bytes(a.request, n)
+		n, err := a.copyChunk(w, l, p, s.off+sent)
 		sent += int64(n)
 		if err != nil {
 			return err
@@ -196,12 +195,18 @@ func (a *answer) sendBody(ctx context.Context, w http.ResponseWriter, l *ledger,
 	}
 }
 
-func (a *answer) copyChunk(w io.Writer, p []byte, off int64) (int, error) {
+// copyChunk counts bytes before it writes them, so that a client that has them
+// finds them counted.
+func (a *answer) copyChunk(w io.Writer, l *ledger, p []byte, off int64) (int, error) {
 	n, err := a.content.ReadAt(p, off)
 	if n < len(p) {
 		return 0, fmt.Errorf("read content: %w", err)
 	}
-	return w.Write(p)
+	l.bytes(a.request, len(p))
+	if n, err = w.Write(p); n < len(p) {
+		l.bytes(a.request, n-len(p))
+	}
+	return n, err
 }
 
 // until is how far it is from sent to a mark; far away for one that is not set.
