@@ -10,6 +10,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -89,14 +90,16 @@ func run(ctx context.Context) error {
 		return err
 	}
 	defer b.close()
+	var errs []error
 	for _, sec := range sections {
-		if !only.MatchString(sec.name) {
+		if !only.MatchString(sec.name) || ctx.Err() != nil {
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "%s ...\n", sec.name)
 		if err := sec.run(b, ctx); err != nil {
-			return fmt.Errorf("%s: %w", sec.name, err)
+			errs = append(errs, fmt.Errorf("%s: %w", sec.name, err))
 		}
 	}
-	return b.table.print(os.Stdout)
+	// What was measured before a failure is worth its line.
+	return errors.Join(append(errs, b.table.print(os.Stdout))...)
 }
