@@ -75,7 +75,8 @@ type blob struct {
 	failure   error     // of this node as home, for leases that come back
 	failedAt  time.Time
 	lastUse   time.Time
-	scanning  bool
+	scanning  bool // a goroutine hashes the blob in the store
+	rotten    bool // and found that it is not what it should be
 	src       *handle
 }
 
@@ -294,11 +295,10 @@ func (b *blob) adopt(l *link) {
 	if size == 0 {
 		return
 	}
-	if err := f.SetSize(size); err != nil {
-		b.s.log.Warn("size of a blob differs", "digest", b.d, "peer", l.node, "bytes", size, "err", err)
+	if err := b.fix(f, size); err != nil {
+		b.s.log.Warn("size of a blob differs", "digest", b.d, "peer", l.node, "err", err)
 		return
 	}
-	b.setSize(size)
 	b.poke()
 }
 

@@ -63,6 +63,24 @@ func (l *link) ask(ctx context.Context, method byte, q, a any) error {
 	})
 }
 
+// askMember links with a member and asks it. Two nodes that dial each other at
+// once lose one of the links, perhaps this one: then the other serves.
+func (s *Swarm) askMember(ctx context.Context, m *Member, method byte, q, a any) (l *link, err error) {
+	for range 3 {
+		l, err = s.connect(ctx, m)
+		if errors.Is(err, errReplaced) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err = l.ask(ctx, method, q, a); !errors.Is(err, errLinkClosed) {
+			break
+		}
+	}
+	return l, err
+}
+
 // called starts the answer to a question. The reader goes on meanwhile.
 func (s *Swarm) called(l *link, c call) error {
 	if l.asked.Add(1) > maxCalls {

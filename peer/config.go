@@ -203,10 +203,3 @@ func (c Config) withDefaults() Config {
 
 // tcp is the Network of real nodes.
 type tcp struct{}
-
-func (tcp) Listen(addr string) (net.Listener, error) { return net.Listen("tcp", addr) }
-
-func (tcp) DialContext(ctx context.Context, addr string) (net.Conn, error) {
-	d := net.Dialer{}
-	return d.DialContext(ctx, "tcp", addr)
-}

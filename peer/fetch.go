@@ -41,6 +41,9 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 		return err
 	}
 	defer stop()
+	if k == sha256.Sum256(nil) {
+		return f.SetSize(0) // nothing to give, and a size of 0 means unknown on the wire
+	}
 	b := s.blob(k)
 	if err := b.begin(f); err != nil {
 		return err
@@ -55,7 +58,7 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	tasks.Wait()
 	b.end(err)
 	if err == nil {
-		s.spawn(func(ctx context.Context) { b.settle(ctx, x.home) })
+		s.spawn(b.settle)
 		return nil
 	}
 	return fmt.Errorf("swarm %s: %w", w.Digest, err)
@@ -88,7 +91,7 @@ func (b *blob) begin(f Fill) error {
 	case time.Now().Before(b.distrust):
 		return ErrDistrusted
 	}
-	b.fill, b.authority = f, false
+	b.fill, b.authority, b.rotten = f, false, false
 	b.failure = nil
 	b.progress = time.Now()
 	b.pace = pace{}
@@ -118,17 +121,22 @@ func (b *blob) end(err error) {
 }
 
 // settle waits for the store to commit the blob, and then offers all of it.
-func (b *blob) settle(ctx context.Context, home bool) {
+func (b *blob) settle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	h, err := b.acquire()
 	if err != nil {
 		return
 	}
+	defer b.release(h)
 	err = awaitPieces(ctx, h, b.n)
-	b.release(h)
+	for todo := range slices.Chunk(b.unsigned(), maxBatch) {
+		if err == nil {
+			err = b.sign(todo)
+		}
+	}
 	if err == nil {
-		err = b.seed()
+		b.offer(0, b.n)
 	}
 	if err != nil {
 		b.s.log.Debug("blob is not offered", "digest", b.d, "err", err)
@@ -210,12 +218,11 @@ func (b *blob) exchange(ctx context.Context, f Fill) {
 
 // fetch is one call of Fetch.
 type fetch struct {
-	s    *Swarm
-	b    *blob
-	w    Want
-	f    Fill
-	up   Upstream
-	home bool // this node is the one that goes upstream
+	s  *Swarm
+	b  *blob
+	w  Want
+	f  Fill
+	up Upstream
 
 	joined   string // the home that answered
 	joinedAt time.Time
@@ -302,21 +309,13 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 }
 
 // askHome sends ask, completed with what the blob is, and returns the answer of
-// a home that can help. Two nodes that dial each other at once lose one of the
-// links and what was asked over it; that is no answer, so it asks again.
+// a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Authorization, ask.Zone, ask.Have = x.w.Authorization, x.s.cfg.Zone, x.b.held()
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
-	for range 2 {
-		if l, err = x.s.connect(cctx, m); err != nil {
-			return nil, reply, err
-		}
-		if err = l.ask(cctx, methodJoin, ask, &reply); !errors.Is(err, errLinkClosed) && !errors.Is(err, errReplaced) {
-			break
-		}
-	}
+	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
 	switch {
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
@@ -333,10 +332,9 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 			x.s.ban(l, banProtocol)
 			return fmt.Errorf("home says %d bytes", reply.Size)
 		}
-		if err := x.f.SetSize(reply.Size); err != nil {
-			return fmt.Errorf("home says %d bytes: %w", reply.Size, err)
+		if err := x.b.fix(x.f, reply.Size); err != nil {
+			return fmt.Errorf("home %s: %w", m.Node, err)
 		}
-		x.b.setSize(reply.Size)
 	}
 	x.b.vouch(append(reply.Vouch[:min(len(reply.Vouch), maxSigners)], m.Name))
 	x.joined, x.joinedAt = m.Name, time.Now()
@@ -352,6 +350,21 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 	}
 	for _, name := range reply.Meet[:min(len(reply.Meet), 4*introduce)] {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
+	}
+	return nil
+}
+
+// fix takes a size that another node told. A fill that knows better keeps its
+// own: a wrong one given to SetSize would end it.
+func (b *blob) fix(f Fill, size int64) error {
+	if known := f.Size(); known >= 0 && known != size {
+		return fmt.Errorf("says %d bytes, not %d", size, known)
+	}
+	if err := f.SetSize(size); err != nil {
+		return err
+	}
+	if !b.setSize(size) {
+		return fmt.Errorf("says %d bytes: %w", size, ErrUnsupported)
 	}
 	return nil
 }
@@ -530,7 +543,6 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 // upstream fetches until the fill is whole: first what no neighbour has, then,
 // if neighbours do not deliver what they have, everything.
 func (x *fetch) upstream(ctx context.Context) error {
-	x.home = true
 	x.b.mu.Lock()
 	x.b.authority = true
 	x.b.mu.Unlock()
@@ -571,13 +583,9 @@ func (x *fetch) permit(ctx context.Context) bool {
 		if m.Name == x.s.self.Name {
 			return x.b.home.permit(time.Now())
 		}
-		l, err := x.s.connect(ctx, m)
-		if err != nil {
-			continue
-		}
 		cctx, cancel := context.WithTimeout(ctx, permitWait)
 		var reply permitReply
-		err = l.ask(cctx, methodPermit, permitAsk{x.w.Digest.String()}, &reply)
+		_, err := x.s.askMember(cctx, m, methodPermit, permitAsk{x.w.Digest.String()}, &reply)
 		cancel()
 		if err == nil {
 			return reply.Granted

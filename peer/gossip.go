@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -41,6 +42,7 @@ type gossip struct {
 	list  *memberlist.Memberlist
 	queue *memberlist.TransmitLimitedQueue
 	inbox chan []byte
+	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
 	once  sync.Once
 	// abrupt makes the node end without a word, as a killed one does.
@@ -276,7 +278,11 @@ func (g *gossip) NotifyMsg(p []byte) {
 
 // GetBroadcasts implements memberlist.Delegate.
 func (g *gossip) GetBroadcasts(overhead, limit int) [][]byte {
-	return g.queue.GetBroadcasts(overhead, limit)
+	ms := g.queue.GetBroadcasts(overhead, limit)
+	for _, m := range ms {
+		g.told.Add(int64(len(m)))
+	}
+	return ms
 }
 
 // LocalState implements memberlist.Delegate: a vector of how far the index knows

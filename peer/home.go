@@ -37,16 +37,14 @@ type meeting struct {
 }
 
 type attendee struct {
-	until  time.Time
-	at     int // index in names
-	named  int // how often it was introduced to others
-	zone   string
-	whole  bool
-	upward bool
+	until time.Time
+	at    int // index in names
+	named int // how often it was introduced to others
+	zone  string
 }
 
 // join notes that a member takes part and returns whom it should meet.
-func (m *meeting) join(name, zone string, whole bool, rng *rand.Rand) []string {
+func (m *meeting) join(name, zone string, rng *rand.Rand) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.members == nil {
@@ -60,7 +58,7 @@ func (m *meeting) join(name, zone string, whole bool, rng *rand.Rand) []string {
 		m.names = append(m.names, name)
 	}
 	if a != nil {
-		a.until, a.whole = time.Now().Add(lease), whole
+		a.until = time.Now().Add(lease)
 	}
 	return out
 }
@@ -156,8 +154,7 @@ type joinAsk struct {
 	Authorization string `json:",omitempty"`
 	Manifest      bool   `json:",omitempty"`
 	Zone          string `json:",omitempty"`
-	Have          int    `json:",omitempty"` // pieces, all of them if Whole
-	Whole         bool   `json:",omitempty"`
+	Have          int    `json:",omitempty"` // pieces
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
 }
@@ -180,12 +177,12 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	if err != nil {
 		return joinReply{}, err
 	}
-	b := s.blob(k)
-	b.note(l, ask)
-	reply := joinReply{Meet: b.home.join(l.peer, l.zone, ask.Whole, b.rng0()), Vouch: b.vouched()}
-	if ask.Whole {
-		return joinReply{}, nil
+	b, err := s.guestBlob(k)
+	if err != nil {
+		return joinReply{}, err
 	}
+	b.note(l, ask)
+	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.rng0()), Vouch: b.vouched()}
 	holders := s.holders(k, l.zone)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
@@ -217,7 +214,6 @@ func (b *blob) note(l *link, ask joinAsk) {
 	if ask.Have > 0 && b.home.members[l.peer] == nil {
 		b.home.resumed, b.home.doubted = true, time.Now()
 	}
-	b.home.stalled = b.home.stalled || ask.Stalled
 }
 
 // gather makes sure that the blob is here, on its way, or held by somebody.
@@ -231,8 +227,11 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	if b.offered() > 0 && b.whole() {
 		return nil
 	}
-	if err := s.seedFromStore(b); err == nil {
+	switch err := s.seedFromStore(b); {
+	case err == nil:
 		return nil
+	case errors.Is(err, errWrongBlob):
+		return err // the store would serve it again: another home must fetch it
 	}
 	if held && !ask.Stalled {
 		return nil
@@ -373,7 +372,10 @@ func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
 	if err != nil {
 		return permitReply{}, err
 	}
-	b := s.blob(k)
+	b, err := s.guestBlob(k)
+	if err != nil {
+		return permitReply{}, err
+	}
 	ok := b.home.permit(time.Now())
 	if ok {
 		b.vouch([]string{l.peer})

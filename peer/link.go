@@ -367,7 +367,7 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 	l.mu.Lock()
 	if l.closed != nil {
 		l.mu.Unlock()
-		return l.closed
+		return errLinkClosed
 	}
 	l.nextID++
 	id := l.nextID

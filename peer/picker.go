@@ -13,7 +13,7 @@ const (
 	leastFly   = 8
 	mostFly    = 32
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
-	maxFlyByte = 32 << 20               // piece buffers of the whole node
+	maxFlyByte = 24 << 20               // piece buffers of the whole node
 	pieceTime  = time.Second            // a piece that moves no byte for so long is asked elsewhere
 	twinTimes  = 6                      // an urgent piece is asked twice after so many times what pieces take,
 	twinAfter  = 300 * time.Millisecond // but not before
@@ -157,13 +157,21 @@ func (b *blob) cost(nb *neighbour) float64 {
 	return c * (1 + b.rng.Float64()/2)
 }
 
+// queueTime is how long a piece may wait at a neighbour behind as many others as
+// are let in there, if its uplink is like this node's pace.
+func (b *blob) queueTime(size int) time.Duration {
+	const ahead, slowest = 2 * (uploadSlots + leastQueue), 1 << 20
+	rate := max(b.pace.rate/ahead, slowest)
+	return time.Duration(float64(size) / rate * float64(time.Second))
+}
+
 // expire gives up requests that move no bytes, and reports the neighbours that
 // kept theirs while others delivered: those are slow, and banned for
 // a while. If nobody delivered, the fault is likely on this side.
 func (b *blob) expire(now time.Time) (slow []*link) {
 	for _, rs := range b.wants {
 		for _, r := range slices.Clone(rs) {
-			limit := max(pieceTime, 4*r.nb.took)
+			limit := max(pieceTime, 4*r.nb.took) + b.queueTime(r.size)
 			if now.Sub(time.Unix(0, r.moved.Load())) < limit {
 				continue
 			}

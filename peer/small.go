@@ -85,11 +85,8 @@ func answered(err error) bool {
 func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Reference, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, questionTime)
 	defer cancel()
-	l, err := s.connect(ctx, m)
-	if err != nil {
-		return err
-	}
-	return l.ask(ctx, method, r, out)
+	_, err := s.askMember(ctx, m, method, r, out)
+	return err
 }
 
 func (s *Swarm) decide(ctx context.Context, method byte, r Reference, out any) error {

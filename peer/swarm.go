@@ -538,7 +538,11 @@ func (s *Swarm) ifBlob(k key, f func(*blob)) {
 // opened takes in that a peer takes part in a blob, which may be one that this
 // node holds and has not thought of since.
 func (s *Swarm) opened(l *link, o open) error {
-	b := s.blob(o.blob)
+	b, err := s.guestBlob(o.blob)
+	if err != nil {
+		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		return nil
+	}
 	b.opened(l, o)
 	if o.have.count() > 0 {
 		b.adopt(l)
@@ -580,10 +584,13 @@ func (s *Swarm) denied(l *link, t frameType, a answer) {
 // background.
 func (s *Swarm) seedFromStore(b *blob) error {
 	b.mu.Lock()
-	busy := b.scanning || b.fill != nil
+	busy, rotten := b.scanning || b.fill != nil, b.rotten
 	b.mu.Unlock()
-	if busy {
+	switch {
+	case busy:
 		return nil
+	case rotten:
+		return errWrongBlob
 	}
 	h, err := b.acquire()
 	if err != nil {
@@ -603,6 +610,7 @@ func (s *Swarm) seedFromStore(b *blob) error {
 			err := b.seed()
 			b.mu.Lock()
 			b.scanning = false
+			b.rotten = errors.Is(err, errWrongBlob)
 			b.mu.Unlock()
 			if err != nil {
 				s.log.Warn("blob is not offered", "digest", b.d, "err", err)
@@ -622,6 +630,22 @@ func (s *Swarm) blob(k key) *blob {
 		s.blobs[k] = b
 	}
 	return b
+}
+
+// maxBlobs bounds blobs that other nodes speak of.
+const maxBlobs = 16384
+
+var errManyBlobs = errors.New("too many blobs at once")
+
+// guestBlob is blob for a digest that another node named.
+func (s *Swarm) guestBlob(k key) (*blob, error) {
+	s.mu.Lock()
+	full := s.blobs[k] == nil && len(s.blobs) >= maxBlobs
+	s.mu.Unlock()
+	if full {
+		return nil, errManyBlobs
+	}
+	return s.blob(k), nil
 }
 
 func (s *Swarm) allBlobs() []*blob {
@@ -694,7 +718,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time) {
 		b.letGo()
 		b.forgetGiven()
 	}
-	if idle > keepBlob {
+	if idle > keepBlob || (idle > idleLink && b.sized() == 0) {
 		s.mu.Lock()
 		if s.blobs[b.k] == b {
 			delete(s.blobs, b.k)

@@ -1,0 +1,427 @@
+package peer
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// The bad days of the swarm, with real TLS on loopback. In all of them pulls
+// finish, no wrong byte is taken (testNode verifies the whole digest, and
+// memBlob takes bytes once), and upstream stays within two copies.
+
+func (w *testWorld) within(t *testing.T, d digest.Digest, copies float64) {
+	t.Helper()
+	if got, size := w.fetched.Load(), len(w.bytes(d)); float64(got) > copies*float64(size) {
+		t.Errorf("upstream gave %.2f copies, want at most %.2f", float64(got)/float64(size), copies)
+	}
+}
+
+func allOK(t *testing.T, d digest.Digest, nodes ...*testNode) {
+	t.Helper()
+	for _, n := range nodes {
+		n.start(d)
+	}
+	for _, n := range nodes {
+		n.wantOK(d)
+	}
+}
+
+// held waits until a node has some of a blob.
+func (n *testNode) held(d digest.Digest, pieces int) {
+	n.t.Helper()
+	waitFor(n.t, func() bool {
+		n.mu.Lock()
+		b := n.blobs[d]
+		n.mu.Unlock()
+		if b == nil || b.Size() < 0 {
+			return false
+		}
+		got := 0
+		for i := range pieceCount(b.Size(), PieceSize(b.Size())) {
+			if b.Has(i) {
+				got++
+			}
+		}
+		return got >= pieces
+	})
+}
+
+func TestHomeKilledInTheMiddle(t *testing.T) {
+	w := newTestWorld()
+	w.delay = 2 * time.Millisecond // 64 KiB each: 10 MiB take 0.3 s
+	nodes := w.nodes(t, 5)
+	d := w.add(10<<20, 1)
+	home, others := homeOf(d, nodes)
+	for _, n := range others {
+		n.start(d)
+	}
+	for _, n := range others {
+		n.held(d, 5)
+	}
+	home.kill()
+	allOK(t, d, others...)
+	w.within(t, d, 1.9)
+}
+
+func TestEveryHolderKilled(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 5)
+	d := w.add(4<<20, 1)
+	home, others := homeOf(d, nodes)
+	allOK(t, d, home, others[0])
+	home.kill()
+	others[0].kill()
+	allOK(t, d, others[1:]...)
+	w.within(t, d, 2)
+}
+
+// TestWrongBytes: one node gives wrong bytes to whoever asks it.
+func TestWrongBytes(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 5)
+	d := w.add(8<<20, 1)
+	_, others := homeOf(d, nodes)
+	liar := others[0]
+	liar.mu.Lock()
+	liar.taint = func(_ digest.Digest, p []byte, off int64) {
+		if off > 0 {
+			p[0] ^= 1
+		}
+	}
+	liar.mu.Unlock()
+	for _, n := range nodes {
+		if n != liar {
+			n.start(d)
+		}
+	}
+	f := liar.start(d)
+	for _, n := range nodes {
+		if n != liar {
+			n.wantOK(d)
+		}
+	}
+	<-f.done
+	w.within(t, d, 2)
+}
+
+// TestWrongBytesAreBanned pins that one wrong piece ends the use of its sender.
+func TestWrongBytesAreBanned(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	d := w.add(8<<20, 1)
+	home, others := homeOf(d, nodes)
+	home.give(d)
+	b := home.s.blob(sha256Of(d))
+	home.s.seedFromStore(b)
+	waitFor(t, b.whole)
+	home.mu.Lock()
+	home.blobs[d].mu.Lock()
+	home.blobs[d].taint = func(p []byte, off int64) { p[0] ^= 1 } // the disk rots after the digests were made
+	home.blobs[d].mu.Unlock()
+	home.mu.Unlock()
+	others[0].wantOK(d)
+	if n := testutil.ToFloat64(others[0].s.metrics.bans.WithLabelValues(string(banDigest))); n == 0 {
+		t.Error("nobody was banned")
+	}
+	if from := others[0].blobs[d].sources(); from[home.s.self.Node] != 0 {
+		t.Errorf("%d bytes were taken of a node that only has wrong ones", from[home.s.self.Node])
+	}
+}
+
+// TestRottenSeed: a holder whose file no longer matches offers nothing.
+func TestRottenSeed(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 3)
+	d := w.add(3<<20, 1)
+	home, others := homeOf(d, nodes)
+	home.give(d)
+	home.blobs[d].data[1<<20] ^= 1
+	allOK(t, d, others...)
+	w.within(t, d, 2)
+}
+
+func TestSlowSeed(t *testing.T) {
+	w := newTestWorld()
+	slow := w.node(t, "slow", func(c *Config) { c.MaxUploadBytesPerSecond = 64 << 10 })
+	fast, taker := w.node(t, "fast"), w.node(t, "taker")
+	meet(slow, fast, taker)
+	d := w.add(6<<20, 1)
+	slow.give(d)
+	fast.give(d)
+	for _, n := range []*testNode{slow, fast, taker} {
+		k := prefixOf(sha256Of(d))
+		for _, o := range []*testNode{slow, fast} {
+			n.s.index.joined([]Member{o.s.self})
+			n.s.index.heard(appendMessage(nil, memberID(o.s.self.Name), 0, []op{{true, k}}))
+		}
+	}
+	began := time.Now()
+	taker.wantOK(d)
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("a slow seed beside a fast one held a pull for %v", took)
+	}
+	if w.requests.Load() > 0 {
+		t.Error("upstream was asked for a blob that peers hold")
+	}
+}
+
+// deafPeer proves that it is a member and then says nothing.
+func deafPeer(t *testing.T, w *testWorld, name string) *testNode {
+	n := w.node(t, name)
+	n.kill()
+	ln, err := net.Listen("tcp", n.s.self.Addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() {
+				defer c.Close()
+				tc := tls.Server(c, n.s.trust.config())
+				tc.SetDeadline(time.Now().Add(20 * time.Second))
+				io.Copy(io.Discard, tc)
+			})
+		}
+	})
+	t.Cleanup(func() { ln.Close(); conns.Wait() })
+	return n
+}
+
+// TestSilentHome: a home that takes the connection and never answers costs
+// seconds, not the pull.
+func TestSilentHome(t *testing.T) {
+	w := newTestWorld()
+	var nodes []*testNode
+	deaf := deafPeer(t, w, "deaf")
+	for i := range 3 {
+		nodes = append(nodes, w.node(t, fmt.Sprintf("node-%d", i)))
+	}
+	meet(append(nodes, deaf)...)
+	var d digest.Digest
+	for seed := uint64(1); ; seed++ { // a blob whose home is the deaf one
+		d = w.add(2<<20, seed)
+		if home, _ := homeOf(d, append(nodes, deaf)); home == deaf {
+			break
+		}
+	}
+	began := time.Now()
+	allOK(t, d, nodes...)
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("a silent home cost %v", took)
+	}
+	w.within(t, d, 2)
+}
+
+// TestFullDiskAtHome: a home that cannot take the blob sends askers on.
+func TestFullDiskAtHome(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 4)
+	d := w.add(3<<20, 1)
+	home, others := homeOf(d, nodes)
+	home.refuse = errors.New("no room")
+	allOK(t, d, others...)
+	w.within(t, d, 1)
+}
+
+// TestRegistryDiesHalfway: nothing can be done, and that is said in time.
+func TestRegistryDiesHalfway(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 4)
+	d := w.add(4<<20, 1)
+	w.failFrom = 2 << 20
+	began := time.Now()
+	for _, n := range nodes {
+		n.start(d)
+	}
+	for _, n := range nodes {
+		f := n.start(d)
+		<-f.done
+		if f.err == nil {
+			t.Error("a blob came from nowhere")
+		}
+	}
+	if took := time.Since(began); took > 15*time.Second {
+		t.Errorf("failing took %v", took)
+	}
+	w.within(t, d, 2)
+}
+
+// TestHomeLiesAboutSize: a node that knows the size from a manifest does not
+// believe a home that says otherwise.
+func TestHomeLiesAboutSize(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 3)
+	d := w.add(1<<20, 1)
+	home, others := homeOf(d, nodes)
+	home.s.blob(sha256Of(d)).setSize(5 << 20)
+	n := others[0]
+	b := newMemBlob(d)
+	b.SetSize(1 << 20)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	err := n.s.Fetch(ctx, Want{Digest: d}, b, n.upstream(d))
+	if err == nil {
+		err = b.verify()
+	}
+	if err != nil {
+		t.Errorf("fetch: %v", err)
+	}
+}
+
+// TestDivergingViews: two nodes that do not know of each other are both home
+// for a third and a fourth; that costs a copy, never an error.
+func TestDivergingViews(t *testing.T) {
+	w := newTestWorld()
+	var nodes []*testNode
+	for i := range 4 {
+		nodes = append(nodes, w.node(t, fmt.Sprintf("node-%d", i)))
+	}
+	d := w.add(2<<20, 1)
+	meet(nodes[0], nodes[2])
+	meet(nodes[1], nodes[3])
+	allOK(t, d, nodes...)
+	meet(nodes...)
+	e := w.add(2<<20, 2)
+	allOK(t, e, nodes...)
+	if got := w.fetched.Load(); got > 3*2<<20 {
+		t.Errorf("upstream gave %d bytes for two blobs of 2 MiB and one split", got)
+	}
+}
+
+// TestAsymmetricPartition: a sees b, b does not see a.
+func TestAsymmetricPartition(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 4)
+	blind := nodes[1]
+	blind.s.roster.remove(nodes[0].s.self.Name)
+	for seed := range uint64(4) {
+		d := w.add(1<<20, seed)
+		allOK(t, d, nodes...)
+	}
+	if got := w.fetched.Load(); got > 8<<20 {
+		t.Errorf("upstream gave %d bytes of 4 MiB", got)
+	}
+}
+
+// hostile speaks the protocol by hand, as a member that means harm.
+func hostile(t *testing.T, target *testNode, as *testNode) net.Conn {
+	t.Helper()
+	c, err := tls.Dial("tcp", target.s.self.Addr, as.s.trust.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := hello{version: wireVersion, epoch: as.s.self.Epoch, name: as.s.self.Name}
+	if _, err := c.Write(h.append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// TestHostileFrames: what does not follow the protocol ends the link and bans
+// its sender; it does not end the node, nor take its memory.
+func TestHostileFrames(t *testing.T) {
+	frames := map[string][]byte{
+		"huge frame":     {byte(frameOpen), 0xff, 0xff, 0xff},
+		"no such type":   {0xee, 0, 0, 1, 0},
+		"short open":     appendFrame(nil, frameOpen, func(b []byte) []byte { return append(b, 1, 2, 3) }),
+		"too many bits":  open{size: maxBlobSize, pieceSize: 1}.append(nil),
+		"piece too far":  want{id: 1, piece: maxPieces}.append(nil),
+		"runs too far":   have{runs: []run{{maxPieces - 1, 2}}}.append(nil),
+		"data, no head":  appendFrame(nil, frameData, func(b []byte) []byte { return append(b, 1) }),
+		"short digests":  appendFrame(nil, frameDigests, func(b []byte) []byte { return append(b, make([]byte, 70)...) }),
+		"short question": appendFrame(nil, frameCall, func(b []byte) []byte { return append(b, 1) }),
+	}
+	for name, frame := range frames {
+		t.Run(name, func(t *testing.T) {
+			w := newTestWorld()
+			nodes := w.nodes(t, 2)
+			c := hostile(t, nodes[0], nodes[1])
+			if _, err := c.Write(frame); err != nil {
+				t.Fatal(err)
+			}
+			c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			_, err := io.Copy(io.Discard, c)
+			if ne, ok := err.(net.Error); ok && ne.Timeout() {
+				t.Error("the link stays")
+			}
+			waitFor(t, func() bool { return nodes[0].s.bans.has(nodes[1].s.self.Node) })
+			if nodes[0].s.connectable() != nil {
+				t.Error("the node does not take links any more")
+			}
+		})
+	}
+}
+
+// connectable dials the node's own port.
+func (s *Swarm) connectable() error {
+	c, err := net.Dial("tcp", s.self.Addr)
+	if err == nil {
+		c.Close()
+	}
+	return err
+}
+
+// TestUnaskedData: bytes nobody asked for are dropped.
+func TestUnaskedData(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	c := hostile(t, nodes[0], nodes[1])
+	p := make([]byte, frameHeader+dataHead+1000)
+	for i := range 100 {
+		putDataHead(p, uint32(i), 0, 1000)
+		if _, err := c.Write(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q := call{id: 7, method: methodPermit, body: marshal(permitAsk{Digest: digest.FromString("x").String()})}
+	c.Write(q.append(nil, frameCall))
+	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	buf := make([]byte, 4096)
+	if n, err := c.Read(buf); err != nil || n == 0 {
+		t.Errorf("the link does not answer any more: %v", err)
+	}
+}
+
+// TestRollingRestart restarts every node, one after the other, while blobs are
+// pulled.
+func TestRollingRestart(t *testing.T) {
+	if testing.Short() {
+		t.Skip("half a minute of real time")
+	}
+	w := newTestWorld()
+	w.delay = time.Millisecond
+	nodes := w.gossipCluster(t, 5)
+	for i := range nodes {
+		d := w.add(3<<20, uint64(i))
+		for _, n := range nodes {
+			n.start(d)
+		}
+		nodes[i].kill()
+		rest := slices.Delete(slices.Clone(nodes), i, i+1)
+		for _, n := range rest {
+			n.wantOK(d)
+		}
+		nodes[i] = w.node(t, nodes[i].s.self.Node, gossiping(rest[0]))
+		wantMembers(t, len(nodes), nodes[i])
+	}
+	if got := w.fetched.Load(); got > 2*5*3<<20 {
+		t.Errorf("upstream gave %d bytes for 15 MiB", got)
+	}
+}

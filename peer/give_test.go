@@ -1,0 +1,98 @@
+package peer
+
+import (
+	"testing"
+	"time"
+)
+
+// uploadsOf makes a node's upload queue with links that never write.
+func uploadsOf(t *testing.T) (*uploads, func(b *blob, piece, given int) *upload) {
+	t.Helper()
+	s := &Swarm{}
+	s.uploads = &uploads{s: s, max: 64}
+	id := uint32(0)
+	return s.uploads, func(b *blob, piece, given int) *upload {
+		l := newLink(s, nil, Member{Name: "peer"}, false)
+		id++
+		return &upload{l: l, blob: b, id: id, piece: piece, size: 256 << 10, given: given, spare: spare}
+	}
+}
+
+func fill(q *uploads, make func(*blob, int, int) *upload, b *blob) {
+	for i := range uploadSlots {
+		q.add(make(b, i, 0))
+	}
+}
+
+// TestUploadOrder pins who is served next when the slots are taken.
+func TestUploadOrder(t *testing.T) {
+	large, small := &blob{}, &blob{}
+	cases := []struct {
+		name string
+		do   func(q *uploads, mk func(*blob, int, int) *upload) (first *upload)
+	}{
+		{"a small blob beside a large one", func(q *uploads, mk func(*blob, int, int) *upload) *upload {
+			q.add(mk(large, 10, 0))
+			q.add(mk(large, 11, 0))
+			u := mk(small, 0, 0)
+			q.add(u)
+			return u
+		}},
+		{"never given before given", func(q *uploads, mk func(*blob, int, int) *upload) *upload {
+			u := mk(large, 11, 0)
+			v := mk(large, 10, 1)
+			v.spare = 99
+			q.add(v)
+			q.add(u)
+			return u
+		}},
+		{"the oldest of equals", func(q *uploads, mk func(*blob, int, int) *upload) *upload {
+			u := mk(large, 11, 0)
+			q.add(u)
+			q.add(mk(large, 12, 0))
+			return u
+		}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			q, mk := uploadsOf(t)
+			*large, *small = blob{}, blob{}
+			fill(q, mk, large)
+			want := c.do(q, mk)
+			q.mu.Lock()
+			got := q.queue[q.best()]
+			q.mu.Unlock()
+			if got != want {
+				t.Errorf("piece %d goes first, want %d", got.piece, want.piece)
+			}
+		})
+	}
+}
+
+// TestUploadsTurnAway pins that a full node says so at once, and that what was
+// never given displaces what was.
+func TestUploadsTurnAway(t *testing.T) {
+	q, mk := uploadsOf(t)
+	b := &blob{}
+	fill(q, mk, b)
+	for i := range leastQueue {
+		if _, ok := q.add(mk(b, 20+i, 0)); !ok {
+			t.Fatalf("request %d is turned away from an empty queue", i)
+		}
+	}
+	wait, ok := q.add(mk(b, 30, 0))
+	if ok || wait < leastWait || wait > maxWait {
+		t.Errorf("a full queue takes more (%v), or says %v", ok, wait)
+	}
+	if _, ok := q.add(mk(b, 31, spare)); ok {
+		t.Error("a piece given before is queued on a busy node")
+	}
+	q.mu.Lock()
+	q.active[0].started = time.Now().Add(-2 * slotTime) // a slow receiver
+	before := len(q.active)
+	q.mu.Unlock()
+	q.tend()
+	if len(q.active) != before+1 {
+		t.Error("a slow receiver keeps its slot")
+	}
+}

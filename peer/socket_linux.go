@@ -1,0 +1,35 @@
+package peer
+
+import (
+	"context"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// notSent is how much the kernel takes of a link before it is sent. More would
+// put haves and requests behind that much of piece bytes, and would count a
+// piece as given long before it has left.
+const notSent = 128 << 10
+
+func setNotSent(_, _ string, c syscall.RawConn) error {
+	var err error
+	if e := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, notSent)
+	}); e != nil {
+		return e
+	}
+	return err
+}
+
+func (tcp) Listen(addr string) (net.Listener, error) {
+	// Connections inherit the option from their listener.
+	c := net.ListenConfig{Control: setNotSent}
+	return c.Listen(context.Background(), "tcp", addr)
+}
+
+func (tcp) DialContext(ctx context.Context, addr string) (net.Conn, error) {
+	d := net.Dialer{Control: setNotSent}
+	return d.DialContext(ctx, "tcp", addr)
+}
