@@ -241,40 +241,46 @@ func (x *index) heard(p []byte) {
 	}
 }
 
-// applyLocked takes operations of a member in any order and reports whether
-// they were news. An operation that comes before an older one is applied, and
-// applied again when the delta that fills the gap repeats it in order.
+// applyLocked takes operations of a member and reports whether they were news.
+// Those that come too early wait for what they follow: an addition that
+// overtakes its removal would otherwise stay for ever.
 func (x *index) applyLocked(id uint64, first uint32, ops []op) bool {
 	i, ok := x.byID[id]
 	if !ok {
 		return false
 	}
 	s := &x.slots[i]
-	got := span{first, first + uint32(len(ops))}
-	if got.end <= s.seq || slices.ContainsFunc(s.ahead, func(a span) bool { return a.first <= got.first && got.end <= a.end }) {
+	got := said{first, ops}
+	if got.end() <= s.seq || slices.ContainsFunc(s.ahead, func(a said) bool { return a.first <= first && got.end() <= a.end() }) {
 		return false
 	}
-	for _, o := range ops {
-		x.postLocked(o.prefix, i, o.add)
+	s.known = max(s.known, got.end())
+	if first > s.seq {
+		if len(s.ahead) < maxAhead {
+			s.ahead = append(s.ahead, got)
+			slices.SortFunc(s.ahead, func(a, b said) int { return cmp.Compare(a.first, b.first) })
+		}
+		return true
 	}
-	s.known = max(s.known, got.end)
-	s.note(got)
+	x.followLocked(i, got)
 	return true
 }
 
-// note moves seq over what is now complete.
-func (s *slot) note(got span) {
-	if got.first > s.seq && len(s.ahead) < maxAhead {
-		s.ahead = append(s.ahead, got)
-		slices.SortFunc(s.ahead, func(a, b span) int { return cmp.Compare(a.first, b.first) })
-		return
-	}
-	if got.first <= s.seq {
-		s.seq = max(s.seq, got.end)
-	}
-	for len(s.ahead) > 0 && s.ahead[0].first <= s.seq {
-		s.seq = max(s.seq, s.ahead[0].end)
-		s.ahead = s.ahead[1:]
+// followLocked files operations that begin at or before what is expected, and
+// then those that waited for them.
+func (x *index) followLocked(i uint16, got said) {
+	s := &x.slots[i]
+	for {
+		if skip := s.seq - got.first; got.first <= s.seq && int(skip) < len(got.ops) {
+			for _, o := range got.ops[skip:] {
+				x.postLocked(o.prefix, i, o.add)
+			}
+			s.seq = got.end()
+		}
+		if len(s.ahead) == 0 || s.ahead[0].first > s.seq {
+			return
+		}
+		got, s.ahead = s.ahead[0], s.ahead[1:]
 	}
 }
 
@@ -477,16 +483,21 @@ func (x *index) merge(name string, d delta, first bool) {
 	if d.whole && first && s.known > 0 && s.seq > 0 {
 		x.voidLocked(i)
 	}
-	for _, o := range d.ops {
-		x.postLocked(o.prefix, i, o.add)
-	}
-	if !d.whole || !d.more {
-		s.seq = max(s.seq, d.seq)
-		s.known = max(s.known, s.seq)
-		s.note(span{s.seq, s.seq})
-		if s.known <= s.seq {
-			s.asked = time.Time{}
+	if !d.whole {
+		x.followLocked(i, said{d.seq - uint32(len(d.ops)), d.ops})
+	} else {
+		for _, o := range d.ops {
+			x.postLocked(o.prefix, i, o.add)
 		}
+		if !d.more && d.seq > s.seq {
+			s.seq = d.seq
+			x.followLocked(i, said{first: s.seq})
+		}
+	}
+	s.known = max(s.known, s.seq)
+	if !d.more {
+		// The member itself knows best what it said; a vector that claimed more lied.
+		s.known, s.asked = s.seq, time.Time{}
 	}
 }
 

@@ -53,12 +53,18 @@ type slot struct {
 	zone  string
 	seq   uint32 // next operation expected of it
 	known uint32 // the highest heard of; larger than seq means a gap
-	ahead []span // operations that came before those they follow
+	ahead []said // what came before that which it follows
 	fell  time.Time
 	asked time.Time // last delta fetch
 }
 
-type span struct{ first, end uint32 }
+// said is a run of a member's operations.
+type said struct {
+	first uint32
+	ops   []op
+}
+
+func (s said) end() uint32 { return s.first + uint32(len(s.ops)) }
 
 func newIndex(s *Swarm) *index {
 	x := &index{s: s, byID: make(map[uint64]uint16)}

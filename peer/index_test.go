@@ -101,6 +101,10 @@ func TestIndexOrder(t *testing.T) {
 			x.applyLocked(id, 1, []op{{true, 8}})
 			x.applyLocked(id, 0, []op{add})
 		}, true, 2},
+		{"a removal waits for its addition", func(x *index, id uint64) {
+			x.applyLocked(id, 1, []op{del})
+			x.applyLocked(id, 0, []op{add})
+		}, false, 2},
 		{"a delta puts things in order", func(x *index, id uint64) {
 			x.applyLocked(id, 1, []op{del})
 			x.merge(x.slots[0].name, delta{seq: 2, ops: []op{add, del}}, true)

@@ -204,7 +204,7 @@ func (x *index) adoptSeqs(who map[uint16]membersPage) {
 			s := &x.slots[i]
 			s.seq = max(s.seq, m.seq)
 			s.known = max(s.known, s.seq)
-			s.note(span{s.seq, s.seq})
+			x.followLocked(i, said{first: s.seq})
 		}
 	}
 }
