@@ -61,9 +61,14 @@ type note struct {
 
 func newGossip(s *Swarm) *gossip {
 	g := &gossip{s: s, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{})}
-	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: func() int { return len(s.roster.view.Load().all) }, RetransmitMult: 2}
+	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: g.audience, RetransmitMult: 2}
 	return g
 }
+
+// audience is what the number of retransmissions follows from: 2 log10(N+1),
+// rounded up, is 2 among ten nodes, and then each of them misses one message in
+// eight. Small clusters can afford the 8 of a large one.
+func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 1000) }
 
 // start binds the gossip port and starts memberlist, which has no way to do the
 // one without the other.
