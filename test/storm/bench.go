@@ -25,6 +25,7 @@ type bench struct {
 	larder, registry     string
 	agentFlags           string
 	keepLogs, skipDirect bool
+	profile              string // directory for CPU profiles of the agents
 }
 
 // outcome is one measured storm.
@@ -270,7 +271,12 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 		l.reg, first = nil, 2
 	}
 	sent, logged := l.registrySent(ctx), l.registryRequests()
+	finish, err := l.startProfiles(ctx)
+	if err != nil {
+		return outcome{}, err
+	}
 	times, err := l.pull(ctx, first, l.s.nodes)
+	err = errors.Join(err, finish())
 	if err != nil {
 		return outcome{}, err
 	}
@@ -283,6 +289,36 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 	}
 	slices.Sort(o.times)
 	return o, nil
+}
+
+// profileSeconds covers a storm that meets its goal.
+const profileSeconds = 5
+
+// startProfiles profiles every agent's CPU if that was asked for; finish waits
+// for the files.
+func (l *lab) startProfiles(ctx context.Context) (finish func() error, err error) {
+	var running []*exec.Cmd
+	finish = func() (err error) {
+		for _, cmd := range running {
+			err = errors.Join(err, cmd.Wait())
+		}
+		return err
+	}
+	if l.profile == "" {
+		return finish, nil
+	}
+	if err := os.MkdirAll(l.profile, 0o755); err != nil {
+		return finish, err
+	}
+	for i := range l.agents {
+		cmd := l.net.inside(ctx, i+1, "curl", "-sf", "-o", filepath.Join(l.profile, fmt.Sprintf("%s-%d.pprof", l.s.name, i+1)),
+			fmt.Sprintf("http://127.0.0.1:5053/debug/pprof/profile?seconds=%d", profileSeconds))
+		if err := cmd.Start(); err != nil {
+			return finish, err
+		}
+		running = append(running, cmd)
+	}
+	return finish, nil
 }
 
 // client is one pulling process.

@@ -102,6 +102,7 @@ func measure(ctx context.Context, args []string) error {
 	flags.StringVar(&b.registry, "registry", "", "the distribution registry binary")
 	flags.BoolVar(&b.keepLogs, "keep-logs", false, "keep the agents' logs and say where")
 	flags.StringVar(&b.agentFlags, "agent-flags", "", "more flags for every agent, separated by spaces")
+	flags.StringVar(&b.profile, "profile", "", "directory for CPU profiles of all agents during the storm")
 	flags.BoolVar(&b.skipDirect, "skip-direct", false, "measure through Larder only")
 	if err := flags.Parse(args); err != nil {
 		return err
