@@ -197,19 +197,23 @@ func (b *body) sendSome(x *exchange, limit int64) (int64, error) {
 			return 0, b.note(err)
 		}
 	}
-	if file == nil || n == 0 {
+	if n = min(n, limit, writeChunk); file == nil || n <= smallSend {
 		return b.sendBuffered(x, limit)
 	}
 	if _, err := file.Seek(b.off, io.SeekStart); err != nil {
 		return 0, b.note(err)
 	}
-	n = min(n, limit, writeChunk)
 	sent, err := x.sendFile(&io.LimitedReader{R: file, N: n})
 	if err == nil && sent < n {
 		err = b.note(io.ErrUnexpectedEOF) // the file lost bytes
 	}
 	return sent, err
 }
+
+// smallSend is the size up to which a copy beats sendfile: net/http sends the
+// headers and the first 512 bytes before it, so a small answer costs two more
+// system calls (measured: 48 against 44 µs of processor time for 4 KiB).
+const smallSend = 32 << 10
 
 func (b *body) sendBuffered(x *exchange, limit int64) (int64, error) {
 	buf := buffers.Get().(*[copyBuffer]byte)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/spf13/cobra"
@@ -33,11 +34,25 @@ a flag (--proxy.listen); a flag beats the environment, which beats the file.
 			if err != nil {
 				return fmt.Errorf("start: %w", err)
 			}
+			tuneGC()
 			return a.Run(cmd.Context())
 		},
 	}
 	config.bind(cmd)
 	return cmd
+}
+
+// gcPercent lets the heap grow to five times what is live. That is some MiB:
+// blobs go through the page cache, not the heap, and at Go's default of 100 the
+// collector runs all the time under many small requests (a third of the
+// processor time of a manifest).
+const gcPercent = 400
+
+// tuneGC leaves the choice to the user's GOGC. GOMEMLIMIT works as ever.
+func tuneGC() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 }
 
 // configFlags are --config and a flag for each key.
