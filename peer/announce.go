@@ -349,10 +349,7 @@ func (x *index) chase(now time.Time) {
 	}
 }
 
-// deltaAsk asks a member for its operations from Seq on.
-type deltaAsk struct{ Seq uint32 }
-
-// delta is a member's answer: operations, or with whole set everything it
+// delta is a member's answer to a number: its operations from there on, or with whole set everything it
 // announced, from the given position of its sorted blobs.
 type delta struct {
 	whole bool

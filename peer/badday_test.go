@@ -123,7 +123,7 @@ func TestWrongBytesAreBanned(t *testing.T) {
 	home, others := homeOf(d, nodes)
 	home.give(d)
 	b := home.s.blob(sha256Of(d))
-	home.s.seedFromStore(b)
+	_ = home.s.seedFromStore(b) // hashes in the background
 	waitFor(t, b.whole)
 	home.mu.Lock()
 	home.blobs[d].mu.Lock()
@@ -194,8 +194,8 @@ func deafPeer(t *testing.T, w *testWorld, name string) *testNode {
 			conns.Go(func() {
 				defer c.Close()
 				tc := tls.Server(c, n.s.trust.config())
-				tc.SetDeadline(time.Now().Add(20 * time.Second))
-				io.Copy(io.Discard, tc)
+				_ = tc.SetDeadline(time.Now().Add(20 * time.Second))
+				_, _ = io.Copy(io.Discard, tc)
 			})
 		}
 	})
@@ -272,7 +272,9 @@ func TestHomeLiesAboutSize(t *testing.T) {
 	home.s.blob(sha256Of(d)).setSize(5 << 20)
 	n := others[0]
 	b := newMemBlob(d)
-	b.SetSize(1 << 20)
+	if err := b.SetSize(1 << 20); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	err := n.s.Fetch(ctx, Want{Digest: d}, b, n.upstream(d))
@@ -356,7 +358,7 @@ func TestHostileFrames(t *testing.T) {
 			if _, err := c.Write(frame); err != nil {
 				t.Fatal(err)
 			}
-			c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
 			_, err := io.Copy(io.Discard, c)
 			if ne, ok := err.(net.Error); ok && ne.Timeout() {
 				t.Error("the link stays")
@@ -391,8 +393,10 @@ func TestUnaskedData(t *testing.T) {
 		}
 	}
 	q := call{id: 7, method: methodPermit, body: marshal(permitAsk{Digest: digest.FromString("x").String()})}
-	c.Write(q.append(nil, frameCall))
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := c.Write(q.append(nil, frameCall)); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
 	buf := make([]byte, 4096)
 	if n, err := c.Read(buf); err != nil || n == 0 {
 		t.Errorf("the link does not answer any more: %v", err)

@@ -117,8 +117,12 @@ func FuzzGossip(f *testing.F) {
 		if d, err := parseDelta(p); err == nil {
 			x.merge("peer~00000000001", d, true)
 		}
-		parsePageAsk(p)
-		parseMembersPage(p)
+		if q, err := parsePageAsk(p); err == nil && q.kind > pageShards {
+			t.Errorf("page of kind %d", q.kind)
+		}
+		if _, ms, err := parseMembersPage(p); err == nil && len(ms)*memberEntry > len(p) {
+			t.Errorf("%d members in %d bytes", len(ms), len(p))
+		}
 		if _, ps, err := parseShardsPage(p); err == nil {
 			x.adoptPostings(ps, map[uint16]membersPage{0: {id: 1, seq: 9}})
 		}

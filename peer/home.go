@@ -33,7 +33,6 @@ type meeting struct {
 	permits []time.Time
 	resumed bool      // somebody came with pieces: another home was here before
 	doubted time.Time // when somebody last did, so likely because that home is gone
-	stalled bool      // somebody has holders and no progress
 }
 
 type attendee struct {

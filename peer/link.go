@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/ed25519"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -127,8 +128,17 @@ func (l *link) close(why error) {
 	l.mu.Unlock()
 	if first {
 		close(l.done)
-		l.conn.Close()
+		hangUp(l.conn)
 	}
+}
+
+// hangUp closes a connection without TLS's goodbye, which could block for
+// seconds on a peer that does not read; close is called with locks held (I7).
+func hangUp(c net.Conn) {
+	if tc, ok := c.(*tls.Conn); ok {
+		c = tc.NetConn()
+	}
+	_ = c.Close() // there is nobody left to tell
 }
 
 // run serves the link until it ends and returns why.

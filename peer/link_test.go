@@ -55,7 +55,7 @@ func newTestWorld() *testWorld {
 func (w *testWorld) add(size int, seed uint64) digest.Digest {
 	p := make([]byte, size)
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
-	r.Read(p)
+	_, _ = r.Read(p) // never fails
 	d := digest.FromBytes(p)
 	w.mu.Lock()
 	w.content[d] = p
@@ -306,8 +306,12 @@ func (n *testNode) Public(context.Context, Reference) (bool, error) {
 func (n *testNode) give(d digest.Digest) {
 	b := newMemBlob(d)
 	p := n.world.bytes(d)
-	b.SetSize(int64(len(p)))
-	b.From("").WriteAt(p, 0)
+	if err := b.SetSize(int64(len(p))); err != nil {
+		n.t.Fatal(err)
+	}
+	if _, err := b.From("").WriteAt(p, 0); err != nil {
+		n.t.Fatal(err)
+	}
 	n.mu.Lock()
 	b.taint = n.taintOf(d)
 	n.blobs[d] = b
@@ -430,7 +434,7 @@ func TestThroughput(t *testing.T) {
 	home, others := homeOf(d, nodes)
 	home.give(d)
 	b := home.s.blob(key(sha256Of(d)))
-	home.s.seedFromStore(b)
+	_ = home.s.seedFromStore(b) // hashes in the background
 	waitFor(t, b.whole)
 	began := time.Now()
 	others[0].wantOK(d)

@@ -296,7 +296,7 @@ func (c sim) world(t *testing.T) *simWorld {
 // plant gives one node the blob, and tells all others by what the index would say.
 func (w *simWorld) plant() {
 	n := w.nodes[len(w.nodes)-1]
-	n.blob.SetSize(int64(len(w.content)))
+	_ = n.blob.SetSize(int64(len(w.content))) // the first is never refused
 	for i := range n.blob.got {
 		n.blob.got[i] = int(min(simPiece, n.blob.size-int64(i)*simPiece))
 	}
@@ -333,7 +333,11 @@ func (w *simWorld) play(t *testing.T) simResult {
 	for _, n := range w.nodes {
 		ctx, cancel := context.WithCancel(t.Context())
 		n.cancel = cancel
-		running.Go(func() { n.s.Run(ctx) })
+		running.Go(func() {
+			if err := n.s.Run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	synctest.Wait()
 	want := Want{Digest: w.digest, Registry: "registry.test", Repository: "app"}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"math/bits"
 )
@@ -409,14 +408,6 @@ func parseCall(p []byte) (call, error) {
 	}
 	m.body = append([]byte(nil), c.b...)
 	return m, nil
-}
-
-// readFrame reads one frame other than frameData, whose payload is read by
-// whoever asked for it.
-func readFrame(r io.Reader, n int) ([]byte, error) {
-	p := make([]byte, n)
-	_, err := io.ReadFull(r, p)
-	return p, err
 }
 
 // bitmap holds one bit per piece, the lowest piece in the highest bit of the
