@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"time"
 )
 
 // Methods of calls.
@@ -64,22 +65,26 @@ func (l *link) ask(ctx context.Context, method byte, q, a any) error {
 }
 
 // askMember links with a member and asks it. Two nodes that dial each other at
-// once lose one of the links, perhaps this one: then the other serves.
+// once lose one of the links, perhaps the one asked over; the other is there a
+// moment later.
 func (s *Swarm) askMember(ctx context.Context, m *Member, method byte, q, a any) (l *link, err error) {
-	for range 3 {
+	for try := range askTries {
+		wait(ctx, time.Duration(try)*askPause)
 		l, err = s.connect(ctx, m)
-		if errors.Is(err, errReplaced) {
-			continue
+		if err == nil {
+			err = l.ask(ctx, method, q, a)
 		}
-		if err != nil {
-			return nil, err
-		}
-		if err = l.ask(ctx, method, q, a); !errors.Is(err, errLinkClosed) {
+		if !errors.Is(err, errLinkClosed) && !errors.Is(err, errReplaced) {
 			break
 		}
 	}
 	return l, err
 }
+
+const (
+	askTries = 4
+	askPause = 20 * time.Millisecond
+)
 
 // called starts the answer to a question. The reader goes on meanwhile.
 func (s *Swarm) called(l *link, c call) error {

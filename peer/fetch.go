@@ -433,17 +433,7 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) error {
 }
 
 // homeless reports whether the home was a neighbour and is gone.
-func (x *fetch) homeless() bool {
-	if x.homeLink == nil {
-		return false
-	}
-	select {
-	case <-x.homeLink.done:
-		return true
-	default:
-		return false
-	}
-}
+func (x *fetch) homeless() bool { return x.homeLink != nil && x.homeLink.over() }
 
 // asHome fetches from upstream what nobody in the swarm has.
 func (x *fetch) asHome(ctx context.Context) error {

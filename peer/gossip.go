@@ -23,7 +23,7 @@ const (
 	reclaimAfter  = 30 * time.Second // a dead member's name may come back from another address
 	gossipTimeout = 5 * time.Second
 	rejoinEvery   = 20 * time.Second // with some chance added, see rejoin
-	rejoinFirst   = time.Second      // while alone, doubling up to rejoinEvery
+	rejoinFirst   = time.Second      // doubling up to rejoinEvery
 	rejoinAtOnce  = 2                // unknown addresses tried each time
 	leaveTimeout  = time.Second
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
@@ -215,9 +215,6 @@ func (g *gossip) rejoin(ctx context.Context) {
 	for ctx.Err() == nil {
 		g.knock(ctx)
 		g.once.Do(func() { close(g.tried) })
-		if len(g.s.roster.view.Load().all) > 1 {
-			pause = rejoinEvery
-		}
 		wait(ctx, pause+rand.N(pause))
 		pause = min(2*pause, rejoinEvery)
 	}

@@ -93,6 +93,16 @@ func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 	return l
 }
 
+// over reports whether the link has ended.
+func (l *link) over() bool {
+	select {
+	case <-l.done:
+		return true
+	default:
+		return false
+	}
+}
+
 func (l *link) touch() { l.used.Store(time.Now().UnixNano()) }
 
 // send queues control frames; it never blocks. Frames to a closed link are

@@ -332,7 +332,7 @@ func readHello(c net.Conn) (hello, error) {
 // connect returns the link to a member, dialing if there is none.
 func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
 	s.mu.Lock()
-	if l := s.links[m.Name]; l != nil {
+	if l := s.links[m.Name]; l != nil && !l.over() {
 		s.mu.Unlock()
 		return l, nil
 	}
