@@ -64,6 +64,16 @@ func (s *source) setRedirect(ep *endpoint, u *url.URL) {
 	s.moved[ep] = u
 }
 
+// noRanges says whether no endpoint that would be asked takes ranges.
+func (s *source) noRanges() bool {
+	for _, ep := range s.reg.endpoints {
+		if ep.ranges.Load() != rangesNo {
+			return false
+		}
+	}
+	return true
+}
+
 // stream reads [off, end) of a source in order and mends itself: after a cut,
 // a stall, an expired token or signed URL it goes on by Range, at the next
 // upstream if need be. It gives up after maxIdle tries without progress.
@@ -83,6 +93,7 @@ type stream struct {
 	idle    int   // tries in a row that gained less than minProgress
 	avoid   *endpoint
 	moving  bool // at least one byte was ever read
+	counted bool // by fetch.arrived
 }
 
 const (
@@ -138,11 +149,17 @@ func (st *stream) ready(ctx context.Context) error {
 }
 
 func (st *stream) done() bool {
-	if st.end >= 0 {
-		return st.off >= st.end
-	}
+	end := st.limit()
+	return end >= 0 && st.off >= end
+}
+
+// limit is where the stream ends: no later than the blob does; -1 = unknown.
+func (st *stream) limit() int64 {
 	size := st.src.known()
-	return size >= 0 && st.off >= size
+	if st.end >= 0 && size >= 0 {
+		return min(st.end, size)
+	}
+	return max(st.end, size)
 }
 
 // read reads the open body up to end and keeps count.
@@ -273,12 +290,21 @@ func (st *stream) use(resp *answer, ep *endpoint, skip int64) {
 // led, if any, and to the registry itself if that fails.
 func (st *stream) ask(ctx context.Context, ep *endpoint) (*answer, error) {
 	q := request{op: st.op, kind: kindBlob, method: http.MethodGet, path: "blobs/" + st.src.d.String(), bulk: true, spare: st.extra}
-	switch {
-	case st.end >= 0 && st.end != st.src.known():
-		q.rng = fmt.Sprintf("bytes=%d-%d", st.off, st.end-1)
+	switch end := st.limit(); {
+	case end != st.src.known():
+		q.rng = fmt.Sprintf("bytes=%d-%d", st.off, end-1)
 	case st.off > 0:
 		q.rng = fmt.Sprintf("bytes=%d-", st.off)
 	}
+	resp, err := st.askFor(ctx, ep, q)
+	if e, ok := errors.AsType[*Error](err); ok && e.Status == http.StatusRequestedRangeNotSatisfiable && st.off == 0 {
+		q.rng = "" // nothing of an empty blob can be asked for
+		return st.askFor(ctx, ep, q)
+	}
+	return resp, err
+}
+
+func (st *stream) askFor(ctx context.Context, ep *endpoint, q request) (*answer, error) {
 	if q.at = st.src.redirect(ep); q.at != nil {
 		resp, err := st.src.c.send(ctx, ep, st.src.t, q)
 		if err == nil || ctx.Err() != nil || errors.Is(err, errBusy) {
@@ -299,7 +325,7 @@ func (st *stream) accept(resp *answer, ep *endpoint) (skip int64, err error) {
 		return 0, st.acceptPart(resp, ep)
 	case resp.StatusCode != http.StatusOK:
 		return 0, fmt.Errorf("%w: status %d to a GET", ErrBadAnswer, resp.StatusCode)
-	case asked:
+	case asked && (st.off > 0 || st.end < resp.ContentLength): // else: all of it was asked for
 		ep.ranges.Store(rangesNo)
 		if st.extra {
 			return 0, errNoRanges

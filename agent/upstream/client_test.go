@@ -348,7 +348,7 @@ func TestMetrics(t *testing.T) {
 larder_upstream_ratelimit_remaining{registry="test"} 76
 # HELP larder_upstream_requests_total HTTP requests sent to registries, redirect targets and token services.
 # TYPE larder_upstream_requests_total counter
-larder_upstream_requests_total{code="200",kind="blob",registry="test"} 1
+larder_upstream_requests_total{code="206",kind="blob",registry="test"} 1
 larder_upstream_requests_total{code="200",kind="manifest",registry="test"} 1
 larder_upstream_requests_total{code="200",kind="token",registry="test"} 1
 larder_upstream_requests_total{code="401",kind="manifest",registry="test"} 1

@@ -12,29 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-const (
-	// chunk is the size of one write to the sink: few calls, and few bytes
-	// that a reader waits for.
-	chunk = 256 << 10
-	// A second stream must have something to do: below parallelMin of
-	// remaining bytes one is done sooner than the measurement.
-	parallelMin = 16 << 20
-	segmentMin  = 8 << 20
-	segmentMax  = 64 << 20
-	// splitMin is the smallest remainder that is worth breaking a connection for.
-	splitMin = 4 * segmentMin
-	// gain is what one more stream must add to stay.
-	gain = 1.2
-	// window is the time over which throughput is measured; half of it passes
-	// first, for the new stream to come up to speed.
-	window = 400 * time.Millisecond
-	tick   = 50 * time.Millisecond
-	// trialWindows is how often a new stream is measured before it is given up:
-	// a single window may hold nothing but its connection's slow start.
-	trialWindows = 2
-	// hungry ticks in a row with a reader far from any stream move one there.
-	hungry = 3
-)
+// chunk is the size of one write to the sink: few calls, and few bytes that a
+// reader waits for.
+const chunk = 256 << 10
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
@@ -48,22 +28,21 @@ type fetch struct {
 	mu      sync.Mutex // guards all below; the sink is asked under it, it never calls back
 	claims  map[*claim]struct{}
 	running int   // streams
+	opening int   // of them, extra ones that have no answer yet
 	target  int   // streams that should be
-	frozen  bool  // no more streams: one more did not help, or could not be had
+	frozen  bool  // more streams do not help, or cannot be had
+	alone   bool  // cannot be had
 	bytes   int64 // written
 	err     error // why the last stream that failed did
 	fatal   bool  // err is the sink's; no stream can go on
+	meter   meter
+	rate    float64 // last measured, bytes/s; 0 = not yet
 
 	// Only steer uses these.
-	since    time.Time // start of the window; zero = before the first byte
-	base     int64     // bytes at its start
-	rate     float64   // last measured, bytes/s
-	trial    int       // windows in which the newest stream may yet prove its worth
-	starving int
+	trial    int // windows in which the newest streams may yet prove their worth
+	before   int // streams without them
+	starving int // ticks
 }
-
-// claim is the run [off, end) that one stream works on.
-type claim struct{ off, end int64 }
 
 // Fetch writes what s misses of a blob and returns when nothing is missing,
 // or an *Error when every stream gave up; an error of s ends it as it is,
@@ -76,7 +55,7 @@ func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) e
 	src.size = s.Size()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	f := &fetch{src: src, sink: s, stop: cancel, claims: map[*claim]struct{}{}, target: 1}
+	f := &fetch{src: src, sink: s, stop: cancel, claims: map[*claim]struct{}{}, target: 1, frozen: c.cfg.StreamsPerBlob == 1}
 	first := &stream{src: src, op: "fetch", end: -1}
 	defer first.close()
 	if err := f.learnSize(ctx, first); err != nil {
@@ -86,10 +65,14 @@ func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) e
 }
 
 // learnSize opens the first stream where the sink's size is not known yet:
-// the answer that brings the size brings the bytes too.
+// the answer that brings the size brings the bytes too. It is asked for no more
+// than one stream should bring, which is all of most blobs (see I7).
 func (f *fetch) learnSize(ctx context.Context, st *stream) error {
 	if f.sink.Size() >= 0 {
 		return nil
+	}
+	if !f.single() {
+		st.end = firstRun
 	}
 	if err := st.ready(ctx); err != nil {
 		return err
@@ -122,7 +105,7 @@ func (f *fetch) run(ctx context.Context, first *stream) error {
 		case <-ended:
 			running--
 		case now := <-ticker.C:
-			if f.steer(now) {
+			for range f.steer(now) {
 				running++
 				start(&stream{src: f.src, op: "fetch", end: -1, extra: true})
 			}
@@ -156,9 +139,11 @@ func (f *fetch) work(ctx context.Context, st *stream) {
 			return
 		}
 		err := f.pull(ctx, st, cl)
-		f.release(cl)
+		if f.release(cl) {
+			st.close()
+		}
 		if err != nil {
-			f.fail(err)
+			f.fail(st, err)
 			return
 		}
 	}
@@ -166,11 +151,12 @@ func (f *fetch) work(ctx context.Context, st *stream) {
 
 // fail ends one stream. Others go on with what it leaves, unless the sink is
 // what failed.
-func (f *fetch) fail(err error) {
+func (f *fetch) fail(st *stream, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.arrived(st)
 	f.running--
-	f.frozen = true
+	f.frozen, f.alone = true, true
 	f.target = max(1, f.running)
 	_, upstream := errors.AsType[*Error](err)
 	if upstream && (errors.Is(err, errNoRanges) || errors.Is(err, errBusy)) {
@@ -185,107 +171,21 @@ func (f *fetch) fail(err error) {
 	}
 }
 
-func (f *fetch) release(cl *claim) {
+// arrived counts st among the streams that have an answer, or never will.
+func (f *fetch) arrived(st *stream) {
+	if st.extra && !st.counted {
+		st.counted = true
+		f.opening--
+	}
+}
+
+// release gives a claim back and tells whether its stream is to leave the body
+// where it is, for a reader somewhere else.
+func (f *fetch) release(cl *claim) (leave bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.claims, cl)
-}
-
-// claim finds work for st; nil means that it is done, and it no longer counts.
-func (f *fetch) claim(st *stream) *claim {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	cl, ok := f.next(st)
-	// Three times the blob means that the sink loses what it is given.
-	if !ok || f.fatal || (st.extra && f.running > f.target) || f.bytes > 3*f.src.known()+segmentMin {
-		f.running--
-		return nil
-	}
-	f.claims[cl] = struct{}{}
-	return cl
-}
-
-// next is the first free run from where a reader wants one, then from the
-// start, then the far half of the largest claim.
-func (f *fetch) next(st *stream) (*claim, bool) {
-	piece := max(f.sink.PieceSize(), 1)
-	size := f.src.known()
-	wanted := max(f.sink.Wanted(), 0) / piece * piece
-	off, end, ok := f.free(wanted)
-	if !ok && wanted > 0 {
-		off, end, ok = f.free(0)
-	}
-	if !ok {
-		return f.split(piece)
-	}
-	if f.target > 1 || st.extra {
-		if cut := (off + segment(size-off, max(f.target, 2))) / piece * piece; cut > off {
-			end = min(end, cut)
-		}
-	}
-	return &claim{off, end}, true
-}
-
-// missing is the sink's, with nothing past the end.
-func (f *fetch) missing(from int64) (off, end int64, ok bool) {
-	if from >= f.src.known() {
-		return 0, 0, false
-	}
-	off, end, ok = f.sink.Missing(from)
-	return off, end, ok && end > max(off, from)
-}
-
-// free is the first run that ends after from, is missing and not claimed.
-func (f *fetch) free(from int64) (off, end int64, ok bool) {
-	for {
-		off, end, ok = f.missing(from)
-		if !ok {
-			return 0, 0, false
-		}
-		next := from
-		for cl := range f.claims {
-			switch {
-			case cl.off <= off && off < cl.end:
-				next = max(next, cl.end)
-			case off < cl.off && cl.off < end:
-				end = cl.off
-			}
-		}
-		switch {
-		case next > from:
-			from = next
-		case f.covered(off):
-			return 0, 0, false
-		default:
-			return off, end, true
-		}
-	}
-}
-
-func (f *fetch) covered(off int64) bool {
-	for cl := range f.claims {
-		if cl.off <= off && off < cl.end {
-			return true
-		}
-	}
-	return false
-}
-
-// split takes the far half of the largest claim, if that is worth a connection.
-func (f *fetch) split(piece int64) (*claim, bool) {
-	var largest *claim
-	for cl := range f.claims {
-		if largest == nil || cl.end-cl.off > largest.end-largest.off {
-			largest = cl
-		}
-	}
-	if largest == nil || largest.end-largest.off < splitMin {
-		return nil, false
-	}
-	middle := (largest.off + (largest.end-largest.off)/2) / piece * piece
-	cl := &claim{middle, largest.end}
-	largest.end = middle
-	return cl, true
+	return cl.left
 }
 
 // pull brings one claim in, as far as the claim still goes while it does.
@@ -294,6 +194,7 @@ func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 	if err := st.ready(ctx); err != nil { // before a buffer: many may wait here
 		return err
 	}
+	f.begin(st, cl)
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	check := st.off + 4*chunk
@@ -317,23 +218,38 @@ func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 		// Someone else may fill the same blob: do not fetch what is there.
 		if st.off >= check {
 			check = st.off + 4*chunk
-			if off, _, ok := f.sink.Missing(st.off); !ok || off > st.off+segmentMin {
+			if off, _, ok := f.sink.Missing(st.off); !ok || off > st.off+farAway {
 				return nil
 			}
 		}
 	}
 }
 
-// aim points st at a claim. A body that is open at the right place goes on:
-// after the claim of the first stream was cut short and no other took the rest.
+// aim points st at a claim. A body that is open at the right place goes on, or
+// a little before it, if reading on costs less than closing it might.
 func (f *fetch) aim(st *stream, cl *claim) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if st.body == nil || st.off != cl.off || st.bodyEnd < cl.end {
-		st.close()
-		st.off = cl.off
-	}
 	st.end = cl.end
+	if f.reaches(st, cl.off) {
+		st.skip += cl.off - st.off
+	} else {
+		st.close()
+	}
+	st.off = cl.off
+}
+
+// reaches says whether st's open body is the way to get what is at off.
+func (f *fetch) reaches(st *stream, off int64) bool {
+	return st.body != nil && st.off <= off && off < st.bodyEnd && (off-st.off <= cheapSkip || f.src.noRanges())
+}
+
+// begin notes that the answer for cl is there.
+func (f *fetch) begin(st *stream, cl *claim) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.arrived(st)
+	cl.start, cl.since = cl.off, time.Now()
 }
 
 func (f *fetch) left(cl *claim) int64 {
@@ -355,136 +271,4 @@ func (f *fetch) write(cl *claim, p []byte) error {
 	cl.off += int64(n)
 	f.bytes += int64(n)
 	return nil
-}
-
-// steer decides, once a tick, whether one more stream should start now.
-func (f *fetch) steer(now time.Time) (start bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.running == 0 || f.fatal || f.src.noRanges() {
-		return false
-	}
-	return f.feed() || f.widen(now)
-}
-
-// feed looks after a reader that is far from every stream, as after a seek: it
-// gets a stream of its own, or the newest claim makes way.
-func (f *fetch) feed() (start bool) {
-	piece := max(f.sink.PieceSize(), 1)
-	off, _, ok := f.missing(max(f.sink.Wanted(), 0) / piece * piece)
-	if !ok || f.near(off) {
-		f.starving = 0
-		return false
-	}
-	if f.starving++; f.starving < hungry {
-		return false
-	}
-	f.starving = 0
-	for cl := range f.claims { // let the claim that covers it end before it
-		if cl.off < off && off < cl.end {
-			cl.end = max(off/piece*piece, cl.off)
-		}
-	}
-	if f.running < f.src.c.cfg.StreamsPerBlob && !f.frozen {
-		f.running++
-		f.target = max(f.target, f.running)
-		return true
-	}
-	var farthest *claim
-	for cl := range f.claims {
-		if farthest == nil || cl.off > farthest.off {
-			farthest = cl
-		}
-	}
-	if farthest != nil {
-		farthest.end = farthest.off // its stream claims again, and finds off first
-	}
-	return false
-}
-
-// near says whether a stream will be at off within about a second.
-func (f *fetch) near(off int64) bool {
-	reach := max(int64(f.rate)/int64(max(f.running, 1)), segmentMin)
-	for cl := range f.claims {
-		if cl.off <= off && off < cl.end && off-cl.off <= reach {
-			return true
-		}
-	}
-	return false
-}
-
-// widen measures, and starts one more stream where the last one paid.
-func (f *fetch) widen(now time.Time) (start bool) {
-	if f.bytes == 0 || f.frozen {
-		return false
-	}
-	if f.since.IsZero() {
-		f.since, f.base = now, f.bytes
-		return false
-	}
-	elapsed := now.Sub(f.since)
-	if elapsed < 0 { // settling
-		f.base = f.bytes
-		return false
-	}
-	if elapsed < window {
-		return false
-	}
-	rate := float64(f.bytes-f.base) / elapsed.Seconds()
-	f.since, f.base = now, f.bytes
-	if f.trial > 0 && rate < gain*f.rate {
-		if f.trial--; f.trial == 0 {
-			f.frozen = true
-			f.target = max(1, f.running-1)
-		}
-		return false
-	}
-	f.rate, f.trial = rate, 0
-	if f.running >= f.src.c.cfg.StreamsPerBlob || f.remaining() < parallelMin {
-		return false
-	}
-	if f.running == 1 {
-		f.shorten()
-	}
-	f.since, f.trial = now.Add(window/2), trialWindows
-	f.running++
-	f.target = f.running
-	return true
-}
-
-// shorten makes the first stream's claim, which reaches to the blob's end, one
-// segment long: the rest is everyone's.
-func (f *fetch) shorten() {
-	piece := max(f.sink.PieceSize(), 1)
-	for cl := range f.claims {
-		cut := (cl.off + segment(cl.end-cl.off, 2) + piece - 1) / piece * piece
-		cl.end = min(cl.end, cut)
-	}
-}
-
-// segment is what one of several streams claims at a time: less towards the
-// end, so that all end together, but enough to be worth a request.
-func segment(left int64, streams int) int64 {
-	return min(max(left/int64(2*streams), segmentMin), segmentMax)
-}
-
-func (f *fetch) remaining() (n int64) {
-	for from := int64(0); ; {
-		off, end, ok := f.missing(from)
-		if !ok {
-			return n
-		}
-		n += end - max(off, from)
-		from = end
-	}
-}
-
-// noRanges says whether no endpoint that would be asked takes ranges.
-func (s *source) noRanges() bool {
-	for _, ep := range s.reg.endpoints {
-		if ep.ranges.Load() != rangesNo {
-			return false
-		}
-	}
-	return true
 }

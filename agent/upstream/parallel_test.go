@@ -104,7 +104,7 @@ func TestWiden(t *testing.T) {
 			now = now.Add(tick)
 			f.bytes += tc.rate(f.running) * mib / int64(time.Second/tick)
 			f.widen(now)
-			f.running = f.target // as if a stream that must go went at once
+			f.running, f.opening = f.target, 0 // as if streams came and went at once
 		}
 		if f.running != tc.want {
 			t.Errorf("%s: %d streams, want %d", name, f.running, tc.want)

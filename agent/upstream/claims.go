@@ -1,0 +1,201 @@
+package upstream
+
+import "time"
+
+const (
+	// firstRun is what the first request asks for at most. One stream brings
+	// it sooner than it takes to tell whether more would help, or is slow enough
+	// that there is time.
+	firstRun = 16 << 20
+	// Later requests ask for segmentTime's worth of bytes: so few of them that
+	// the pauses between do not matter, and so little each that neither a reader
+	// elsewhere nor the blob's end waits long for one to be over.
+	segmentTime = 3 * time.Second
+	segmentMin  = 4 << 20
+	segmentMax  = 64 << 20 // where throughput is not known, or several share
+	// slowEnd is how much longer a claim must take for an idle stream to take
+	// half of it away, which costs what is under way.
+	slowEnd = 4 * time.Second
+	// farAway is how much may be fetched although someone else brought it,
+	// before that is worth a new request.
+	farAway = 8 << 20
+)
+
+// claim is the run [off, end) that one stream works on: one request, which
+// is read to its end (see I7).
+type claim struct {
+	off, end int64
+	left     bool      // end was moved here for a reader somewhere else
+	start    int64     // off when the answer came
+	since    time.Time // when it came; zero = not yet
+}
+
+// remaining is how long cl will take at its own pace; 0 = cannot be told yet.
+func (cl *claim) remaining(now time.Time) time.Duration {
+	elapsed := now.Sub(cl.since)
+	if cl.since.IsZero() || elapsed < window {
+		return 0
+	}
+	rate := float64(max(cl.off-cl.start, 1)) / elapsed.Seconds()
+	return time.Duration(min(float64(cl.end-cl.off)/rate, 1e6) * float64(time.Second))
+}
+
+// claim finds work for st; nil means that it is done, and it no longer counts.
+func (f *fetch) claim(st *stream) *claim {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	cl, ok := f.next(st)
+	// Three times the blob means that the sink loses what it is given.
+	if !ok || f.fatal || (st.extra && f.running > f.target) || f.bytes > 3*f.src.known()+segmentMax {
+		f.arrived(st)
+		f.running--
+		return nil
+	}
+	f.claims[cl] = struct{}{}
+	return cl
+}
+
+// next is what st's body still holds, then a segment of the first free run
+// from where a reader wants one, then of the first at all, then the far half
+// of a claim that would take too long.
+func (f *fetch) next(st *stream) (*claim, bool) {
+	piece := max(f.sink.PieceSize(), 1)
+	if cl, ok := f.rest(st, piece); ok {
+		return cl, true
+	}
+	wanted := max(f.sink.Wanted(), 0) / piece * piece
+	off, end, ok := f.free(wanted)
+	if !ok && wanted > 0 {
+		off, end, ok = f.free(0)
+	}
+	if !ok {
+		return f.split(piece, time.Now())
+	}
+	cut := (off + f.segment(f.src.known()-off) + piece - 1) / piece * piece
+	if cut+segmentMin < end { // no crumbs
+		end = cut
+	}
+	return &claim{off: off, end: end}, true
+}
+
+// rest is what comes next in the body that st has open.
+func (f *fetch) rest(st *stream, piece int64) (*claim, bool) {
+	if st.body == nil || st.off >= st.bodyEnd {
+		return nil, false
+	}
+	off, end, ok := f.free(st.off)
+	if !ok || !f.reaches(st, off) {
+		return nil, false
+	}
+	return &claim{off: off, end: min(end, (st.bodyEnd+piece-1)/piece*piece)}, true
+}
+
+// segment is what one stream claims at a time, with left bytes from there to
+// the blob's end: less towards the end, so that all streams end together, but
+// enough to be worth a request.
+func (f *fetch) segment(left int64) int64 {
+	switch {
+	case f.single() || (f.bytes == 0 && left <= firstRun):
+		return left
+	case f.bytes == 0:
+		return firstRun
+	}
+	most := int64(segmentMax)
+	if f.rate > 0 {
+		most = int64(f.rate / float64(f.target) * segmentTime.Seconds())
+	}
+	if f.target == 1 && (f.frozen || float64(left) < f.rate*worthwhile.Seconds()) { // nobody to share with
+		return max(most, segmentMax)
+	}
+	return max(min(most, segmentMax, left/int64(2*max(f.target, 2))), segmentMin)
+}
+
+// single says that there never is but one stream, which then may as well ask
+// for everything at once.
+func (f *fetch) single() bool { return f.src.c.cfg.StreamsPerBlob == 1 || f.src.noRanges() }
+
+// missing is the sink's, with nothing past the end.
+func (f *fetch) missing(from int64) (off, end int64, ok bool) {
+	if from >= f.src.known() {
+		return 0, 0, false
+	}
+	off, end, ok = f.sink.Missing(from)
+	return off, end, ok && end > max(off, from)
+}
+
+// free is the first run that ends after from, is missing and not claimed.
+func (f *fetch) free(from int64) (off, end int64, ok bool) {
+	for {
+		off, end, ok = f.missing(from)
+		if !ok {
+			return 0, 0, false
+		}
+		next := from
+		for cl := range f.claims {
+			switch {
+			case cl.off <= off && off < cl.end:
+				next = max(next, cl.end)
+			case off < cl.off && cl.off < end:
+				end = cl.off
+			}
+		}
+		switch {
+		case next > from:
+			from = next
+		case f.covered(off):
+			return 0, 0, false
+		default:
+			return off, end, true
+		}
+	}
+}
+
+func (f *fetch) covered(off int64) bool {
+	for cl := range f.claims {
+		if cl.off <= off && off < cl.end {
+			return true
+		}
+	}
+	return false
+}
+
+// split takes the far half of the claim that would take longest.
+func (f *fetch) split(piece int64, now time.Time) (*claim, bool) {
+	var slowest *claim
+	longest := slowEnd
+	for cl := range f.claims {
+		if t := cl.remaining(now); t > longest {
+			slowest, longest = cl, t
+		}
+	}
+	if slowest == nil {
+		return nil, false
+	}
+	middle := (slowest.off + (slowest.end-slowest.off)/2) / piece * piece
+	if middle <= slowest.off {
+		return nil, false
+	}
+	cl := &claim{off: middle, end: slowest.end}
+	slowest.end = middle
+	return cl, true
+}
+
+// unclaimed is how many bytes are missing that no stream is at work on.
+func (f *fetch) unclaimed() int64 {
+	n := f.remaining()
+	for cl := range f.claims {
+		n -= max(cl.end-cl.off, 0)
+	}
+	return max(n, 0)
+}
+
+func (f *fetch) remaining() (n int64) {
+	for from := int64(0); ; {
+		off, end, ok := f.missing(from)
+		if !ok {
+			return n
+		}
+		n += end - max(off, from)
+		from = end
+	}
+}
