@@ -16,7 +16,7 @@ build: ## Build bin/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
 
 .PHONY: demo
-demo: build ## A registry and an agent on loopback: one image pulled cold, then warm (DEMO_FLAGS=--stay)
+demo: build ## A pull storm on loopback: a registry and 8 nodes, then a table (DEMO_FLAGS=--stay)
 	bin/larder demo $(DEMO_FLAGS)
 
 .PHONY: check
@@ -43,10 +43,6 @@ race: ## Unit and integration tests under the race detector
 e2e: ## Real containerd, podman, skopeo and registries (root)
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
 	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
-
-.PHONY: demo
-demo: build ## A registry and an agent on loopback: pull cold, then warm with the registry down
-	bin/larder demo
 
 .PHONY: deps
 deps: ## Install what the tests run against (root, apt), or say what is missing

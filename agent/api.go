@@ -34,8 +34,9 @@ type Status struct {
 	Uploaded int64            `json:"uploaded_bytes"` // to other nodes
 
 	Upstreams []upstream.Health `json:"upstreams"`
-	Peers     string            `json:"peers"` // "alone", or how many members
-	Members   []Member          `json:"members"`
+	Peers     string            `json:"peers"`   // "alone", or how many members
+	Members   []Member          `json:"members"` // by zone, then name; this node included
+	Index     IndexStatus       `json:"index"`
 	Hosts     HostsStatus       `json:"hosts"`
 	Runtime   RuntimeStatus     `json:"runtime"`
 }
@@ -80,8 +81,21 @@ type Member struct {
 	Name    string `json:"name"`
 	Address string `json:"address"`
 	Zone    string `json:"zone,omitempty"`
-	State   string `json:"state"`
+	State   string `json:"state"` // alive, or banned until BannedUntil
 	Self    bool   `json:"self,omitempty"`
+	// Linked says whether this node has a connection with it now; Sent and
+	// Received are the bytes of blobs over that connection.
+	Linked      bool      `json:"linked,omitempty"`
+	Sent        int64     `json:"sent_bytes"`
+	Received    int64     `json:"received_bytes"`
+	BannedUntil time.Time `json:"banned_until,omitzero"`
+}
+
+// IndexStatus is what this node knows of the blobs of others.
+type IndexStatus struct {
+	Blobs    int `json:"blobs"`
+	Postings int `json:"postings"` // holders, summed over all blobs
+	Held     int `json:"held"`     // blobs that this node tells others of
 }
 
 // HostsStatus is the host configuration that this agent manages.

@@ -30,7 +30,8 @@ func (a *Agent) Status() Status {
 		Uploaded:  a.sum("larder_uploaded_bytes_total", "")[""],
 		Upstreams: append([]upstream.Health{}, a.upstream.Health()...),
 		Peers:     a.swarm.describe(a.config.Peer),
-		Members:   append([]Member{}, a.swarm.members()...),
+		Members:   append([]Member{}, a.Members()...),
+		Index:     a.indexStatus(),
 		Hosts:     a.hostsStatus(),
 		Runtime:   a.runtimeStatus(),
 	}

@@ -2,13 +2,16 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -95,7 +98,11 @@ func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, acce
 	if refusal, ok := errors.AsType[*peer.Refusal](err); ok {
 		err = &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "resolve", Status: refusal.Status, Err: refusal}
 	}
-	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, err
+	found := ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+	if err == nil && d.Stale {
+		return ocispec.Descriptor{}, &proxy.StaleTag{Descriptor: found}
+	}
+	return found, err
 }
 
 // swarmOrigin is how a home turns to the registry for others.
@@ -116,11 +123,27 @@ func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
 	return o.agent.proxy.Prefetch(t, kind, w.Digest)
 }
 
-// Resolve asks the registry what a tag stands for.
+// originPatience is how long a registry may take to say what a tag stands for,
+// until another node is told what is known here: part of the five seconds that
+// its client waits.
+const originPatience = 2 * time.Second
+
+// Resolve asks the registry what a tag stands for. When that cannot be asked,
+// it says what this node knows.
 func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descriptor, error) {
 	t := upstream.Target{Registry: r.Registry, Repository: r.Repository, Authorization: r.Authorization}
+	last, known := o.agent.proxy.LastKnown(t, r.Tag, r.Accept)
+	if known {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, originPatience)
+		defer cancel()
+	}
 	d, err := o.agent.upstream.Resolve(ctx, t, r.Tag, r.Accept)
-	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, refusalOf(err)
+	stale := known && (upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded))
+	if stale {
+		d, err = last, nil
+	}
+	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Stale: stale}, refusalOf(err)
 }
 
 // Public reports whether the registry shows the repository to a stranger.
@@ -238,21 +261,48 @@ func (s *swarm) check() error {
 	}
 }
 
-// members lists the cluster as this node sees it, nil when alone.
-func (s *swarm) members() []Member {
-	if s == nil {
+// Members lists the cluster as this node sees it, this node included, by zone
+// and name; nil when it is alone.
+func (a *Agent) Members() []Member {
+	if a.swarm == nil {
 		return nil
 	}
-	st := s.Status()
+	return membersOf(a.swarm.Status())
+}
+
+func membersOf(st peer.Status) []Member {
+	links := make(map[string]peer.LinkStatus, len(st.Links))
+	for _, l := range st.Links {
+		links[l.Node] = l
+	}
 	out := make([]Member, 0, len(st.Members))
 	for _, m := range st.Members {
-		state := "alive"
-		if _, banned := st.Banned[m.Node]; banned {
-			state = "banned"
+		l, linked := links[m.Node]
+		one := Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: "alive", Self: m.Name == st.Self.Name,
+			Linked: linked, Sent: l.Sent, Received: l.Received}
+		if until, banned := st.Banned[m.Node]; banned {
+			one.State, one.BannedUntil = "banned", until
 		}
-		out = append(out, Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: state, Self: m.Name == st.Self.Name})
+		out = append(out, one)
 	}
+	slices.SortFunc(out, func(a, b Member) int {
+		return cmp.Or(strings.Compare(a.Zone, b.Zone), byNumber(a.Name, b.Name))
+	})
 	return out
+}
+
+// byNumber orders node-2 before node-10.
+func byNumber(a, b string) int {
+	stem := func(s string) string { return strings.TrimRight(s, "0123456789") }
+	return cmp.Or(strings.Compare(stem(a), stem(b)), cmp.Compare(len(a), len(b)), strings.Compare(a, b))
+}
+
+func (a *Agent) indexStatus() IndexStatus {
+	if a.swarm == nil {
+		return IndexStatus{}
+	}
+	i := a.swarm.Status().Index
+	return IndexStatus{Blobs: i.Blobs, Postings: i.Postings, Held: i.Held}
 }
 
 // holders names the nodes that say they have d.
@@ -272,7 +322,7 @@ func (s *swarm) describe(p PeerConfig) string {
 		return "alone (no peer.key_file and no peer.join)"
 	}
 	st := s.Status()
-	return fmt.Sprintf("%d members, %d links, %d blobs in the index", len(st.Members), len(st.Links), st.Index.Blobs)
+	return fmt.Sprintf("%d members, %d links, %d blobs in the index, %d bans", len(st.Members), len(st.Links), st.Index.Blobs, len(st.Banned))
 }
 
 const (

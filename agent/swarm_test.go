@@ -47,7 +47,7 @@ func newCluster(t *testing.T, n int) (nodes []*running, reg *registrytest.Server
 func (r *running) awaitMembers(t *testing.T, n int) {
 	t.Helper()
 	eventually(t, "a cluster", func() error {
-		if got := len(r.swarm.members()); got != n {
+		if got := len(r.Members()); got != n {
 			return fmt.Errorf("%d of %d members", got, n)
 		}
 		return nil
@@ -97,5 +97,24 @@ func TestStormCostsOneCopy(t *testing.T) {
 	code, body := late.admin(t, "GET", "/api/v1/explain?image="+testImage.String(), "")
 	if code != 200 || !strings.Contains(body, `"node-`) {
 		t.Errorf("explain names no peer: %d %s", code, body)
+	}
+}
+
+// TestNewNodesKnowOldTags holds that nodes that come while the registry is down
+// pull by tag: with a tag_ttl of zero nothing is remembered but as stale, and
+// which node is a tag's home changes with each that comes.
+func TestNewNodesKnowOldTags(t *testing.T) {
+	nodes, reg, _, next := newCluster(t, 1)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	reg.Down()
+	for n := 2; n <= 4; n++ {
+		c := next()
+		c.Upstream.TagTTL = 0
+		late := start(t, c)
+		late.awaitMembers(t, n)
+		if got := sources(late.pull(t)); got["upstream"] != 0 || got["peer"] == 0 {
+			t.Errorf("node %d was served %v", n, got)
+		}
 	}
 }

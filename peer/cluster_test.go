@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -288,6 +289,59 @@ func TestCertificatesIgnoreClocks(t *testing.T) {
 	}
 	if at := tr.config().Time(); at != verifyAt || tr.leaf.Leaf.NotBefore.Year() > 2000 || tr.leaf.Leaf.NotAfter.Year() < 2200 {
 		t.Errorf("certificates are checked at %v, valid %v to %v", at, tr.leaf.Leaf.NotBefore, tr.leaf.Leaf.NotAfter)
+	}
+}
+
+// TestResolveAsksTheNextHome holds that a home that cannot ask upstream does not
+// end the question: another may be able to, or knows what the tag was. What
+// upstream itself refuses is final.
+func TestResolveAsksTheNextHome(t *testing.T) {
+	type answer func() (Descriptor, error)
+	down := func() (Descriptor, error) { return Descriptor{}, errors.New("no route to the registry") }
+	failing := func() (Descriptor, error) { return Descriptor{}, &Refusal{Status: 503, Text: "busy"} }
+	missing := func() (Descriptor, error) { return Descriptor{}, &Refusal{Status: 404, Text: "no such tag"} }
+	stale := func() (Descriptor, error) { return Descriptor{Digest: digest.FromString("old"), Stale: true}, nil }
+	older := func() (Descriptor, error) { return Descriptor{Digest: digest.FromString("older"), Stale: true}, nil }
+	fresh := func() (Descriptor, error) { return Descriptor{Digest: digest.FromString("new")}, nil }
+	tests := []struct {
+		name  string
+		homes [2]answer // in the order in which they are asked
+		want  Descriptor
+		asked int32
+		fails string
+	}{
+		{"the first knows", [2]answer{fresh, missing}, Descriptor{Digest: digest.FromString("new")}, 1, ""},
+		{"the second can ask", [2]answer{down, fresh}, Descriptor{Digest: digest.FromString("new")}, 2, ""},
+		{"the second remembers", [2]answer{failing, stale}, Descriptor{Digest: digest.FromString("old"), Stale: true}, 2, ""},
+		{"the first remembers, the second can ask", [2]answer{stale, fresh}, Descriptor{Digest: digest.FromString("new")}, 2, ""},
+		{"the first remembers best", [2]answer{stale, older}, Descriptor{Digest: digest.FromString("old"), Stale: true}, 2, ""},
+		{"the first remembers alone", [2]answer{stale, down}, Descriptor{Digest: digest.FromString("old"), Stale: true}, 2, ""},
+		{"no such tag", [2]answer{missing, fresh}, Descriptor{}, 1, "no such tag"},
+		{"nobody can ask", [2]answer{down, down}, Descriptor{}, 2, "no route"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newTestWorld()
+			nodes := w.nodes(t, 2)
+			r := Reference{Registry: "r", Repository: "app", Tag: "v1"}
+			for i, m := range nodes[0].s.roster.view.Load().homes(r.home(), "", false) {
+				for _, n := range nodes {
+					if n.s.self.Name == m.Name {
+						n.tag = tt.homes[i]
+					}
+				}
+			}
+			got, err := nodes[0].s.Resolve(t.Context(), r)
+			if tt.fails == "" && (err != nil || got != tt.want) {
+				t.Errorf("%+v, %v; want %+v", got, err, tt.want)
+			}
+			if tt.fails != "" && (err == nil || !strings.Contains(err.Error(), tt.fails)) {
+				t.Errorf("%+v, %v; want an error that says %q", got, err, tt.fails)
+			}
+			if asked := w.resolves.Load(); int32(asked) != tt.asked {
+				t.Errorf("%d homes asked upstream, want %d", asked, tt.asked)
+			}
+		})
 	}
 }
 

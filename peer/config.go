@@ -130,6 +130,8 @@ type Descriptor struct {
 	MediaType string
 	Digest    digest.Digest
 	Size      int64
+	// Stale: upstream could not be asked; the tag stood for this when it was asked last.
+	Stale bool `json:",omitempty"`
 }
 
 // Origin is how a home asks its own node to turn to upstream.
@@ -138,7 +140,8 @@ type Origin interface {
 	// waiting for it. That fill calls Swarm.Fetch, which finds that this node is
 	// the home. An error (no room, denied) makes the asker try the next home.
 	Fill(ctx context.Context, w Want) error
-	// Resolve asks upstream what a tag stands for.
+	// Resolve asks upstream what a tag stands for, or says what this node knows
+	// of it (Stale) if upstream cannot be asked.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
 	// Public reports whether upstream shows the repository to anyone.
 	Public(ctx context.Context, r Reference) (bool, error)

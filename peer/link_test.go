@@ -28,6 +28,7 @@ type testNode struct {
 	blobs  map[digest.Digest]*memBlob
 	fills  map[digest.Digest]*testFill
 	refuse error                                      // of Fill, as a node without room
+	tag    func() (Descriptor, error)                 // what Resolve says; nil = the tag's own digest
 	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
 }
 
@@ -294,6 +295,9 @@ func (n *testNode) Fill(_ context.Context, w Want) error {
 
 func (n *testNode) Resolve(_ context.Context, r Reference) (Descriptor, error) {
 	n.world.resolves.Add(1)
+	if n.tag != nil {
+		return n.tag()
+	}
 	return Descriptor{Digest: digest.FromString(r.Tag), MediaType: "test", Size: 7}, nil
 }
 

@@ -5,6 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
@@ -16,24 +18,35 @@ import (
 
 const (
 	questionTime = 4 * time.Second // a home may take so long; then the next one is asked
-	errorMemory  = time.Second     // a failure is told to those who ask at the same time
+	errorMemory  = time.Second     // a failure, or what is stale, is told to those who ask at the same time
 	publicTTL    = 10 * time.Minute
 	maxAnswers   = 16384
 )
 
-// Resolve asks the tag's home what it stands for. It fails when no home
-// answers, or with the home's own error; the caller then asks upstream itself.
+// Resolve asks the tag's homes what it stands for, until one has it from
+// upstream; else it returns what one of them knows (Stale). It fails when no
+// home knows anything, or with upstream's own refusal; the caller may then ask
+// upstream itself.
 func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
-	var d Descriptor
-	err := s.consult(ctx, methodResolve, r, &d)
-	return d, err
+	var best Descriptor
+	err := s.consult(ctx, methodResolve, r, func(b []byte) (enough bool, err error) {
+		var d Descriptor
+		if err := json.Unmarshal(b, &d); err != nil {
+			return false, fmt.Errorf("resolve: read a home's answer: %w", err)
+		}
+		if best.Digest == "" || !d.Stale {
+			best = d
+		}
+		return !d.Stale, nil
+	})
+	return best, err
 }
 
-// Public asks the repository's home whether upstream shows it to anyone.
+// Public asks the repository's homes whether upstream shows it to anyone.
 func (s *Swarm) Public(ctx context.Context, r Reference) (bool, error) {
 	var p publicReply
 	r.Tag, r.Accept, r.Authorization = "", nil, ""
-	err := s.consult(ctx, methodPublic, r, &p)
+	err := s.consult(ctx, methodPublic, r, func(b []byte) (enough bool, err error) { return true, json.Unmarshal(b, &p) })
 	return p.Public, err
 }
 
@@ -51,35 +64,70 @@ func (r Reference) home() key {
 	return sha256.Sum256([]byte(strings.Join([]string{r.Registry, r.Repository, r.Tag}, "\x00")))
 }
 
-// consult asks the homes of a subject, in order. This node may be one of them.
-func (s *Swarm) consult(ctx context.Context, method byte, r Reference, out any) error {
+// consult asks the homes of a subject, in order, until take has enough; if none
+// of them can be reached, this node decides. A home that cannot ask upstream is
+// no reason to give up: a node that has just joined may be home of a tag it never
+// saw, and the one that was home before it knows.
+func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func(b []byte) (enough bool, err error)) error {
 	ctx, stop, err := s.enter(ctx)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	k := r.home()
-	for _, m := range s.roster.view.Load().homes(k, s.cfg.Zone, s.cfg.ZoneScope) {
-		if m.Name == s.self.Name {
-			return s.decide(ctx, method, r, out)
-		}
+	var failed error
+	taken, reached := false, false
+	for _, m := range s.roster.view.Load().homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope) {
 		if s.roster.isDown(m.Name) {
 			continue
 		}
-		err = s.question(ctx, m, method, r, out)
-		if err == nil || answered(err) || ctx.Err() != nil {
+		b, err := s.put(ctx, m, method, r)
+		if err == nil {
+			if enough, err := take(b); enough || err != nil {
+				return err
+			}
+			taken = true
+			continue
+		}
+		if refused(err) || ctx.Err() != nil {
 			return err
 		}
-		s.log.Debug("home did not answer", "peer", m.Node, "err", err)
+		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
+		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
-	return s.decide(ctx, method, r, out)
+	switch {
+	case taken:
+		return nil
+	case reached:
+		return failed
+	}
+	b, err := s.answerSmall(ctx, method, r)
+	if err == nil {
+		_, err = take(b)
+	}
+	return err
 }
 
-// answered reports whether a home said no, rather than nothing.
+// refused reports whether upstream itself said no, for good.
+func refused(err error) bool {
+	r, ok := errors.AsType[*Refusal](err)
+	return ok && r.Status < 500 && r.Status != http.StatusTooManyRequests
+}
+
+// answered reports whether a home said why it has no answer, rather than nothing.
 func answered(err error) bool {
 	_, remote := errors.AsType[*remoteError](err)
 	_, refused := errors.AsType[*Refusal](err)
 	return remote || refused
+}
+
+// put asks one home.
+func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([]byte, error) {
+	if m.Name == s.self.Name {
+		return s.answerSmall(ctx, method, r)
+	}
+	var b json.RawMessage
+	err := s.question(ctx, m, method, r, &b)
+	return b, err
 }
 
 func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Reference, out any) error {
@@ -87,14 +135,6 @@ func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Referenc
 	defer cancel()
 	_, err := s.askMember(ctx, m, method, r, out)
 	return err
-}
-
-func (s *Swarm) decide(ctx context.Context, method byte, r Reference, out any) error {
-	b, err := s.answerSmall(ctx, method, r)
-	if err != nil {
-		return err
-	}
-	return json.Unmarshal(b, out)
 }
 
 // answers remembers what upstream said, and makes those who ask at the same
@@ -119,8 +159,9 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 		s.spawn(func(ctx context.Context) {
 			ctx, cancel := context.WithTimeout(ctx, questionTime)
 			defer cancel()
-			a.body, a.err = s.askUpstream(ctx, method, r)
-			a.until = time.Now().Add(s.remember(method, a.err))
+			var ttl time.Duration
+			a.body, ttl, a.err = s.askUpstream(ctx, method, r)
+			a.until = time.Now().Add(ttl)
 			close(a.done)
 		})
 	}
@@ -132,23 +173,23 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 	}
 }
 
-func (s *Swarm) remember(method byte, err error) time.Duration {
-	switch {
-	case err != nil:
-		return errorMemory
-	case method == methodPublic:
-		return publicTTL
-	}
-	return s.cfg.TagTTL
-}
-
-func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, error) {
+// askUpstream also says how long to remember the answer.
+func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
 	if method == methodPublic {
 		p, err := s.cfg.Origin.Public(ctx, r)
-		return marshal(publicReply{p}), err
+		if err != nil {
+			return nil, errorMemory, err
+		}
+		return marshal(publicReply{p}), publicTTL, nil
 	}
 	d, err := s.cfg.Origin.Resolve(ctx, r)
-	return marshal(d), err
+	if err != nil {
+		return nil, errorMemory, err
+	}
+	if d.Stale {
+		return marshal(d), min(errorMemory, s.cfg.TagTTL), nil
+	}
+	return marshal(d), s.cfg.TagTTL, nil
 }
 
 // claim returns the answer to a subject, and whether the caller has to find it.

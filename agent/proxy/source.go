@@ -45,7 +45,8 @@ type Swarm interface {
 	// (see upstream.IsNotFound, IsUnauthorized) ends the fill; after any other
 	// the node asks upstream itself.
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
-	// Resolve asks the home of the tag, which collapses and caches.
+	// Resolve asks the home of the tag, which collapses and caches. It returns a
+	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
 }
 

@@ -124,3 +124,27 @@ func TestSwarmResolves(t *testing.T) {
 		}
 	}
 }
+
+// TestSwarmRemembersTag: when the registry cannot be asked, what another node
+// knows of a tag is served, marked as stale, and the registry is left alone.
+func TestSwarmRemembersTag(t *testing.T) {
+	swarm := &swarmFunc{}
+	n := startNode(t, func(s *setup) { s.proxy.Swarm = swarm })
+	img := n.image(1000)
+	swarm.resolve = func(string) (ocispec.Descriptor, error) {
+		return ocispec.Descriptor{}, &StaleTag{img.Descriptor}
+	}
+	for range 2 {
+		a := n.do("HEAD", manifestPath("v1"))
+		if a.status != 200 || a.header.Get(headerDigest) != img.Digest.String() || a.header.Get(headerSource) != "stale" {
+			t.Errorf("status %d, %v", a.status, a.header)
+		}
+	}
+	if got := n.registry.Count(heads); got != 0 {
+		t.Errorf("%d requests upstream", got)
+	}
+	d, ok := n.proxy.LastKnown(n.target(), "v1", acceptAll)
+	if !ok || d.Digest != img.Digest {
+		t.Errorf("last known: %v, %t", d, ok)
+	}
+}

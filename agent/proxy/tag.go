@@ -92,6 +92,9 @@ func (p *Proxy) ask(ctx context.Context, t upstream.Target, key tagKey, accept [
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
 	desc, err := p.resolveRemote(ctx, t, key.tag, accept)
+	if old, ok := errors.AsType[*StaleTag](err); ok {
+		return p.believe(key, old.Descriptor), nil
+	}
 	if err != nil {
 		if upstream.IsNotFound(err) {
 			p.forgetTag(key)
@@ -110,10 +113,37 @@ func (p *Proxy) ask(ctx context.Context, t upstream.Target, key tagKey, accept [
 	return found, nil
 }
 
+// StaleTag is the error of [Swarm.Resolve] when upstream cannot be asked: what
+// the tag stood for when a node asked last.
+type StaleTag struct{ ocispec.Descriptor }
+
+func (e *StaleTag) Error() string {
+	return "the registry cannot be asked; the tag was " + e.Digest.String()
+}
+
+// believe takes another node's word for what a tag was, for tag_ttl. It stays
+// known here, in case that node goes too.
+func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
+	if key.accept == "" {
+		p.cache.Meta().SetTag(key.place(), key.stored(), cache.Tag{Descriptor: desc})
+	}
+	found := resolved{desc: desc, stale: true}
+	p.fresh.put(key, found, p.tagTTL(key.registry))
+	return found
+}
+
+// LastKnown is what a tag stood for when this node asked last: for other nodes
+// while the registry cannot be asked.
+func (p *Proxy) LastKnown(t upstream.Target, tag string, accept []string) (ocispec.Descriptor, bool) {
+	found, ok := p.lastKnown(tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)})
+	return found.desc, ok && acceptable(accept, found.desc.MediaType)
+}
+
 func (p *Proxy) resolveRemote(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
 	if p.swarm != nil {
 		desc, err := p.swarm.Resolve(ctx, t, tag, accept)
-		if err == nil || final(err) {
+		_, stale := errors.AsType[*StaleTag](err)
+		if err == nil || stale || final(err) {
 			return desc, err
 		}
 		p.log.Debug("swarm gave up on a tag", "registry", t.Registry, "repository", t.Repository, "err", err)

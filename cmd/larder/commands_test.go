@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -50,7 +51,9 @@ func TestStatusGolden(t *testing.T) {
 		},
 		Peers: "2 members", Members: []agent.Member{
 			{Name: "node-1", Address: "10.0.0.1:5051", Zone: "a", State: "alive", Self: true},
-			{Name: "node-2", Address: "10.0.0.2:5051", Zone: "b", State: "alive"},
+			{Name: "node-4", Address: "10.0.0.4:5051", Zone: "a", State: "alive"},
+			{Name: "node-2", Address: "10.0.0.2:5051", Zone: "b", State: "alive", Linked: true, Sent: 3 << 20, Received: 40 << 20},
+			{Name: "node-3", Address: "10.0.0.3:5051", Zone: "b", State: "banned", BannedUntil: now.Add(5*time.Minute + 500*time.Millisecond)},
 		},
 		Hosts:   agent.HostsStatus{Containerd: "/etc/containerd/certs.d", Problem: "/etc/containerd/certs.d: read-only file system"},
 		Runtime: agent.RuntimeStatus{ContentDir: "/var/lib/containerd/io.containerd.content.v1.content", Blobs: 311, Bytes: 12 << 30},
@@ -60,6 +63,22 @@ func TestStatusGolden(t *testing.T) {
 		t.Fatalf("exit %d: %s", code, errs)
 	}
 	golden(t, "status", out)
+}
+
+// TestStatusOfALargeCluster holds that a screen is enough, and shows who matters.
+func TestStatusOfALargeCluster(t *testing.T) {
+	var members []agent.Member
+	for i := range 500 {
+		members = append(members, agent.Member{Name: fmt.Sprintf("node-%d", i), State: "alive", Self: i == 300, Linked: i%50 == 0})
+	}
+	members[499].State, members[499].BannedUntil = "banned", time.Now().Add(time.Hour)
+	var out strings.Builder
+	printMembers(&out, style{}, members, time.Now())
+	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+	if len(lines) != maxMembers+3 || !strings.Contains(lines[2], "this node") || !strings.Contains(lines[3], "banned for 1h0m0s") ||
+		strings.Count(out.String(), "linked") != 9 || !strings.Contains(lines[len(lines)-1], "and 468 more") {
+		t.Errorf("%d lines:\n%s", len(lines), out.String())
+	}
 }
 
 func TestExplainGolden(t *testing.T) {

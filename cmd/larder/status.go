@@ -71,7 +71,7 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	printPulls(w, s.Pulls, now)
 	printFills(w, s.Fills, now)
 	printUpstreams(w, st, s, now)
-	printMembers(w, st, s.Members)
+	printMembers(w, st, s.Members, now)
 }
 
 func readiness(st style, s agent.Status) string {
@@ -210,19 +210,54 @@ func state(st style, s string) string {
 	return s
 }
 
-func printMembers(w io.Writer, st style, members []agent.Member) {
+// maxMembers is how many members are listed: those that this node is linked
+// with first. The rest of a large cluster is in --json.
+const maxMembers = 32
+
+func printMembers(w io.Writer, st style, members []agent.Member, now time.Time) {
 	if len(members) == 0 {
 		return
 	}
+	shown, left := members, 0
+	if len(members) > maxMembers {
+		shown = slices.Clone(members)
+		slices.SortStableFunc(shown, func(a, b agent.Member) int { return cmp.Compare(interest(b), interest(a)) })
+		shown, left = shown[:maxMembers], len(members)-maxMembers
+	}
 	fmt.Fprintln(w, "\nMembers")
-	t := newTable("node", "address", "zone", "state")
+	t := newTable("zone", "node", "address", "state", ">sent to", ">received from")
 	t.indent = "  "
-	for _, m := range members {
-		name := m.Name
-		if m.Self {
-			name = st.bold(name + " (this node)")
-		}
-		t.row(name, m.Address, m.Zone, m.State)
+	for _, m := range shown {
+		t.row(memberRow(st, m, now)...)
 	}
 	t.print(w)
+	if left > 0 {
+		fmt.Fprintf(w, "  and %d more without a connection to this node; see --json\n", left)
+	}
+}
+
+// interest orders members when not all are shown.
+func interest(m agent.Member) int {
+	switch {
+	case m.Self:
+		return 3
+	case m.State != "alive":
+		return 2
+	case m.Linked:
+		return 1
+	}
+	return 0
+}
+
+func memberRow(st style, m agent.Member, now time.Time) []string {
+	name, state, sent, received := m.Name, m.State, "-", "-"
+	switch {
+	case m.Self:
+		name, state = st.bold(name), "this node"
+	case !m.BannedUntil.IsZero():
+		state = st.bad(fmt.Sprintf("banned for %s", m.BannedUntil.Sub(now).Round(time.Second)))
+	case m.Linked:
+		state, sent, received = st.good("linked"), size(m.Sent), size(m.Received)
+	}
+	return []string{cmp.Or(m.Zone, "-"), name, m.Address, state, sent, received}
 }
