@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -49,6 +50,8 @@ type Containerd struct {
 	// KeepIngests leaves partial downloads of a failed pull to be resumed by the
 	// next. containerd does, until its garbage collection.
 	KeepIngests bool
+	// Dial, if set, makes the connections: from another network namespace, say.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // Auth are the credentials of an image pull, as kubelet passes them.
@@ -110,7 +113,7 @@ func (c *Containerd) Pull(ctx context.Context, ref string, auth *Auth) (Result, 
 		return Result{}, err
 	}
 	ctx = namespaces.WithNamespace(ctx, "k8s.io")
-	rec := &recorder{}
+	rec := &recorder{dial: c.Dial}
 	defer rec.close()
 	p := &pull{store: store}
 	err = c.pull(ctx, p, ref, c.resolver(ctx, auth, rec))

@@ -1,6 +1,8 @@
 package runtimetest
 
 import (
+	"context"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -31,6 +33,8 @@ func (r Result) From(host string) int {
 // recorder notes the exchanges of HTTP clients, and closes their connections in
 // the end.
 type recorder struct {
+	dial func(ctx context.Context, network, addr string) (net.Conn, error) // nil: the clients' own
+
 	mu         sync.Mutex // guards everything below
 	exchanges  []Exchange
 	transports []*http.Transport
@@ -41,6 +45,9 @@ func (r *recorder) wrap(client *http.Client) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if t, ok := client.Transport.(*http.Transport); ok {
+		if r.dial != nil {
+			t.DialContext = r.dial
+		}
 		r.transports = append(r.transports, t)
 		client.Transport = &recording{t, r}
 	}

@@ -1,0 +1,291 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// TestGoodDay is what the bad ones are measured by.
+func TestGoodDay(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{short: true})
+	c.pull(c.nodes...).wait(1)
+	if got := c.copies(); got > 1.02 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	c.finish()
+}
+
+// TestHomeKilled pins that the next home goes on from what the swarm has, and
+// that the dead one, when it is back, takes the image from the others.
+func TestHomeKilled(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{})
+	s := c.pull(c.nodes...)
+	home := c.awaitHome()
+	home.kill()
+	s.abandon(home)
+	s.wait(1)
+	if got := c.copies(); got > 1.5 {
+		t.Errorf("the registry sent %.2f copies: the next home began anew", got)
+	}
+	home.up()
+	c.awaitMembers()
+	c.reg.Down()
+	c.pull(home).wait(1)
+	c.finish()
+}
+
+// TestHomeFrozen is a home that is there but does nothing: its connections stay
+// open. What it held up goes on without it, and it goes on when it thaws.
+func TestHomeFrozen(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{})
+	s := c.pull(c.nodes...)
+	home := c.awaitHome()
+	home.signal(syscall.SIGSTOP)
+	t.Cleanup(func() {
+		if home.alive() {
+			home.signal(syscall.SIGCONT)
+		}
+	})
+	frozen := s.pulls[home]
+	delete(s.pulls, home) // nobody pulls through a frozen agent
+	s.wait(1)
+	home.signal(syscall.SIGCONT)
+	s.pulls = map[*node]*pulling{home: frozen}
+	s.wait(2)
+	c.awaitMembers()
+	c.finish()
+}
+
+// TestEveryHolderKilled takes away all who had the image while others fetch it
+// from them.
+func TestEveryHolderKilled(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{flags: []string{"--peer.max_upload_bytes_per_second=4MiB"}})
+	holders := c.nodes[:2]
+	c.pull(holders...).wait(1)
+	// Where the home is not a holder, it has the blob all the same.
+	for _, n := range c.nodes[2:] {
+		if n.has(c.layer()) {
+			holders = append(slices.Clone(holders), n)
+		}
+	}
+	s := c.pull(c.but(holders...)...)
+	eventually(t, "fetching from the holders", func() error {
+		for n := range s.pulls {
+			if _, peers := n.fill(c.layer()); peers > 1*mb {
+				return nil
+			}
+		}
+		return errors.New("no bytes from peers")
+	})
+	for _, n := range holders {
+		n.kill()
+	}
+	s.wait(1)
+	c.finish()
+}
+
+// TestRegistryDiesAndComesBack interrupts the one copy in its middle.
+func TestRegistryDiesAndComesBack(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{})
+	s := c.pull(c.nodes...)
+	c.awaitSent(0.5)
+	c.reg.Down()
+	eventually(t, "missed", func() error {
+		for _, n := range c.nodes {
+			for _, u := range n.status().Upstreams {
+				if u.Failures > 0 {
+					return nil
+				}
+			}
+		}
+		return errors.New("no agent has noticed")
+	})
+	if err := c.reg.Up(); err != nil {
+		t.Fatal(err)
+	}
+	s.wait(10) // a pull may fail while there is no registry
+	c.finish()
+}
+
+// TestRegistryDiesForGood takes the registry away as soon as every byte is
+// somewhere; the nodes have to get them from each other.
+func TestRegistryDiesForGood(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{uplink: 24 * mb, flags: []string{"--peer.max_upload_bytes_per_second=3MiB"}})
+	s := c.pull(c.nodes...)
+	eventually(t, "all in the swarm", func() error {
+		for d := range c.img.Blobs {
+			if !slices.ContainsFunc(c.nodes, func(n *node) bool { return n.has(d) }) {
+				return fmt.Errorf("nobody has all of %s", d)
+			}
+		}
+		return nil
+	})
+	c.reg.Down()
+	if n := s.underWay(); n < 3 {
+		t.Errorf("only %d pulls were under way: nothing was tested", n)
+	}
+	s.wait(1)
+	c.finish()
+}
+
+// TestDiskFullInTheMiddle fills the home's disk while it fetches for all.
+func TestDiskFullInTheMiddle(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	c := newCluster(t, options{smallDisks: "64m"})
+	s := c.pull(c.nodes...)
+	home := c.awaitHome()
+	fillDisk(t, home.cache())
+	s.wait(1)
+	c.finish()
+}
+
+// fillDisk writes to dir until nothing more fits.
+func fillDisk(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, "ballast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	n, err := io.Copy(f, zeroes{})
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("after %d bytes: %v", n, err)
+	}
+}
+
+// zeroes never ends.
+type zeroes struct{}
+
+func (zeroes) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// TestNoRoomOnTheHome is a home whose cache is too small for the blob from the
+// start: the next home takes over, and the home's own pulls pass through.
+func TestNoRoomOnTheHome(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{})
+	s := c.pull(c.nodes...)
+	home := c.awaitHome() // names decide, so it will be the home again
+	s.wait(1)
+	for _, n := range c.nodes {
+		n.stop()
+		n.forget()
+	}
+	c.reg.ResetCounts()
+	home.flags = append(home.flags, "--cache.max_bytes=4MiB")
+	for _, n := range c.nodes {
+		n.up()
+	}
+	c.awaitMembers()
+	c.pull(c.nodes...).wait(1)
+	if home.has(c.layer()) {
+		t.Error("the home found room; nothing was tested")
+	}
+	c.finish()
+}
+
+// TestWrongKey is a node that knows where the others are, but not their secret.
+func TestWrongKey(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{nodes: 4})
+	members := c.nodes
+	stranger := c.add()
+	stranger.key = c.newKey("wrong")
+	stranger.up()
+	stranger.rest()
+	c.pull(c.nodes...).wait(1)
+	if st := stranger.status(); st.Fetched["peer"] != 0 || st.Uploaded != 0 || len(st.Members) != 1 {
+		t.Errorf("the stranger got %v, gave %d bytes and sees %v", st.Fetched, st.Uploaded, st.Members)
+	}
+	for _, n := range members {
+		if got := n.members(); slices.Contains(got, stranger.name) {
+			t.Errorf("%s sees %v", n.name, got)
+		}
+	}
+	c.finish()
+}
+
+// TestNewAddress pins that a node may come back under its name elsewhere, as
+// pods do, and is found there: it is the only one that has the image.
+func TestNewAddress(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{nodes: 4})
+	owner := c.nodes[3]
+	c.pull(owner).wait(1)
+	for _, n := range c.nodes[:3] { // homes may have fetched for it
+		n.stop()
+		n.forget()
+	}
+	owner.kill()
+	before := owner.ip
+	c.place(owner, 100)
+	for _, n := range c.nodes {
+		n.up()
+	}
+	c.awaitMembers()
+	for _, n := range c.nodes[:3] {
+		for _, m := range n.status().Members {
+			if m.Name == owner.name && m.Address != owner.addr(owner.ip, 1) {
+				t.Errorf("%s believes that %s is at %s; it went from %s to %s", n.name, m.Name, m.Address, before, owner.ip)
+			}
+		}
+	}
+	c.reg.Down()
+	// By digest: what the tag stood for was told to others, who have forgotten.
+	c.pullRef(registryName+"/"+repository+"@"+c.img.Digest.String(), c.nodes...).wait(1)
+	c.finish()
+}
+
+// TestRollingRestart is an update of the DaemonSet in the middle of a storm of
+// several images.
+func TestRollingRestart(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{layers: []int64{8 * mb, 8 * mb, 4 * mb, 4 * mb}, uplink: 4 * mb})
+	s := c.pull(c.nodes...)
+	c.awaitSent(0.2)
+	for i, n := range c.nodes {
+		n.stop()
+		t.Logf("%d agents stopped; %d pulls under way, %.2f copies", i+1, s.underWay(), c.copies())
+		n.up()
+	}
+	s.wait(1)
+	c.awaitMembers()
+	c.finish()
+}
+
+// TestLateJoinerWithoutRegistry pins that the swarm alone is enough.
+func TestLateJoinerWithoutRegistry(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{nodes: 4, uplink: 50 * mb})
+	c.pull(c.nodes...).wait(1)
+	c.reg.Down()
+	late := c.add()
+	late.up()
+	late.rest()
+	c.awaitMembers()
+	c.pull(late).wait(1)
+	if st := late.status(); st.Fetched["upstream"] != 0 || st.Fetched["peer"] < c.size {
+		t.Errorf("the late node fetched %v", st.Fetched)
+	}
+	if got := c.reg.Count(registrytest.Match{Kind: registrytest.Blob}); got == 0 {
+		t.Error("the registry was never asked; nothing was tested")
+	}
+	c.finish()
+}
