@@ -82,7 +82,7 @@ func TestPacketLoss(t *testing.T) {
 		share  float64
 		layers []int64
 	}{
-		"one of ten":   {0.1, []int64{4 * mb, 1 * mb}},
+		"one of ten": {0.1, []int64{4 * mb, 1 * mb}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
