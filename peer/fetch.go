@@ -473,7 +473,8 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 }
 
 // peek asks the other homes at the same time, and reports whether any of them has
-// the blob, gets it, or knows who does.
+// the blob, gets it from upstream, or knows who does. One that merely takes part
+// becomes a neighbour, and Sink.Missing leaves out what it has.
 func (x *fetch) peek(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()
@@ -496,7 +497,7 @@ func (x *fetch) peek(ctx context.Context) bool {
 	for range asked {
 		select {
 		case a := <-answers:
-			found = a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil || found
+			found = a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil && a.reply.Source || found
 		case <-ctx.Done():
 			return found
 		}

@@ -167,6 +167,7 @@ type joinReply struct {
 	Stay    bool     `json:",omitempty"` // the home itself is a neighbour
 	Body    []byte   `json:",omitempty"` // all of a small blob
 	Moving  bool     `json:",omitempty"` // the home itself got bytes lately
+	Source  bool     `json:",omitempty"` // the home goes upstream itself, has all of it, or names who has
 	Refused string   `json:",omitempty"` // ask the next home: why
 }
 
@@ -196,6 +197,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		reply.Size = b.sized()
 	}
 	idle, _ := b.look(time.Now())
+	reply.Source = len(holders) > 0 || b.source()
 	reply.Moving = b.active() && idle < stallRejoin/2
 	if reply.Body = b.inline(); reply.Body == nil {
 		reply.Stay = b.stay(l)
@@ -247,6 +249,13 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 		return fmt.Errorf("home %s: %w", s.self.Node, err)
 	}
 	return nil
+}
+
+// source reports whether all of the blob is here or comes here from upstream.
+func (b *blob) source() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.n > 0 && b.haveN == b.n || b.fill != nil && b.authority
 }
 
 // waits reports whether all this node has of the blob is hope: it goes upstream

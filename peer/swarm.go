@@ -45,6 +45,7 @@ type Swarm struct {
 	flying   atomic.Int64 // bytes of pieces asked for
 
 	strangers chan struct{} // a place each
+	hashers   chan struct{} // likewise
 
 	tasks sync.WaitGroup // every goroutine but Run's own
 
@@ -81,8 +82,8 @@ func New(cfg Config) (*Swarm, error) {
 	}
 	s := &Swarm{
 		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), bans: &bans{m: m, until: make(map[string]time.Time)},
-		strangers: make(chan struct{}, maxStrangers),
-		links:     make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[key]*blob),
+		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce),
+		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[key]*blob),
 	}
 	s.index = newIndex(s)
 	s.answers.byKey = make(map[key]*remembered)
@@ -606,8 +607,8 @@ func (s *Swarm) seedFromStore(b *blob) error {
 	b.scanning = true
 	b.mu.Unlock()
 	if start {
-		s.spawn(func(context.Context) {
-			err := b.seed()
+		s.spawn(func(ctx context.Context) {
+			err := s.hashing(ctx, b.seed)
 			b.mu.Lock()
 			b.scanning = false
 			b.rotten = errors.Is(err, errWrongBlob)
@@ -618,6 +619,20 @@ func (s *Swarm) seedFromStore(b *blob) error {
 		})
 	}
 	return nil
+}
+
+// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer may ask for
+// all of them.
+const hashersAtOnce = 2
+
+func (s *Swarm) hashing(ctx context.Context, f func() error) error {
+	select {
+	case s.hashers <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.hashers }()
+	return f()
 }
 
 // blob returns the state of a blob, made if there is none.
@@ -685,8 +700,9 @@ func (s *Swarm) tend(ctx context.Context) {
 		for _, l := range links {
 			l.tend(now, idleFor(len(links)))
 		}
-		for _, b := range s.allBlobs() {
-			s.tendBlob(b, now)
+		blobs := s.allBlobs()
+		for _, b := range blobs {
+			s.tendBlob(b, now, keepFor(len(blobs)))
 		}
 		s.uploads.tend()
 	}
@@ -704,7 +720,15 @@ func idleFor(links int) time.Duration {
 	return idleLink
 }
 
-func (s *Swarm) tendBlob(b *blob, now time.Time) {
+// keepFor is how long the piece digests of an idle blob are kept.
+func keepFor(blobs int) time.Duration {
+	if blobs > maxIdleBlobs {
+		return idleLink
+	}
+	return keepBlob
+}
+
+func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 	slow, idle := b.tend(now)
 	for _, l := range slow {
 		s.bans.add(l.node, banSlow)
@@ -718,7 +742,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time) {
 		b.letGo()
 		b.forgetGiven()
 	}
-	if idle > keepBlob || (idle > idleLink && b.sized() == 0) {
+	if idle > keep || (idle > idleLink && b.sized() == 0) {
 		s.mu.Lock()
 		if s.blobs[b.k] == b {
 			delete(s.blobs, b.k)
