@@ -28,6 +28,7 @@ type agent struct {
 	args  []string
 	env   []string
 	bin   string
+	dial  dialer
 
 	mayFail bool
 }
@@ -41,7 +42,8 @@ type agentOptions struct {
 	config     string      // TOML, for [[registry]] tables
 	flags      []string
 	env        []string
-	mayFail    bool // an error in the log is what the test is about
+	dial       dialer // how the tests reach it; nil = on loopback
+	mayFail    bool   // an error in the log is what the test is about
 }
 
 // startAgent runs an agent that is alone (no peers) and waits until it is ready.
@@ -55,6 +57,7 @@ func startAgent(t *testing.T, o agentOptions) *agent {
 		dir:   filepath.Join(dir, "cache"),
 		env:   o.env,
 		bin:   cmp.Or(o.bin, run.larder),
+		dial:  o.dial,
 
 		mayFail: o.mayFail,
 	}
@@ -143,7 +146,7 @@ func (a *agent) kill() { a.proc.kill() }
 
 // get asks the admin API.
 func (a *agent) get(path string) (string, error) {
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: a.dial}}
 	resp, err := client.Get("http://" + a.admin + path)
 	if err != nil {
 		return "", err

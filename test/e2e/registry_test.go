@@ -27,6 +27,7 @@ type registryKind struct {
 	name string
 	tls  bool
 	bin  func(*testing.T) string
+	dial dialer // how the tests reach it; nil = on loopback
 }
 
 var (
@@ -98,7 +99,7 @@ func (r *registry) client() *http.Client {
 }
 
 func (r *registry) transport() *http.Transport {
-	tr := &http.Transport{DisableKeepAlives: true}
+	tr := &http.Transport{DisableKeepAlives: true, DialContext: r.kind.dial}
 	if r.caFile != "" {
 		tr.TLSClientConfig = &tls.Config{RootCAs: certPool(r.t, r.caFile)}
 	}

@@ -1,0 +1,347 @@
+package e2e
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"fmt"
+	"net"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// clusterImages is the name under which images of the cluster's registry go.
+const clusterImages = "plain.test"
+
+// cluster is three nodes and a registry, each in its own network namespace on one
+// bridge.
+type cluster struct {
+	t     *testing.T
+	r     *registry
+	nodes []*node
+	key   string // peer.key_file
+}
+
+// node is a machine of a cluster: containerd and, once started, an agent.
+type node struct {
+	host
+	name string
+	c    *containerd
+	a    *agent
+}
+
+const clusterSize = 3
+
+func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	network := newNetwork(t)
+	dir := tempDir(t)
+	c := &cluster{t: t, r: startRegistryOn(t, network.attach())}
+	key := make([]byte, 32)
+	rand.Read(key)
+	c.key = writeFile(t, filepath.Join(dir, "key"), base64.StdEncoding.EncodeToString(key)+"\n")
+	for i := range clusterSize {
+		n := &node{host: network.attach(), name: fmt.Sprintf("node-%d", i+1)}
+		bin := n.program(t, containerd2.bin(t))
+		n.c = startContainerd(t, containerdVersion{
+			name: containerd2.name + "-" + n.name, config: containerd2.config, bin: func(*testing.T) string { return bin },
+		})
+		writeHostsTOML(t, n.c.certs, clusterImages, c.r)
+		c.nodes = append(c.nodes, n)
+	}
+	return c
+}
+
+func startRegistryOn(t *testing.T, h host) *registry {
+	t.Helper()
+	kind := distV3
+	bin := h.program(t, distV3.bin(t))
+	kind.bin, kind.dial = func(*testing.T) string { return bin }, h.dial
+	dir := tempDir(t)
+	r := &registry{t: t, kind: kind, addr: net.JoinHostPort(h.addr, "5000")}
+	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(
+		"version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n",
+		filepath.Join(dir, "storage"), r.addr))
+	r.start()
+	return r
+}
+
+// startAgents runs an agent on every node, with flags of the node's own, and
+// waits until each sees all the others.
+func (c *cluster) startAgents(flags func(*node) []string) {
+	c.t.Helper()
+	for _, n := range c.nodes {
+		own := []string{"--peer.enabled=true", "--peer.name", n.name, "--peer.advertise", n.addr, "--peer.key_file", c.key,
+			"--peer.gossip", n.addr + ":5052", "--peer.data", n.addr + ":5051",
+			"--peer.join", c.nodes[0].addr + ":5052," + c.nodes[1].addr + ":5052"}
+		n.a = startAgent(c.t, agentOptions{containerd: n.c, bin: n.program(c.t, run.larder), dial: n.dial,
+			flags: append(own, flags(n)...)})
+	}
+	for _, n := range c.nodes {
+		n.awaitMetric(c.t, "larder_peer_members", func(v float64) bool { return v == clusterSize })
+	}
+	c.t.Cleanup(c.report)
+}
+
+func (n *node) awaitMetric(t *testing.T, name string, enough func(float64) bool) {
+	t.Helper()
+	eventually(t, 30*time.Second, n.name+" knows the others", func() error {
+		if v := n.a.metric(name); !enough(v) {
+			return fmt.Errorf("%s is %v", name, v)
+		}
+		return nil
+	})
+}
+
+// report shows how every agent sees the world when a test has failed; the
+// processes' logs follow.
+func (c *cluster) report() {
+	if !c.t.Failed() {
+		return
+	}
+	for _, n := range c.nodes {
+		status, err := n.a.get("/api/v1/status")
+		c.t.Logf("%s: %s %v", n.name, status, err)
+	}
+}
+
+// on is a cluster whose failures belong to a subtest.
+func (c cluster) on(t *testing.T) *cluster {
+	c.t = t
+	nodes := c.nodes
+	c.nodes = nil
+	for _, n := range nodes {
+		own, here := *n, *n.c
+		here.t, own.c = t, &here
+		c.nodes = append(c.nodes, &own)
+	}
+	return &c
+}
+
+func (c *cluster) push(kind imageKind, repository string, seed uint64) (p pushed, ref string) {
+	c.t.Helper()
+	// One piece, just above one, and many: 12 MiB are 48 pieces.
+	p = c.r.push(kind, repository, seed, 4<<10, 300<<10, 12<<20)
+	return p, clusterImages + "/" + p.repository + ":" + p.tag
+}
+
+// during is what the registry was asked for while do ran, by others than the test.
+func (c *cluster) during(do func()) accessList {
+	c.t.Helper()
+	return slices.DeleteFunc(c.r.during(do), func(a access) bool { return strings.HasPrefix(a.path, "/v2/?mark=") })
+}
+
+// pullAt pulls on these nodes (from 1) one after the other, and returns what the
+// registry saw meanwhile.
+func (c *cluster) pullAt(ref string, nodes ...int) accessList {
+	c.t.Helper()
+	return c.during(func() {
+		for _, i := range nodes {
+			n, start := c.nodes[i-1], time.Now()
+			n.c.mustPull(ref)
+			c.t.Logf("%s: %s in %v", n.name, ref, time.Since(start).Round(time.Millisecond))
+		}
+	})
+}
+
+// pullTogether pulls on these nodes (from 1) in the same moment.
+func (c *cluster) pullTogether(ref string, nodes ...int) accessList {
+	c.t.Helper()
+	return c.during(func() {
+		ctx, cancel := context.WithTimeout(c.t.Context(), pullTimeout)
+		defer cancel()
+		var pulls sync.WaitGroup
+		for _, i := range nodes {
+			n := c.nodes[i-1]
+			pulls.Go(func() {
+				start := time.Now()
+				if err := n.c.pull(ctx, ref, nil); err != nil {
+					c.t.Errorf("%s: pull %s: %v", n.name, ref, err)
+				}
+				c.t.Logf("%s: %s in %v", n.name, ref, time.Since(start).Round(time.Millisecond))
+			})
+		}
+		pulls.Wait()
+	})
+}
+
+// wantNothing: the registry must not have been asked at all.
+func (c *cluster) wantNothing(seen accessList) {
+	c.t.Helper()
+	if len(seen) > 0 {
+		c.t.Errorf("want no request at the registry, it saw %v", seen)
+	}
+}
+
+// wantTagsOnly: the registry may have been asked what a tag stands for, by an
+// agent.
+func (c *cluster) wantTagsOnly(seen accessList, tag string) {
+	c.t.Helper()
+	for _, a := range seen {
+		if a.method != http.MethodHead || !strings.Contains(a.path, "/manifests/"+tag) {
+			c.t.Errorf("want no request but HEAD of the tag, the registry saw %v", a)
+		}
+	}
+	c.wantThroughAgents(seen)
+}
+
+// wantOnce: the registry must have given each blob of one image, and each
+// manifest, at most times times, and all of it to agents.
+func (c *cluster) wantOnce(seen accessList, blobs, times int) {
+	c.t.Helper()
+	given := map[string]int{}
+	for _, a := range seen {
+		given[a.method+" "+strings.SplitN(a.path, "?", 2)[0]]++
+	}
+	different := 0
+	for what, n := range given {
+		if strings.Contains(what, "/blobs/") {
+			different++
+		}
+		if n > times {
+			c.t.Errorf("%d times %s, want at most %d", n, what, times)
+		}
+	}
+	if different != blobs {
+		c.t.Errorf("want each of the %d blobs from the registry: %v", blobs, seen)
+	}
+	c.wantThroughAgents(seen)
+}
+
+func (c *cluster) wantThroughAgents(seen accessList) {
+	c.t.Helper()
+	if direct := byRuntime(seen); len(direct) > 0 {
+		c.t.Errorf("containerd went past the agent: %v", direct)
+	}
+}
+
+// originsAt runs `larder explain` on a node: for each part of the image that
+// containerd pulled, the nodes or registries that its bytes came from.
+func (c *cluster) originsAt(node int, ref string) map[string][]string {
+	c.t.Helper()
+	n := c.nodes[node-1]
+	out, err := exec.Command(n.a.bin, "explain", "--json", "--admin", "http://"+n.a.admin, ref).Output()
+	if err != nil {
+		c.t.Fatalf("explain on %s: %v", n.name, err)
+	}
+	explained := decode[struct {
+		Parts []struct {
+			Kind, Digest string
+			Origins      []struct{ Kind, Name string }
+		}
+	}](c.t, string(out))
+	origins := map[string][]string{}
+	for _, p := range explained.Parts {
+		what := p.Kind + " " + p.Digest
+		origins[what] = nil
+		for _, o := range p.Origins {
+			origins[what] = append(origins[what], o.Kind+" "+o.Name)
+		}
+	}
+	c.t.Logf("explain on %s: %v", n.name, origins)
+	return origins
+}
+
+// TestNodes is issue 3's proof with real runtimes: what one node has pulled, the
+// others get from it, whether the registry is there or not.
+func TestNodes(t *testing.T) {
+	c := newCluster(t)
+	c.startAgents(func(*node) []string { return []string{"--upstream.tag_ttl", "2m"} })
+	t.Run("one after the other", func(t *testing.T) { c.on(t).oneAfterTheOther() })
+	t.Run("registry down", func(t *testing.T) { c.on(t).registryDown() })
+	t.Run("together", func(t *testing.T) { c.on(t).together() })
+	t.Run("agent killed", func(t *testing.T) { c.on(t).agentKilled() })
+}
+
+func (c *cluster) oneAfterTheOther() {
+	_, ref := c.push(multiArch, "nodes/again", 210)
+	c.wantThroughAgents(c.pullAt(ref, 1))
+	c.wantNothing(c.pullAt(ref, 2))
+	c.wantNothing(c.pullAt(ref, 3))
+	// A blob's home had it before node 2 asked: it fetched it for node 1.
+	for what, from := range c.originsAt(2, ref) {
+		for _, origin := range from {
+			if origin == "peer node-2" || (origin != "upstream "+clusterImages && !strings.HasPrefix(origin, "peer node-")) {
+				c.t.Errorf("node 2 got %s from %q", what, origin)
+			}
+		}
+		if len(from) == 0 {
+			c.t.Errorf("node 2 cannot tell where %s came from", what)
+		}
+	}
+}
+
+func (c *cluster) registryDown() {
+	_, ref := c.push(ociImage, "nodes/outage", 220)
+	c.wantThroughAgents(c.pullAt(ref, 1))
+	c.r.stop()
+	defer c.r.start()
+	c.pullTogether(ref, 2, 3)
+}
+
+func (c *cluster) together() {
+	img, ref := c.push(ociImage, "nodes/together", 230)
+	c.wantOnce(c.pullTogether(ref, 1, 2, 3), len(img.layers)+1, 1)
+}
+
+func (c *cluster) agentKilled() {
+	_, old := c.push(ociImage, "nodes/old", 240)
+	img, fresh := c.push(ociImage, "nodes/fresh", 250)
+	c.wantThroughAgents(c.pullAt(old, 1))
+	c.nodes[0].a.kill()
+	// Nobody has told the others yet; a blob whose home is gone may cost a second
+	// request, and what only node 1 had must come from the registry once more.
+	c.wantOnce(c.pullTogether(fresh, 2, 3), len(img.layers)+1, 2)
+	c.wantThroughAgents(c.pullTogether(old, 2, 3))
+	// containerd on node 1 has a dead mirror, and goes direct.
+	if seen := c.pullAt(fresh, 1); len(byRuntime(blobReads(seen))) != len(img.layers)+1 {
+		c.t.Errorf("want node 1 to go direct, the registry saw %v", seen)
+	}
+	c.nodes[0].a.start() // takes its host files back at the end
+}
+
+// TestNodesRuntimeStore: what containerd on node 1 holds since before there was
+// Larder counts as held. Tags are asked for each time here; nothing else is.
+func TestNodesRuntimeStore(t *testing.T) {
+	c := newCluster(t)
+	img, ref := c.push(multiArch, "nodes/held", 310)
+	other, _ := c.push(ociImage, "nodes/other", 320)
+	byDigest := clusterImages + "/" + other.repository + "@" + other.digest.String()
+	c.pullAt(ref, 1)
+	c.pullAt(byDigest, 1)
+	held := len(c.nodes[0].c.blobs())
+	c.startAgents(func(n *node) []string { return append(runtimeStore(n.c), "--upstream.tag_ttl", "0s") })
+	for _, n := range c.nodes[1:] {
+		n.awaitMetric(t, "larder_index_blobs", func(v float64) bool { return int(v) >= held })
+	}
+	t.Run("registry up", func(t *testing.T) { c.on(t).heldByRuntime(img, ref) })
+	t.Run("registry down", func(t *testing.T) {
+		c := c.on(t)
+		c.r.stop()
+		defer c.r.start()
+		c.pullTogether(byDigest, 2, 3)
+	})
+}
+
+func (c *cluster) heldByRuntime(img pushed, ref string) {
+	c.wantTagsOnly(c.pullAt(ref, 2), img.tag)
+	c.wantTagsOnly(c.pullAt(ref, 3), img.tag)
+	origins := c.originsAt(2, ref)
+	for what, from := range origins {
+		if !slices.Equal(from, []string{"peer node-1"}) {
+			c.t.Errorf("node 2 got %s from %v, want node 1 alone", what, from)
+		}
+	}
+	if len(origins) < len(ordinarySizes)+2 {
+		c.t.Errorf("explain on node 2 knows %d parts only", len(origins))
+	}
+	if n := c.nodes[0].a.metric("larder_cache_bytes"); n > 0 {
+		c.t.Errorf("node 1 keeps %v bytes a second time", n)
+	}
+}
