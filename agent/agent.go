@@ -36,12 +36,12 @@ type Agent struct {
 	cache     *cache.Cache
 	upstream  *upstream.Client
 	proxy     *proxy.Proxy
-	runtime   *runtimestore.Store // nil: not a source
-	hosts     *hostsconfig.Hosts  // nil: none to manage
-	imported  []hostsconfig.Imported
-	swarm     *swarm       // nil: alone
-	audit     *auditLog    // nil: none
-	self      *http.Client // to this agent's own proxy
+	runtime   *runtimestore.Store    // nil: not a source
+	hosts     *hostsconfig.Hosts     // nil: none to manage
+	imported  []hostsconfig.Imported // what upstream follows; New's, then importsChanged's alone
+	swarm     *swarm                 // nil: alone
+	audit     *auditLog              // nil: none
+	self      *http.Client           // to this agent's own proxy
 
 	state atomic.Int32 // one of the states below
 
@@ -173,12 +173,17 @@ func (a *Agent) openHosts() error {
 	return nil
 }
 
-// importsChanged is told what the runtimes' own registry configuration is, now
-// and again. Upstreams are fixed at the start; whoever changes them in passing
-// learns that it takes a restart.
+// importsChanged makes the upstreams follow what an operator changed in the
+// runtimes' own registry configuration. Run of the hosts calls it, from one
+// goroutine, also with what is known since the start.
 func (a *Agent) importsChanged(now []hostsconfig.Imported) {
-	if !reflect.DeepEqual(now, a.imported) {
-		a.log.Warn("the runtimes' own registry configuration has changed; restart the agent to use it for upstreams")
+	if reflect.DeepEqual(now, a.imported) {
+		return
+	}
+	a.imported = now
+	a.log.Info("the runtimes' own registry configuration has changed; upstreams follow it")
+	if err := a.upstream.SetRegistries(mergeImported(a.config.Registries, now, a.log)); err != nil {
+		a.log.Error("keeping the former upstreams; restart the agent after mending the runtimes' registry configuration", "err", err)
 	}
 }
 

@@ -278,6 +278,35 @@ func TestHostsFollowTheProxy(t *testing.T) {
 	}
 }
 
+// TestUpstreamsFollowTheHosts holds that a mirror which an operator writes into
+// containerd's configuration while the agent runs becomes an upstream, and that
+// one which is taken out is one no more; what the agent's own file says stays.
+func TestUpstreamsFollowTheHosts(t *testing.T) {
+	c := testConfig(t)
+	c.Hosts.Containerd = t.TempDir()
+	c.Registries = append(c.Registries, upstream.Registry{Host: "ours.example", Upstreams: []string{"https://fixed.example"}})
+	mirror, img := startRegistry(t, &Config{})
+	a := start(t, c)
+	eventually(t, "in place", func() error { return a.hostsInPlace() })
+	dir := filepath.Join(c.Hosts.Containerd, testRegistry)
+	theirs := fmt.Sprintf("server = \"http://127.0.0.1:1\"\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", mirror.URL())
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(theirs), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "followed", func() error {
+		if p := a.upstream.Policy(testRegistry); len(p.Upstreams) != 2 {
+			return fmt.Errorf("upstreams %v", p.Upstreams)
+		}
+		return nil
+	})
+	if got := sources(a.pull(t)); got["upstream"] == 0 || mirror.Count(registrytest.Match{Kind: registrytest.Blob}) < len(img.Blobs) {
+		t.Errorf("the mirror was not used: %v", got)
+	}
+	if p := a.upstream.Policy("ours.example"); len(p.Upstreams) != 1 || p.Upstreams[0] != "https://fixed.example" {
+		t.Errorf("a configured registry has become %v", p.Upstreams)
+	}
+}
+
 // TestWedged holds P1 for an agent whose handlers answer nobody: the port is
 // closed within seconds, host configuration goes, and Run ends with an error
 // so that the process starts anew.

@@ -255,7 +255,7 @@ func TestRealms(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = c.configured["test"].endpoints[0].checkRealm(realm)
+		err = (*c.configured.Load())["test"].endpoints[0].checkRealm(realm)
 		if (err == nil) != tc.ok || (err != nil && !errors.Is(err, ErrRefused)) {
 			t.Errorf("%s may send to %s: %v", tc.endpoint, tc.realm, err)
 		}

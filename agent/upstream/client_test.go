@@ -110,7 +110,7 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 		t.Errorf("health: %+v", h)
 	}
 	hang.Remove()
-	b := &c.configured["test"].endpoints[0].breaker
+	b := &(*c.configured.Load())["test"].endpoints[0].breaker
 	b.mu.Lock()
 	b.until = time.Now()
 	b.mu.Unlock()
@@ -273,7 +273,7 @@ func TestCertificateAppears(t *testing.T) {
 	if _, err := c.Resolve(t.Context(), target, "v1", nil); !IsUnavailable(err) || !strings.Contains(err.Error(), "ca_file") {
 		t.Errorf("without the file: %v", err)
 	}
-	ep := c.configured["test"].endpoints[0]
+	ep := (*c.configured.Load())["test"].endpoints[0]
 	ep.breaker.done(good, time.Now())
 	write := func(content []byte) {
 		if err := os.WriteFile(late, content, 0o600); err != nil {

@@ -163,7 +163,7 @@ func TestRedirectsLeadNoFurtherInside(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newClient(t, func(cfg *Config) { cfg.resolver = answering(t, "127.0.0.1") },
 				Registry{Host: "test", Upstreams: []string{"http://registry.test"}, TokenRealms: tc.listed})
-			ep := c.configured["test"].endpoints[0]
+			ep := (*c.configured.Load())["test"].endpoints[0]
 			ep.reach.Store(int32(tc.from))
 			reached.Store(0)
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(tc.host, target.Port()), nil)

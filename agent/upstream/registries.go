@@ -137,7 +137,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 // https on its own host, and remembered among few.
 func (c *Client) lookup(host string) (*registry, error) {
 	host = canonical(host)
-	if reg, ok := c.configured[host]; ok {
+	if reg, ok := (*c.configured.Load())[host]; ok {
 		return reg, nil
 	}
 	if err := validHost(host); err != nil {

@@ -15,7 +15,9 @@ import (
 	"maps"
 	"net"
 	"net/url"
+	"reflect"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -102,10 +104,11 @@ type RateLimit struct {
 
 // Client is safe for concurrent use. It starts no goroutine that outlives a call.
 type Client struct {
-	cfg        Config
-	log        *slog.Logger
-	metrics    *metrics
-	configured map[string]*registry // by canonical host; fixed at New
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+	// configured is by canonical host; a map is never changed once it is here.
+	configured atomic.Pointer[map[string]*registry]
 	others     *lru[string, *registry]
 	sessions   *lru[sessionKey, *session]
 	limiter    *rate.Limiter // nil = no limit
@@ -133,39 +136,68 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{
 		cfg: cfg, log: cfg.Logger, resolver: cfg.resolver,
-		configured: map[string]*registry{},
-		others:     newLRU[string, *registry](maxOthers),
-		sessions:   newLRU[sessionKey, *session](maxSessions),
-		proxyFunc:  cfg.proxy.ProxyFunc(), proxies: proxyAddresses(cfg.proxy),
+		others:    newLRU[string, *registry](maxOthers),
+		sessions:  newLRU[sessionKey, *session](maxSessions),
+		proxyFunc: cfg.proxy.ProxyFunc(), proxies: proxyAddresses(cfg.proxy),
 	}
 	if cfg.MaxBytesPerSecond > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.MaxBytesPerSecond), burst)
 	}
-	if err := c.configure(); err != nil {
+	configured, err := c.configure(cfg.Registries, nil)
+	if err != nil {
 		return nil, err
 	}
-	var err error
+	c.configured.Store(&configured)
 	c.metrics, err = newMetrics(cfg.Registerer)
 	return c, err
 }
 
-func (c *Client) configure() error {
+// SetRegistries replaces Config.Registries for what is asked from now on; a
+// request under way ends as it began. A registry whose table is what it was
+// keeps its connections, its health and its limits. If any table is wrong, all
+// problems are returned and nothing changes.
+func (c *Client) SetRegistries(list []Registry) error {
+	for {
+		old := c.configured.Load()
+		now, err := c.configure(list, *old)
+		if err != nil {
+			return err
+		}
+		if !c.configured.CompareAndSwap(old, &now) {
+			continue // somebody else set them meanwhile
+		}
+		for host, reg := range *old {
+			if now[host] != reg {
+				reg.closeIdle()
+			}
+		}
+		return nil
+	}
+}
+
+// configure makes registries, taking those that stay as they are from old.
+func (c *Client) configure(list []Registry, old map[string]*registry) (map[string]*registry, error) {
+	out := make(map[string]*registry, len(list))
 	var problems []error
-	for _, r := range c.cfg.Registries {
+	for _, r := range list {
 		if err := r.Validate(); err != nil {
 			problems = append(problems, err)
 			continue
 		}
 		r.Host = canonical(r.Host)
-		if c.configured[r.Host] != nil {
+		if out[r.Host] != nil {
 			problems = append(problems, fmt.Errorf("registry %q: configured twice", r.Host))
+			continue
+		}
+		if same := old[r.Host]; same != nil && reflect.DeepEqual(same.Registry, r) {
+			out[r.Host] = same
 			continue
 		}
 		reg, err := c.newRegistry(r, true)
 		problems = append(problems, err)
-		c.configured[r.Host] = reg
+		out[r.Host] = reg
 	}
-	return errors.Join(problems...)
+	return out, errors.Join(problems...)
 }
 
 // Close drops idle connections. Calls under way go on.
@@ -179,15 +211,16 @@ func (c *Client) Close() error {
 // registries lists the configured ones by name, then the others by last use.
 func (c *Client) registries() []*registry {
 	var list []*registry
-	for _, host := range slices.Sorted(maps.Keys(c.configured)) {
-		list = append(list, c.configured[host])
+	configured := *c.configured.Load()
+	for _, host := range slices.Sorted(maps.Keys(configured)) {
+		list = append(list, configured[host])
 	}
 	return append(list, c.others.values()...)
 }
 
 // Policy is the [[registry]] table of host, or the defaults.
 func (c *Client) Policy(host string) Registry {
-	if reg, ok := c.configured[canonical(host)]; ok {
+	if reg, ok := (*c.configured.Load())[canonical(host)]; ok {
 		return reg.Registry
 	}
 	return Registry{Host: canonical(host)}
