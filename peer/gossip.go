@@ -41,6 +41,7 @@ type gossip struct {
 	s     *Swarm
 	list  *memberlist.Memberlist
 	queue *memberlist.TransmitLimitedQueue
+	lines *slogWriter
 	inbox chan []byte
 	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
@@ -60,7 +61,7 @@ type note struct {
 }
 
 func newGossip(s *Swarm) *gossip {
-	g := &gossip{s: s, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{})}
+	g := &gossip{s: s, lines: &slogWriter{log: s.log}, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{})}
 	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: g.audience, RetransmitMult: 2}
 	return g
 }
@@ -100,7 +101,7 @@ func (g *gossip) config() (*memberlist.Config, error) {
 	c.DeadNodeReclaimTime = reclaimAfter
 	c.EnableCompression = false // our messages are digests: LZW only costs
 	c.Delegate, c.Events = g, g
-	c.Logger = log.New(slogWriter{s.log}, "", 0)
+	c.Logger = log.New(g.lines, "", 0)
 	if s.trust != nil {
 		if c.Keyring, err = memberlist.NewKeyring(s.trust.gossip, s.trust.gossip[0]); err != nil {
 			return nil, fmt.Errorf("gossip keys: %w", err)
@@ -164,6 +165,7 @@ func (g *gossip) run(ctx context.Context) {
 	if err := g.list.Shutdown(); err != nil {
 		g.s.log.Warn("gossip did not stop", "err", err)
 	}
+	g.lines.stop()
 	tasks.Wait()
 }
 
@@ -342,10 +344,23 @@ func (g *gossip) tell(p []byte) {
 }
 
 // slogWriter takes memberlist's log lines. It knows four levels, and what it
-// calls an error is a peer that does not answer.
-type slogWriter struct{ log *slog.Logger }
+// calls an error is a peer that does not answer. After stop it drops them:
+// memberlist's Shutdown does not wait for its probes, which would write to a
+// log whose owner is gone.
+type slogWriter struct {
+	mu  sync.Mutex // guards log, and lets stop wait for a line being written
+	log *slog.Logger
+}
 
-func (w slogWriter) Write(p []byte) (int, error) {
+func (w *slogWriter) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.log = slog.New(slog.DiscardHandler)
+}
+
+func (w *slogWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	line := strings.TrimSpace(string(p))
 	level := slog.LevelDebug
 	if rest, ok := strings.CutPrefix(line, "[ERR] "); ok {
