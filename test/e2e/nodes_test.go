@@ -321,12 +321,7 @@ func TestNodesRuntimeStore(t *testing.T) {
 		n.awaitMetric(t, "larder_index_blobs", func(v float64) bool { return int(v) >= held })
 	}
 	t.Run("registry up", func(t *testing.T) { c.on(t).heldByRuntime(img, ref) })
-	t.Run("registry down", func(t *testing.T) {
-		c := c.on(t)
-		c.r.stop()
-		defer c.r.start()
-		c.pullTogether(byDigest, 2, 3)
-	})
+	t.Run("registry down", func(t *testing.T) { c.on(t).longOutage(byDigest) })
 }
 
 func (c *cluster) heldByRuntime(img pushed, ref string) {
@@ -343,5 +338,21 @@ func (c *cluster) heldByRuntime(img pushed, ref string) {
 	}
 	if n := c.nodes[0].a.metric("larder_cache_bytes"); n > 0 {
 		c.t.Errorf("node 1 keeps %v bytes a second time", n)
+	}
+}
+
+// longOutage: the registry is gone for longer than tags are believed. What node 1
+// once pulled by tag has a last known digest, whichever node is the tag's home.
+func (c *cluster) longOutage(byDigest string) {
+	var tagged []string
+	for i := range 4 {
+		_, ref := c.push(ociImage, fmt.Sprintf("nodes/stale-%d", i), uint64(400+10*i))
+		c.wantThroughAgents(c.pullAt(ref, 1))
+		tagged = append(tagged, ref)
+	}
+	c.r.stop()
+	defer c.r.start()
+	for _, ref := range append(tagged, byDigest) {
+		c.pullTogether(ref, 2, 3)
 	}
 }
