@@ -30,17 +30,18 @@ const (
 // frames overtake piece bytes at the next chunk; there is one reader and one
 // writer goroutine, and nobody else touches the connection.
 type link struct {
-	s      *Swarm
-	peer   string // member name
-	node   string
-	zone   string
-	key    ed25519.PublicKey
-	dialed bool
-	conn   net.Conn
-	heard  atomic.Int64 // last bytes from the peer, UnixNano
-	used   atomic.Int64 // last time a blob or a call needed the link
-	asked  atomic.Int32 // questions being answered
-	done   chan struct{}
+	s       *Swarm
+	peer    string // member name
+	node    string
+	zone    string
+	key     ed25519.PublicKey
+	dialed  bool
+	conn    net.Conn
+	records *recordConn  // under conn; nil without TLS
+	heard   atomic.Int64 // last bytes from the peer, UnixNano
+	used    atomic.Int64 // last time a blob or a call needed the link
+	asked   atomic.Int32 // questions being answered
+	done    chan struct{}
 
 	sent, received atomic.Int64 // piece bytes
 
@@ -86,6 +87,9 @@ func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 		s: s, peer: m.Name, node: m.Node, zone: m.Zone, key: m.Key, dialed: dialed, conn: conn,
 		done: make(chan struct{}), calls: make(map[uint32]chan call), wants: make(map[uint32]*request),
 		wake: make(chan struct{}, 1), lastTx: time.Now(),
+	}
+	if tc, ok := conn.(*tls.Conn); ok {
+		l.records, _ = tc.NetConn().(*recordConn)
 	}
 	now := time.Now().UnixNano()
 	l.heard.Store(now)
@@ -311,7 +315,7 @@ func (l *link) write() {
 		if u != nil {
 			err = l.writeChunk(u)
 		} else {
-			_, err = l.conn.Write(ctl)
+			err = l.put(ctl)
 			l.recycle(ctl)
 		}
 		if err != nil {
@@ -345,7 +349,7 @@ func (l *link) writeChunk(u *upload) error {
 		return err
 	}
 	putDataHead(*b, u.id, uint32(u.off), n)
-	if _, err := l.conn.Write((*b)[:frameHeader+dataHead+n]); err != nil {
+	if err := l.put((*b)[:frameHeader+dataHead+n]); err != nil {
 		return err
 	}
 	u.off += n

@@ -274,7 +274,7 @@ func (s *Swarm) greet(ctx context.Context, raw net.Conn) (net.Conn, Member, erro
 	var name string
 	var pub ed25519.PublicKey
 	if s.trust != nil {
-		tc := tls.Server(raw, s.trust.config())
+		tc := tls.Server(&recordConn{Conn: raw}, s.trust.config())
 		if err := tc.HandshakeContext(ctx); err != nil {
 			return nil, Member{}, fmt.Errorf("handshake: %w", err)
 		}
@@ -408,7 +408,7 @@ func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 	if s.trust != nil {
 		hctx, cancel := context.WithTimeout(ctx, helloTime)
 		defer cancel()
-		tc := tls.Client(raw, s.trust.config())
+		tc := tls.Client(&recordConn{Conn: raw}, s.trust.config())
 		if err := tc.HandshakeContext(hctx); err != nil {
 			raw.Close()
 			return nil, fmt.Errorf("link with %s: %w", m.Node, err)
