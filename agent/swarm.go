@@ -322,7 +322,11 @@ func (s *swarm) describe(p PeerConfig) string {
 		return "alone (no peer.key_file and no peer.join)"
 	}
 	st := s.Status()
-	return fmt.Sprintf("%d members, %d links, %d blobs in the index, %d bans", len(st.Members), len(st.Links), st.Index.Blobs, len(st.Banned))
+	line := fmt.Sprintf("%d members, %d links, %d blobs in the index", len(st.Members), len(st.Links), st.Index.Blobs)
+	if len(st.Banned) > 0 {
+		line += fmt.Sprintf(", %d banned", len(st.Banned))
+	}
+	return line
 }
 
 const (

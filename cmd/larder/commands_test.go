@@ -3,11 +3,13 @@ package main
 import (
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -93,6 +95,8 @@ func TestExplainGolden(t *testing.T) {
 			{Kind: "manifest", Platform: "linux/amd64", Digest: digest.FromString("manifest"), Size: 1000, Where: "disk", Present: 1000, Origins: from("peer", "node-2", 1000)},
 			{Kind: "config", Digest: digest.FromString("config"), Size: 6000, Where: "runtime", Present: 6000},
 			{Kind: "layer", Digest: digest.FromString("one"), Size: 30 << 20, Where: "disk", Present: 30 << 20, Origins: append(from("peer", "node-2", 20<<20), from("upstream", "docker.io", 10<<20)...)},
+			{Kind: "layer", Digest: digest.FromString("many"), Size: 21 << 20, Where: "disk", Present: 21 << 20, Origins: slices.Concat(from("peer", "node-2", 6<<20), from("peer", "node-3", 5<<20),
+				from("peer", "node-4", 4<<20), from("peer", "node-5", 3<<20), from("upstream", "docker.io", 2<<20), from("peer", "node-6", 1<<20))},
 			{Kind: "layer", Digest: digest.FromString("two"), Size: 20 << 20, Where: "arriving", Present: 10 << 20, Origins: from("peer", "node-3", 10<<20)},
 			{Kind: "layer", Digest: digest.FromString("three"), Size: 20 << 20, Where: "peer", Holders: []string{"node-2", "node-3"}},
 			{Kind: "layer", Digest: digest.FromString("four"), Size: 100, Where: "upstream"},
@@ -232,17 +236,52 @@ func TestHostsCommands(t *testing.T) {
 	if code, out, _ := hosts("check", "--json"); code != 0 || out != "[]\n" {
 		t.Errorf("check --json after: exit %d\n%s", code, out)
 	}
-	if out := mustPrint(t, hosts, "remove", "--dry-run"); !strings.Contains(out, "delete") {
-		t.Errorf("remove --dry-run printed:\n%s", out)
-	}
+	foretold := mustPrint(t, hosts, "remove", "--dry-run")
 	if code, out, _ := hosts("check"); code != 0 || out != "nothing to change\n" {
 		t.Errorf("check after a dry run: exit %d\n%s", code, out)
 	}
-	if code, out, _ := hosts("remove"); code != 0 || !strings.Contains(out, "delete") {
-		t.Errorf("remove: exit %d\n%s", code, out)
+	if code, out, _ := hosts("remove"); code != 0 || !strings.Contains(out, "delete") || out != foretold {
+		t.Errorf("remove: exit %d\n%s--dry-run said\n%s", code, out, foretold)
 	}
 	if _, err := os.Stat(dir); err == nil {
 		t.Error("remove left the directory")
+	}
+}
+
+// TestHostsCheckOfAMalformedFile holds that a file which Larder can do nothing
+// about is reported, and does not make the check fail for ever.
+func TestHostsCheckOfAMalformedFile(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "bad.example", "hosts.toml")
+	if err := errors.Join(os.Mkdir(filepath.Dir(file), 0o755), os.WriteFile(file, []byte("server = \"https://x\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want int, words ...string) {
+		t.Helper()
+		code, out, errs := larder(t, "hosts", "check", "--hosts.containerd", dir)
+		if code != want {
+			t.Errorf("exit %d, want %d: %s", code, want, errs)
+		}
+		for _, w := range words {
+			if !strings.Contains(out, w) {
+				t.Errorf("does not say %q:\n%s", w, out)
+			}
+		}
+	}
+	check(exitFailed, "create", "_default/hosts.toml", "skip", file)
+	if code, _, errs := larder(t, "hosts", "apply", "--hosts.containerd", dir); code != 0 {
+		t.Fatalf("apply: exit %d: %s", code, errs)
+	}
+	check(0, "nothing to change", "skip", file, "strings")
+	if err := os.WriteFile(filepath.Join(dir, "_default", "hosts.toml"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	check(exitFailed, "update")
+	if code, _, errs := larder(t, "hosts", "remove", "--hosts.containerd", dir); code != 0 {
+		t.Errorf("remove: exit %d: %s", code, errs)
+	}
+	if body, err := os.ReadFile(file); err != nil || string(body) != "server = \"https://x\n" {
+		t.Errorf("the malformed file has changed: %q, %v", body, err)
 	}
 }
 

@@ -59,9 +59,9 @@ func printExplanation(w io.Writer, e agent.Explanation, now time.Time) {
 		fmt.Fprintf(w, ", tag checked %s", ago(e.Checked, now))
 	}
 	fmt.Fprintf(w, "\n%s of %s on this node\n\n", size(e.Here), size(e.Bytes))
-	t := newTable("part", "blob", ">size", "where", "came from", "when")
+	t := newTable("part", "blob", ">size", "where", "when", "came from")
 	for _, p := range e.Parts {
-		t.row(partName(p), short(p.Digest.String()), size(p.Size), where(st, p), cameFrom(p), ago(fetched(p), now))
+		t.row(partName(p), short(p.Digest.String()), size(p.Size), where(st, p), ago(fetched(p), now), cameFrom(p))
 	}
 	t.print(w)
 }
@@ -91,7 +91,33 @@ func cameFrom(p agent.Part) string {
 	if len(p.Origins) == 0 {
 		return "-"
 	}
-	return origins(p.Origins)
+	return origins(few(p.Origins))
+}
+
+// fewOrigins is how many peers of one blob are named; --json names all.
+const fewOrigins = 3
+
+// few sums up the peers that gave least. Origins come with most bytes first.
+func few(list []agent.Origin) []agent.Origin {
+	if len(list) <= fewOrigins+1 {
+		return list
+	}
+	var out []agent.Origin
+	var rest agent.Origin
+	count := 0
+	for _, o := range list {
+		if o.Kind != "peer" || len(out) < fewOrigins {
+			out = append(out, o)
+			continue
+		}
+		rest.Bytes += o.Bytes
+		count++
+	}
+	if count > 0 {
+		rest.Kind = plural(count, "other peer")
+		out = append(out, rest)
+	}
+	return out
 }
 
 // fetched is when the last byte came.

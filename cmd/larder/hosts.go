@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -130,7 +131,14 @@ func newHostsCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Compare the files with what they should be; exit 1 if they differ",
-		Args:  cobra.NoArgs,
+		Long: `Compare the files with what they should be, and write nothing. The exit code is 0
+if "larder hosts apply" would change nothing, and 1 if it would, or if the files
+cannot be read.
+
+A file that is malformed is reported as "skip", with the reason, and does not
+count: Larder leaves it alone, apply would too, and the runtime itself cannot use
+it. "larder doctor" finds it, says what to do, and exits 1.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			h, _, err := f.open(cmd)
 			if err != nil {
@@ -140,7 +148,7 @@ func newHostsCheck() *cobra.Command {
 			if err := f.finish(cmd, changes, err); err != nil {
 				return err
 			}
-			if len(changes) > 0 {
+			if slices.ContainsFunc(changes, wanted) {
 				return errFindings
 			}
 			return nil
@@ -150,8 +158,11 @@ func newHostsCheck() *cobra.Command {
 	return cmd
 }
 
+// wanted changes are those that are made; a file left alone is none.
+func wanted(c hostsconfig.Change) bool { return c.Action != hostsconfig.Skip }
+
 func printChanges(w io.Writer, changes []hostsconfig.Change) {
-	if len(changes) == 0 {
+	if !slices.ContainsFunc(changes, wanted) {
 		fmt.Fprintln(w, "nothing to change")
 	}
 	st := newStyle(w)
