@@ -18,6 +18,7 @@ import (
 )
 
 func TestFailover(t *testing.T) {
+	t.Parallel()
 	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 3, Layers: []int64{blobSize}, Opaque: true})
 	cases := []struct {
 		name          string
@@ -75,6 +76,7 @@ func TestFailover(t *testing.T) {
 
 // TestFailoverWithinBudget pins that a hanging mirror leaves time for the origin.
 func TestFailoverWithinBudget(t *testing.T) {
+	t.Parallel()
 	mirror, origin := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
 	origin.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 	mirror.Inject(registrytest.Match{}, registrytest.Hold())
@@ -200,6 +202,7 @@ func TestConnectionsAreShared(t *testing.T) {
 }
 
 func TestByteRates(t *testing.T) {
+	t.Parallel()
 	reg := registrytest.Start(t, registrytest.Options{})
 	d := reg.PutBlob(repo, registrytest.Random(7, blobSize)).Digest
 	for name, edit := range map[string]func(*Config){

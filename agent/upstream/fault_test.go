@@ -18,6 +18,7 @@ var blobGet = registrytest.Match{Kind: registrytest.Blob, Method: http.MethodGet
 // TestBlobFaults orders one misfortune after the other from a registry and
 // states how Fetch ends: with the right bytes, or with which kind of error.
 func TestBlobFaults(t *testing.T) {
+	t.Parallel()
 	type faults = []registrytest.Effect
 	few, always := registrytest.Times(2), registrytest.Times(0)
 	cases := []struct {
@@ -82,6 +83,7 @@ func TestBlobFaults(t *testing.T) {
 
 // TestRangeLies cuts the first body, and lies about the range that follows.
 func TestRangeLies(t *testing.T) {
+	t.Parallel()
 	cases := []struct {
 		name  string
 		fault registrytest.Effect
@@ -128,6 +130,7 @@ func TestRangeLies(t *testing.T) {
 
 // TestManifestFaults does for Manifest and Resolve what TestBlobFaults does for Fetch.
 func TestManifestFaults(t *testing.T) {
+	t.Parallel()
 	type faults = []registrytest.Effect
 	get := registrytest.Match{Kind: registrytest.Manifest}
 	once, always := registrytest.Times(1), registrytest.Times(0)
@@ -215,6 +218,7 @@ func TestHeadRefused(t *testing.T) {
 
 // TestBlobStream pins that pass-through streams mend themselves too.
 func TestBlobStream(t *testing.T) {
+	t.Parallel()
 	reg := registrytest.Start(t, registrytest.Options{CDN: true})
 	d := reg.PutBlob(repo, registrytest.Random(7, blobSize)).Digest
 	reg.Inject(registrytest.Match{Role: registrytest.CDN}, registrytest.CutAfter(300_000), registrytest.Times(3))

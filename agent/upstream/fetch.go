@@ -36,12 +36,13 @@ type fetch struct {
 	err     error // why the last stream that failed did
 	fatal   bool  // err is the sink's; no stream can go on
 	meter   meter
-	rate    float64 // last measured, bytes/s; 0 = not yet
+	rate    float64 // measured, bytes/s, the better of two windows; 0 = not yet
 
 	// Only steer uses these.
-	trial    int // windows in which the newest streams may yet prove their worth
-	before   int // streams without them
-	starving int // ticks
+	last     float64 // window's rate
+	trial    int     // windows in which the newest streams may yet prove their worth
+	before   int     // streams without them
+	starving int     // ticks
 }
 
 // Fetch writes what s misses of a blob and returns when nothing is missing,

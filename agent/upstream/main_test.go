@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"sync"
@@ -18,7 +19,13 @@ import (
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "16"); err != nil { // they wait more than they compute
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // The cache's writer is what Fetch writes to; see also TestFetchIntoCache.
 var _ Sink = (*cache.Writer)(nil)
@@ -156,6 +163,17 @@ func (m *memorySink) WriteAt(p []byte, off int64) (int, error) {
 		m.at(m.total)
 	}
 	return len(p), nil
+}
+
+// fill counts [from, to) as written, from a piece's start or prefix on.
+func (m *memorySink) fill(from, to int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for from = max(from, 0); from < min(to, m.size); {
+		i := from / m.piece
+		m.have[i] = min(to-i*m.piece, m.length(int(i)))
+		from = (i + 1) * m.piece
+	}
 }
 
 // check verifies the sink's content against d.

@@ -26,28 +26,27 @@ func connections(reg *registrytest.Server) int {
 	return len(seen)
 }
 
-// TestStreamsFollowTheLimit pins the reason for parallel ranges: a registry
-// that limits each connection is asked over several, one that limits the whole
-// node is not, and in both cases no byte comes twice beyond what was in flight
-// when a stream was cut.
+// TestStreamsFollowTheLimit pins the reason for parallel ranges, and that they
+// are free: a registry that limits each connection is asked over several, and
+// whoever is the limit, no byte is sent or written twice (I7). When streams are
+// added is TestWiden's business: here the machine's mood would decide.
 func TestStreamsFollowTheLimit(t *testing.T) {
-	const size = 96 * mib
+	const size = 40 * mib
 	cases := []struct {
 		name            string
 		perConn, uplink int64
 		streams         int // configured
 		least, most     int // connections used
-		atMost          time.Duration
 		ignoresRange    bool
 	}{
-		{name: "each connection limited", perConn: 12 * mib, streams: 4, least: 3, most: 6, atMost: 7 * time.Second},
-		{name: "the node limited", uplink: 48 * mib, streams: 4, least: 1, most: 4, atMost: 8 * time.Second},
-		{name: "one stream configured", perConn: 64 * mib, streams: 1, least: 1, most: 1},
-		{name: "no limit", streams: 4, least: 1, most: 2},
-		{name: "ranges ignored", perConn: 64 * mib, streams: 4, ignoresRange: true, least: 1, most: 2},
+		{name: "each connection limited", perConn: 8 * mib, streams: 4, least: 2, most: 4},
+		{name: "the node limited", uplink: 24 * mib, streams: 4, least: 1, most: 4},
+		{name: "one stream configured", perConn: 32 * mib, streams: 1, least: 1, most: 1},
+		{name: "ranges ignored", perConn: 32 * mib, streams: 4, ignoresRange: true, least: 1, most: 1},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
 			reg := registrytest.Start(t, registrytest.Options{})
 			d := reg.PutBlob(repo, registrytest.Random(9, size)).Digest
 			reg.SetRate(tc.perConn, tc.uplink)
@@ -56,59 +55,78 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 			}
 			c := newClient(t, func(cfg *Config) { cfg.StreamsPerBlob = tc.streams; cfg.Stall = 5 * time.Second }, registryOf(reg))
 			sink := newSink(mib / 2)
-			began := time.Now()
 			if err := c.Fetch(t.Context(), target, d, sink); err != nil {
 				t.Fatal(err)
 			}
-			took := time.Since(began)
 			sink.check(t, d)
-			// The race detector makes the processor the limit, which streams do share out.
-			if n := connections(reg); n < tc.least || (n > tc.most && !raceEnabled) {
+			if n := connections(reg); n < tc.least || n > tc.most {
 				t.Errorf("%d connections, want %d to %d", n, tc.least, tc.most)
 			}
-			if tc.atMost > 0 && took > tc.atMost && !raceEnabled {
-				t.Errorf("took %v, want at most %v (one stream alone: %v)", took, tc.atMost, time.Second*size/time.Duration(max(tc.perConn, tc.uplink)))
+			reg.Close() // its counters lag behind what a client has read
+			if sent := reg.Bytes(blobGet); sent != size || sink.total != size {
+				t.Errorf("%d bytes sent and %d written for a blob of %d", sent, sink.total, size)
 			}
-			// One stream was cut short: what is in socket buffers then is lost.
-			if sent := reg.Bytes(blobGet); sent > size+16*mib {
-				t.Errorf("the registry sent %d MiB for a blob of %d", sent/mib, size/mib)
-			}
-			if sink.total > size+4*mib {
-				t.Errorf("%d MiB written for a blob of %d", sink.total/mib, size/mib)
-			}
-			t.Logf("%v, %d connections, %d requests, %d bytes more than needed", took, connections(reg), reg.Count(blobGet), reg.Bytes(blobGet)-size)
 		})
 	}
 }
 
-// TestWiden pins the policy itself, without a clock or a network: one more
-// stream where the last one added a fifth, one less and no more where it did not.
+// TestWiden pins the policy itself, without a clock or a network: twice the
+// streams, soon, where the last ones added a fifth, and back to before where
+// they did not.
 func TestWiden(t *testing.T) {
-	for name, tc := range map[string]struct {
-		rate func(streams int) int64 // MiB/s
+	const ms = time.Millisecond
+	for _, tc := range []struct {
+		name string
+		rate func(streams int, at time.Duration) int64 // MiB/s
 		want int
+		by   time.Duration // since the first byte; 0 = whenever
 	}{
-		"each connection limited": {func(n int) int64 { return 20 * int64(n) }, 4},
-		"the node limited":        {func(int) int64 { return 40 }, 1},
-		"two help":                {func(n int) int64 { return 20 * int64(min(n, 2)) }, 2},
+		{"each connection limited", func(n int, _ time.Duration) int64 { return 20 * int64(n) }, 4, 900 * ms},
+		{"the node limited", func(int, time.Duration) int64 { return 40 }, 1, 0},
+		{"two help", func(n int, _ time.Duration) int64 { return 20 * int64(min(n, 2)) }, 2, 0},
+		{"coming up to speed", func(_ int, at time.Duration) int64 { return min(int64(1)<<(at/(100*ms)), 40) }, 1, 0},
+		{"a hiccup in the baseline", func(_ int, at time.Duration) int64 {
+			if at > 200*ms && at < 300*ms {
+				return 5
+			}
+			return 40
+		}, 1, 0},
+		{"each limited, with a hiccup in the trial", func(n int, at time.Duration) int64 {
+			if at > 350*ms && at < 600*ms {
+				return 1
+			}
+			return 20 * int64(n)
+		}, 4, 0},
+		{"done within a second", func(n int, _ time.Duration) int64 { return 900 * int64(n) }, 1, 0},
 	} {
-		c := newClient(t, nil, Registry{Host: "test"})
-		src, err := c.newSource(target, "sha256:"+digest.Digest(strings.Repeat("a", 64)), "fetch")
-		if err != nil {
-			t.Fatal(err)
-		}
-		src.size = 1 << 30
-		f := &fetch{src: src, sink: newSinkOf(t, src.size), claims: map[*claim]struct{}{}, running: 1, target: 1}
-		now := time.Unix(1e9, 0)
-		for range 20 * time.Second / tick {
-			now = now.Add(tick)
-			f.bytes += tc.rate(f.running) * mib / int64(time.Second/tick)
-			f.widen(now)
-			f.running, f.opening = f.target, 0 // as if streams came and went at once
-		}
-		if f.running != tc.want {
-			t.Errorf("%s: %d streams, want %d", name, f.running, tc.want)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			c := newClient(t, nil, Registry{Host: "test"})
+			src, err := c.newSource(target, "sha256:"+digest.Digest(strings.Repeat("a", 64)), "fetch")
+			if err != nil {
+				t.Fatal(err)
+			}
+			src.size = 1 << 30
+			sink := newSink(mib)
+			sink.discard = true
+			if err := sink.SetSize(src.size); err != nil {
+				t.Fatal(err)
+			}
+			f := &fetch{src: src, sink: sink, claims: map[*claim]struct{}{}, running: 1, target: 1}
+			began, reached := time.Unix(1e9, 0), time.Duration(0)
+			for at := tick; at < 8*time.Second && f.remaining() > 0; at += tick {
+				n := tc.rate(f.running, at) * mib / int64(time.Second/tick)
+				sink.fill(f.bytes, f.bytes+n)
+				f.bytes += n
+				f.widen(began.Add(at))
+				f.running, f.opening = f.target, 0 // as if streams came and went at once
+				if f.running >= tc.want && reached == 0 {
+					reached = at
+				}
+			}
+			if f.running != tc.want || (tc.by > 0 && reached > tc.by) {
+				t.Errorf("%d streams, after %v; want %d by %v", f.running, reached, tc.want, tc.by)
+			}
+		})
 	}
 }
 
@@ -118,11 +136,14 @@ func TestFollowsReader(t *testing.T) {
 	for _, streams := range []int{1, 4} {
 		t.Run(map[int]string{1: "one stream", 4: "four streams"}[streams], func(t *testing.T) {
 			const size = 256 * mib
+			t.Parallel()
 			reg := registrytest.Start(t, registrytest.Options{})
-			d := reg.PutBlob(repo, registrytest.Random(9, size)).Digest
+			d := digest.FromString("any") // nobody looks
+			reg.PutBlobAs(repo, d, registrytest.Random(9, size))
 			reg.SetRate(8*mib, 0) // 32 s for all of it
 			c := newClient(t, func(cfg *Config) { cfg.StreamsPerBlob = streams }, registryOf(reg))
 			sink := newSink(mib)
+			sink.discard = true
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			sink.at = func(written int64) {
@@ -196,6 +217,7 @@ func (l *lyingSink) Missing(int64) (int64, int64, bool) { return 0, blobSize, tr
 // TestSizeChanges pins that upstreams which disagree about a blob's size are
 // not mixed into one.
 func TestSizeChanges(t *testing.T) {
+	t.Parallel()
 	good, bad := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
 	blob := registrytest.Random(7, blobSize)
 	d := good.PutBlob(repo, blob).Digest
@@ -227,7 +249,7 @@ func TestFetchIntoCache(t *testing.T) {
 	const size = 64*mib + 777
 	reg := registrytest.Start(t, registrytest.Options{CDN: true})
 	d := reg.PutBlob(repo, registrytest.Random(9, size)).Digest
-	reg.SetRate(16*mib, 0)
+	reg.SetRate(24*mib, 0)
 	reg.Inject(registrytest.Match{Role: registrytest.CDN}, registrytest.CutAfter(5*mib+3), registrytest.Times(3))
 	client := clientOf(t, reg)
 	store, err := cache.New(cache.Options{Dir: t.TempDir(), Logger: slog.New(slog.DiscardHandler)})

@@ -130,14 +130,17 @@ func (f *fetch) widen(now time.Time) (start int) {
 	if !ok {
 		return 0
 	}
+	last, best := f.last, max(f.last, rate)
+	f.last = rate
 	if f.trial > 0 && rate < gain*f.rate {
 		if f.trial--; f.trial == 0 {
 			f.frozen, f.target = true, f.before
 		}
 		return 0
 	}
-	steady := f.trial > 0 || rate <= gain*f.rate
-	f.rate, f.trial = rate, 0
+	// What one window lost to a hiccup must not count as gained in the next.
+	steady := f.trial > 0 || (last > 0 && rate <= gain*last)
+	f.rate, f.trial = best, 0
 	if f.frozen || !steady || !f.worth(rate) {
 		return 0
 	}
