@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"sync"
 	"time"
@@ -583,82 +582,6 @@ func (x *fetch) permit(ctx context.Context) bool {
 		}
 	}
 	return true
-}
-
-// sink is the fill as the node's upstream client sees it.
-type sink struct {
-	x   *fetch
-	w   io.WriterAt
-	all bool
-}
-
-func (k *sink) SetSize(n int64) error {
-	if err := k.x.f.SetSize(n); err != nil {
-		return err
-	}
-	k.x.b.setSize(n)
-	return nil
-}
-
-func (k *sink) Size() int64   { return k.x.f.Size() }
-func (k *sink) Wanted() int64 { return k.x.f.Wanted() }
-
-// WriteAt counts as progress before a piece is whole: pieces of 8 MiB may take
-// seconds each.
-func (k *sink) WriteAt(p []byte, off int64) (int, error) {
-	n, err := k.w.WriteAt(p, off)
-	if n > 0 {
-		k.x.b.moved(time.Now())
-	}
-	return n, err
-}
-
-func (b *blob) moved(at time.Time) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if at.After(b.progress) {
-		b.progress = at
-	}
-}
-
-// Missing leaves out pieces that neighbours hold or are sending.
-func (k *sink) Missing(off int64) (start, end int64, ok bool) {
-	for {
-		start, end, ok = k.x.f.Missing(off)
-		if !ok || k.all {
-			return start, end, ok
-		}
-		s, e := k.x.b.lost(start, end)
-		if s < e {
-			return s, e, true
-		}
-		off = end
-	}
-}
-
-// lost returns the first run within [start, end) that no neighbour has.
-func (b *blob) lost(start, end int64) (int64, int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.size == 0 {
-		return start, end
-	}
-	for start < end {
-		i := int(start / b.pieceSize)
-		if i >= b.n || (b.avail[i] == 0 && b.wants[i] == nil) {
-			break
-		}
-		start = int64(i+1) * b.pieceSize
-	}
-	at := start
-	for at < end {
-		i := int(at / b.pieceSize)
-		if i >= b.n || b.avail[i] > 0 || b.wants[i] != nil {
-			break
-		}
-		at = int64(i+1) * b.pieceSize
-	}
-	return min(start, end), min(at, end)
 }
 
 // held is how many pieces are here.

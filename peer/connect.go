@@ -1,0 +1,295 @@
+package peer
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+)
+
+type dialing struct {
+	done chan struct{}
+	l    *link
+	err  error
+}
+
+// accept takes links from others.
+func (s *Swarm) accept(ctx context.Context) {
+	for {
+		conn, err := s.listener.Accept()
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+				s.log.Warn("peers cannot be accepted", "err", err)
+				wait(ctx, 100*time.Millisecond)
+				continue
+			}
+			return
+		}
+		select {
+		case s.strangers <- struct{}{}: // else the kernel's queue holds them back
+		case <-ctx.Done():
+			conn.Close()
+			return
+		}
+		s.spawn(func(ctx context.Context) { s.welcome(ctx, conn) })
+	}
+}
+
+// wait sleeps, unless ctx ends.
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// maxStrangers bounds connections that have not said who they are; each has
+// helloTime to do so.
+const maxStrangers = 512
+
+// welcome finds out who dialed and serves the link until it ends.
+func (s *Swarm) welcome(ctx context.Context, raw net.Conn) {
+	conn, m, err := s.greet(ctx, raw)
+	<-s.strangers
+	if err != nil {
+		raw.Close()
+		s.log.Debug("connection refused", "peer", raw.RemoteAddr(), "err", err)
+		return
+	}
+	l := newLink(s, conn, m, false)
+	if err := s.attach(l); err != nil {
+		l.close(err)
+		return
+	}
+	s.serve(l)
+}
+
+// greet does the handshake of the accepting side. A stranger gets a TLS alert
+// and nothing else (I1).
+func (s *Swarm) greet(ctx context.Context, raw net.Conn) (net.Conn, Member, error) {
+	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer stop()
+	conn := raw
+	var name string
+	var pub ed25519.PublicKey
+	if s.trust != nil {
+		tc := tls.Server(&recordConn{Conn: raw}, s.trust.config())
+		if err := tc.HandshakeContext(ctx); err != nil {
+			return nil, Member{}, fmt.Errorf("handshake: %w", err)
+		}
+		var err error
+		if name, pub, err = identity(tc); err != nil {
+			return nil, Member{}, err
+		}
+		conn = tc
+	}
+	h, err := readHello(conn)
+	if err != nil {
+		return nil, Member{}, err
+	}
+	m, err := s.identified(h, name, pub)
+	return conn, m, err
+}
+
+// identified is the member behind a hello, checked against its certificate and
+// against what gossip says.
+func (s *Swarm) identified(h hello, name string, pub ed25519.PublicKey) (Member, error) {
+	if s.trust != nil && h.name != name {
+		return Member{}, errNotMember
+	}
+	node, _, ok := cutStart(h.name)
+	if !ok || h.name == s.self.Name {
+		return Member{}, errNotMember
+	}
+	if s.bans.has(node) {
+		return Member{}, errBanned
+	}
+	m := Member{Name: h.name, Node: node, Zone: h.zone, Epoch: h.epoch, Key: pub}
+	if known, ok := s.roster.get(h.name); ok {
+		if s.trust != nil && !known.Key.Equal(pub) {
+			return Member{}, errNotMember
+		}
+		m = *known
+	}
+	return m, nil
+}
+
+func readHello(c net.Conn) (hello, error) {
+	var b [frameHeader + 10 + 2*(maxName+1)]byte
+	if err := readFull(c, b[:frameHeader]); err != nil {
+		return hello{}, err
+	}
+	t, n, err := parseHeader([frameHeader]byte(b[:frameHeader]))
+	if err != nil || t != frameHello || n > len(b) {
+		return hello{}, errWire
+	}
+	if err := readFull(c, b[:n]); err != nil {
+		return hello{}, err
+	}
+	return parseHello(b[:n])
+}
+
+// connect returns the link to a member, dialing if there is none.
+func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
+	s.mu.Lock()
+	if l := s.links[m.Name]; l != nil && !l.over() {
+		s.mu.Unlock()
+		return l, nil
+	}
+	d := s.dialing[m.Name]
+	if d == nil {
+		if s.run == nil || s.bans.has(m.Node) {
+			s.mu.Unlock()
+			return nil, errBanned
+		}
+		d = &dialing{done: make(chan struct{})}
+		s.dialing[m.Name] = d
+		s.tasks.Add(1)
+		run := s.run
+		go func() {
+			defer s.tasks.Done()
+			s.dial(run, m, d)
+		}()
+	}
+	s.mu.Unlock()
+	select {
+	case <-d.done:
+		return d.l, d.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// dial makes a link and serves it until it ends.
+func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
+	l, err := s.reach(ctx, m)
+	if err == nil {
+		err = s.attach(l)
+		if errors.Is(err, errReplaced) {
+			// The other side dialed at the same time, and its link stays.
+			l.close(err)
+			s.mu.Lock()
+			l = s.links[m.Name]
+			s.mu.Unlock()
+			if l != nil {
+				s.dialed(m, d, l, nil)
+				return
+			}
+		}
+	}
+	if err != nil && ctx.Err() == nil && !errors.Is(err, errReplaced) {
+		s.roster.unreachable(m.Name)
+	}
+	s.dialed(m, d, l, err)
+	if err == nil {
+		s.serve(l)
+	}
+}
+
+func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {
+	d.l, d.err = l, err
+	s.mu.Lock()
+	delete(s.dialing, m.Name)
+	s.mu.Unlock()
+	close(d.done)
+}
+
+// reach dials, proves who it is, and checks whom it reached. It does not wait for the
+// other side's hello: the certificate says enough.
+func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
+	tctx, cancel := context.WithTimeout(ctx, connectTime)
+	raw, err := s.cfg.Network.DialContext(tctx, m.Addr)
+	cancel()
+	if err != nil {
+		return nil, fmt.Errorf("link with %s: %w", m.Node, err)
+	}
+	conn := raw
+	if s.trust != nil {
+		hctx, cancel := context.WithTimeout(ctx, helloTime)
+		defer cancel()
+		tc := tls.Client(&recordConn{Conn: raw}, s.trust.config())
+		if err := tc.HandshakeContext(hctx); err != nil {
+			raw.Close()
+			return nil, fmt.Errorf("link with %s: %w", m.Node, err)
+		}
+		name, pub, err := identity(tc)
+		if err != nil || name != m.Name || !m.Key.Equal(pub) {
+			raw.Close()
+			return nil, fmt.Errorf("link with %s: %w", m.Node, errNotMember)
+		}
+		conn = tc
+	}
+	l := newLink(s, conn, *m, true)
+	l.send(hello{version: wireVersion, epoch: s.self.Epoch, name: s.self.Name, zone: s.self.Zone}.append)
+	return l, nil
+}
+
+// attach makes l the link to its peer. Two nodes that dial each other at once
+// keep the link that the smaller name dialed.
+func (s *Swarm) attach(l *link) error {
+	old, err := s.attachLocked(l)
+	if old != nil {
+		old.close(errReplaced)
+	}
+	return err
+}
+
+func (s *Swarm) attachLocked(l *link) (old *link, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.run == nil {
+		return nil, ErrNotRunning
+	}
+	if len(s.links) >= maxLinks {
+		return nil, errMembers
+	}
+	old = s.links[l.peer]
+	if old != nil && old.dialed != l.dialed {
+		mineStays := s.self.Name < l.peer
+		if old.dialed == mineStays {
+			return nil, errReplaced
+		}
+	}
+	s.links[l.peer] = l
+	return old, nil
+}
+
+// serve runs an attached link and cleans up after it.
+func (s *Swarm) serve(l *link) {
+	s.roster.reachable(l.peer)
+	err := l.run()
+	s.mu.Lock()
+	if s.links[l.peer] == l {
+		delete(s.links, l.peer)
+	}
+	heir := s.links[l.peer]
+	s.mu.Unlock()
+	s.uploads.drop(l)
+	silent := errors.Is(err, errSilent)
+	if silent {
+		s.roster.unreachable(l.peer)
+	}
+	for _, b := range s.allBlobs() {
+		if silent {
+			b.home.forget(l.peer)
+		}
+		if b.left(l) && heir != nil {
+			b.meet(heir)
+		}
+	}
+	s.log.Debug("link ended", "peer", l.node, "err", err)
+}
+
+// ban stops using a peer for a while.
+func (s *Swarm) ban(l *link, why banReason) {
+	s.log.Warn("peer banned", "peer", l.node, "reason", string(why))
+	s.bans.add(l.node, why)
+	l.close(errBanned)
+}

@@ -1,0 +1,153 @@
+package peer
+
+import (
+	"context"
+	"errors"
+)
+
+// handle takes one frame. An error ends the link.
+func (s *Swarm) handle(l *link, t frameType, p []byte) error {
+	switch t {
+	case framePing, frameHello:
+		return nil
+	case frameOpen:
+		return handleAs(parseOpen, p, func(o open) error { return s.opened(l, o) })
+	case frameHave:
+		return handleAs(parseHave, p, func(h have) error { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h); b.adopt(l) }); return nil })
+	case frameClose:
+		if len(p) != len(key{}) {
+			return errWire
+		}
+		s.ifBlob(key(p), func(b *blob) { b.left(l) })
+		return nil
+	case frameRequest:
+		return handleAs(parseWant, p, func(w want) error { return s.asked(l, w) })
+	case frameCancel:
+		return handleAs(parseAnswer, p, func(a answer) error { s.uploads.cancel(l, a.id); return nil })
+	case frameBusy, frameGone:
+		return handleAs(parseAnswer, p, func(a answer) error { s.denied(l, t, a); return nil })
+	case frameDigests:
+		return handleAs(parseBatch, p, func(d *batch) error { s.ifBlob(d.blob, func(b *blob) { b.learn(d) }); return nil })
+	case frameCall:
+		return handleAs(parseCall, p, func(c call) error { return s.called(l, c) })
+	case frameReply:
+		return handleAs(parseCall, p, l.answered)
+	}
+	return errWire
+}
+
+func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T) error) error {
+	v, err := parse(p)
+	if err != nil {
+		return err
+	}
+	return f(v)
+}
+
+func (s *Swarm) ifBlob(k key, f func(*blob)) {
+	s.mu.Lock()
+	b := s.blobs[k]
+	s.mu.Unlock()
+	if b != nil {
+		f(b)
+	}
+}
+
+// opened takes in that a peer takes part in a blob, which may be one that this
+// node holds and has not thought of since.
+func (s *Swarm) opened(l *link, o open) error {
+	b, err := s.guestBlob(o.blob)
+	if err != nil {
+		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		return nil
+	}
+	b.opened(l, o)
+	if o.have.count() > 0 {
+		b.adopt(l)
+	}
+	if !b.active() && b.offered() == 0 {
+		if s.seedFromStore(b) != nil && !b.active() && b.offered() == 0 && !b.isHome() {
+			b.left(l)
+			l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		}
+	}
+	return nil
+}
+
+func (s *Swarm) asked(l *link, w want) error {
+	s.mu.Lock()
+	b := s.blobs[w.blob]
+	s.mu.Unlock()
+	if b == nil {
+		l.send(func(p []byte) []byte { return answer{id: w.id}.append(p, frameGone) })
+		return nil
+	}
+	b.asked(l, w)
+	return nil
+}
+
+func (s *Swarm) denied(l *link, t frameType, a answer) {
+	r := l.forget(a.id)
+	if r == nil {
+		return
+	}
+	if t == frameBusy {
+		r.blob.busy(r, a)
+		return
+	}
+	r.blob.failed(r, failGone)
+}
+
+// seedFromStore offers a blob that the store holds whole. Hashing happens in the
+// background.
+func (s *Swarm) seedFromStore(b *blob) error {
+	b.mu.Lock()
+	busy, rotten := b.scanning || b.fill != nil, b.rotten
+	b.mu.Unlock()
+	switch {
+	case busy:
+		return nil
+	case rotten:
+		return errWrongBlob
+	}
+	h, err := b.acquire()
+	if err != nil {
+		return err
+	}
+	defer b.release(h)
+	if h.Size() <= 0 || !b.setSize(h.Size()) || !hasAll(h, b.n) {
+		b.letGo()
+		return errNotHere
+	}
+	b.mu.Lock()
+	start := !b.scanning
+	b.scanning = true
+	b.mu.Unlock()
+	if start {
+		s.spawn(func(ctx context.Context) {
+			err := s.hashing(ctx, b.seed)
+			b.mu.Lock()
+			b.scanning = false
+			b.rotten = errors.Is(err, errWrongBlob)
+			b.mu.Unlock()
+			if err != nil {
+				s.log.Warn("blob is not offered", "digest", b.d, "err", err)
+			}
+		})
+	}
+	return nil
+}
+
+// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer may ask for
+// all of them.
+const hashersAtOnce = 2
+
+func (s *Swarm) hashing(ctx context.Context, f func() error) error {
+	select {
+	case s.hashers <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.hashers }()
+	return f()
+}

@@ -1,0 +1,70 @@
+package peer
+
+// handle is an open blob of the store, shared by uploads.
+type handle struct {
+	StoredBlob
+	refs int
+}
+
+// acquire opens the blob in the store for an upload.
+func (b *blob) acquire() (*handle, error) {
+	b.mu.Lock()
+	if h := b.src; h != nil {
+		h.refs++
+		b.mu.Unlock()
+		return h, nil
+	}
+	b.mu.Unlock()
+	sb, ok := b.s.cfg.Store.Lookup(b.d)
+	if !ok {
+		return nil, errNotHere
+	}
+	b.mu.Lock()
+	if h := b.src; h != nil { // somebody was faster
+		h.refs++
+		b.mu.Unlock()
+		sb.Close()
+		return h, nil
+	}
+	h := &handle{StoredBlob: sb, refs: 2} // the blob's own and the caller's
+	b.src = h
+	b.mu.Unlock()
+	return h, nil
+}
+
+func (b *blob) release(h *handle) {
+	b.mu.Lock()
+	h.refs--
+	last := h.refs == 0
+	b.mu.Unlock()
+	if last {
+		h.Close()
+	}
+}
+
+// letGo closes the blob's own handle; uploads under way keep theirs.
+func (b *blob) letGo() {
+	b.mu.Lock()
+	h := b.src
+	b.src = nil
+	b.mu.Unlock()
+	if h != nil {
+		b.release(h)
+	}
+}
+
+// withdraw tells neighbours that the blob is no longer to be had here.
+func (b *blob) withdraw() {
+	b.mu.Lock()
+	for _, nb := range b.nbrs {
+		nb.l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		b.partLocked(nb)
+	}
+	if b.size != 0 && b.fill == nil {
+		b.here, b.have = newBitmap(b.n), newBitmap(b.n)
+		b.missing, b.haveN, b.authority = b.n, 0, false
+		b.fresh = 0
+	}
+	b.mu.Unlock()
+	b.letGo()
+}

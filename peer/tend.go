@@ -1,0 +1,90 @@
+package peer
+
+import (
+	"context"
+	"time"
+)
+
+const tendEvery = 100 * time.Millisecond
+
+// tend does what has to be done by the clock.
+func (s *Swarm) tend(ctx context.Context) {
+	tick := time.NewTicker(tendEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now()
+		links := s.allLinks()
+		for _, l := range links {
+			l.tend(now, idleFor(len(links)))
+		}
+		blobs := s.allBlobs()
+		for _, b := range blobs {
+			s.tendBlob(b, now, keepFor(len(blobs)))
+		}
+		s.uploads.tend()
+	}
+}
+
+// idleFor is how long an idle link is kept: a home in a storm meets everybody
+// once, and most of them never again.
+func idleFor(links int) time.Duration {
+	switch {
+	case links > maxLinks/2:
+		return idleLink / 40
+	case links > maxLinks/4:
+		return idleLink / 10
+	}
+	return idleLink
+}
+
+// keepFor is how long the piece digests of an idle blob are kept.
+func keepFor(blobs int) time.Duration {
+	if blobs > maxIdleBlobs {
+		return idleLink
+	}
+	return keepBlob
+}
+
+func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
+	slow, idle := b.tend(now)
+	for _, l := range slow {
+		s.bans.add(l.node, banSlow)
+		b.left(l)
+		l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+	}
+	if b.home.expire(now) > 0 {
+		return
+	}
+	if idle > idleLink {
+		b.letGo()
+		b.forgetGiven()
+	}
+	if idle > keep || (idle > idleLink && b.sized() == 0) {
+		s.mu.Lock()
+		if s.blobs[b.k] == b {
+			delete(s.blobs, b.k)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// tend gives up slow requests, keeps links in use, and reports for how long
+// nobody needed the blob.
+func (b *blob) tend(now time.Time) (slow []*link, idle time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slow = b.expire(now)
+	if b.fill != nil {
+		b.lastUse = now
+		for _, nb := range b.nbrs {
+			nb.l.used.Store(now.UnixNano())
+		}
+		b.poke()
+	}
+	return slow, now.Sub(b.lastUse)
+}
