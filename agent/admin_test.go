@@ -3,6 +3,7 @@ package agent
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -198,9 +199,13 @@ func TestWarm(t *testing.T) {
 		t.Errorf("%d images done, errors %q:\n%s", done, failed, answer)
 	}
 	for d := range img.Blobs {
-		if !a.cache.Has(d) {
-			t.Errorf("%s is not in the cache", d)
-		}
+		// A reader has the last byte once the digest matches; the commit follows.
+		eventually(t, "commit "+d.String(), func() error {
+			if !a.cache.Has(d) {
+				return errors.New("not in the cache")
+			}
+			return nil
+		})
 	}
 	reg.ResetCounts()
 	a.pull(t)
