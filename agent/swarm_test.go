@@ -2,14 +2,18 @@ package agent
 
 import (
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/larder-cache/larder/peer"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -77,6 +81,9 @@ func TestStormCostsOneCopy(t *testing.T) {
 		pulls.Go(func() { node.pull(t) })
 	}
 	pulls.Wait()
+	if code, body := nodes[0].admin(t, "GET", "/", ""); code != 200 || !strings.Contains(body, "node-5") || !strings.Contains(body, "linked") {
+		t.Errorf("the page does not show the members: %d %s", code, body)
+	}
 	for d := range img.Blobs {
 		if got := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: d.String()}); got != 1 {
 			t.Errorf("the registry was asked %d times for %s", got, d)
@@ -116,5 +123,55 @@ func TestNewNodesKnowOldTags(t *testing.T) {
 		if got := sources(late.pull(t)); got["upstream"] != 0 || got["peer"] == 0 {
 			t.Errorf("node %d was served %v", n, got)
 		}
+	}
+}
+
+// TestReadyWithoutOthers holds that a node is not ready before it tried to join
+// the others, and is once it did, whatever came of it: a lone node must serve.
+func TestReadyWithoutOthers(t *testing.T) {
+	_, _, _, next := newCluster(t, 0)
+	next() // the first node's, which is never started
+	c := next()
+	a, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.swarm.check(); err == nil {
+		t.Error("ready before it tried to join anybody")
+	}
+	if err := a.Close(); err != nil {
+		t.Error(err)
+	}
+	lone := start(t, next())
+	eventually(t, "ready", func() error {
+		if status, body := lone.admin(t, "GET", "/readyz", ""); status != 200 {
+			return errors.New(body)
+		}
+		return nil
+	})
+	if got := lone.Status().Checks; !slices.Contains(got, Check{Name: "peers", OK: true}) {
+		t.Errorf("checks %+v", got)
+	}
+}
+
+// TestMembersOf holds the order, and what is told of links and bans.
+func TestMembersOf(t *testing.T) {
+	until := time.Now().Add(time.Minute)
+	st := peer.Status{
+		Self: peer.Member{Name: "node-10~x", Node: "node-10"},
+		Members: []peer.Member{
+			{Name: "node-10~x", Node: "node-10", Zone: "a"}, {Name: "node-2~x", Node: "node-2", Zone: "a", Addr: "10.0.0.2:5051"},
+			{Name: "node-1~x", Node: "node-1", Zone: "b"},
+		},
+		Links:  []peer.LinkStatus{{Node: "node-2", Sent: 1, Received: 2}},
+		Banned: map[string]time.Time{"node-1": until},
+	}
+	want := []Member{
+		{Name: "node-2", Zone: "a", Address: "10.0.0.2:5051", State: "alive", Linked: true, Sent: 1, Received: 2},
+		{Name: "node-10", Zone: "a", State: "alive", Self: true},
+		{Name: "node-1", Zone: "b", State: "banned", BannedUntil: until},
+	}
+	if got := membersOf(st); !slices.Equal(got, want) {
+		t.Errorf("%+v, want %+v", got, want)
 	}
 }
