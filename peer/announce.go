@@ -66,8 +66,8 @@ func appendOp(b []byte, o op) []byte {
 func (c *cursor) op() op { return op{add: c.u8()&1 != 0, prefix: c.u64()} }
 
 // Announce says that this node holds the blob: in its cache, or in its
-// runtime's store. Others hear of it after a random delay, and only
-// if not many holders are known by then.
+// runtime's store. Others hear of it after a random delay, and only if not many
+// holders are known by then.
 func (s *Swarm) Announce(d digest.Digest) {
 	k, err := parseKey(d.String())
 	if err != nil {
@@ -349,8 +349,9 @@ func (x *index) chase(now time.Time) {
 	}
 }
 
-// delta is a member's answer to a number: its operations from there on, or with whole set everything it
-// announced, from the given position of its sorted blobs.
+// delta is a member's answer to a number: its operations from there on, or with
+// whole set everything it announced, from the given position of its sorted
+// blobs.
 type delta struct {
 	whole bool
 	more  bool

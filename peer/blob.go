@@ -27,8 +27,8 @@ var (
 )
 
 // blob is one blob as this node's swarm sees it: what is here, who else has
-// what, and what is asked of whom. It lives while the node fetches it, while neighbours or
-// leases need it, and some minutes longer for its piece digests.
+// what, and what is asked of whom. It lives while the node fetches it, while
+// neighbours or leases need it, and some minutes longer for its piece digests.
 //
 // mu is never held across I/O or a call into the node. It may be held while
 // taking a link's mu, never the other way round.
@@ -410,9 +410,9 @@ func (b *blob) busy(r *request, a answer) {
 	b.s.after(wait, b.poke)
 }
 
-// received checks a whole piece and gives it to the fill. It runs on the
-// link's reader, so a peer that sends faster than this node can check and
-// write is held back by its own connection.
+// received checks a whole piece and gives it to the fill. It runs on the link's
+// reader, so a peer that sends faster than this node can check and write is
+// held back by its own connection.
 func (b *blob) received(r *request) {
 	defer b.s.buffers.put(r.buf)
 	now := time.Now()

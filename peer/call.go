@@ -29,8 +29,8 @@ const (
 	statusRefused // a Refusal follows as JSON
 )
 
-// Refusal is upstream's own answer to a home, as another node can give it to its
-// client. Origin returns it; Resolve and Public pass it on.
+// Refusal is upstream's own answer to a home, as another node can give it to
+// its client. Origin returns it; Resolve and Public pass it on.
 type Refusal struct {
 	Status int    // of HTTP
 	Text   string // for people

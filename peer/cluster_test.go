@@ -208,7 +208,8 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestKeyRoll walks through a roll: at every step neighbours in the roll can talk.
+// TestKeyRoll walks through a roll: at every step neighbours in the roll can
+// talk.
 func TestKeyRoll(t *testing.T) {
 	a, b := bytes.Repeat([]byte{1}, keySize), bytes.Repeat([]byte{2}, keySize)
 	with := func(keys ...[]byte) func(*Config) { return func(c *Config) { c.Keys = keys } }
@@ -292,8 +293,8 @@ func TestCertificatesIgnoreClocks(t *testing.T) {
 	}
 }
 
-// TestResolveAsksTheNextHome holds that a home that cannot ask upstream does not
-// end the question: another may be able to, or knows what the tag was. What
+// TestResolveAsksTheNextHome holds that a home that cannot ask upstream does
+// not end the question: another may be able to, or knows what the tag was. What
 // upstream itself refuses is final.
 func TestResolveAsksTheNextHome(t *testing.T) {
 	type answer func() (Descriptor, error)

@@ -30,10 +30,10 @@ type Config struct {
 	// refuses every address that is not loopback.
 	Keys [][]byte
 
-	// Gossip and Data are listen addresses (host:port); an empty Gossip makes no
-	// members but those of AddMember. Advertise is the IP address told to others; empty means
-	// the first that is not loopback. Join lists host:port, names are
-	// re-resolved for as long as Run runs.
+	// Gossip and Data are listen addresses (host:port); with an empty Gossip the
+	// node stays alone. Advertise is the IP address told to others; empty means
+	// the one bound, or the first that is not loopback. Join lists hosts, with or
+	// without a port; names are looked up again for as long as Run runs.
 	Gossip, Data, Advertise string
 	Join                    []string
 
@@ -52,7 +52,7 @@ type Config struct {
 
 	// Network carries links; nil is TCP. PieceSize must be the cache's own
 	// formula; nil is [PieceSize]. Seed makes choices repeatable in simulations; 0
-	// takes a random one. Sites, if set, replaces DNS in Join.
+	// takes a random one.
 	Network   Network
 	PieceSize func(size int64) int64
 	Seed      uint64
@@ -177,8 +177,8 @@ var (
 	ErrStalled = errors.New("swarm made no progress")
 )
 
-// PieceSize is the piece size of a blob: the size over 256, rounded up to a power
-// of two, no less than 256 KiB and no more than 8 MiB.
+// PieceSize is the piece size of a blob: the size over 256, rounded up to a
+// power of two, no less than 256 KiB and no more than 8 MiB.
 func PieceSize(size int64) int64 {
 	const least, most = 256 << 10, 8 << 20
 	p := int64(least)

@@ -201,8 +201,8 @@ func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {
 	close(d.done)
 }
 
-// reach dials, proves who it is, and checks whom it reached. It does not wait for the
-// other side's hello: the certificate says enough.
+// reach dials, proves who it is, and checks whom it reached. It does not wait
+// for the other side's hello: the certificate says enough.
 func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 	tctx, cancel := context.WithTimeout(ctx, connectTime)
 	raw, err := s.cfg.Network.DialContext(tctx, m.Addr)

@@ -9,9 +9,9 @@ import (
 )
 
 // verifyFirst is the size up to which a node that holds a whole blob, but not
-// its piece digests, hashes all of it before it signs the first one.
-// Larger blobs are signed as they are read, or the first piece would come
-// seconds late; the last one waits for the whole digest in any case.
+// its piece digests, hashes all of it before it signs the first one. Larger
+// blobs are signed as they are read, or the first piece would come seconds
+// late; the last one waits for the whole digest in any case.
 const verifyFirst = 512 << 20
 
 const maxSigners = 32
@@ -48,8 +48,8 @@ func (b *blob) newsLocked(t *batch) bool {
 	return false
 }
 
-// knowLocked files a batch. What came first stays: two authorities can only differ if one of
-// them is wrong, and then the whole digest decides.
+// knowLocked files a batch. What came first stays: two authorities can only
+// differ if one of them is wrong, and then the whole digest decides.
 func (b *blob) knowLocked(t *batch) {
 	for _, p := range t.pieces {
 		i := int(p.piece)
@@ -74,8 +74,8 @@ func (b *blob) vouch(names []string) {
 	}
 }
 
-// scan notes which pieces have come by other roads than neighbours (upstream, or
-// an earlier start), and signs their digests if this node may.
+// scan notes which pieces have come by other roads than neighbours (upstream,
+// or an earlier start), and signs their digests if this node may.
 func (b *blob) scan(src Blob) error {
 	if size := src.Size(); size > 0 {
 		b.setSize(size)
@@ -112,8 +112,8 @@ func (b *blob) scanLocked(src Blob) (news []int, sign bool) {
 	return news, b.authority
 }
 
-// sign reads pieces back from the store, so that what is signed is what will
-// be served, and files the batch.
+// sign reads pieces back from the store, so that what is signed is what will be
+// served, and files the batch.
 func (b *blob) sign(pieces []int) error {
 	h, err := b.acquire()
 	if err != nil {

@@ -10,7 +10,7 @@
 // The protocol, its invariants (I1 and up, cited in the code) and the
 // alternatives that were measured and rejected are in DESIGN.md.
 //
-// Do not use it for blobs whose digest is not SHA-256, nor between nodes that do
-// not trust each other with every blob: whoever holds the cluster key may read
-// all of them.
+// Do not use it for blobs whose digest is not SHA-256, nor between nodes that
+// do not trust each other with every blob: whoever holds the cluster key may
+// read all of them.
 package peer

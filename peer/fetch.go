@@ -22,14 +22,14 @@ const (
 	distrustFor = 10 * time.Minute
 )
 
-// Fetch completes a fill from the swarm. If this node is the blob's home, and nobody
-// in the swarm has the blob, it fetches it with up; else up is called only when neither peers nor homes make
-// progress and a home permits it.
+// Fetch completes a fill from the swarm. If this node is the blob's home, and
+// nobody in the swarm has the blob, it fetches it with up; else up is called
+// only when neither peers nor homes make progress and a home permits it.
 //
-// It returns when every byte is in the fill (the caller then checks the
-// whole digest), when ctx ends, or with an error; then the caller should
-// fetch what is missing from upstream by itself. A second Fetch of the same
-// blob at the same time is an error.
+// It returns when every byte is in the fill (the caller then checks the whole
+// digest), when ctx ends, or with an error; then the caller should fetch what
+// is missing from upstream by itself. A second Fetch of the same blob at the
+// same time is an error.
 func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	k, err := parseKey(w.Digest.String())
 	if err != nil {
@@ -63,9 +63,9 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	return fmt.Errorf("swarm %s: %w", w.Digest, err)
 }
 
-// Distrust says that a blob that Fetch completed did not match its digest. Until
-// some minutes later Fetch refuses this blob, and what is known of its pieces is
-// forgotten.
+// Distrust says that a blob that Fetch completed did not match its digest.
+// Until some minutes later Fetch refuses this blob, and what is known of its
+// pieces is forgotten.
 func (s *Swarm) Distrust(w Want) {
 	k, err := parseKey(w.Digest.String())
 	if err != nil {
@@ -389,8 +389,8 @@ func (x *fetch) inline(l *link, body []byte) error {
 	return err
 }
 
-// takePart waits while neighbours deliver. It returns nil when there is
-// another step to take.
+// takePart waits while neighbours deliver. It returns nil when there is another
+// step to take.
 func (x *fetch) takePart(ctx context.Context) error {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
@@ -471,9 +471,9 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// peek asks the other homes at the same time, and reports whether any of them has
-// the blob, gets it from upstream, or knows who does. One that merely takes part
-// becomes a neighbour, and Sink.Missing leaves out what it has.
+// peek asks the other homes at the same time, and reports whether any of them
+// has the blob, gets it from upstream, or knows who does. One that merely takes
+// part becomes a neighbour, and Sink.Missing leaves out what it has.
 func (x *fetch) peek(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()

@@ -5,8 +5,8 @@ import "time"
 // hintTime is how long a hint keeps others from the same one.
 const hintTime = 30 * time.Millisecond
 
-// asked answers a request for a piece: it is queued, or the asker hears at
-// once that it should go elsewhere (I5).
+// asked answers a request for a piece: it is queued, or the asker hears at once
+// that it should go elsewhere (I5).
 func (b *blob) asked(l *link, w want) {
 	u := b.grant(l, w)
 	if u == nil {
@@ -96,8 +96,8 @@ func (b *blob) hintLocked(l *link) uint32 {
 	return noHint
 }
 
-// forgetGiven starts a new count: what was given to an earlier storm says nothing
-// about the next.
+// forgetGiven starts a new count: what was given to an earlier storm says
+// nothing about the next.
 func (b *blob) forgetGiven() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -210,8 +210,8 @@ func (g *gossip) settle() {
 	g.s.metrics.members.Set(float64(len(g.s.roster.view.Load().all)))
 }
 
-// rejoin tries addresses that are no members, again and again: DNS changes,
-// and a healed partition stays split unless somebody knocks.
+// rejoin tries addresses that are no members, again and again: DNS changes, and
+// a healed partition stays split unless somebody knocks.
 func (g *gossip) rejoin(ctx context.Context) {
 	pause := rejoinFirst
 	for ctx.Err() == nil {
@@ -289,12 +289,12 @@ func (g *gossip) GetBroadcasts(overhead, limit int) [][]byte {
 	return ms
 }
 
-// LocalState implements memberlist.Delegate: a vector of how far the index knows
-// each member, 12 bytes each.
+// LocalState implements memberlist.Delegate: a vector of how far the index
+// knows each member, 12 bytes each.
 func (g *gossip) LocalState(bool) []byte { return g.s.index.vector() }
 
-// MergeRemoteState implements memberlist.Delegate. The vector takes the same way as
-// messages; the first byte tells them apart.
+// MergeRemoteState implements memberlist.Delegate. The vector takes the same
+// way as messages; the first byte tells them apart.
 func (g *gossip) MergeRemoteState(p []byte, _ bool) { g.NotifyMsg(p) }
 
 // NotifyJoin implements memberlist.EventDelegate.

@@ -98,8 +98,8 @@ func (s *Swarm) denied(l *link, t frameType, a answer) {
 	r.blob.failed(r, failGone)
 }
 
-// seedFromStore offers a blob that the store holds whole. Hashing happens in the
-// background.
+// seedFromStore offers a blob that the store holds whole. Hashing happens in
+// the background.
 func (s *Swarm) seedFromStore(b *blob) error {
 	b.mu.Lock()
 	busy, rotten := b.scanning || b.fill != nil, b.rotten
@@ -138,8 +138,8 @@ func (s *Swarm) seedFromStore(b *blob) error {
 	return nil
 }
 
-// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer may ask for
-// all of them.
+// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer
+// may ask for all of them.
 const hashersAtOnce = 2
 
 func (s *Swarm) hashing(ctx context.Context, f func() error) error {

@@ -62,9 +62,9 @@ func (m *meeting) join(name, zone string, rng *rand.Rand) []string {
 	return out
 }
 
-// introduceLocked picks neighbours. Of two drawn by chance the one that was named less
-// is taken, which keeps degrees even although early members are there for all
-// the draws; the same zone is preferred.
+// introduceLocked picks neighbours. Of two drawn by chance the one that was
+// named less is taken, which keeps degrees even although early members are
+// there for all the draws; the same zone is preferred.
 func (m *meeting) introduceLocked(self, zone string, rng *rand.Rand) (out []string) {
 	now := time.Now()
 	taken := map[string]bool{self: true}
@@ -145,7 +145,8 @@ func (m *meeting) permit(now time.Time) bool {
 	return true
 }
 
-// joinAsk is what a node that misses a blob sends to its home, at first and to renew its lease.
+// joinAsk is what a node that misses a blob sends to its home, at first and to
+// renew its lease.
 type joinAsk struct {
 	Digest        string
 	Registry      string `json:",omitempty"`
@@ -158,8 +159,8 @@ type joinAsk struct {
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
 }
 
-// joinReply is all that a node needs to take part: one round trip. Piece digests
-// travel with the pieces (I2).
+// joinReply is all that a node needs to take part: one round trip. Piece
+// digests travel with the pieces (I2).
 type joinReply struct {
 	Size    int64    `json:",omitempty"` // 0 = the home does not know yet
 	Meet    []string `json:",omitempty"` // members to link with
@@ -298,8 +299,8 @@ func (b *blob) inline() []byte {
 	return p
 }
 
-// awaitSize waits for the size to be known; for a blob that fits into the answer also
-// for its bytes.
+// awaitSize waits for the size to be known; for a blob that fits into the
+// answer also for its bytes.
 func (b *blob) awaitSize(ctx context.Context, atMost time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, atMost)
 	defer cancel()

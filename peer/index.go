@@ -89,7 +89,8 @@ func (x *index) joined(ms []Member) {
 	}
 }
 
-// slotLocked returns a member's slot, made if need be; nil when there are too many.
+// slotLocked returns a member's slot, made if need be; nil when there are too
+// many.
 func (x *index) slotLocked(id uint64, name, zone string) *slot {
 	if i, ok := x.byID[id]; ok {
 		s := &x.slots[i]
@@ -239,8 +240,8 @@ func (x *index) sweepSome(now time.Time, shards int) {
 	}
 }
 
-// deadLocked is who fell before the sweep under way began, so that each of them is swept
-// from every shard.
+// deadLocked is who fell before the sweep under way began, so that each of them
+// is swept from every shard.
 func (x *index) deadLocked(now time.Time) map[uint16]bool {
 	if x.sweep > 0 {
 		return x.sweeping
@@ -265,8 +266,8 @@ func (x *index) freeLocked(dead map[uint16]bool) {
 	}
 }
 
-// Holders names the nodes that say they hold a blob, as far as this one knows; itself
-// is not among them.
+// Holders names the nodes that say they hold a blob, as far as this one knows;
+// itself is not among them.
 func (s *Swarm) Holders(d digest.Digest) []string {
 	k, err := parseKey(d.String())
 	if err != nil {

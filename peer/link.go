@@ -26,9 +26,9 @@ const (
 	maxCalls    = 64 // questions of one peer being answered
 )
 
-// link is the one connection between two nodes, whoever dialed. Control
-// frames overtake piece bytes at the next chunk; there is one reader and one
-// writer goroutine, and nobody else touches the connection.
+// link is the one connection between two nodes, whoever dialed. Control frames
+// overtake piece bytes at the next chunk; there is one reader and one writer
+// goroutine, and nobody else touches the connection.
 type link struct {
 	s       *Swarm
 	peer    string // member name

@@ -32,8 +32,8 @@ type Member struct {
 // every alive message.
 const metaMax = 64
 
-// A NodeMeta is a byte of version and flags, the data port, the signing key, and
-// the rest is the zone: 35 bytes and up to 29. The epoch is in the name.
+// A NodeMeta is a byte of version and flags, the data port, the signing key,
+// and the rest is the zone: 35 bytes and up to 29. The epoch is in the name.
 const metaVersion, maxZone = 1, metaMax - 35
 
 func (m Member) meta() []byte {
@@ -60,8 +60,8 @@ func parseMember(name string, ip netip.Addr, meta []byte) (Member, error) {
 	return m, nil
 }
 
-// startName separates two starts of one node: a name that memberlist has seen die
-// under another address stays unusable for a while.
+// startName separates two starts of one node: a name that memberlist has seen
+// die under another address stays unusable for a while.
 func startName(node string, epoch uint64) string {
 	return fmt.Sprintf("%s~%011x", node, epoch)
 }
@@ -207,8 +207,8 @@ const homesPerBlob = 3
 // homes returns the best members for a blob by rendezvous hashing: all of the
 // cluster, or those of one zone. Every node that sees the same members returns
 // the same list, and a change of one member moves only that member's blobs. The
-// best of the cluster is also the best of its own zone, so a zone's home
-// is one hop from the cluster's.
+// best of the cluster is also the best of its own zone, so a zone's home is one
+// hop from the cluster's.
 func (v *view) homes(k key, zone string, zoned bool) []*Member {
 	type scored struct {
 		m     *Member

@@ -143,8 +143,8 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 	return true
 }
 
-// cost estimates how long a neighbour takes: what is under way there (ours, and by its
-// own word others'), times how long it took before.
+// cost estimates how long a neighbour takes: what is under way there (ours, and
+// by its own word others'), times how long it took before.
 func (b *blob) cost(nb *neighbour) float64 {
 	took := nb.took.Seconds()
 	if took == 0 {
@@ -157,8 +157,8 @@ func (b *blob) cost(nb *neighbour) float64 {
 	return c * (1 + b.rng.Float64()/2)
 }
 
-// queueTime is how long a piece may wait at a neighbour behind as many others as
-// are let in there, if its uplink is like this node's pace.
+// queueTime is how long a piece may wait at a neighbour behind as many others
+// as are let in there, if its uplink is like this node's pace.
 func (b *blob) queueTime(size int) time.Duration {
 	const ahead, slowest = 2 * (uploadSlots + leastQueue), 1 << 20
 	rate := max(b.pace.rate/ahead, slowest)
@@ -166,8 +166,8 @@ func (b *blob) queueTime(size int) time.Duration {
 }
 
 // expire gives up requests that move no bytes, and reports the neighbours that
-// kept theirs while others delivered: those are slow, and banned for
-// a while. If nobody delivered, the fault is likely on this side.
+// kept theirs while others delivered: those are slow, and banned for a while.
+// If nobody delivered, the fault is likely on this side.
 func (b *blob) expire(now time.Time) (slow []*link) {
 	for _, rs := range b.wants {
 		for _, r := range slices.Clone(rs) {

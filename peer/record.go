@@ -5,9 +5,9 @@ import (
 	"sync"
 )
 
-// recordConn lies under a TLS connection and gathers the records of one write, which
-// Go makes of 16 KiB each, into one write to the kernel: a chunk of a piece is
-// then one system call and one wake-up instead of five.
+// recordConn lies under a TLS connection and gathers the records of one write,
+// which Go makes of 16 KiB each, into one write to the kernel: a chunk of a
+// piece is then one system call and one wake-up instead of five.
 type recordConn struct {
 	net.Conn
 

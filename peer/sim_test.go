@@ -229,8 +229,8 @@ func (n *simNode) start(w Want) {
 	})
 }
 
-// upstream is a registry client: one stream, bounded by the registry's uplink and the
-// node's downlink.
+// upstream is a registry client: one stream, bounded by the registry's uplink
+// and the node's downlink.
 func (n *simNode) upstream(ctx context.Context, into Sink) error {
 	n.w.asks.Add(1)
 	if n.w.seeded {
@@ -293,7 +293,8 @@ func (c sim) world(t *testing.T) *simWorld {
 	return w
 }
 
-// plant gives one node the blob, and tells all others by what the index would say.
+// plant gives one node the blob, and tells all others by what the index would
+// say.
 func (w *simWorld) plant() {
 	n := w.nodes[len(w.nodes)-1]
 	_ = n.blob.SetSize(int64(len(w.content))) // the first is never refused
@@ -444,7 +445,8 @@ func TestStorm(t *testing.T) {
 	}
 }
 
-// TestStormOfTroubles simulates what goes wrong in a real cluster, one at a time.
+// TestStormOfTroubles simulates what goes wrong in a real cluster, one at a
+// time.
 func TestStormOfTroubles(t *testing.T) {
 	cases := []struct {
 		name   string

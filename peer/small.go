@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// What is too small for a swarm still counts against a registry's rate limit: tags,
-// and whether a repository is public. Their home asks upstream once for
+// What is too small for a swarm still counts against a registry's rate limit:
+// tags, and whether a repository is public. Their home asks upstream once for
 // everybody, and remembers the answer.
 
 const (
@@ -66,8 +66,8 @@ func (r Reference) home() key {
 
 // consult asks the homes of a subject, in order, until take has enough; if none
 // of them can be reached, this node decides. A home that cannot ask upstream is
-// no reason to give up: a node that has just joined may be home of a tag it never
-// saw, and the one that was home before it knows.
+// no reason to give up: a node that has just joined may be home of a tag it
+// never saw, and the one that was home before it knows.
 func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func(b []byte) (enough bool, err error)) error {
 	ctx, stop, err := s.enter(ctx)
 	if err != nil {
@@ -113,7 +113,8 @@ func refused(err error) bool {
 	return ok && r.Status < 500 && r.Status != http.StatusTooManyRequests
 }
 
-// answered reports whether a home said why it has no answer, rather than nothing.
+// answered reports whether a home said why it has no answer, rather than
+// nothing.
 func answered(err error) bool {
 	_, remote := errors.AsType[*remoteError](err)
 	_, refused := errors.AsType[*Refusal](err)

@@ -15,8 +15,8 @@ const (
 )
 
 // A snapshot is the index of another node, page by page: first whom its slot
-// numbers stand for and how far it knows them, then shard after shard. Prefixes of
-// digests are random, so compressing it would gain nothing.
+// numbers stand for and how far it knows them, then shard after shard. Prefixes
+// of digests are random, so compressing it would gain nothing.
 const (
 	pageMembers byte = iota
 	pageShards

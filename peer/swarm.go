@@ -56,8 +56,9 @@ type Swarm struct {
 	rng     *rand.Rand
 }
 
-// New makes a swarm and binds its listeners, so that every error of the
-// configuration shows at once; nothing runs before Run.
+// New makes a swarm and binds the data port, so that errors of the
+// configuration show at once; nothing runs before Run, which binds the gossip
+// port.
 func New(cfg Config) (*Swarm, error) {
 	cfg = cfg.withDefaults()
 	if err := checkKeys(cfg); err != nil {
@@ -92,7 +93,8 @@ func New(cfg Config) (*Swarm, error) {
 	return s, s.identify()
 }
 
-// identify makes this start's name, key and credentials, and binds the data port.
+// identify makes this start's name, key and credentials, and binds the data
+// port.
 func (s *Swarm) identify() error {
 	seed := s.cfg.Seed
 	if seed == 0 {
@@ -251,8 +253,8 @@ func (s *Swarm) allLinks() []*link {
 	return out
 }
 
-// mayBeHome reports whether a member is among the blob's homes, of any zone it may
-// be in, as this node sees the members.
+// mayBeHome reports whether a member is among the blob's homes, of any zone it
+// may be in, as this node sees the members.
 func (s *Swarm) mayBeHome(k key, name string) bool {
 	v := s.roster.view.Load()
 	for _, m := range v.homes(k, "", false) {

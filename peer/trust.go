@@ -30,7 +30,8 @@ type trust struct {
 	gossip [][]byte // the first encrypts
 }
 
-// newTrust derives a node's credentials. The signing key is fresh with each start.
+// newTrust derives a node's credentials. The signing key is fresh with each
+// start.
 func newTrust(keys [][]byte, name string, signer ed25519.PrivateKey) (*trust, error) {
 	t := &trust{roots: x509.NewCertPool()}
 	for i, k := range keys {
@@ -154,8 +155,8 @@ func identity(c *tls.Conn) (string, ed25519.PublicKey, error) {
 	return certs[0].Subject.CommonName, pub, nil
 }
 
-// loopback reports whether an address (host:port, or an IP address) cannot be reached from
-// elsewhere.
+// loopback reports whether an address (host:port, or an IP address) cannot be
+// reached from elsewhere.
 func loopback(addr string) bool {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {

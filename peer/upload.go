@@ -11,10 +11,10 @@ import (
 // uploads decides whose piece is sent next, over all links and blobs.
 //
 // Few pieces are under way at once (a piece that arrives whole can be passed
-// on; twenty that arrive together come twenty times later), so the rest
-// wait, and once the wait exceeds maxWait the asker is told to go elsewhere (I5).
-// A transfer that drags on gives its place to others, so a slow receiver
-// cannot hold the node's uplink.
+// on; twenty that arrive together come twenty times later), so the rest wait,
+// and once the wait exceeds maxWait the asker is told to go elsewhere (I5). A
+// transfer that drags on gives its place to others, so a slow receiver cannot
+// hold the node's uplink.
 type uploads struct {
 	s   *Swarm
 	max int
@@ -181,10 +181,10 @@ func (q *uploads) free(now time.Time) bool {
 	return young < uploadSlots && len(q.active) < q.max
 }
 
-// best is the upload to start next: of the blob that was served least, so that a
-// large one cannot starve a small one; of its pieces the one given least often
-// (I6); of those the oldest. served is a virtual time: a blob that comes (back)
-// starts at the present.
+// best is the upload to start next: of the blob that was served least, so that
+// a large one cannot starve a small one; of its pieces the one given least
+// often (I6); of those the oldest. served is a virtual time: a blob that comes
+// (back) starts at the present.
 func (q *uploads) best() int {
 	for _, u := range q.queue {
 		u.blob.served = max(u.blob.served, q.vtime-16*float64(u.size))

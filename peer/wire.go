@@ -198,8 +198,8 @@ func parseOpen(p []byte) (open, error) {
 	return o, c.done()
 }
 
-// have lists pieces that the sender can now give, as runs, and how many
-// uploads wait at the sender.
+// have lists pieces that the sender can now give, as runs, and how many uploads
+// wait at the sender.
 type have struct {
 	blob key
 	load byte
