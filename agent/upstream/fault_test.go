@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -261,5 +263,20 @@ func TestCallerGivesUp(t *testing.T) {
 	}
 	if err := c.Fetch(t.Context(), target, d, newSink(256<<10)); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestEmptyBlob pins that a blob without bytes arrives although no range of it
+// can be asked for, and that this says nothing of the registry's ranges.
+func TestEmptyBlob(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	d := digest.FromBytes(nil)
+	reg.PutBlobAs(repo, d, registrytest.Bytes(nil))
+	c, sink := clientOf(t, reg), newSink(256<<10)
+	if err := c.Fetch(t.Context(), target, d, sink); err != nil || sink.Size() != 0 {
+		t.Fatalf("Fetch: size %d, %v", sink.Size(), err)
+	}
+	if ranges := c.Health()[0].Ranges; ranges == "no" {
+		t.Error("the registry is said to ignore ranges")
 	}
 }
