@@ -126,6 +126,26 @@ func TestHoldersBeforeUpstream(t *testing.T) {
 	}
 }
 
+// TestDeadHolder: a home does not wait for a holder that cannot be reached, even
+// though the index still names it. It once cost every blob of an image a second.
+func TestDeadHolder(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 3)
+	d := w.add(1000, 9)
+	home, others := homeOf(d, nodes)
+	holder := others[0]
+	holder.give(d)
+	holder.s.Announce(d)
+	waitFor(t, func() bool { return len(home.s.Holders(d)) > 0 })
+	holder.s.gossip.abrupt = true
+	holder.kill()
+	start := time.Now()
+	home.wantOK(d)
+	if took := time.Since(start); took > 800*time.Millisecond {
+		t.Errorf("the home took %v", took)
+	}
+}
+
 func TestRestartUnderAnotherAddress(t *testing.T) {
 	w := newTestWorld()
 	nodes := w.gossipCluster(t, 3)

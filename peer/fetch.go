@@ -459,11 +459,12 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 	for _, name := range holders {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
-	if !x.peek(ctx) && len(holders) == 0 {
-		return nil
-	}
+	source, named := x.peek(ctx)
+	holders = append(holders, named...)
 	for ctx.Err() == nil && !x.whole() {
-		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 {
+		// The index names the dead until gossip has noticed; the links already have.
+		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
+		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 || !source && len(holders) == 0 {
 			return nil
 		}
 		x.rest(ctx, lookAgain)
@@ -472,9 +473,9 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 }
 
 // peek asks the other homes at the same time, and reports whether any of them
-// has the blob, gets it from upstream, or knows who does. One that merely takes
-// part becomes a neighbour, and Sink.Missing leaves out what it has.
-func (x *fetch) peek(ctx context.Context) bool {
+// has the blob or gets it from upstream, and who they say holds it. One that
+// merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
+func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()
 	type answer struct {
@@ -492,16 +493,18 @@ func (x *fetch) peek(ctx context.Context) bool {
 			answers <- answer{m, l, reply, err}
 		})
 	}
-	found := false
 	for range asked {
 		select {
 		case a := <-answers:
-			found = a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil && a.reply.Source || found
+			if a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil {
+				source = source || a.reply.Source
+				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
+			}
 		case <-ctx.Done():
-			return found
+			return source, holders
 		}
 	}
-	return found
+	return source, holders
 }
 
 // otherHomes are the members that are, or lately were, homes of the blob.

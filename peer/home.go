@@ -168,7 +168,8 @@ type joinReply struct {
 	Stay    bool     `json:",omitempty"` // the home itself is a neighbour
 	Body    []byte   `json:",omitempty"` // all of a small blob
 	Moving  bool     `json:",omitempty"` // the home itself got bytes lately
-	Source  bool     `json:",omitempty"` // the home goes upstream itself, has all of it, or names who has
+	Source  bool     `json:",omitempty"` // the home goes upstream itself, or has all of it
+	Holders []string `json:",omitempty"` // to a peek: who of Meet should have all of it
 	Refused string   `json:",omitempty"` // ask the next home: why
 }
 
@@ -198,7 +199,10 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		reply.Size = b.sized()
 	}
 	idle, _ := b.look(time.Now())
-	reply.Source = len(holders) > 0 || b.source()
+	reply.Source = b.source()
+	if ask.Peek {
+		reply.Holders = holders
+	}
 	reply.Moving = b.active() && idle < stallRejoin/2
 	if reply.Body = b.inline(); reply.Body == nil {
 		reply.Stay = b.stay(l)

@@ -200,6 +200,12 @@ func (r *roster) isDown(name string) bool {
 	return ok && time.Now().Before(until)
 }
 
+// isGone reports whether a member is no more, or cannot be reached now.
+func (r *roster) isGone(name string) bool {
+	_, live := r.get(name)
+	return !live || r.isDown(name)
+}
+
 // homesPerBlob is how many members may be asked for one blob before a node
 // relies on itself.
 const homesPerBlob = 3
