@@ -249,7 +249,7 @@ func TestNewAddress(t *testing.T) {
 	}
 	c.reg.Down()
 	// By digest: what the tag stood for was told to others, who have forgotten.
-	c.pullRef(registryName+"/"+repository+"@"+c.img.Digest.String(), c.nodes...).wait(1)
+	c.pullRefs([]string{registryName + "/" + repository + "@" + c.img.Digest.String()}, c.nodes...).wait(1)
 	c.finish()
 }
 
@@ -257,9 +257,9 @@ func TestNewAddress(t *testing.T) {
 // several images.
 func TestRollingRestart(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, options{layers: []int64{8 * mb, 8 * mb, 4 * mb, 4 * mb}, uplink: 4 * mb})
+	c := newCluster(t, options{layers: []int64{4 * mb, 1 * mb}, more: 7, uplink: 4 * mb})
 	s := c.pull(c.nodes...)
-	c.awaitSent(0.2)
+	c.awaitSent(0.1)
 	for i, n := range c.nodes {
 		n.stop()
 		t.Logf("%d agents stopped; %d pulls under way, %.2f copies", i+1, s.underWay(), c.copies())

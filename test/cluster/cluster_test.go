@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,8 +29,6 @@ import (
 const (
 	registryName = "registry.test"
 	repository   = "library/app"
-	tag          = "1"
-	image        = registryName + "/" + repository + ":" + tag
 )
 
 const mb = 1_000_000
@@ -37,25 +37,35 @@ const mb = 1_000_000
 type options struct {
 	nodes  int
 	layers []int64
+	// more images of the same size, with the tags 2, 3...; they are pulled one
+	// after another.
+	more   int
 	uplink int64 // bytes per second of the registry
 	flags  []string
 	net    *network // nil: loopback
+	sent   float64  // copies that the registry may send, if not copiesMost; -1 = any number
 	// smallDisks, if set, gives each cache a file system of that size.
 	smallDisks string
 	short      bool // also with -short
+	// program is run instead of larder, with the environment of each node.
+	program string
+	env     [][]string
 }
 
 // cluster is a registry with an image, and nodes that know each other.
 type cluster struct {
-	t     *testing.T
-	opts  options
-	reg   *registrytest.Server
-	img   *registrytest.Image
-	size  int64
-	dir   string
-	octet int
-	nodes []*node
-	calm  func() // gives the token of busy back
+	t    *testing.T
+	opts options
+	reg  *registrytest.Server
+	img  *registrytest.Image // the first
+	refs []string            // of all images
+	size int64               // of all blobs
+	// content is size and the manifests.
+	content int64
+	dir     string
+	octet   int
+	nodes   []*node
+	calm    func() // gives the token of busy back
 }
 
 // clusters numbers the tests' clusters, so that they can run side by side.
@@ -103,12 +113,20 @@ func (c *cluster) startRegistry() {
 		opts.Listener = c.opts.net.listen(c.t, 0, net.JoinHostPort(address(0), "5000"))
 	}
 	c.reg = registrytest.Start(c.t, opts)
-	c.img = registrytest.OCIImage(registrytest.ImageSpec{Seed: uint64(c.octet), Layers: c.opts.layers, Opaque: true})
-	c.reg.Put(repository, c.img, tag)
 	c.reg.SetRate(0, c.opts.uplink)
-	for _, b := range c.img.Blobs {
-		c.size += b.Size()
+	for i := range 1 + c.opts.more {
+		img := registrytest.OCIImage(registrytest.ImageSpec{Seed: uint64(c.octet<<8 + i), Layers: c.opts.layers, Opaque: true})
+		c.reg.Put(repository, img, strconv.Itoa(i+1))
+		c.refs = append(c.refs, fmt.Sprintf("%s/%s:%d", registryName, repository, i+1))
+		c.content += img.Size
+		for _, b := range img.Blobs {
+			c.size += b.Size()
+		}
+		if i == 0 {
+			c.img = img
+		}
 	}
+	c.content += c.size
 }
 
 // newKey writes a cluster key of its own to a file.
@@ -130,6 +148,10 @@ func (c *cluster) add() *node {
 	n := &node{
 		t: c.t, name: fmt.Sprintf("node-%d", i), dir: filepath.Join(c.dir, fmt.Sprintf("node-%d", i)),
 		key: filepath.Join(c.dir, "key"), flags: slices.Clone(c.opts.flags),
+		program: cmp.Or(c.opts.program, larder),
+	}
+	if i <= len(c.opts.env) {
+		n.env = c.opts.env[i-1]
 	}
 	c.place(n, i)
 	n.admin = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: n.dial, DisableKeepAlives: true}}
@@ -258,17 +280,17 @@ type pulling struct {
 	cancel context.CancelFunc
 	// What came of it, after done.
 	took  time.Duration
-	tries int
+	tries int // for the image that needed most
 	bytes int64
 	err   error
 	fails []error // of tries that failed
 }
 
-// pull starts a pull on each of the nodes. As kubelet does, each tries again
+// pull starts pulling all images on each of the nodes. As kubelet does, each tries again
 // when it fails.
-func (c *cluster) pull(nodes ...*node) *storm { return c.pullRef(image, nodes...) }
+func (c *cluster) pull(nodes ...*node) *storm { return c.pullRefs(c.refs, nodes...) }
 
-func (c *cluster) pullRef(ref string, nodes ...*node) *storm {
+func (c *cluster) pullRefs(refs []string, nodes ...*node) *storm {
 	s := &storm{c: c, begun: time.Now(), pulls: map[*node]*pulling{}}
 	for _, n := range nodes {
 		ctx, cancel := context.WithTimeout(c.t.Context(), patience)
@@ -277,7 +299,9 @@ func (c *cluster) pullRef(ref string, nodes ...*node) *storm {
 		go func() {
 			defer close(p.done)
 			defer cancel()
-			p.run(ctx, n, ref)
+			for _, ref := range refs {
+				p.run(ctx, n, ref)
+			}
 			p.took = time.Since(s.begun)
 		}()
 	}
@@ -295,11 +319,14 @@ func (c *cluster) pullRef(ref string, nodes ...*node) *storm {
 const retryPull = 500 * time.Millisecond
 
 func (p *pulling) run(ctx context.Context, n *node, ref string) {
-	for {
-		p.tries++
+	for tries := 1; ; tries++ {
+		p.tries = max(p.tries, tries)
 		r, err := n.containerd().Pull(ctx, ref, nil)
-		p.bytes, p.err = r.Bytes, err
-		if err == nil || ctx.Err() != nil {
+		if p.err = err; err == nil {
+			p.bytes += r.Bytes
+			return
+		}
+		if ctx.Err() != nil {
 			return
 		}
 		p.fails = append(p.fails, err)
@@ -342,7 +369,7 @@ func (s *storm) wait(tries int) {
 			t.Errorf("%s: after %v and %d tries: %v", n.name, p.took, p.tries, p.err)
 			continue
 		}
-		if want := s.c.size + s.c.img.Size; p.bytes != want {
+		if want := s.c.content; p.bytes != want {
 			t.Errorf("%s: %d of %d bytes", n.name, p.bytes, want)
 		}
 		if p.tries > tries {
@@ -419,7 +446,7 @@ const copiesMost = 2 * 1.02
 func (c *cluster) finish() {
 	c.t.Helper()
 	c.calm()
-	if got := c.copies(); got > copiesMost {
+	if got, most := c.copies(), cmp.Or(c.opts.sent, copiesMost); most > 0 && got > most {
 		c.t.Errorf("the registry sent %.3f copies", got)
 	}
 	for _, n := range c.nodes {

@@ -35,10 +35,12 @@ type node struct {
 	join []string
 	key  string // file
 	// dial connects from inside the node's network.
-	dial  func(ctx context.Context, network, addr string) (net.Conn, error)
-	start func(*exec.Cmd) error
-	flags []string
-	local string // ip of the proxy and admin API
+	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
+	start   func(*exec.Cmd) error
+	flags   []string
+	env     []string // beside the test's own
+	program string
+	local   string // ip of the proxy and admin API
 
 	admin  *http.Client
 	cmd    *exec.Cmd
@@ -119,9 +121,9 @@ func (n *node) up() {
 		n.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := exec.Command(larder, args...)
+	cmd := exec.Command(n.program, args...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Env = append(os.Environ(), "NO_PROXY=*", "no_proxy=*")
+	cmd.Env = append(append(os.Environ(), "NO_PROXY=*", "no_proxy=*"), n.env...)
 	if err := n.start(cmd); err != nil {
 		n.t.Fatalf("start %s: %v", n.name, err)
 	}
