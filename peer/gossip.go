@@ -26,6 +26,10 @@ const (
 	rejoinFirst   = time.Second      // doubling up to rejoinEvery
 	rejoinAtOnce  = 2                // unknown addresses tried each time
 	leaveTimeout  = time.Second
+	// retransmits is twice memberlist's number: with that, each of nine nodes tells
+	// four others of one that joins, one time in ten somebody is not among them,
+	// and does not hear of it until a full exchange up to 30 s later.
+	retransmits   = 8
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
 	maxQueued     = 512  // index messages not yet passed on
 	lookupTimeout = 5 * time.Second
@@ -99,6 +103,7 @@ func (g *gossip) config() (*memberlist.Config, error) {
 	c.Label = gossipLabel
 	c.TCPTimeout = gossipTimeout
 	c.DeadNodeReclaimTime = reclaimAfter
+	c.RetransmitMult = retransmits
 	c.EnableCompression = false // our messages are digests: LZW only costs
 	c.Delegate, c.Events = g, g
 	c.Logger = log.New(g.lines, "", 0)

@@ -77,7 +77,7 @@ func runDemo(ctx context.Context, out io.Writer, spec demoSpec) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.gather(ctx); err != nil {
+	if err := d.gather(ctx, d.nodes); err != nil {
 		return err
 	}
 	d.introduce(out)
@@ -125,10 +125,10 @@ func (d *demo) latecomer(ctx context.Context, out io.Writer, r *demoReport) erro
 	if err := d.add(); err != nil {
 		return err
 	}
-	if err := d.gather(ctx); err != nil {
+	n := d.nodes[len(d.nodes)-1]
+	if err := d.gather(ctx, []*demoNode{n}); err != nil {
 		return err
 	}
-	n := d.nodes[len(d.nodes)-1]
 	err := d.hear(ctx, n)
 	if err == nil {
 		r.late, err = d.pullAll(ctx, out, "new node, registry stopped", []*demoNode{n})

@@ -162,16 +162,22 @@ func (d *demo) close() error {
 	return err
 }
 
-// gatherTimeout is far more than loopback needs.
-const gatherTimeout = 20 * time.Second
+// gatherTimeout is more than gossip needs on a busy machine: who misses a message
+// learns of it in a full exchange, every 30 s.
+const gatherTimeout = 45 * time.Second
 
-// gather waits until every node sees all others.
-func (d *demo) gather(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, gatherTimeout, errors.New("demo: the nodes do not find each other"))
+// gather waits until each of nodes sees all others.
+func (d *demo) gather(ctx context.Context, nodes []*demoNode) error {
+	ctx, cancel := context.WithTimeout(ctx, gatherTimeout)
 	defer cancel()
-	for _, n := range d.nodes {
-		if err := until(ctx, func() bool { return len(n.agent.Members()) >= len(d.nodes) }); err != nil {
-			return err
+	for _, n := range nodes {
+		seen := 0
+		err := until(ctx, func() bool {
+			seen = len(n.agent.Members())
+			return seen >= len(d.nodes)
+		})
+		if err != nil {
+			return fmt.Errorf("demo: %s sees %d of %d nodes: %w", n.name, seen, len(d.nodes), err)
 		}
 	}
 	return nil
