@@ -12,6 +12,8 @@ runc            runc            e2e: containerd
 docker-registry docker-registry e2e: pulling from a 2.8 registry
 podman          podman          e2e: the CRI-O drop-in
 skopeo          skopeo          e2e: the CRI-O drop-in
+mkfs.ext4       e2fsprogs       e2e: a disk that hangs
+mount           mount           e2e: a disk that hangs
 nginx           nginx-light     benchmarks: throughput beside nginx
 ip              iproute2        storms in network namespaces
 iptables        iptables        partitions between namespaces
