@@ -142,7 +142,8 @@ func TestRegistryDiesForGood(t *testing.T) {
 	c.finish()
 }
 
-// TestDiskFullInTheMiddle fills the home's disk while it fetches for all.
+// TestDiskFullInTheMiddle fills the home's disk while it fetches for all. The
+// cache has set the blob's blocks aside, so that it can go on.
 func TestDiskFullInTheMiddle(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
@@ -246,6 +247,9 @@ func TestNewAddress(t *testing.T) {
 				t.Errorf("%s believes that %s is at %s; it went from %s to %s", n.name, m.Name, m.Address, before, owner.ip)
 			}
 		}
+	}
+	for _, n := range c.nodes[:3] {
+		n.awaitIndexed(len(c.img.Blobs) + len(c.img.Manifests))
 	}
 	c.reg.Down()
 	// By digest: what the tag stood for was told to others, who have forgotten.

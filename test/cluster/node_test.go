@@ -216,6 +216,24 @@ func (n *node) status() (s agent.Status) {
 	return s
 }
 
+// awaitIndexed waits until the node knows of so many blobs that others hold: the
+// index is gossip, and late.
+func (n *node) awaitIndexed(blobs int) {
+	n.t.Helper()
+	eventually(n.t, n.name+" knows what others hold", func() error {
+		var metrics string
+		if err := n.get("/metrics", &metrics); err != nil {
+			return err
+		}
+		_, after, _ := strings.Cut(metrics, "\nlarder_index_blobs ")
+		value, _, _ := strings.Cut(after, "\n")
+		if got, err := strconv.ParseFloat(value, 64); err != nil || int(got) < blobs {
+			return fmt.Errorf("%q of %d blobs in the index", value, blobs)
+		}
+		return nil
+	})
+}
+
 // names of the members that the node sees, itself included.
 func (n *node) members() (names []string) {
 	for _, m := range n.status().Members {
