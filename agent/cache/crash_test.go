@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -35,15 +36,22 @@ func TestCrashBetweenCommitSteps(t *testing.T) {
 	body, d := content(30, 3*minPiece+17)
 	c := open(t, Options{})
 	snapshots := map[step]string{}
+	var mu sync.Mutex // guards snapshots: steps are taken by several goroutines
+	booked := make(chan struct{})
 	c.faults = func(s step, _ digest.Digest) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if snapshots[s] == "" && s != stepWrite {
 			snapshots[s] = snapshot(t, c.dir)
+			if s == stepBooked {
+				close(booked)
+			}
 		}
 		return nil
 	}
 	run(t, c)
 	mustRead(t, c, d, all(body))
-	settle(c, d)
+	<-booked // the last step
 	for _, tt := range []struct {
 		before    step
 		committed bool
