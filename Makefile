@@ -20,7 +20,10 @@ demo: build ## A pull storm on loopback: a registry and 8 nodes, then a table (D
 	bin/larder demo $(DEMO_FLAGS)
 
 .PHONY: check
-check: lint ## gofmt, vet, linters, import directions and unit tests
+check: lint unit ## gofmt, vet, linters, import directions and unit tests
+
+.PHONY: unit
+unit: ## Unit and integration tests at full size
 	$(GO) test ./...
 
 # Both modules that hold code of ours; test/tools has none.
@@ -33,11 +36,11 @@ lint: ## gofmt, vet and golangci-lint
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: deps lint race e2e ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race e2e ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
-race: ## Unit and integration tests under the race detector
-	$(GO) test -race ./...
+race: ## The same under the race detector, which multiplies time and memory: smaller storms
+	$(GO) test -race -short ./...
 
 .PHONY: e2e
 e2e: ## Real containerd, podman, skopeo and registries (root)
@@ -60,6 +63,10 @@ fuzz: ## Run each fuzz target for FUZZTIME (20s)
 .PHONY: bench
 bench: build ## One node beside nginx and docker-registry: throughput, requests, cold pulls, memory
 	$(GO) run ./test/bench -larder bin/larder $(BENCH_FLAGS)
+
+.PHONY: sim
+sim: ## Storms of up to 1,000 simulated nodes, and 500 real members in one process (an hour)
+	LARDER_SIM=1 $(GO) test ./peer -run 'TestStormOfThousand|FiveHundred' -v -timeout 90m
 
 .PHONY: bench-storm
 bench-storm: build ## Pull storms on shaped links in network namespaces (root)
