@@ -52,6 +52,7 @@ type node struct {
 // resources are what an agent must not lose.
 type resources struct {
 	goroutines, files, sockets, links int
+	blobs                             []string // files of the cache's blobs, among files
 }
 
 func (n *node) addr(ip string, offset int) string {
@@ -292,6 +293,9 @@ func (n *node) resources() (r resources, err error) {
 			r.sockets++
 		case strings.HasPrefix(target, "/"):
 			r.files++
+			if strings.Contains(target, "/sha256/") || strings.Contains(target, "/ingest/") {
+				r.blobs = append(r.blobs, filepath.Base(target))
+			}
 		}
 	}
 	return r, err
