@@ -107,7 +107,7 @@ func (r *running) stop(t *testing.T) error {
 // eventually waits for a condition that other goroutines bring about.
 func eventually(t *testing.T, what string, ok func() error) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(30 * time.Second)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
