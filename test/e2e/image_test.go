@@ -43,7 +43,8 @@ type pushed struct {
 	repository string
 	tag        string
 	digest     v1.Hash
-	layers     []v1.Hash // not set for an index
+	layers     []v1.Hash // not set for an index, nor is size
+	size       int64     // of layers and config together
 }
 
 // push builds an image of layers with these sizes and pushes it. The same seed
@@ -71,7 +72,7 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 		}
 	default:
 		image := buildImage(r.t, kind, runtime.GOARCH, seed, sizes)
-		p.layers = layerDigests(r.t, image)
+		p.layers, p.size = contents(r.t, image)
 		p.digest, err = image.Digest()
 		if err == nil {
 			err = remote.Write(ref, image, opt)
@@ -83,17 +84,18 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 	return p
 }
 
-func layerDigests(t *testing.T, image v1.Image) []v1.Hash {
+func contents(t *testing.T, image v1.Image) (layers []v1.Hash, size int64) {
 	t.Helper()
 	m, err := image.Manifest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var digests []v1.Hash
+	size = m.Config.Size
 	for _, l := range m.Layers {
-		digests = append(digests, l.Digest)
+		layers = append(layers, l.Digest)
+		size += l.Size
 	}
-	return digests
+	return layers, size
 }
 
 func buildIndex(t *testing.T, seed uint64, sizes []int) v1.ImageIndex {

@@ -122,6 +122,7 @@ func (r *registry) ping(mark string) error {
 type access struct {
 	method, path, agent string
 	status              int
+	bytes               int64 // of the body
 }
 
 func (a access) String() string {
@@ -147,7 +148,7 @@ func (l accessList) String() string {
 }
 
 // accessLine matches the combined log format that both registries print.
-var accessLine = regexp.MustCompile(`(?m)^\S+ - \S+ \[[^\]]+\] "([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+) \d+ "[^"]*" "([^"]*)"`)
+var accessLine = regexp.MustCompile(`(?m)^\S+ - \S+ \[[^\]]+\] "([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+) (\d+) "[^"]*" "([^"]*)"`)
 
 // accesses is everything this registry was asked for so far. It first asks for
 // something itself and waits to see that in the log, so that whatever was
@@ -176,7 +177,8 @@ func parseAccesses(log []byte) accessList {
 	var all accessList
 	for _, m := range accessLine.FindAllSubmatch(log, -1) {
 		status, _ := strconv.Atoi(string(m[3])) // the pattern matches digits only
-		all = append(all, access{method: string(m[1]), path: string(m[2]), status: status, agent: string(m[4])})
+		bytes, _ := strconv.ParseInt(string(m[4]), 10, 64)
+		all = append(all, access{method: string(m[1]), path: string(m[2]), status: status, bytes: bytes, agent: string(m[5])})
 	}
 	return all
 }
