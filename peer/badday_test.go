@@ -74,6 +74,36 @@ func TestHomeKilledInTheMiddle(t *testing.T) {
 	w.within(t, d, 1.9)
 }
 
+// TestAllHomesKilledInTheMiddle pins that the nodes that are left agree on who
+// goes on, although gossip still names the dead.
+func TestAllHomesKilledInTheMiddle(t *testing.T) {
+	w := newTestWorld()
+	w.delay = 2 * time.Millisecond
+	nodes := w.nodes(t, 8)
+	d := w.add(10<<20, 1)
+	var homes, others []*testNode
+	for _, m := range nodes[0].s.roster.homes(sha256Of(d), "", false) {
+		i := slices.IndexFunc(nodes, func(n *testNode) bool { return n.s.self.Name == m.Name })
+		homes = append(homes, nodes[i])
+	}
+	for _, n := range nodes {
+		if !slices.Contains(homes, n) {
+			others = append(others, n)
+		}
+	}
+	for _, n := range others {
+		n.start(d)
+	}
+	for _, n := range others {
+		n.held(d, 5)
+	}
+	for _, n := range homes {
+		n.kill()
+	}
+	allOK(t, d, others...)
+	w.within(t, d, 2)
+}
+
 func TestEveryHolderKilled(t *testing.T) {
 	w := newTestWorld()
 	nodes := w.nodes(t, 5)

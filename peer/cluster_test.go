@@ -345,7 +345,7 @@ func TestResolveAsksTheNextHome(t *testing.T) {
 			w := newTestWorld()
 			nodes := w.nodes(t, 2)
 			r := Reference{Registry: "r", Repository: "app", Tag: "v1"}
-			for i, m := range nodes[0].s.roster.view.Load().homes(r.home(), "", false) {
+			for i, m := range nodes[0].s.roster.view.Load().homes(r.home(), "", false, nil) {
 				for _, n := range nodes {
 					if n.s.self.Name == m.Name {
 						n.tag = tt.homes[i]

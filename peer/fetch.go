@@ -253,12 +253,9 @@ func (x *fetch) run(ctx context.Context) error {
 
 // step finds a home, or is one, and exchanges until that has to change.
 func (x *fetch) step(ctx context.Context) error {
-	for _, m := range x.route() {
+	for m := x.next(x.tried); m != nil; m = x.next(x.tried) {
 		if m.Name == x.s.self.Name {
 			return x.asHome(ctx)
-		}
-		if x.s.roster.isDown(m.Name) || x.tried[m.Name] {
-			continue
 		}
 		err := x.join(ctx, m, false)
 		if err == nil {
@@ -279,12 +276,15 @@ func (x *fetch) step(ctx context.Context) error {
 	return x.asHome(ctx)
 }
 
+// next is the home to ask now; nil once those that count were asked.
+func (x *fetch) next(asked map[string]bool) *Member { return nextOf(x.route(), asked) }
+
 // route lists the homes to ask, in order; this node itself, where it stands in
 // the list, is the one that goes upstream. The homes of the zone come first; a
 // zone's first home goes on to the cluster's (I4).
 func (x *fetch) route() []*Member {
-	v := x.s.roster.view.Load()
-	zone := v.homes(x.b.k, x.s.cfg.Zone, true)
+	r := x.s.roster
+	zone := r.homes(x.b.k, x.s.cfg.Zone, true)
 	if x.s.cfg.ZoneScope {
 		return zone
 	}
@@ -292,10 +292,10 @@ func (x *fetch) route() []*Member {
 		if m.Name == x.s.self.Name {
 			// The zone's homes before this one, then the cluster's, which may
 			// name this node again.
-			return append(zone[:i:i], v.homes(x.b.k, "", false)...)
+			return append(zone[:i:i], r.homes(x.b.k, "", false)...)
 		}
 	}
-	return append(zone, v.homes(x.b.k, "", false)...)
+	return append(zone, r.homes(x.b.k, "", false)...)
 }
 
 // join asks a home, takes what it says, and links with whom it names.
@@ -509,14 +509,13 @@ func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 
 // otherHomes are the members that are, or lately were, homes of the blob.
 func (x *fetch) otherHomes() (out []*Member) {
-	v := x.s.roster.view.Load()
-	homes := v.homes(x.b.k, x.s.cfg.Zone, true)
+	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
 	if !x.s.cfg.ZoneScope {
-		homes = append(homes, v.homes(x.b.k, "", false)...)
+		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
 	}
 	for _, m := range homes {
 		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
-		if m.Name != x.s.self.Name && !known && !x.s.roster.isDown(m.Name) && !x.tried[m.Name] {
+		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
 			out = append(out, m)
 		}
 	}
@@ -572,7 +571,9 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 }
 
 func (x *fetch) permit(ctx context.Context) bool {
-	for _, m := range x.route() {
+	asked := make(map[string]bool)
+	for m := x.next(asked); m != nil; m = x.next(asked) {
+		asked[m.Name] = true
 		if m.Name == x.s.self.Name {
 			return x.b.home.permit(time.Now())
 		}

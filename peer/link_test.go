@@ -396,7 +396,7 @@ func (n *testNode) wantOK(d digest.Digest) {
 // homeOf puts the blob's first home first.
 func homeOf(d digest.Digest, nodes []*testNode) (home *testNode, others []*testNode) {
 	k, _ := parseKey(d.String())
-	top := nodes[0].s.roster.view.Load().homes(k, "", false)[0].Name
+	top := nodes[0].s.roster.view.Load().homes(k, "", false, nil)[0].Name
 	for _, n := range nodes {
 		if n.s.self.Name == top {
 			home = n

@@ -200,22 +200,62 @@ func (r *roster) isDown(name string) bool {
 	return ok && time.Now().Before(until)
 }
 
+// homes is view.homes without those that this node cannot reach now: when all of
+// a blob's homes die at once, the next best must be the same for everybody, or
+// each node would go upstream for itself until gossip has noticed.
+func (r *roster) homes(k key, zone string, zoned bool) []*Member {
+	return r.view.Load().homes(k, zone, zoned, r.fallenAway())
+}
+
+// fallenAway is who cannot be reached now; nil if nobody.
+func (r *roster) fallenAway() map[string]bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var out map[string]bool
+	for name, until := range r.down {
+		if time.Now().Before(until) {
+			if out == nil {
+				out = make(map[string]bool)
+			}
+			out[name] = true
+		}
+	}
+	return out
+}
+
 // isGone reports whether a member is no more, or cannot be reached now.
 func (r *roster) isGone(name string) bool {
 	_, live := r.get(name)
 	return !live || r.isDown(name)
 }
 
-// homesPerBlob is how many members may be asked for one blob before a node
-// relies on itself.
-const homesPerBlob = 3
+const (
+	// homesPerBlob is how many homes a blob has at a time.
+	homesPerBlob = 3
+	// maxAsked is how many members a node asks as homes, those among them that turn
+	// out to be dead, before it relies on itself.
+	maxAsked = 2 * homesPerBlob
+)
+
+// nextOf is the first of homes that was not asked yet; nil once enough were.
+func nextOf(homes []*Member, asked map[string]bool) *Member {
+	if len(asked) >= maxAsked {
+		return nil
+	}
+	for _, m := range homes {
+		if !asked[m.Name] {
+			return m
+		}
+	}
+	return nil
+}
 
 // homes returns the best members for a blob by rendezvous hashing: all of the
 // cluster, or those of one zone. Every node that sees the same members returns
 // the same list, and a change of one member moves only that member's blobs. The
 // best of the cluster is also the best of its own zone, so a zone's home is one
-// hop from the cluster's.
-func (v *view) homes(k key, zone string, zoned bool) []*Member {
+// hop from the cluster's. Members in without are passed over.
+func (v *view) homes(k key, zone string, zoned bool, without map[string]bool) []*Member {
 	type scored struct {
 		m     *Member
 		score uint64
@@ -223,7 +263,7 @@ func (v *view) homes(k key, zone string, zoned bool) []*Member {
 	seed := binary.BigEndian.Uint64(k[:])
 	var top [homesPerBlob]scored
 	for _, m := range v.all {
-		if !m.Home || (zoned && m.Zone != zone) {
+		if !m.Home || (zoned && m.Zone != zone) || without[m.Name] {
 			continue
 		}
 		s := scored{m, mix(seed ^ m.rank)}

@@ -373,7 +373,7 @@ func (w *simWorld) play(t *testing.T) simResult {
 // top is the blob's first home.
 func (w *simWorld) top() *simNode {
 	k, _ := parseKey(w.digest.String())
-	name := w.nodes[0].s.roster.view.Load().homes(k, "", false)[0].Name
+	name := w.nodes[0].s.roster.view.Load().homes(k, "", false, nil)[0].Name
 	i := slices.IndexFunc(w.nodes, func(n *simNode) bool { return n.s.self.Name == name })
 	return w.nodes[i]
 }

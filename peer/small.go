@@ -76,10 +76,10 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 	defer stop()
 	var failed error
 	taken, reached := false, false
-	for _, m := range s.roster.view.Load().homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope) {
-		if s.roster.isDown(m.Name) {
-			continue
-		}
+	asked := make(map[string]bool)
+	next := func() *Member { return nextOf(s.roster.homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope), asked) }
+	for m := next(); m != nil; m = next() {
+		asked[m.Name] = true
 		b, err := s.put(ctx, m, method, r)
 		if err == nil {
 			if enough, err := take(b); enough || err != nil {

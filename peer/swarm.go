@@ -257,12 +257,12 @@ func (s *Swarm) allLinks() []*link {
 // may be in, as this node sees the members.
 func (s *Swarm) mayBeHome(k key, name string) bool {
 	v := s.roster.view.Load()
-	for _, m := range v.homes(k, "", false) {
+	for _, m := range v.homes(k, "", false, nil) {
 		if m.Name == name {
 			return true
 		}
 	}
-	for _, m := range v.homes(k, s.cfg.Zone, true) {
+	for _, m := range v.homes(k, s.cfg.Zone, true, nil) {
 		if m.Name == name {
 			return true
 		}
