@@ -2,7 +2,8 @@
 # Builds the pinned tools that the tests run against (see go.mod and lint/go.mod
 # for the versions) and prints the directory that holds them.
 #
-#   install.sh runtimes   containerd 2.x, ctr, its shim and the distribution registry
+#   install.sh runtimes   containerd 2.x, ctr, its shim, the distribution registry and
+#                         the distribution specification's conformance suite
 #   install.sh lint       golangci-lint
 #
 # The directory lies outside the tree and is named after everything that decides
