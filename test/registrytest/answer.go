@@ -224,9 +224,10 @@ func newLimiter(bytesPerSecond int64) *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(bytesPerSecond), burst(bytesPerSecond))
 }
 
-// burst is 10 ms worth of bytes, within what is sensible to write at once.
+// burst is 10 ms worth of bytes: what a timer that fires late has missed is
+// made up for, or one connection would stay far below a high rate.
 func burst(bytesPerSecond int64) int {
-	return int(min(max(bytesPerSecond/100, 1<<10), 64<<10))
+	return int(min(max(bytesPerSecond/100, 1<<10), 8<<20))
 }
 
 func flush(w http.ResponseWriter) {

@@ -128,6 +128,10 @@ func (c *limitedConn) Close() error {
 	return err
 }
 
+// maxPart is what is written at once, so that connections which share the uplink
+// take turns.
+const maxPart = 64 << 10
+
 func (c *limitedConn) Write(p []byte) (int, error) {
 	if r := c.endpoint.limits.perConn.Load(); r != c.ownRate {
 		c.own, c.ownRate = newLimiter(r), r
@@ -135,7 +139,7 @@ func (c *limitedConn) Write(p []byte) (int, error) {
 	uplink := c.endpoint.limits.uplink
 	done := 0
 	for done < len(p) {
-		part := p[done:min(len(p), done+c.own.Burst(), done+uplink.Burst())]
+		part := p[done:min(len(p), done+maxPart, done+c.own.Burst(), done+uplink.Burst())]
 		if err := c.own.WaitN(c.ctx, len(part)); err != nil {
 			return done, err
 		}
