@@ -72,9 +72,9 @@ func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 	if base == "" {
 		base = usualAddress(r.Host)
 	}
-	r.Upstreams = append(r.Upstreams, base)
+	addUpstream(r, base)
 	if plain, ok := strings.CutPrefix(base, "https://"); ok && e.AllowHTTP {
-		r.Upstreams = append(r.Upstreams, "http://"+plain)
+		addUpstream(r, "http://"+plain)
 	}
 	r.SkipVerify = r.SkipVerify || e.SkipVerify
 	for _, ca := range e.CAFiles {
@@ -93,6 +93,14 @@ func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 		}
 	}
 	return ""
+}
+
+// addUpstream leaves out what is listed already: a mirror that is also the
+// server would be asked, and counted, twice.
+func addUpstream(r *upstream.Registry, base string) {
+	if !slices.Contains(r.Upstreams, base) {
+		r.Upstreams = append(r.Upstreams, base)
+	}
 }
 
 // usualAddress is where a registry is when nobody says otherwise.

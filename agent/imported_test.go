@@ -45,6 +45,8 @@ func TestMergeImported(t *testing.T) {
 		{name: "blocked with a mirror by digest", found: hostsconfig.Imported{Registry: "quay.io", Blocked: true, Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Resolve = false })}},
 			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/v2"}}},
+		{name: "a mirror named twice", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{mirror, mirror, source}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/v2", "https://quay.io"}}},
 		{name: "blocked", found: hostsconfig.Imported{Registry: "quay.io", Blocked: true},
 			want: upstream.Registry{Host: "quay.io", ContactUpstream: &no}},
 		{name: "configured", found: hostsconfig.Imported{Registry: "mine.example", Endpoints: []hostsconfig.Endpoint{mirror}}},
