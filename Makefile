@@ -4,6 +4,8 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 20s
+# The name of the image in the deploy files: the chart's default.
+IMAGE ?= ghcr.io/larder-cache/larder:$(shell sed -n 's/^appVersion: *"\(.*\)"/\1/p' deploy/chart/Chart.yaml)
 # Daemons are not in a user's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
@@ -14,6 +16,18 @@ help: ## Show this help
 .PHONY: build
 build: ## Build bin/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
+
+.PHONY: image
+image: ## Build dist/larder-image.tar: amd64 and arm64, for ctr, podman or docker to load (IMAGE=name:tag)
+	mkdir -p dist
+	for arch in amd64 arm64; do CGO_ENABLED=0 GOOS=linux GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' \
+		-o dist/larder-linux-$$arch ./cmd/larder; done
+	$(GO) run ./deploy/image -name $(IMAGE) -version $(VERSION) -out dist/larder-image.tar dist/larder-linux-amd64 dist/larder-linux-arm64
+
+.PHONY: manifest
+manifest: ## Write deploy/larder.yaml from the chart
+	@PATH=$$(test/tools/install.sh deploy):$$PATH deploy/manifest.sh > dist/larder.yaml.new
+	@mv dist/larder.yaml.new deploy/larder.yaml
 
 .PHONY: demo
 demo: build ## A pull storm on loopback: a registry and 8 nodes, then a table (DEMO_FLAGS=--stay)
