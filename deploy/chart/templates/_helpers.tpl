@@ -86,19 +86,25 @@ The downward API could give the whole limit, but no share of it.
   "proxy" (dict "listen" (printf "127.0.0.1:%v" $ports.proxy))
   "admin" (dict "listen" (printf "127.0.0.1:%v" $ports.admin))
   "cache" (dict "dir" .Values.cache.hostPath)
-  "peer" (dict "gossip" (printf ":%v" $ports.gossip) "data" (printf ":%v" $ports.data)
-    "join" (list (printf "%s.%s.svc:%v" (include "larder.peers" .) .Release.Namespace $ports.gossip))
-    "key_file" "/run/secrets/larder/key")
+  "peer" (dict)
   "hosts" (dict)
   "runtime" (dict)
 -}}
+{{- if include "larder.peering" . -}}
+{{- $_ := set $own "peer" (dict "gossip" (printf ":%v" $ports.gossip) "data" (printf ":%v" $ports.data)
+  "join" (list (printf "%s.%s.svc:%v" (include "larder.peers" .) .Release.Namespace $ports.gossip))
+  "key_file" "/run/secrets/larder/key") -}}
+{{- end -}}
 {{- if .Values.containerd.enabled -}}
 {{- $_ := set $own.hosts "containerd" .Values.containerd.certsDir -}}
 {{- if .Values.containerd.colonLink -}}{{- $_ := set $own.hosts "containerd_colon_link" true -}}{{- end -}}
 {{- with .Values.containerd.root -}}{{- $_ := set $own.runtime "content_dir" (printf "%s/io.containerd.content.v1.content" .) -}}{{- end -}}
 {{- with .Values.containerd.socket -}}{{- $_ := set $own.runtime "containerd_socket" . -}}{{- end -}}
 {{- end -}}
-{{- if .Values.crio.enabled -}}{{- $_ := set $own.hosts "crio" .Values.crio.dropInDir -}}{{- end -}}
+{{- if .Values.crio.enabled -}}
+{{- $_ := set $own.hosts "crio" .Values.crio.dropInDir -}}
+{{- if .Values.crio.reload -}}{{- $_ := set $own.hosts "crio_reload" true -}}{{- end -}}
+{{- end -}}
 {{- if .Values.metrics.enabled -}}{{- $_ := set $own "metrics" (dict "listen" (printf ":%v" $ports.metrics)) -}}{{- end -}}
 {{- if .Values.audit.enabled -}}{{- $_ := set $own "audit" (dict "file" (printf "%s/audit.log" .Values.audit.hostPath)) -}}{{- end -}}
 {{- range $table, $keys := mergeOverwrite $own (deepCopy .Values.config) }}
@@ -111,6 +117,60 @@ The downward API could give the whole limit, but no share of it.
 [[registry]]
 {{- include "larder.toml.table" . }}
 {{ end }}
+{{- end -}}
+
+{{/* Whether this release's agents work together: "true" or nothing. */}}
+{{- define "larder.peering" -}}
+{{- if dig "peer" "enabled" true .Values.config -}}true{{- end -}}
+{{- end -}}
+
+{{/* The node's directories that the agent writes registry configuration to. */}}
+{{- define "larder.hosts.mounts" -}}
+{{- with .Values.containerd }}
+{{- if .enabled }}
+{{- if eq .mount "parent" }}
+- {name: containerd-config, mountPath: {{ dir .certsDir }}}
+{{- else }}
+- {name: containerd-config, mountPath: {{ dir .certsDir }}, readOnly: true}
+- {name: certs-d, mountPath: {{ .certsDir }}}
+{{- end }}
+{{- range $n, $root := .furtherRoots }}
+- {name: certs-d-{{ $n }}, mountPath: {{ $root }}, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.crio }}
+{{- if .enabled }}
+- {name: containers-config, mountPath: {{ dir .dropInDir }}, readOnly: true}
+- {name: registries-conf-d, mountPath: {{ .dropInDir }}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Their volumes. */}}
+{{- define "larder.hosts.volumes" -}}
+{{- with .Values.containerd }}
+{{- if .enabled }}
+- name: containerd-config
+  hostPath: {path: {{ dir .certsDir }}, type: Directory}
+{{- if eq .mount "directory" }}
+- name: certs-d
+  hostPath: {path: {{ .certsDir }}, type: DirectoryOrCreate}
+{{- end }}
+{{- range $n, $root := .furtherRoots }}
+- name: certs-d-{{ $n }}
+  hostPath: {path: {{ $root }}, type: DirectoryOrCreate}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.crio }}
+{{- if .enabled }}
+- name: containers-config
+  hostPath: {path: {{ dir .dropInDir }}, type: Directory}
+- name: registries-conf-d
+  hostPath: {path: {{ .dropInDir }}, type: DirectoryOrCreate}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* What cannot work, said before anything is installed. */}}
