@@ -4,6 +4,8 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 20s
+# The name of the image in the deploy files: the chart's default.
+IMAGE ?= ghcr.io/larder-cache/larder:$(shell sed -n 's/^appVersion: *"\(.*\)"/\1/p' deploy/chart/Chart.yaml)
 # Daemons are not in a user's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
@@ -14,6 +16,18 @@ help: ## Show this help
 .PHONY: build
 build: ## Build bin/larder
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/larder ./cmd/larder
+
+.PHONY: image
+image: ## Build dist/larder-image.tar: amd64 and arm64, for ctr, podman or docker to load (IMAGE=name:tag)
+	mkdir -p dist
+	for arch in amd64 arm64; do CGO_ENABLED=0 GOOS=linux GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' \
+		-o dist/larder-linux-$$arch ./cmd/larder; done
+	$(GO) run ./deploy/image -name $(IMAGE) -version $(VERSION) -out dist/larder-image.tar dist/larder-linux-amd64 dist/larder-linux-arm64
+
+.PHONY: manifest
+manifest: ## Write the plain manifests in deploy from the chart
+	@PATH=$$(test/tools/install.sh deploy):$$PATH; for m in larder doctor cleanup; do \
+		deploy/manifest.sh $$m > deploy/$$m.yaml.new; mv deploy/$$m.yaml.new deploy/$$m.yaml; done
 
 .PHONY: demo
 demo: build ## A pull storm on loopback: a registry and 8 nodes, then a table (DEMO_FLAGS=--stay)
@@ -27,17 +41,19 @@ unit: ## Unit and integration tests at full size
 	$(GO) test $$($(GO) list ./... | grep -v /test/cluster)
 	$(GO) test ./test/cluster # alone: it counts what an outage in the middle of a storm costs
 
-# Both modules that hold code of ours; test/tools has none.
+# The modules that hold code of ours; test/tools has none.
+MODULES := . test/e2e test/deploy test/alerts
+
 .PHONY: lint
 lint: ## gofmt, vet and golangci-lint
 	@out=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
-	$(GO) vet ./... && cd test/e2e && $(GO) vet ./...
+	@for module in $(MODULES); do (cd $$module && $(GO) vet ./...); done
 	@tools=$$(test/tools/install.sh lint); config=$$PWD/.golangci.yml; \
-	for module in . test/e2e; do (cd $$module && $$tools/golangci-lint run -c $$config ./...); done
+	for module in $(MODULES); do (cd $$module && $$tools/golangci-lint run -c $$config ./...); done
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: deps lint unit race e2e ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race deploy-test e2e ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
@@ -47,6 +63,11 @@ race: ## The same under the race detector, which multiplies time and memory: sma
 e2e: ## Real containerd, podman, skopeo and registries (root)
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
 	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
+
+.PHONY: deploy-test
+deploy-test: ## The chart by Helm, every preset and switch; the alerts by Prometheus' engine
+	@LARDER_TOOLS_BIN=$$(test/tools/install.sh deploy); export LARDER_TOOLS_BIN; \
+	for module in test/deploy test/alerts; do (cd $$module && $(GO) test -count=1 ./...); done
 
 .PHONY: deps
 deps: ## Install what the tests run against (root, apt), or say what is missing

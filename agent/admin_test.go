@@ -38,6 +38,7 @@ var contractMetrics = map[string][]string{
 	"larder_tag_stale_served_total":       {},
 	"larder_auth_decisions_total":         {"decision"},
 	"larder_upstream_ratelimit_remaining": {"registry"},
+	"larder_upstream_ratelimit_limit":     {"registry"},
 	"larder_hosts_drift_repaired_total":   {"runtime"},
 }
 

@@ -194,6 +194,7 @@ func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.R
 		Containerd:   c.Hosts.Containerd,
 		CRIO:         c.Hosts.CRIO,
 		ColonLink:    c.Hosts.ContainerdColonLink,
+		ReloadCRIO:   c.Hosts.CRIOReload,
 		Registries:   c.Hosts.Registries,
 		ProxyAddr:    proxyAddr,
 		RemoveOnExit: c.Hosts.RemoveOnExit,

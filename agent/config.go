@@ -87,6 +87,7 @@ type PeerConfig struct {
 type HostsConfig struct {
 	Containerd          string   `key:"containerd" default:"" help:"containerd's certs.d directory to manage (/etc/containerd/certs.d); empty = none"`
 	CRIO                string   `key:"crio" default:"" help:"registries.conf.d directory to manage (/etc/containers/registries.conf.d); empty = none"`
+	CRIOReload          bool     `key:"crio_reload" default:"false" help:"send CRI-O SIGHUP after a change, where auto_reload_registries is off; needs root and the node's process namespace"`
 	Registries          []string `key:"registries" default:"*" help:"registries to mirror; * = every registry on containerd, the well-known ones on CRI-O"`
 	RemoveOnExit        bool     `key:"remove_on_exit" default:"true" help:"restore the host's files when the agent stops"`
 	ContainerdColonLink bool     `key:"containerd_colon_link" default:"false" help:"also link the literal two-root path that containerd 2.1+ looks up"`

@@ -27,7 +27,7 @@ var contractDefaults = map[string]string{
 	"peer.enabled": "true", "peer.name": "", "peer.gossip": ":5052", "peer.data": ":5051", "peer.advertise": "", "peer.join": "",
 	"peer.key_file": "", "peer.zone": "", "peer.home": "true", "peer.upstream_scope": "cluster",
 	"peer.max_upload_bytes_per_second": "0", "peer.max_uploads": "64",
-	"hosts.containerd": "", "hosts.crio": "", "hosts.registries": "*", "hosts.remove_on_exit": "true", "hosts.containerd_colon_link": "false",
+	"hosts.containerd": "", "hosts.crio": "", "hosts.crio_reload": "false", "hosts.registries": "*", "hosts.remove_on_exit": "true", "hosts.containerd_colon_link": "false",
 	"runtime.containerd_socket": "", "runtime.content_dir": "",
 	"admin.listen": "127.0.0.1:5053", "metrics.listen": "", "audit.file": "",
 }
@@ -202,7 +202,7 @@ func TestProblems(t *testing.T) {
 		{name: "peers off loopback without a key", args: []string{"--peer.gossip=0.0.0.0:7777"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "key file missing", args: []string{"--peer.key_file=/nonexistent/key"}, want: []string{"peer.key_file", "no such file"}},
 		{name: "key file with no key in it", args: []string{"--peer.key_file=/dev/null"}, want: []string{"peer.key_file", "larder keygen"}},
-		{name: "zone too long", args: []string{"--peer.zone=a-very-long-name-of-a-zone"}, want: []string{"peer.zone", "20"}},
+		{name: "zone too long", args: []string{"--peer.zone=" + strings.Repeat("z", 64)}, want: []string{"peer.zone", "63"}},
 		{name: "scope", args: []string{"--peer.upstream_scope=rack"}, want: []string{"peer.upstream_scope", "cluster, zone"}},
 		{name: "relative hosts directory", args: []string{"--hosts.containerd=certs.d"}, want: []string{"hosts.containerd", "absolute"}},
 		{name: "hosts registries", args: []string{"--hosts.registries=docker.io,https://quay.io"}, want: []string{"hosts.registries", "https://quay.io"}},

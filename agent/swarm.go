@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -48,7 +50,7 @@ func (a *Agent) openSwarm() error {
 	s := &swarm{agent: a}
 	var err error
 	s.Swarm, err = peer.New(peer.Config{
-		Name: a.nodeName(), Zone: c.Zone, Home: c.Home, ZoneScope: c.UpstreamScope == "zone",
+		Name: a.nodeName(), Zone: shortZone(c.Zone), Home: c.Home, ZoneScope: c.UpstreamScope == "zone",
 		Keys: keys, Gossip: c.Gossip, Data: c.Data, Advertise: c.Advertise, Join: c.Join,
 		MaxUploads: c.MaxUploads, MaxUploadBytesPerSecond: int64(c.MaxUploadBytesPerSecond),
 		TagTTL: a.config.Upstream.TagTTL, PieceSize: cache.PieceSize,
@@ -59,6 +61,20 @@ func (a *Agent) openSwarm() error {
 	}
 	a.swarm = s
 	return nil
+}
+
+// gossipZone is how many bytes of a zone gossip carries.
+const gossipZone = 29
+
+// shortZone makes a zone fit into gossip. Peers compare zones and never take
+// them apart, so the end of a long one may be a digest of the whole.
+func shortZone(zone string) string {
+	if len(zone) <= gossipZone {
+		return zone
+	}
+	sum := sha256.Sum256([]byte(zone))
+	end := "~" + hex.EncodeToString(sum[:4])
+	return zone[:gossipZone-len(end)] + end
 }
 
 // Run serves peers, after telling them of every blob that is here already.

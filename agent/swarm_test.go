@@ -154,6 +154,24 @@ func TestReadyWithoutOthers(t *testing.T) {
 	}
 }
 
+// TestShortZone holds that every value a node's label can have is a zone: the
+// agent is told it by Kubernetes, and must not fail to start because of it.
+func TestShortZone(t *testing.T) {
+	long := strings.Repeat("z", maxZone-1)
+	for _, zone := range []string{"", "eu-central-1a", "northamerica-northeast1-a", strings.Repeat("z", gossipZone), long + "a", long + "b"} {
+		short := shortZone(zone)
+		if len(short) > gossipZone || len(zone) <= gossipZone && short != zone {
+			t.Errorf("%q becomes %q", zone, short)
+		}
+		if _, err := peer.New(peer.Config{Name: "n", Zone: short, Store: swarmStore{}, Origin: swarmOrigin{}}); err != nil {
+			t.Errorf("%q: %v", zone, err)
+		}
+	}
+	if shortZone(long+"a") == shortZone(long+"b") {
+		t.Error("two zones become one")
+	}
+}
+
 // TestMembersOf holds the order, and what is told of links and bans.
 func TestMembersOf(t *testing.T) {
 	until := time.Now().Add(time.Minute)

@@ -181,8 +181,8 @@ func (v *validator) loopback(key, s, advice string) {
 // up to 200 characters fit.
 var peerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,198}[A-Za-z0-9])?$`)
 
-// maxZone is what fits beside the other facts in 64 bytes of gossip metadata.
-const maxZone = 20
+// maxZone is the longest value of a node's label, which zones are named by.
+const maxZone = 63
 
 func (v *validator) peer(c PeerConfig) {
 	if !c.Enabled {

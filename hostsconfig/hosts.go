@@ -46,6 +46,10 @@ type Options struct {
 	// CRIO is the registries.conf.d directory to manage, "" for none. It is
 	// created like Containerd. registries.conf beside it is read, never written.
 	CRIO string
+	// ReloadCRIO sends SIGHUP to the CRI-O of this node after each change of its
+	// drop-in, so that it reads its registries anew. The process must see the
+	// node's processes, and be root.
+	ReloadCRIO bool
 	// Registries are the registries to mirror, as images name them, with "*"
 	// for every one on containerd and the well-known ones on CRI-O. Empty
 	// means "*".
@@ -105,6 +109,7 @@ type Hosts struct {
 
 	disk    disk
 	limiter *limiter
+	proc    string // where processes are looked up; tests have their own
 
 	mu      sync.Mutex          // makes Apply, Remove, Plan and Run take turns; guards what follows
 	running bool                // Run is on
@@ -150,7 +155,7 @@ func New(opts Options) (*Hosts, error) {
 	}
 	return &Hosts{
 		opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer),
-		limiter: newLimiter(), held: map[string]*managed{}, reasons: map[string]string{},
+		limiter: newLimiter(), proc: "/proc", held: map[string]*managed{}, reasons: map[string]string{},
 	}, nil
 }
 

@@ -21,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if childMain() {
+	if childMain() || crioMain() {
 		return
 	}
 	goleak.VerifyTestMain(m)

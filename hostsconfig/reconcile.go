@@ -184,6 +184,7 @@ func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
 			problems = append(problems, explain(d, err))
 		}
 	}
+	h.reloadAfter(changes)
 	return changes, errors.Join(problems...)
 }
 
@@ -397,6 +398,7 @@ func (h *Hosts) remove(ctx context.Context) ([]Change, error) {
 			problems = append(problems, explain(d, err))
 		}
 	}
+	h.reloadAfter(changes)
 	return changes, errors.Join(problems...)
 }
 

@@ -18,7 +18,7 @@ type Config struct {
 	// Name is the node's name. It decides which blobs the node is home of, so it
 	// should survive a restart. At most 200 bytes.
 	Name string
-	// Zone groups nodes with cheap links between them; at most 20 bytes.
+	// Zone groups nodes with cheap links between them; at most 29 bytes.
 	Zone string
 	// Home says whether this node may fetch from upstream for others.
 	Home bool

@@ -346,6 +346,9 @@ func TestMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := testutil.GatherAndCompare(prom, strings.NewReader(`
+# HELP larder_upstream_ratelimit_limit Pulls that the registry allows in a window, as it said last.
+# TYPE larder_upstream_ratelimit_limit gauge
+larder_upstream_ratelimit_limit{registry="test"} 100
 # HELP larder_upstream_ratelimit_remaining Pulls left in the registry's current window, as it said last.
 # TYPE larder_upstream_ratelimit_remaining gauge
 larder_upstream_ratelimit_remaining{registry="test"} 76

@@ -12,6 +12,7 @@ import (
 type metrics struct {
 	requests  *prometheus.CounterVec
 	remaining *prometheus.GaugeVec
+	allowed   *prometheus.GaugeVec
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -24,11 +25,15 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "larder_upstream_ratelimit_remaining",
 			Help: "Pulls left in the registry's current window, as it said last.",
 		}, []string{"registry"}),
+		allowed: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "larder_upstream_ratelimit_limit",
+			Help: "Pulls that the registry allows in a window, as it said last.",
+		}, []string{"registry"}),
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.remaining} {
+	for _, c := range []prometheus.Collector{m.requests, m.remaining, m.allowed} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register upstream metrics: %w", err)
 		}

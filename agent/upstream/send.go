@@ -443,4 +443,7 @@ func (ep *endpoint) noteLimit(h http.Header) {
 	ep.limit = &RateLimit{Limit: total, Remaining: remaining, Window: window}
 	ep.mu.Unlock()
 	ep.c.metrics.remaining.WithLabelValues(ep.reg.label).Set(float64(remaining))
+	if total > 0 {
+		ep.c.metrics.allowed.WithLabelValues(ep.reg.label).Set(float64(total))
+	}
 }

@@ -5,16 +5,17 @@
 #   install.sh runtimes   containerd 2.x, ctr, its shim, the distribution registry and
 #                         the distribution specification's conformance suite
 #   install.sh lint       golangci-lint
+#   install.sh deploy     helm
 #
 # The directory lies outside the tree and is named after everything that decides
 # its content, so a second run builds nothing and two checkouts can share it.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-set_name=${1:?usage: install.sh runtimes|lint}
+set_name=${1:?usage: install.sh runtimes|lint|deploy}
 case $set_name in
 runtimes) module=. ;;
-lint) module=lint ;;
+lint | deploy) module=$set_name ;;
 *) echo "install.sh: unknown set $set_name" >&2; exit 2 ;;
 esac
 

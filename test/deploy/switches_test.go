@@ -1,0 +1,176 @@
+package deploy
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestSwitches holds that each value changes what it is for: with it the text
+// is there, without it is not.
+func TestSwitches(t *testing.T) {
+	plain := render(t)
+	for _, tt := range []struct {
+		name string
+		set  []string // key=value of --set
+		want []string // regular expressions that match with, and not without
+		gone []string // the other way
+	}{
+		{name: "image tag", set: []string{"image.tag=v9"}, want: []string{`image: ghcr.io/larder-cache/larder:v9\n`}},
+		{name: "image digest", set: []string{"image.digest=sha256:" + strings.Repeat("a", 64), "image.repository=reg.example.com/larder"}, want: []string{`image: reg.example.com/larder@sha256:a{64}\n`}},
+		{name: "pull policy", set: []string{"image.pullPolicy=Never"}, want: []string{`imagePullPolicy: Never`}, gone: []string{`imagePullPolicy: IfNotPresent`}},
+		{name: "pull secrets", set: []string{"imagePullSecrets[0].name=regcred"}, want: []string{`imagePullSecrets:\n +- name: regcred`}},
+		{name: "certs.d elsewhere", set: []string{"containerd.certsDir=/opt/c/certs.d"}, want: []string{`containerd = "/opt/c/certs.d"`, `path: /opt/c, type: Directory}`}, gone: []string{`/etc/containerd`}},
+		{name: "certs.d alone", set: []string{"containerd.mount=directory"}, want: []string{`mountPath: /etc/containerd, readOnly: true}`, `name: certs-d, mountPath: /etc/containerd/certs.d}`, `path: /etc/containerd/certs.d, type: DirectoryOrCreate`}},
+		{name: "further roots", set: []string{"containerd.furtherRoots={/etc/docker/certs.d}"}, want: []string{`mountPath: /etc/docker/certs.d, readOnly: true`}},
+		{name: "colon link", set: []string{"containerd.colonLink=true"}, want: []string{`containerd_colon_link = true`}},
+		{name: "no content store", set: []string{"containerd.root="}, gone: []string{`content_dir`, `name: content`}},
+		{name: "socket", set: []string{"containerd.socket=/run/k3s/containerd/containerd.sock"}, want: []string{`containerd_socket = "/run/k3s/containerd/containerd.sock"`, `mountPath: /run/k3s/containerd, readOnly: true`}},
+		{name: "CRI-O alone", set: []string{"containerd.enabled=false", "crio.enabled=true"}, want: []string{`crio = "/etc/containers/registries.conf.d"`, `mountPath: /etc/containers, readOnly: true`}, gone: []string{`/etc/containerd`, `content_dir`}},
+		{name: "both runtimes", set: []string{"crio.enabled=true"}, want: []string{`containerd = "/etc/containerd/certs.d"\n +crio = "/etc/containers/registries.conf.d"`}},
+		{name: "CRI-O reload", set: []string{"crio.enabled=true", "crio.reload=true"}, want: []string{`hostPID: true`, `crio_reload = true`, `appArmorProfile: {type: Unconfined}`}},
+		{name: "reload without CRI-O", set: []string{"crio.reload=true"}, want: nil},
+		{name: "cache elsewhere", set: []string{"cache.hostPath=/data/larder"}, want: []string{`dir = "/data/larder"`, `mountPath: /data/larder}`, `path: /data/larder, type: DirectoryOrCreate`}, gone: []string{`/var/lib/larder`}},
+		{name: "a key of one's own", set: []string{"key.existingSecret=mine", "key.existingSecretKey=k"}, want: []string{`secretName: mine, defaultMode: 0400, items: \[{key: k, path: key}\]`}, gone: []string{`kind: Secret\n`}},
+		{name: "a key from a Job", set: []string{"key.generate=cluster"}, want: []string{`kind: Job\n`, `kind: RoleBinding\n`}, gone: []string{`kind: Secret\n`}},
+		{name: "no peers", set: []string{"config.peer.enabled=false"}, want: []string{`\[peer\]\n +enabled = false`}, gone: []string{`kind: Secret\n`, `kind: Service\n`, `containerPort: 5051`, `key_file`, `/run/secrets/larder`}},
+		{name: "one zone", set: []string{"peer.zone=site-a"}, want: []string{`name: LARDER_PEER_ZONE\n +value: "site-a"`}, gone: []string{`metadata.labels\['topology`}},
+		{name: "zones", set: []string{"peer.zones={a,b}"}, want: []string{`name: larder-a\n`, `name: larder-b\n`, `topology.kubernetes.io/zone: b`, `value: "b"`}, gone: []string{`metadata.labels\['topology`}},
+		{name: "ports", set: []string{"ports.proxy=6050", "ports.admin=6053"}, want: []string{`listen = "127.0.0.1:6050"`, `listen = "127.0.0.1:6053"`, `containerPort: 6050, hostPort: 6050`, `http://127.0.0.1:6053`}, gone: []string{`5050`, `5053`}},
+		{name: "audit", set: []string{"audit.enabled=true"}, want: []string{`file = "/var/log/larder/audit.log"`, `mountPath: /var/log/larder}`}},
+		{name: "metrics", set: []string{"metrics.enabled=true"}, want: []string{`\[metrics\]\n +listen = ":5054"`, `name: metrics, containerPort: 5054`, `targetPort: metrics`}},
+		{name: "ServiceMonitor", set: []string{"metrics.enabled=true", "metrics.serviceMonitor.enabled=true", "metrics.serviceMonitor.labels.release=prom"}, want: []string{`kind: ServiceMonitor`, `release: prom`}},
+		{name: "PodMonitor", set: []string{"metrics.enabled=true", "metrics.podMonitor.enabled=true", "metrics.podMonitor.interval=15s"}, want: []string{`kind: PodMonitor`, `interval: 15s`}},
+		{name: "alerts", set: []string{"metrics.prometheusRule.enabled=true"}, want: []string{`kind: PrometheusRule`, `alert: LarderCorruptionFound`}},
+		{name: "dashboard", set: []string{"metrics.dashboard.enabled=true"}, want: []string{`grafana_dashboard: "1"`, `larder.json: \|`}},
+		{name: "another priority", set: []string{"priorityClassName=mine"}, want: []string{`priorityClassName: mine`}, gone: []string{`kind: ResourceQuota`, `system-node-critical`}},
+		{name: "no quota", set: []string{"criticalPodsQuota=false"}, gone: []string{`kind: ResourceQuota`}},
+		{name: "doctor on a node", set: []string{"doctor.node=n1"}, want: []string{`nodeName: n1`}},
+		{name: "cleanup", set: []string{"cleanup.nodes={n1,n2}"}, want: []string{`name: larder-cleanup-n2`, `--hosts.containerd=/etc/containerd/certs.d`}},
+		{name: "grace", set: []string{"terminationGracePeriodSeconds=90"}, want: []string{`terminationGracePeriodSeconds: 90`}},
+		{name: "memory", set: []string{"resources.limits.memory=512Mi"}, want: []string{`value: 409MiB`}, gone: []string{`819MiB`}},
+		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`cache-peers.larder.svc:5052`, `secretName: cache,`}, gone: []string{`larder-peers`}},
+		{name: "labels", set: []string{"labels.team=a", "podLabels.x=b", "podAnnotations.note=c"}, want: []string{`team: a`, `x: b`, `note: c`}},
+		{name: "more volumes", set: []string{"volumes[0].name=ca", "volumes[0].secret.secretName=ca", "volumeMounts[0].name=ca", "volumeMounts[0].mountPath=/etc/ca"}, want: []string{`mountPath: /etc/ca`, `secretName: ca\n`}},
+		{name: "variables", set: []string{"env[0].name=GOGC", "env[0].value=off"}, want: []string{`- name: GOGC\n`}},
+		{name: "configuration", set: []string{"config.cache.max_bytes=100GiB", "config.upstream.max_bytes_per_second=107374182400", "config.hosts.registries={docker.io,quay.io}", "config.log.level=debug"},
+			want: []string{`max_bytes = "100GiB"`, `max_bytes_per_second = 107374182400\n`, `registries = \["docker.io","quay.io"\]`, `level = "debug"`}},
+		{name: "registries", set: []string{"registries[0].host=docker.io", "registries[0].upstreams={https://a.example.com}", "registries[0].max_connections=4"}, want: []string{`\[\[registry\]\]\n +host = "docker.io"\n +max_connections = 4\n +upstreams = \["https://a.example.com"\]`}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var args []string
+			for _, s := range tt.set {
+				args = append(args, "--set", s)
+			}
+			text := render(t, args...)
+			for _, w := range tt.want {
+				re := regexp.MustCompile(w)
+				if re.MatchString(plain) || !re.MatchString(text) {
+					t.Errorf("%q: without %v, with %v", w, re.MatchString(plain), re.MatchString(text))
+				}
+			}
+			for _, g := range tt.gone {
+				re := regexp.MustCompile(g)
+				if !re.MatchString(plain) || re.MatchString(text) {
+					t.Errorf("%q: without %v, with %v", g, re.MatchString(plain), re.MatchString(text))
+				}
+			}
+			o := parse(t, text)
+			for _, d := range o.daemonSets {
+				loadConfig(t, o, d)
+			}
+		})
+	}
+}
+
+// TestConfigurationRestarts holds that a change of the configuration rolls the
+// agents, which read it at their start alone, and that nothing else does.
+func TestConfigurationRestarts(t *testing.T) {
+	sum := func(args ...string) string {
+		return parse(t, render(t, args...)).daemonSets[0].Spec.Template.Annotations["checksum/config"]
+	}
+	before := sum()
+	if before == "" || sum("--set", "metrics.dashboard.enabled=true") != before || sum("--set", "config.log.level=debug") == before {
+		t.Error("checksum/config does not follow the configuration")
+	}
+}
+
+// TestKubeSystem holds that in kube-system no quota is made, which might bind
+// what others run there.
+func TestKubeSystem(t *testing.T) {
+	if o := parse(t, render(t, "--namespace", "kube-system")); len(o.quotas) > 0 || o.daemonSets[0].Namespace != "kube-system" {
+		t.Errorf("quotas %+v", o.quotas)
+	}
+}
+
+// TestOldClusters holds that AppArmor is told the way that the cluster knows.
+func TestOldClusters(t *testing.T) {
+	o := parse(t, render(t, "--kube-version", "1.28.0", "--set", "crio.enabled=true", "--set", "crio.reload=true"))
+	d := o.daemonSets[0]
+	if agentOf(d).SecurityContext.AppArmorProfile != nil || d.Spec.Template.Annotations["container.apparmor.security.beta.kubernetes.io/larder"] != "unconfined" {
+		t.Errorf("annotations %v", d.Spec.Template.Annotations)
+	}
+}
+
+// TestRefused holds that what cannot work is refused before it is installed,
+// with a message that names the value.
+func TestRefused(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		set  []string
+		want string
+	}{
+		{"a slip", []string{"containerd.certDir=/x"}, "certDir"},
+		{"an unknown key", []string{"config.cache.max_byte=1"}, "max_byte"},
+		{"a key that is the chart's", []string{"config.proxy.listen=0.0.0.0:80"}, "listen"},
+		{"two directories", []string{"containerd.certsDir=/etc/containerd/certs.d:/etc/docker/certs.d"}, "certsDir"},
+		{"a relative path", []string{"cache.hostPath=larder"}, "hostPath"},
+		{"a port that is none", []string{"ports.proxy=99999"}, "proxy"},
+		{"a wrong type", []string{"metrics.enabled=yes"}, "enabled"},
+		{"a wrong level", []string{"config.log.level=loud"}, "level"},
+		{"a wrong size", []string{"config.cache.max_bytes=lots"}, "max_bytes"},
+		{"a wrong duration", []string{"config.upstream.tag_ttl=10"}, "tag_ttl"},
+		{"a registry without a host", []string{"registries[0].ca_file=/x"}, "host"},
+		{"a memory limit that GOMEMLIMIT cannot be made from", []string{"resources.limits.memory=1e9"}, "memory"},
+		{"a digest that is none", []string{"image.digest=sha256:abc"}, "digest"},
+		{"no runtime", []string{"containerd.enabled=false"}, "set containerd.enabled or crio.enabled"},
+		{"a monitor and no metrics", []string{"metrics.podMonitor.enabled=true"}, "metrics.enabled"},
+		{"a link beside a directory that is not mounted", []string{"containerd.colonLink=true", "containerd.mount=directory"}, "containerd.mount"},
+		{"no time to restore", []string{"terminationGracePeriodSeconds=30"}, "at least 40"},
+		{"a longer drain", []string{"config.proxy.drain_timeout=1m30s"}, "at least 110"},
+		{"an old cluster", nil, "kubeVersion"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var args []string
+			for _, s := range tt.set {
+				args = append(args, "--set", s)
+			}
+			if tt.set == nil {
+				args = []string{"--kube-version", "1.24.0"}
+			}
+			if _, err := template(t, args...); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want it to name %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestNotes renders what `helm install` prints.
+func TestNotes(t *testing.T) {
+	for _, tt := range []struct {
+		args []string
+		want []string
+	}{
+		{nil, []string{"on every node", "rollout status ds/larder", "/etc/containerd/certs.d", "helm test larder", "5051", "metrics.enabled=true"}},
+		{[]string{"-f", chartDir + "/presets/crio.yaml"}, []string{"auto_reload_registries"}},
+		{[]string{"--set", "peer.zones={a,b}"}, []string{"nodes of a, b", "ds/larder-a"}},
+	} {
+		out, err := helm(t, append([]string{"install", "larder", chartDir, "--namespace", "larder", "--dry-run=client"}, tt.args...)...)
+		_, notes, _ := strings.Cut(out, "NOTES:")
+		for _, w := range tt.want {
+			if err != nil || !strings.Contains(notes, w) {
+				t.Errorf("%v: no %q in the notes (%v)\n%s", tt.args, w, err, notes)
+			}
+		}
+	}
+}
