@@ -1,14 +1,19 @@
 package agent
 
 import (
+	"encoding/json"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 var (
@@ -96,5 +101,108 @@ func TestEmbeddedTOML(t *testing.T) {
 	problems := embeddedTOML("x.yaml", yaml)
 	if len(problems) != 1 || !strings.Contains(problems[0].Error(), "peer.join") {
 		t.Errorf("%v", problems)
+	}
+}
+
+// chartKeys are what the chart's own values decide: paths, which are also
+// mounts, ports, which are also declared, and what Kubernetes knows of the node.
+var chartKeys = []string{
+	"proxy.listen", "proxy.allow_remote", "cache.dir", "admin.listen", "metrics.listen", "audit.file",
+	"peer.name", "peer.advertise", "peer.zone", "peer.gossip", "peer.data", "peer.key_file",
+	"hosts.containerd", "hosts.containerd_colon_link", "hosts.crio", "hosts.crio_reload",
+	"runtime.containerd_socket", "runtime.content_dir",
+}
+
+// TestChartKnowsEveryKey holds that the chart takes every key that it does not
+// set itself, and no other.
+func TestChartKnowsEveryKey(t *testing.T) {
+	type object struct{ Properties map[string]json.RawMessage }
+	var schema struct {
+		Properties struct {
+			Config     struct{ Properties map[string]object }
+			Registries struct{ Items object }
+		}
+	}
+	if err := json.Unmarshal(readDeployed(t, "values.schema.json"), &schema); err != nil {
+		t.Fatal(err)
+	}
+	got := slices.Clone(chartKeys)
+	for table, o := range schema.Properties.Config.Properties {
+		for key := range o.Properties {
+			got = append(got, table+"."+key)
+		}
+	}
+	var want []string
+	for _, k := range Keys() {
+		want = append(want, k.Name)
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("the chart knows %v,\nthe agent %v;\nadd keys to deploy/chart/values.schema.json", got, want)
+	}
+	registry := reflect.TypeFor[upstream.Registry]()
+	for i := range registry.NumField() {
+		if key := registry.Field(i).Tag.Get("toml"); key != "" && schema.Properties.Registries.Items.Properties[key] == nil {
+			t.Errorf("the chart takes no %s in registries; add it to deploy/chart/values.schema.json", key)
+		}
+	}
+}
+
+func readDeployed(t *testing.T, name string) []byte {
+	t.Helper()
+	body, err := os.ReadFile(filepath.Join("../deploy/chart", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+var (
+	metricInFile = regexp.MustCompile(`\b(larder|process|go|promhttp)_[a-z_]+`)
+	// ofHistogram are the series of a histogram beside its name.
+	ofHistogram = regexp.MustCompile(`_(bucket|sum|count)$`)
+	alertInFile = regexp.MustCompile(`alert: ([A-Za-z]+)`)
+)
+
+// TestQueriesNameMetricsThatExist holds that the dashboard and the alerts ask
+// for what an agent has, and that the dashboard shows all of it.
+func TestQueriesNameMetricsThatExist(t *testing.T) {
+	c := testConfig(t)
+	c.Hosts.Containerd = t.TempDir()
+	have := describedMetrics(t, start(t, c).Agent)
+	shown := map[string]bool{}
+	for _, file := range []string{"files/dashboard.json", "files/alerts.yaml"} {
+		for _, name := range metricInFile.FindAllString(string(readDeployed(t, file)), -1) {
+			if base := ofHistogram.ReplaceAllString(name, ""); have[name] == nil && have[base] != nil {
+				name = base
+			}
+			if _, ok := have[name]; !ok {
+				t.Errorf("%s: no metric %s", file, name)
+			}
+			shown[name] = shown[name] || file == "files/dashboard.json"
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(contractMetrics)) {
+		if !shown[name] {
+			t.Errorf("%s is not on the dashboard", name)
+		}
+	}
+}
+
+// TestAlertsHaveARunbook holds that the README says of every alert what to do.
+func TestAlertsHaveARunbook(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := alertInFile.FindAllStringSubmatch(string(readDeployed(t, "files/alerts.yaml")), -1)
+	if len(names) < 8 {
+		t.Fatalf("%d alerts", len(names))
+	}
+	for _, n := range names {
+		if !strings.Contains(string(readme), "| `"+n[1]+"` |") {
+			t.Errorf("README.md has no line on %s", n[1])
+		}
 	}
 }
