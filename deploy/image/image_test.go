@@ -206,6 +206,38 @@ func read(t *testing.T, name string) []byte {
 	return body
 }
 
+// TestDockerfile holds that whoever builds with docker gets the same image as far
+// as the chart is concerned.
+func TestDockerfile(t *testing.T) {
+	text := string(read(t, "../../Dockerfile"))
+	img, err := options{name: "larder:v1", most: 40e6, out: filepath.Join(t.TempDir(), "x.tar")}.image(mustBinary(t, goBuild(t, runtime.GOARCH, tiny)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, final, _ := strings.Cut(text, "FROM scratch\n")
+	for _, line := range []string{
+		"USER " + c.Config.User, `ENTRYPOINT ["` + c.Config.Entrypoint[0] + `"]`, `CMD ["` + c.Config.Cmd[0] + `"]`,
+		" " + c.Config.Entrypoint[0] + "\n", " /etc/ssl/certs/ca-certificates.crt\n",
+	} {
+		if !strings.Contains(final, line) {
+			t.Errorf("the Dockerfile lacks %q", line)
+		}
+	}
+}
+
+func mustBinary(t *testing.T, path string) binary {
+	t.Helper()
+	b, err := readBinary(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 func TestRefused(t *testing.T) {
 	good := goBuild(t, runtime.GOARCH, tiny)
 	// A position-independent program names an interpreter without a C compiler.
