@@ -47,7 +47,7 @@ const maxSessions = 1024
 // each time: it may have changed, and then it is another session.
 func (c *Client) session(ctx context.Context, ep *endpoint, t Target) (*session, sessionKey, error) {
 	var cred authn.AuthConfig
-	if c.cfg.Credentials != nil && ep.reg.Auth == "node" && ep.trustedWith() {
+	if c.cfg.Credentials != nil && ep.reg.NodeAuth(t.Repository) && ep.trustedWith() {
 		var err error
 		if cred, err = c.cfg.Credentials(ctx, t); err != nil {
 			return nil, sessionKey{}, fmt.Errorf("find credential: %w", err)

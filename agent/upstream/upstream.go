@@ -46,8 +46,8 @@ type Config struct {
 	Logger            *slog.Logger
 	Registerer        prometheus.Registerer
 	// Credentials gives this node's own credential for a target, the zero
-	// AuthConfig for none. Only registries with auth = "node" are asked about,
-	// before each request, so it should cache. nil = anonymous.
+	// AuthConfig for none. It is asked where Registry.NodeAuth is true, before
+	// each request, so it should cache. nil = anonymous.
 	Credentials func(context.Context, Target) (authn.AuthConfig, error)
 
 	proxy    *httpproxy.Config // forward proxies; nil = from the environment
