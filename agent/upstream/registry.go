@@ -155,6 +155,9 @@ func (r Registry) Validate() error {
 	if len(r.NodeRepositories) > 0 && r.Auth != "node" {
 		bad(`node_repositories has no effect without auth = "node"`)
 	}
+	if r.CredentialsFile != "" && r.Auth != "node" {
+		bad(`credentials_file has no effect without auth = "node"`)
+	}
 	for _, realm := range r.TokenRealms {
 		if err := validHost(realm); err != nil {
 			bad("token_realms: %w", err)
