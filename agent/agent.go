@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/credentials"
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/runtimestore"
 	"github.com/larder-cache/larder/agent/upstream"
@@ -32,16 +33,17 @@ type Agent struct {
 	registry *prometheus.Registry
 	started  time.Time
 
-	listeners struct{ proxy, admin, metrics net.Listener } // metrics may be nil
-	cache     *cache.Cache
-	upstream  *upstream.Client
-	proxy     *proxy.Proxy
-	runtime   *runtimestore.Store    // nil: not a source
-	hosts     *hostsconfig.Hosts     // nil: none to manage
-	imported  []hostsconfig.Imported // what upstream follows; New's, then importsChanged's alone
-	swarm     *swarm                 // nil: alone
-	audit     *auditLog              // nil: none
-	self      *http.Client           // to this agent's own proxy
+	listeners   struct{ proxy, admin, metrics net.Listener } // metrics may be nil
+	cache       *cache.Cache
+	upstream    *upstream.Client
+	credentials *credentials.Keychain
+	proxy       *proxy.Proxy
+	runtime     *runtimestore.Store    // nil: not a source
+	hosts       *hostsconfig.Hosts     // nil: none to manage
+	imported    []hostsconfig.Imported // what upstream follows; New's, then importsChanged's alone
+	swarm       *swarm                 // nil: alone
+	audit       *auditLog              // nil: none
+	self        *http.Client           // to this agent's own proxy
 
 	state atomic.Int32 // one of the states below
 
@@ -107,6 +109,9 @@ func (a *Agent) open(o options) error {
 		return err
 	}
 	if err = errors.Join(a.openRuntime(), a.openHosts()); err != nil {
+		return err
+	}
+	if a.credentials, err = a.openCredentials(); err != nil {
 		return err
 	}
 	if a.upstream, err = a.openUpstream(); err != nil {
@@ -215,6 +220,7 @@ func (a *Agent) openUpstream() (*upstream.Client, error) {
 		UserAgent:         "larder/" + a.build.Version,
 		Logger:            a.log,
 		Registerer:        a.registry,
+		Credentials:       a.nodeCredentials,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("upstream: %w", err)
@@ -316,6 +322,9 @@ func (a *Agent) Close() error {
 	}
 	if a.upstream != nil {
 		errs = append(errs, a.upstream.Close())
+	}
+	if a.credentials != nil {
+		a.credentials.Close()
 	}
 	if a.cache != nil {
 		errs = append(errs, a.cache.Close())

@@ -25,6 +25,7 @@ type Config struct {
 	Proxy    ProxyConfig    `key:"proxy"`
 	Cache    CacheConfig    `key:"cache"`
 	Upstream UpstreamConfig `key:"upstream"`
+	Node     NodeConfig     `key:"node"`
 	Peer     PeerConfig     `key:"peer"`
 	Hosts    HostsConfig    `key:"hosts"`
 	Runtime  RuntimeConfig  `key:"runtime"`
@@ -65,6 +66,13 @@ type UpstreamConfig struct {
 	TagTTL            time.Duration `key:"tag_ttl" default:"10s" help:"how long a tag's digest is believed before the registry is asked again; 0 = always ask"`
 	MaxBytesPerSecond Size          `key:"max_bytes_per_second" default:"0" help:"this node's download limit from all registries (100MiB); 0 = none"`
 	StreamsPerBlob    int           `key:"streams_per_blob" default:"4" help:"parallel ranges for large blobs, where one stream is the limit"`
+}
+
+// NodeConfig is the table [node]: where this node's own credentials come from,
+// for registries with auth = "node". The keys are named after kubelet's flags.
+type NodeConfig struct {
+	ImageCredentialProviderConfig string `key:"image_credential_provider_config" default:"" help:"kubelet's --image-credential-provider-config: a file, or a directory of them; for registries with auth = node"`
+	ImageCredentialProviderBinDir string `key:"image_credential_provider_bin_dir" default:"" help:"kubelet's --image-credential-provider-bin-dir: where the plugins are"`
 }
 
 // PeerConfig is the table [peer]: the other nodes.

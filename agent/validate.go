@@ -12,6 +12,9 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/larder-cache/larder/agent/credentials"
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // Validate reports everything that is wrong with c, as joined [Problem]s.
@@ -30,6 +33,7 @@ func (c Config) problems(from map[string]string) []*Problem {
 	v.proxy(c.Proxy)
 	v.cache(c.Cache)
 	v.upstream(c.Upstream)
+	v.node(c.Node)
 	v.peer(c.Peer)
 	v.hosts(c.Hosts)
 	v.absolute("runtime.containerd_socket", c.Runtime.ContainerdSocket)
@@ -132,6 +136,33 @@ func (v *validator) cache(c CacheConfig) {
 func (v *validator) upstream(c UpstreamConfig) {
 	v.notNegative("upstream.tag_ttl", c.TagTTL)
 	v.within("upstream.streams_per_blob", c.StreamsPerBlob, 1, 32)
+}
+
+// Keys of NodeConfig, as messages name them.
+const (
+	providerConfigKey = "node.image_credential_provider_config"
+	providerBinDirKey = "node.image_credential_provider_bin_dir"
+)
+
+// node checks kubelet's plugins as kubelet does: all of them, at the start.
+func (v *validator) node(c NodeConfig) {
+	switch {
+	case c.ImageCredentialProviderConfig == "" && c.ImageCredentialProviderBinDir == "":
+		return
+	case c.ImageCredentialProviderConfig == "":
+		v.bad(providerBinDirKey, c.ImageCredentialProviderBinDir, "is of no use without %s", providerConfigKey)
+		return
+	case c.ImageCredentialProviderBinDir == "":
+		v.bad(providerConfigKey, c.ImageCredentialProviderConfig, "is of no use without %s", providerBinDirKey)
+		return
+	}
+	k, err := credentials.New(c.options())
+	for _, err := range unjoin(err) {
+		v.bad(providerConfigKey, c.ImageCredentialProviderConfig, "%v", err)
+	}
+	if err == nil {
+		k.Close()
+	}
 }
 
 // hostPort is a listen address taken apart.
@@ -318,10 +349,21 @@ func (v *validator) registries(c Config) {
 			v.bad(table+".host", r.Host, "has a [[registry]] table already; merge the two")
 		}
 		first[r.Host] = i
-		v.readable(table+".credentials_file", r.CredentialsFile)
+		v.credentials(table, r, c.Node)
 		v.readable(table+".ca_file", r.CAFile)
 		v.readable(table+".client_cert_file", r.ClientCertFile)
 		v.readable(table+".client_key_file", r.ClientKeyFile)
+	}
+}
+
+// credentials checks where a registry's node credentials come from.
+func (v *validator) credentials(table string, r upstream.Registry, c NodeConfig) {
+	if r.CredentialsFile != "" {
+		if err := credentials.CheckFile(r.CredentialsFile); err != nil {
+			v.bad(table+".credentials_file", r.CredentialsFile, "%v", err)
+		}
+	} else if r.Auth == "node" && c.ImageCredentialProviderConfig == "" {
+		v.bad(table+".auth", r.Auth, "names no credentials: set credentials_file, or %s", providerConfigKey)
 	}
 }
 

@@ -10,8 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,41 +26,36 @@ import (
 // session is what we know of authenticating to one repository of one endpoint
 // with one credential. Forwarded credentials have none: they are sent as they are.
 type session struct {
-	ep         *endpoint
-	repository string // with the endpoint's prefix, as token scopes name it
+	sessionKey
+	scope      string // the repository as token scopes name it: with the endpoint's prefix
 	credential authn.AuthConfig
 	gate       chan struct{} // one place: whoever holds it talks to the token service
 
-	mu      sync.Mutex // guards all below
-	token   string
-	refresh string    // given by the token service; better than the password
-	expires time.Time // a little early, so that no request carries a dying token
-	raw     []string  // WWW-Authenticate of a 401 to a request without credential
+	mu        sync.Mutex // guards all below
+	token     string
+	refresh   string // given by the token service; better than the password
+	issued    time.Time
+	expires   time.Time // a little early, so that no request carries a dying token
+	raw       []string  // WWW-Authenticate of a 401 to a request without credential
+	refusedAt time.Time // when the registry last said no to the credential
 }
 
 type sessionKey struct {
-	ep         *endpoint
-	repository string
-	credential string // fingerprint
+	ep          *endpoint
+	repository  string
+	fingerprint string // of the credential
 }
 
 const maxSessions = 1024
 
-// session finds or makes the session of t at ep. The credential is asked for
-// each time: it may have changed, and then it is another session.
-func (c *Client) session(ctx context.Context, ep *endpoint, t Target) (*session, sessionKey, error) {
-	var cred authn.AuthConfig
-	if c.cfg.Credentials != nil && ep.reg.Auth == "node" && ep.trustedWith() {
-		var err error
-		if cred, err = c.cfg.Credentials(ctx, t); err != nil {
-			return nil, sessionKey{}, fmt.Errorf("find credential: %w", err)
-		}
-	}
-	key := sessionKey{ep, t.Repository, fingerprint(cred)}
+// session finds or makes the session of t at ep with a credential. One that
+// has changed is another session.
+func (c *Client) session(ep *endpoint, t Target, credential authn.AuthConfig) *session {
+	key := sessionKey{ep, t.Repository, fingerprint(credential)}
 	s, _, _ := c.sessions.get(key, func() *session {
-		return &session{ep: ep, repository: ep.addr.prefix + t.Repository, credential: cred, gate: make(chan struct{}, 1)}
+		return &session{sessionKey: key, scope: ep.addr.prefix + t.Repository, credential: credential, gate: make(chan struct{}, 1)}
 	})
-	return s, key, nil
+	return s
 }
 
 // fingerprint tells credentials apart without keeping them in a key.
@@ -82,10 +80,7 @@ func (s *session) header(ctx context.Context) (string, error) {
 	if token, ok := s.current(); ok {
 		return "Bearer " + token, nil
 	}
-	s.ep.mu.Lock()
-	ch := s.ep.challenge
-	s.ep.mu.Unlock()
-	switch ch.scheme {
+	switch ch := s.ep.learned(); ch.scheme {
 	case "bearer":
 		return s.exchange(ctx, ch, "")
 	case "basic":
@@ -101,7 +96,7 @@ func (s *session) current() (token string, ok bool) {
 }
 
 func (s *session) basic() string {
-	if s.credential.Username != "" {
+	if s.credential.Username != "" || s.credential.Password != "" {
 		return "Basic " + base64.StdEncoding.EncodeToString([]byte(s.credential.Username+":"+s.credential.Password))
 	}
 	if s.credential.Auth != "" {
@@ -110,14 +105,37 @@ func (s *session) basic() string {
 	return ""
 }
 
-// answer turns a 401 to a request that carried sent into the Authorization
-// for one more try; "" means that there is none.
+// tokenDoubt is how old a token must be for a 403 or 400 to be blamed on it. A
+// repository that is really forbidden costs one token in that time.
+const tokenDoubt = 30 * time.Second
+
+// answerable says whether another Authorization than sent may turn a status
+// around. That is a 401. But ECR Public answers 400 to a token past its time
+// (aws/containers-roadmap#2835) and ghcr 403 to one that it does not know
+// (renovatebot/renovate#11446), both without a challenge.
+func (s *session) answerable(status int, sent string) bool {
+	switch status {
+	case http.StatusUnauthorized:
+		return true
+	case http.StatusForbidden, http.StatusBadRequest:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.token != "" && sent == "Bearer "+s.token && time.Since(s.issued) >= tokenDoubt
+	}
+	return false
+}
+
+// answer turns a refusal of a request that carried sent, with these challenges,
+// into the Authorization for one more try; "" means that there is none.
 func (s *session) answer(ctx context.Context, headers []string, sent string) (string, error) {
 	challenges := parseChallenges(headers)
 	if sent == "" {
 		s.mu.Lock()
 		s.raw = headers
 		s.mu.Unlock()
+	}
+	if len(challenges) == 0 && strings.HasPrefix(sent, "Bearer ") {
+		challenges = []challenge{s.ep.learned()} // as it challenged before
 	}
 	for _, ch := range challenges {
 		if ch.scheme == "basic" {
@@ -134,28 +152,49 @@ func (s *session) answer(ctx context.Context, headers []string, sent string) (st
 	return "", nil
 }
 
-// learn keeps how the endpoint challenges, for its other repositories.
+// learn keeps how the endpoint challenges, for its other repositories. A scope
+// that names no repository ("aws", at ECR Public) is for all of them.
 func (ep *endpoint) learn(ch challenge) {
-	kept := challenge{scheme: ch.scheme, params: map[string]string{}}
-	for _, key := range []string{"realm", "service"} {
-		if v, ok := ch.params[key]; ok {
-			kept.params[key] = v
-		}
-	}
+	kept := challenge{scheme: ch.scheme, params: maps.Clone(ch.params)}
+	maps.DeleteFunc(kept.params, func(key, value string) bool {
+		return !slices.Contains([]string{"realm", "service", "scope"}, key) || strings.HasPrefix(value, "repository:")
+	})
 	ep.mu.Lock()
 	ep.challenge = kept
 	ep.mu.Unlock()
 }
 
-// pristine is the challenge as an unauthenticated client would have got it.
+func (ep *endpoint) learned() challenge {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	return ep.challenge
+}
+
+// pristine is the challenge as an unauthenticated client would have got it:
+// the one we got, or that of our refused credential without its reason.
 func (s *session) pristine(headers []string) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.raw) > 0 {
 		return s.raw
 	}
-	return headers
+	out := make([]string, len(headers))
+	for i, h := range headers {
+		out[i] = withoutReason(h)
+	}
+	return out
 }
+
+// challenge writes ch as the endpoint would for this repository.
+func (s *session) challenge(ch challenge) string {
+	h := fmt.Sprintf("Bearer realm=%q", ch.params["realm"])
+	if service, ok := ch.params["service"]; ok {
+		h += fmt.Sprintf(",service=%q", service)
+	}
+	return h + fmt.Sprintf(",scope=%q", cmp.Or(ch.params["scope"], s.pullScope()))
+}
+
+func (s *session) pullScope() string { return "repository:" + s.scope + ":pull" }
 
 // exchange gets a token. stale is the Authorization that was just refused:
 // whoever comes late finds a newer token and uses that. A caller that gives up
@@ -184,7 +223,7 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 		token, err = s.fetchToken(ctx, realm, ch)
 	}
 	if err != nil {
-		return "", s.tokenError(realm, err)
+		return "", s.tokenError(realm, ch, err)
 	}
 	return "Bearer " + s.keep(token), nil
 }
@@ -210,7 +249,7 @@ func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge) 
 		s.mu.Unlock()
 		auth = authn.FromConfig(cred)
 	}
-	scopes := []string{"repository:" + s.repository + ":pull"}
+	scopes := []string{s.pullScope()}
 	if own := ch.params["scope"]; own != "" && own != scopes[0] {
 		scopes = append([]string{own}, scopes...)
 	}
@@ -262,7 +301,8 @@ func (s *session) keep(t *transport.Token) string {
 	defer s.mu.Unlock()
 	s.token = cmp.Or(t.AccessToken, t.Token)
 	s.refresh = cmp.Or(t.RefreshToken, s.refresh)
-	s.expires = time.Now().Add(life - min(life/4, tokenMargin))
+	s.issued = time.Now()
+	s.expires = s.issued.Add(life - min(life/4, tokenMargin))
 	return s.token
 }
 
@@ -276,12 +316,13 @@ func (s *session) dropRefresh() (had bool) {
 // tokenError says what a failed exchange means for the request behind it: a
 // token service that refuses is a registry that refuses. Its words are
 // dropped: they may repeat what was sent, or hold half a token.
-func (s *session) tokenError(realm *url.URL, err error) error {
+func (s *session) tokenError(realm *url.URL, ch challenge, err error) error {
 	if te, ok := errors.AsType[*transport.Error](err); ok {
 		e := &Error{Op: "token", Endpoint: realm.Host, Status: te.StatusCode}
 		if te.StatusCode >= 400 && !temporary(te.StatusCode) {
-			e.Status, e.Challenge = http.StatusUnauthorized, s.pristine(nil)
+			e.Status, e.Challenge = http.StatusUnauthorized, s.pristine([]string{s.challenge(ch)})
 			e.Err = fmt.Errorf("the token service answered %d", te.StatusCode)
+			e.refused = true
 		}
 		return e
 	}

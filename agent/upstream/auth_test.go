@@ -23,8 +23,8 @@ var tokens = registrytest.Match{Kind: registrytest.Token}
 
 func withCredential(user, password string) func(*Config) {
 	return func(cfg *Config) {
-		cfg.Credentials = func(context.Context, Target) (authn.AuthConfig, error) {
-			return authn.AuthConfig{Username: user, Password: password}, nil
+		cfg.Credentials = func(context.Context, CredentialRequest) ([]authn.AuthConfig, error) {
+			return []authn.AuthConfig{{Username: user, Password: password}}, nil
 		}
 	}
 }

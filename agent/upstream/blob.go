@@ -222,7 +222,7 @@ func (st *stream) again(ctx context.Context, err error) bool {
 		return false
 	case errors.Is(err, ErrNoContact), errors.Is(err, errNoRanges), errors.Is(err, errBusy):
 		return false
-	case errors.Is(err, ErrCircuitOpen) && !st.moving:
+	case (errors.Is(err, ErrCircuitOpen) || errors.Is(err, errLookup)) && !st.moving:
 		return false // fail fast; a reader that already has bytes is worth the wait
 	}
 	st.idle++

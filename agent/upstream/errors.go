@@ -41,6 +41,8 @@ type Error struct {
 	RetryAfter time.Duration
 	Challenge  []string // WWW-Authenticate of an unauthenticated 401, unchanged
 	Err        error
+
+	refused bool // by the endpoint or its token service, for want of a good credential
 }
 
 func (e *Error) Error() string {

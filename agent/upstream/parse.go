@@ -5,6 +5,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -152,6 +153,30 @@ func parseChallenges(headers []string) []challenge {
 		}
 	}
 	return all
+}
+
+// withoutReason drops what RFC 6750 3 adds to the challenge of a refused
+// token: a client that reads it there takes its own credential for refused.
+func withoutReason(header string) string {
+	var out strings.Builder
+	glue := ""
+	for _, item := range splitList(header) {
+		scheme, param, spaced := strings.Cut(item, " ")
+		if !spaced || strings.ContainsRune(scheme, '=') {
+			scheme, param = "", item
+		}
+		if scheme != "" {
+			out.WriteString(glue + scheme)
+			glue = " "
+		}
+		key, _, _ := strings.Cut(param, "=")
+		if slices.Contains([]string{"error", "error_description", "error_uri"}, strings.ToLower(strings.TrimSpace(key))) {
+			continue
+		}
+		out.WriteString(glue + strings.TrimSpace(param))
+		glue = ","
+	}
+	return out.String()
 }
 
 // splitList splits at commas outside quotes and drops empty items.

@@ -166,3 +166,17 @@ func FuzzParseChallenges(f *testing.F) {
 		}
 	})
 }
+
+func TestWithoutReason(t *testing.T) {
+	for in, want := range map[string]string{
+		`Bearer realm="https://a/t",service="a",scope="repository:b:pull",error="invalid_token"`: `Bearer realm="https://a/t",service="a",scope="repository:b:pull"`,
+		`Bearer error="insufficient_scope", error_description="a, b", realm="https://a/t"`:       `Bearer realm="https://a/t"`,
+		`Basic realm="x, error=1", Bearer realm="https://a/t", error="e", service=a`:             `Basic realm="x, error=1",Bearer realm="https://a/t",service=a`,
+		`Negotiate`: `Negotiate`,
+		``:          ``,
+	} {
+		if got := withoutReason(in); got != want {
+			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}

@@ -21,7 +21,11 @@ type Registry struct {
 	// or, if it has a segment "v2", the literal path before the repository.
 	Upstreams []string `toml:"upstreams"`
 	// Auth is relay (default), node or anonymous.
-	Auth            string `toml:"auth"`
+	Auth string `toml:"auth"`
+	// NodeRepositories are globs like Allow: the repositories that auth = "node"
+	// is for. The others are relay. Default: all.
+	NodeRepositories []string `toml:"node_repositories"`
+	// CredentialsFile is a docker config.json, for auth = "node".
 	CredentialsFile string `toml:"credentials_file"`
 	// CAFile is a PEM bundle trusted in addition to the system's roots.
 	CAFile         string `toml:"ca_file"`
@@ -67,6 +71,13 @@ func (r Registry) Allows(repository string) bool {
 		return false
 	}
 	return len(r.Allow) == 0 || matchAny(r.Allow, repository)
+}
+
+// NodeAuth says whether the node's own credential is for repository, which
+// every caller on the node may then read. Where it is not, and auth is not
+// anonymous, callers bring their own.
+func (r Registry) NodeAuth(repository string) bool {
+	return r.Auth == "node" && (len(r.NodeRepositories) == 0 || matchAny(r.NodeRepositories, repository))
 }
 
 func matchAny(globs []string, repository string) bool {
@@ -131,10 +142,21 @@ func (r Registry) Validate() error {
 	if (r.ClientCertFile == "") != (r.ClientKeyFile == "") {
 		bad("client_cert_file and client_key_file go together; set both or none")
 	}
-	for _, g := range append(append([]string{}, r.Allow...), r.Deny...) {
-		if err := validGlob(g); err != nil {
-			bad("allow, deny: %q: %w", g, err)
+	for _, list := range []struct {
+		key   string
+		globs []string
+	}{{"allow", r.Allow}, {"deny", r.Deny}, {"node_repositories", r.NodeRepositories}} {
+		for _, g := range list.globs {
+			if err := validGlob(g); err != nil {
+				bad("%s: %q: %w", list.key, g, err)
+			}
 		}
+	}
+	if len(r.NodeRepositories) > 0 && r.Auth != "node" {
+		bad(`node_repositories has no effect without auth = "node"`)
+	}
+	if r.CredentialsFile != "" && r.Auth != "node" {
+		bad(`credentials_file has no effect without auth = "node"`)
 	}
 	for _, realm := range r.TokenRealms {
 		if err := validHost(realm); err != nil {

@@ -45,10 +45,36 @@ func TestAllows(t *testing.T) {
 	}
 }
 
+func TestNodeAuth(t *testing.T) {
+	cases := []struct {
+		auth       string
+		globs      []string
+		repository string
+		want       bool
+	}{
+		{"", nil, "team/app", false},
+		{"relay", nil, "team/app", false},
+		{"anonymous", nil, "team/app", false},
+		{"node", nil, "team/app", true},
+		{"node", []string{"team/**"}, "team/app", true},
+		{"node", []string{"team/**"}, "team/a/b", true},
+		{"node", []string{"team/**"}, "teams/app", false},
+		{"node", []string{"team/**"}, "other/team/app", false},
+		{"node", []string{"team/*", "base"}, "base", true},
+		{"relay", []string{"team/**"}, "team/app", false}, // Validate says so
+	}
+	for _, tc := range cases {
+		r := Registry{Host: "reg.test", Auth: tc.auth, NodeRepositories: tc.globs}
+		if got := r.NodeAuth(tc.repository); got != tc.want {
+			t.Errorf("auth = %q, node_repositories = %q: %s = %t", tc.auth, tc.globs, tc.repository, got)
+		}
+	}
+}
+
 func TestValidateReportsAll(t *testing.T) {
 	bad := Registry{
 		Host: "https://x", Upstreams: []string{"x.test", "ftp://x.test", "https://u:p@x.test", "https://x.test/a/../b", "https://x.test?q=1"},
-		Auth: "guess", Offline: "maybe", ClientCertFile: "c", Allow: []string{"a**/b", "["}, TokenRealms: []string{""},
+		Auth: "guess", Offline: "maybe", ClientCertFile: "c", Allow: []string{"a**/b", "["}, NodeRepositories: []string{"a//b"}, TokenRealms: []string{""},
 		MaxConnections: -1, MaxBytesPerSecond: -1, TagTTL: new(Duration(10)),
 	}
 	err := bad.Validate()
@@ -56,7 +82,7 @@ func TestValidateReportsAll(t *testing.T) {
 		t.Fatal("no error")
 	}
 	for _, want := range []string{"host:", "x.test\" is not a URL", "scheme must be", "credentials", "dot segment", "no query",
-		"auth =", "offline =", "client_key_file", "whole path segment", "syntax error in pattern", "token_realms",
+		"auth =", "offline =", "client_key_file", "whole path segment", "node_repositories: \"a//b\": empty path segment", "node_repositories has no effect", "syntax error in pattern", "token_realms",
 		"max_connections", "max_bytes_per_second", "tag_ttl"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("nothing about %q in:\n%v", want, err)

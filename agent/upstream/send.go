@@ -1,8 +1,10 @@
 package upstream
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
 )
 
 // kind is the label of a request in metrics.
@@ -48,18 +52,24 @@ type answer struct {
 	moved *url.URL
 }
 
-// send asks ep once: admission, authentication (with one more try after a
-// 401), redirects, classification. Every error is an *Error.
+// send asks ep once, or once for each credential of this node that may help.
+// Every error is an *Error.
 func (c *Client) send(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
+	if c.usesNode(ep, t, q) {
+		return c.sendNode(ctx, ep, t, q)
+	}
+	return c.sendAs(ctx, ep, t, q, c.session(ep, t, authn.AuthConfig{}))
+}
+
+// sendAs asks ep as s: admission, authentication (with one more try after a
+// 401), redirects, classification.
+func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, s *session) (*answer, error) {
 	wrap := func(err error) error { return c.describe(err, ep, t, q) }
-	s, key, err := c.session(ctx, ep, t)
-	if err != nil {
-		return nil, wrap(err)
-	}
+	account := s.fingerprint
 	if t.Authorization != "" {
-		key.credential = "forwarded" // the caller is throttled apart from us
+		account = "forwarded" // the caller is throttled apart from us
 	}
-	leave, err := ep.enter(ctx, q, key.credential)
+	leave, err := ep.enter(ctx, q, account)
 	if err != nil {
 		return nil, wrap(err)
 	}
@@ -75,7 +85,7 @@ func (c *Client) send(ctx context.Context, ep *endpoint, t Target, q request) (*
 		err := wrap(ep.refusal(resp, s, q.kind, moved))
 		leave(ep.judge(ctx, err, time.Since(began)))
 		if resp.StatusCode == http.StatusTooManyRequests && moved == nil {
-			ep.pause(pauseKey{q.bulk, key.credential}, err.(*Error).RetryAfter, time.Now())
+			ep.pause(pauseKey{q.bulk, account}, err.(*Error).RetryAfter, time.Now())
 		}
 		return nil, err
 	}
@@ -141,7 +151,7 @@ func (ep *endpoint) authenticated(ctx context.Context, s *session, t Target, q r
 		}
 	}
 	resp, moved, err := ep.follow(ctx, ep.build(ctx, t, q, auth), q)
-	if err != nil || resp.StatusCode != http.StatusUnauthorized || !ours || moved != nil {
+	if err != nil || !ours || moved != nil || !s.answerable(resp.StatusCode, auth) {
 		return resp, moved, err
 	}
 	next, err := s.answer(ctx, resp.Header.Values("WWW-Authenticate"), auth)
@@ -390,7 +400,7 @@ func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.
 	e := &Error{Status: resp.StatusCode, RetryAfter: parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // what there is
 	drain(resp.Body)
-	e.Code, e.Message = errorCode(body)
+	e.Code, e.Message = errorCode(withoutSecrets(body, resp.Request.Header.Get("Authorization")))
 	if moved != nil {
 		e.Endpoint = moved.Host
 		if k == kindBlob && expired(e.Status) {
@@ -399,6 +409,7 @@ func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.
 		}
 		return e // without its challenge: no credential of ours is meant for that host
 	}
+	e.refused = refuses(e.Status, e.Code, resp.Request)
 	if e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden {
 		headers := resp.Header.Values("WWW-Authenticate")
 		e.Challenge = headers
@@ -409,6 +420,20 @@ func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.
 	return e
 }
 
+// refuses says whether an answer is about the Authorization that req carried,
+// or its lack. ECR answers 400 with the code DENIED to a password it cannot
+// read; to a HEAD it gives no code.
+func refuses(status int, code string, req *http.Request) bool {
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return true
+	case http.StatusBadRequest:
+		return req.Header.Get("Authorization") != "" &&
+			(code == "DENIED" || code == "UNAUTHORIZED" || code == "" && req.Method == http.MethodHead)
+	}
+	return false
+}
+
 // expired lists what storage services answer to a signed URL past its time.
 func expired(status int) bool {
 	switch status {
@@ -416,6 +441,23 @@ func expired(status int) bool {
 		return true
 	}
 	return false
+}
+
+// withoutSecrets drops a registry's words if they repeat what authorization
+// carried.
+func withoutSecrets(body []byte, authorization string) []byte {
+	scheme, secret, _ := strings.Cut(authorization, " ")
+	secrets := []string{secret}
+	if raw, err := base64.StdEncoding.DecodeString(secret); err == nil && strings.EqualFold(scheme, "basic") {
+		_, password, _ := strings.Cut(string(raw), ":")
+		secrets = append(secrets, password)
+	}
+	for _, s := range secrets {
+		if s != "" && bytes.Contains(body, []byte(s)) {
+			return nil
+		}
+	}
+	return body
 }
 
 // errorCode reads the first of a registry's errors (distribution-spec, "Error codes").

@@ -95,7 +95,7 @@ func share(ctx context.Context, more bool) (context.Context, context.CancelFunc)
 func worthRepeating(err error) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && IsUnavailable(err) && e.Status != http.StatusTooManyRequests &&
-		!errors.Is(err, ErrNoContact) && !errors.Is(err, ErrCircuitOpen)
+		!errors.Is(err, ErrNoContact) && !errors.Is(err, ErrCircuitOpen) && !errors.Is(err, errLookup)
 }
 
 // pause waits, or says at once that ctx would end before.

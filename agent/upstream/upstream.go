@@ -45,10 +45,11 @@ type Config struct {
 	UserAgent         string        // default "larder"
 	Logger            *slog.Logger
 	Registerer        prometheus.Registerer
-	// Credentials gives this node's own credential for a target, the zero
-	// AuthConfig for none. Only registries with auth = "node" are asked about,
-	// before each request, so it should cache. nil = anonymous.
-	Credentials func(context.Context, Target) (authn.AuthConfig, error)
+	// Credentials gives this node's own credentials, in the order in which to
+	// try them; it may give some and an error. It is asked where
+	// Registry.NodeAuth is true, before each request, so it should cache. nil =
+	// anonymous.
+	Credentials func(context.Context, CredentialRequest) ([]authn.AuthConfig, error)
 
 	proxy    *httpproxy.Config // forward proxies; nil = from the environment
 	resolver *net.Resolver     // nil = the system's

@@ -1,0 +1,113 @@
+package credentials
+
+import (
+	"maps"
+	"net"
+	"net/url"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+)
+
+// hubNames are the hosts that credentials for Docker Hub are filed under; the
+// usual key is https://index.docker.io/v1/.
+var hubNames = []string{"index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
+
+const (
+	hubName = "docker.io"
+	hubKey  = "https://index.docker.io/v1/"
+)
+
+// canonicalName spells the host of a host/repository in one way.
+func canonicalName(name string) string {
+	host, repository, found := strings.Cut(name, "/")
+	host = strings.ToLower(host)
+	if slices.Contains(hubNames, host) {
+		host = hubName
+	}
+	if !found {
+		return host
+	}
+	return host + "/" + repository
+}
+
+// canonicalKey does the same for a key of auths, which may have a scheme, and
+// the path of an API, which kubelet and Docker ignore.
+func canonicalKey(key string) string {
+	for _, scheme := range []string{"https://", "http://"} {
+		key = strings.TrimPrefix(key, scheme)
+	}
+	host, rest, _ := strings.Cut(key, "/")
+	for _, api := range []string{"v1", "v2"} {
+		if rest == api || strings.HasPrefix(rest, api+"/") {
+			rest = strings.TrimPrefix(rest[len(api):], "/")
+			break
+		}
+	}
+	if rest == "" {
+		return canonicalName(host)
+	}
+	return canonicalName(host + "/" + rest)
+}
+
+// matching lists the credentials whose key matches name. Keys are tried in
+// reverse order, as in kubelet: a longer path before a shorter one, a host
+// before a pattern for it.
+func matching(auths map[string]authn.AuthConfig, name string) []authn.AuthConfig {
+	var out []authn.AuthConfig
+	for _, key := range slices.Backward(slices.Sorted(maps.Keys(auths))) {
+		if matches(key, name) {
+			out = append(out, auths[key])
+		}
+	}
+	return out
+}
+
+// merged is a with what b has more and otherwise.
+func merged(a, b map[string]authn.AuthConfig) map[string]authn.AuthConfig {
+	if len(b) == 0 {
+		return a
+	}
+	out := maps.Clone(a)
+	if out == nil {
+		out = map[string]authn.AuthConfig{}
+	}
+	maps.Copy(out, b)
+	return out
+}
+
+// matches is kubelet's rule for matchImages and the keys of credentials
+// (URLsMatch in pkg/credentialprovider/keyring.go, v1.36): as many labels in
+// the host, each matched by a glob of its own; the same port, where none is a
+// port too; and a path that begins the image's, also in the middle of a segment.
+func matches(pattern, name string) bool {
+	p, err := url.Parse("https://" + pattern)
+	if err != nil {
+		return false
+	}
+	n, err := url.Parse("https://" + name)
+	if err != nil || !strings.HasPrefix(n.Path, p.Path) {
+		return false
+	}
+	globs, port := splitHost(p.Host)
+	labels, namePort := splitHost(n.Host)
+	if port != namePort || len(globs) != len(labels) {
+		return false
+	}
+	for i, glob := range globs {
+		if ok, err := path.Match(glob, labels[i]); err != nil || !ok {
+			return false
+		}
+	}
+	return true
+}
+
+func splitHost(hostport string) (labels []string, port string) {
+	host, port, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host, port = hostport, ""
+	}
+	return strings.Split(host, "."), port
+}

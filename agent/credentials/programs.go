@@ -1,0 +1,183 @@
+package credentials
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+const (
+	// minHold is the least time an answer is used, also one with cacheDuration 0:
+	// kubelet asks once for a pull and uses the answer throughout, and a pull is
+	// dozens of requests here.
+	minHold = 10 * time.Second
+	// failureHold is how long a program that failed is left alone.
+	failureHold = 10 * time.Second
+	// refreshPause is how old an answer must be to be asked for again because the
+	// registry refuses it: where a credential lacks a right, none that is newer
+	// has it, and each pull would run the program.
+	refreshPause = 15 * time.Second
+	// maxAnswers is far beyond what registries and images of a node come to.
+	maxAnswers = 256
+)
+
+// answer is what a program said.
+type answer struct {
+	auths map[string]authn.AuthConfig // by canonical key
+	hold  time.Duration               // how long it is good
+	at    time.Time
+	err   error // why there is none, or none newer
+}
+
+func (a answer) good(refresh bool) bool {
+	age := time.Since(a.at)
+	return age < a.hold && !(refresh && age >= refreshPause)
+}
+
+// question is one for a program.
+type question struct {
+	program string   // for the log
+	keys    []string // an answer that is kept under any of them will do
+	// flight groups questions of which only one is asked at a time: the others
+	// wait whether its answer will do for them.
+	flight func() string
+	// ask runs the program; key is what its answer is kept under.
+	ask func(context.Context) (key string, a answer, err error)
+}
+
+// flight is one run of a program.
+type flight struct {
+	done   chan struct{}
+	answer answer // after done
+}
+
+// programs asks programs, each question once at a time, and keeps the answers.
+type programs struct {
+	log     *slog.Logger
+	runs    *prometheus.CounterVec
+	ctx     context.Context //nolint:containedctx // the programs' own, which no request ends
+	stop    context.CancelFunc
+	running sync.WaitGroup
+
+	mu      sync.Mutex // guards all below
+	closed  bool
+	kept    map[string]answer
+	flights map[string]*flight
+}
+
+func newPrograms(log *slog.Logger, reg prometheus.Registerer) (*programs, error) {
+	p := &programs{log: log, kept: map[string]answer{}, flights: map[string]*flight{}}
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.runs = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "larder_credential_program_runs_total",
+		Help: "Runs of credential helpers and credential provider plugins, by program and result (ok, failed).",
+	}, []string{"program", "result"})
+	if reg == nil {
+		return p, nil
+	}
+	return p, reg.Register(p.runs)
+}
+
+func (p *programs) close() {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.stop()
+	p.running.Wait()
+}
+
+var errClosed = errors.New("the agent is stopping")
+
+// ask answers q from what is kept, or runs the program.
+func (p *programs) ask(ctx context.Context, q question, refresh bool) answer {
+	for {
+		a, f, mine := p.begin(q, refresh)
+		if f == nil {
+			return a
+		}
+		select {
+		case <-f.done:
+		case <-ctx.Done():
+			return answer{err: ctx.Err()}
+		}
+		if mine || f.answer.err != nil {
+			return f.answer
+		}
+		refresh = false // whatever came is newer than the question
+	}
+}
+
+// begin finds a good answer, or the flight to wait for; mine says that it asks q.
+func (p *programs) begin(q question, refresh bool) (a answer, f *flight, mine bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, key := range q.keys {
+		if a, ok := p.kept[key]; ok && a.good(refresh) {
+			return a, nil, false
+		}
+	}
+	if p.closed {
+		return answer{err: errClosed}, nil, false
+	}
+	key := q.flight()
+	if f = p.flights[key]; f != nil {
+		return answer{}, f, false
+	}
+	f = &flight{done: make(chan struct{})}
+	p.flights[key] = f
+	p.running.Go(func() { p.fly(q, key, f) })
+	return answer{}, f, true
+}
+
+// fly runs the program and keeps its answer. If it fails, its last one stays.
+func (p *programs) fly(q question, flightKey string, f *flight) {
+	ctx, cancel := context.WithTimeout(p.ctx, runTimeout)
+	defer cancel()
+	key, a, err := q.ask(ctx)
+	a.at, a.hold = time.Now(), max(a.hold, minHold)
+	result := "ok"
+	if err != nil {
+		key, result = flightKey, "failed"
+		p.log.Warn("no credential from a program; trying again in a while", "program", q.program, "err", err)
+	}
+	p.runs.WithLabelValues(q.program, result).Inc()
+	p.mu.Lock()
+	if err != nil {
+		a = answer{auths: p.latest(q.keys).auths, hold: failureHold, at: a.at, err: err}
+	}
+	p.keep(key, a)
+	delete(p.flights, flightKey)
+	p.mu.Unlock()
+	f.answer = a
+	close(f.done)
+}
+
+// latest is the newest answer under keys, however old. p.mu is held.
+func (p *programs) latest(keys []string) (newest answer) {
+	for _, key := range keys {
+		if a, ok := p.kept[key]; ok && a.at.After(newest.at) {
+			newest = a
+		}
+	}
+	return newest
+}
+
+// keep stores an answer and, if there are too many, drops the oldest. p.mu is held.
+func (p *programs) keep(key string, a answer) {
+	p.kept[key] = a
+	if len(p.kept) <= maxAnswers {
+		return
+	}
+	oldest := key
+	for k, other := range p.kept {
+		if other.at.Before(p.kept[oldest].at) {
+			oldest = k
+		}
+	}
+	delete(p.kept, oldest)
+}

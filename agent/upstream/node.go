@@ -1,0 +1,190 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+)
+
+// CredentialRequest asks for this node's own credentials.
+type CredentialRequest struct {
+	// Registry is the host of the [[registry]] table.
+	Registry string
+	// Names are what to look credentials up by, host[:port]/repository, best
+	// first: as the endpoint names the repository, and as images do. Docker Hub's
+	// host is docker.io.
+	Names []string
+	// Refresh says that the registry took none of those given so far: what is
+	// remembered may be out of date.
+	Refresh bool
+}
+
+// errLookup wraps what Config.Credentials returned.
+var errLookup = errors.New("find this node's credential")
+
+const (
+	// maxCredentials bounds what one request tries. Kubelet's number is the
+	// pod's secrets and the node's plugins; more than a few are a mistake.
+	maxCredentials = 8
+	// refusalMemory is how long a refused credential is tried after the others:
+	// long enough that the blobs of one pull do not each find out again.
+	refusalMemory = 5 * time.Minute
+)
+
+// usesNode says whether q is to carry a credential of this node.
+func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
+	return c.cfg.Credentials != nil && t.Authorization == "" && !q.bare && q.at == nil && ep.reg.NodeAuth(t.Repository)
+}
+
+// sendNode asks ep with this node's credentials, as kubelet pulls: one after
+// the other, the most specific first, until one is taken. If none is, they are
+// looked up afresh, for a password may have changed under us, and at last the
+// request is made without: a wrong credential must not keep a public
+// repository from us.
+func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
+	n := nodeTry{c: c, ep: ep, t: t, q: q}
+	for _, refresh := range []bool{false, true} {
+		answer, err := n.all(ctx, refresh)
+		if err == nil || !refused(err) {
+			return answer, err
+		}
+	}
+	answer, err := c.sendAs(ctx, ep, t, q, c.session(ep, t, authn.AuthConfig{}))
+	if !refused(err) {
+		return answer, err
+	}
+	return nil, n.verdict(err.(*Error))
+}
+
+// nodeTry is one request while it is tried with one credential after the other.
+type nodeTry struct {
+	c       *Client
+	ep      *endpoint
+	t       Target
+	q       request
+	tried   []*session
+	lookup  error  // why credentials may be missing
+	refusal *Error // of the first credential
+}
+
+// all tries every credential that was not tried yet. It returns errUntried,
+// a refusal, if there is none.
+func (n *nodeTry) all(ctx context.Context, refresh bool) (*answer, error) {
+	var refusal error = errUntried
+	for _, s := range n.sessions(ctx, refresh) {
+		if slices.Contains(n.tried, s) {
+			continue
+		}
+		n.tried = append(n.tried, s)
+		answer, err := n.one(ctx, s)
+		if err == nil || !refused(err) {
+			return answer, err
+		}
+		refusal = err
+	}
+	return nil, refusal
+}
+
+var errUntried = &Error{refused: true}
+
+func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
+	answer, err := n.c.sendAs(ctx, n.ep, n.t, n.q, s)
+	switch {
+	case err == nil:
+		s.noteRefusal(false)
+	case refused(err):
+		if n.refusal == nil {
+			n.refusal = err.(*Error)
+		}
+		if s.noteRefusal(true) {
+			n.c.log.Warn("the registry refuses a credential of this node", "registry", n.t.Registry, "repository", n.t.Repository, "upstream", n.ep.addr.host, "err", err)
+		}
+	}
+	return answer, err
+}
+
+// sessions are those of the credentials for t, the lately refused ones last.
+func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
+	names := n.ep.names(n.t.Repository)
+	list, err := n.c.cfg.Credentials(ctx, CredentialRequest{Registry: n.ep.reg.Host, Names: names, Refresh: refresh})
+	n.lookup = err
+	sessions := make([]*session, 0, len(list))
+	for _, credential := range list[:min(len(list), maxCredentials)] {
+		if credential == (authn.AuthConfig{}) {
+			continue
+		}
+		sessions = append(sessions, n.c.session(n.ep, n.t, credential))
+	}
+	slices.SortStableFunc(sessions, func(a, b *session) int {
+		return order(a.wasRefused(), b.wasRefused())
+	})
+	return sessions
+}
+
+func order(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
+}
+
+// verdict is the error once everything was refused: that of the first
+// credential, with the challenge that a client without one gets. If a
+// credential could not be looked up, nobody knows what it would have opened.
+func (n *nodeTry) verdict(anonymous *Error) error {
+	if n.lookup != nil {
+		return n.c.describe(fmt.Errorf("%w: %w", errLookup, n.lookup), n.ep, n.t, n.q)
+	}
+	if n.refusal == nil {
+		return anonymous
+	}
+	out := *n.refusal
+	if anonymous.Status == http.StatusUnauthorized {
+		out.Status, out.Challenge = anonymous.Status, anonymous.Challenge
+	}
+	return &out
+}
+
+// names are what a credential for repository may be filed under. The
+// registry's own name counts only where its credential may go.
+func (ep *endpoint) names(repository string) []string {
+	names := []string{canonical(ep.addr.host) + "/" + ep.addr.prefix + repository}
+	if own := ep.reg.Host + "/" + repository; own != names[0] && ep.trustedWith() {
+		names = append(names, own)
+	}
+	return names
+}
+
+// refused says whether err is an endpoint's or its token service's no to the
+// credential that was sent, or to none.
+func refused(err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.refused
+}
+
+// noteRefusal keeps whether the credential was refused, and says whether that
+// is news.
+func (s *session) noteRefusal(refused bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := time.Since(s.refusedAt) < refusalMemory
+	s.refusedAt = time.Time{}
+	if refused {
+		s.refusedAt = time.Now()
+	}
+	return refused && !was
+}
+
+func (s *session) wasRefused() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.refusedAt) < refusalMemory
+}
