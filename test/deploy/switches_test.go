@@ -1,15 +1,37 @@
 package deploy
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
 )
 
+const credentialProviders = `{"kind": "CredentialProviderConfig", "apiVersion": "kubelet.config.k8s.io/v1", "providers": [
+	{"name": "ecr-credential-provider", "matchImages": ["*.dkr.ecr.*.amazonaws.com"], "defaultCacheDuration": "12h", "apiVersion": "credentialprovider.kubelet.k8s.io/v1"}]}`
+
 // TestSwitches holds that each value changes what it is for: with it the text
 // is there, without it is not.
 func TestSwitches(t *testing.T) {
 	plain := render(t)
+	// The agent looks at these when it starts, so they exist.
+	apart := t.TempDir()
+	together := filepath.Join(apart, "bin")
+	for _, file := range []string{filepath.Join(together, "config.json"), filepath.Join(apart, "etc", "config.json")} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(credentialProviders), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plugin := filepath.Join(together, "ecr-credential-provider")
+	if err := os.WriteFile(plugin, []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	providers := func(config, bin string) []string {
+		return []string{"config.node.image_credential_provider_config=" + config, "config.node.image_credential_provider_bin_dir=" + bin,
+			"registries[0].host=r.example.com", "registries[0].auth=node", "registries[0].node_repositories={base/**}"}
+	}
 	for _, tt := range []struct {
 		name string
 		set  []string // key=value of --set
@@ -55,6 +77,10 @@ func TestSwitches(t *testing.T) {
 		{name: "variables", set: []string{"env[0].name=GOGC", "env[0].value=off"}, want: []string{`- name: GOGC\n`}},
 		{name: "configuration", set: []string{"config.cache.max_bytes=100GiB", "config.upstream.max_bytes_per_second=107374182400", "config.hosts.registries={docker.io,quay.io}", "config.log.level=debug"},
 			want: []string{`max_bytes = "100GiB"`, `max_bytes_per_second = 107374182400\n`, `registries = \["docker.io","quay.io"\]`, `level = "debug"`}},
+		{name: "credential provider plugins", set: providers(together+"/config.json", together),
+			want: []string{`name: credential-provider-0, mountPath: ` + together + `, readOnly: true`, `path: ` + together + `, type: Directory`, `node_repositories = \["base/\*\*"\]`}},
+		{name: "credential provider plugins apart", set: providers(apart+"/etc/config.json", together+"/"),
+			want: []string{`name: credential-provider-0, mountPath: ` + apart + `/etc, readOnly: true`, `name: credential-provider-1, mountPath: ` + together + `, readOnly: true`}},
 		{name: "registries", set: []string{"registries[0].host=docker.io", "registries[0].upstreams={https://a.example.com}", "registries[0].max_connections=4"}, want: []string{`\[\[registry\]\]\n +host = "docker.io"\n +max_connections = 4\n +upstreams = \["https://a.example.com"\]`}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -173,6 +173,14 @@ The downward API could give the whole limit, but no share of it.
 {{- end }}
 {{- end -}}
 
+{{/* Directories of the node's credential provider plugins, each once. */}}
+{{- define "larder.credentialDirs" -}}
+{{- $dirs := list -}}
+{{- with dig "node" "image_credential_provider_config" "" .Values.config }}{{ $dirs = append $dirs (dir .) }}{{ end -}}
+{{- with dig "node" "image_credential_provider_bin_dir" "" .Values.config }}{{ $dirs = append $dirs (clean .) }}{{ end -}}
+{{- uniq $dirs | toYaml -}}
+{{- end -}}
+
 {{/* What cannot work, said before anything is installed. */}}
 {{- define "larder.validate" -}}
 {{- if not (or .Values.containerd.enabled .Values.crio.enabled) -}}
