@@ -49,8 +49,7 @@ func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
 func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
 	n := nodeTry{c: c, ep: ep, t: t, q: q}
 	for _, refresh := range []bool{false, true} {
-		answer, err := n.all(ctx, refresh)
-		if err == nil || !refused(err) {
+		if answer, settled, err := n.all(ctx, refresh); settled {
 			return answer, err
 		}
 	}
@@ -72,25 +71,20 @@ type nodeTry struct {
 	refusal *Error // of the first credential
 }
 
-// all tries every credential that was not tried yet. It returns errUntried,
-// a refusal, if there is none.
-func (n *nodeTry) all(ctx context.Context, refresh bool) (*answer, error) {
-	var refusal error = errUntried
+// all tries every credential that was not tried yet, until the answer is
+// settled: anything but a refusal.
+func (n *nodeTry) all(ctx context.Context, refresh bool) (answer *answer, settled bool, err error) {
 	for _, s := range n.sessions(ctx, refresh) {
 		if slices.Contains(n.tried, s) {
 			continue
 		}
 		n.tried = append(n.tried, s)
-		answer, err := n.one(ctx, s)
-		if err == nil || !refused(err) {
-			return answer, err
+		if answer, err := n.one(ctx, s); !refused(err) {
+			return answer, true, err
 		}
-		refusal = err
 	}
-	return nil, refusal
+	return nil, false, nil
 }
-
-var errUntried = &Error{refused: true}
 
 func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
 	answer, err := n.c.sendAs(ctx, n.ep, n.t, n.q, s)
@@ -113,27 +107,17 @@ func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 	names := n.ep.names(n.t.Repository)
 	list, err := n.c.cfg.Credentials(ctx, CredentialRequest{Registry: n.ep.reg.Host, Names: names, Refresh: refresh})
 	n.lookup = err
-	sessions := make([]*session, 0, len(list))
+	var first, last []*session
 	for _, credential := range list[:min(len(list), maxCredentials)] {
-		if credential == (authn.AuthConfig{}) {
-			continue
+		switch s := n.c.session(n.ep, n.t, credential); {
+		case credential == (authn.AuthConfig{}): // tried at the end
+		case s.wasRefused():
+			last = append(last, s)
+		default:
+			first = append(first, s)
 		}
-		sessions = append(sessions, n.c.session(n.ep, n.t, credential))
 	}
-	slices.SortStableFunc(sessions, func(a, b *session) int {
-		return order(a.wasRefused(), b.wasRefused())
-	})
-	return sessions
-}
-
-func order(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case a:
-		return 1
-	}
-	return -1
+	return append(first, last...)
 }
 
 // verdict is the error once everything was refused: that of the first

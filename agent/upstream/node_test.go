@@ -252,3 +252,31 @@ func TestCredentialChangesMidBlob(t *testing.T) {
 		t.Errorf("%d refusals", n)
 	}
 }
+
+// TestErrorRepeatsNoSecret: a registry's own words are shown, but not if they
+// hold what was sent, in whatever spelling and however they are cut.
+func TestErrorRepeatsNoSecret(t *testing.T) {
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://reg.test", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.SetBasicAuth("ann", "a/b&c")
+	for body, want := range map[string]string{
+		`{"errors":[{"code":"DENIED","message":"no such user"}]}`:                "DENIED no such user",
+		`{"errors":[{"code":"DENIED","message":"a\/b\u0026c is wrong"}]}`:        " ",
+		`{"errors":[{"code":"a/b&c","message":"is wrong"}]}`:                     " ",
+		`{"errors":[{"code":"DENIED","message":"you sent Basic YW5uOmEvYiZj"}]}`: " ",
+		`{"errors":[{"message":"` + strings.Repeat("x", 198) + `a/b&c"}]}`:       " ",
+		`{"errors":[]}`: " ",
+		`a/b&c`:         " ",
+	} {
+		code, message := errorCode([]byte(body), carried(req))
+		if got := code + " " + message; got != want {
+			t.Errorf("%s: %q, want %q", body, got, want)
+		}
+	}
+	req.Header.Del("Authorization")
+	if code, _ := errorCode([]byte(`{"errors":[{"code":"DENIED"}]}`), carried(req)); code != "DENIED" {
+		t.Errorf("nothing was sent: %q", code)
+	}
+}

@@ -1,16 +1,15 @@
 package upstream
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -400,7 +399,7 @@ func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.
 	e := &Error{Status: resp.StatusCode, RetryAfter: parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // what there is
 	drain(resp.Body)
-	e.Code, e.Message = errorCode(withoutSecrets(body, resp.Request.Header.Get("Authorization")))
+	e.Code, e.Message = errorCode(body, carried(resp.Request))
 	if moved != nil {
 		e.Endpoint = moved.Host
 		if k == kindBlob && expired(e.Status) {
@@ -443,25 +442,16 @@ func expired(status int) bool {
 	return false
 }
 
-// withoutSecrets drops a registry's words if they repeat what authorization
-// carried.
-func withoutSecrets(body []byte, authorization string) []byte {
-	scheme, secret, _ := strings.Cut(authorization, " ")
-	secrets := []string{secret}
-	if raw, err := base64.StdEncoding.DecodeString(secret); err == nil && strings.EqualFold(scheme, "basic") {
-		_, password, _ := strings.Cut(string(raw), ":")
-		secrets = append(secrets, password)
-	}
-	for _, s := range secrets {
-		if s != "" && bytes.Contains(body, []byte(s)) {
-			return nil
-		}
-	}
-	return body
+// carried lists the secrets that req was sent with.
+func carried(req *http.Request) (secrets []string) {
+	_, secret, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+	_, password, _ := req.BasicAuth()
+	return slices.DeleteFunc([]string{secret, password}, func(s string) bool { return s == "" })
 }
 
-// errorCode reads the first of a registry's errors (distribution-spec, "Error codes").
-func errorCode(body []byte) (code, message string) {
+// errorCode reads the first of a registry's errors (distribution-spec, "Error
+// codes"), unless it repeats a secret.
+func errorCode(body []byte, secrets []string) (code, message string) {
 	var doc struct {
 		Errors []struct {
 			Code    string `json:"code"`
@@ -471,7 +461,13 @@ func errorCode(body []byte) (code, message string) {
 	if json.Unmarshal(body, &doc) != nil || len(doc.Errors) == 0 {
 		return "", ""
 	}
-	return clip(doc.Errors[0].Code, 64), clip(doc.Errors[0].Message, 200)
+	first := doc.Errors[0]
+	for _, s := range secrets {
+		if strings.Contains(first.Code+" "+first.Message, s) {
+			return "", ""
+		}
+	}
+	return clip(first.Code, 64), clip(first.Message, 200)
 }
 
 // noteLimit keeps what Docker Hub says of its pull limit.
