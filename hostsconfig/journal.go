@@ -632,6 +632,9 @@ func onlyChain(top, managedDir string) bool {
 func (m *managed) clearSiblings() error {
 	for top := m.path; top != filepath.Dir(top); top = filepath.Dir(top) {
 		for _, suffix := range []string{newSuffix, removedSuffix} {
+			if _, err := os.Lstat(top + suffix); errors.Is(err, fs.ErrNotExist) {
+				continue // a container's read-only root would refuse to remove even this
+			}
 			if err := os.RemoveAll(top + suffix); err != nil {
 				return err
 			}
