@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path"
+	"path/filepath"
 	"runtime"
 	"testing"
 
@@ -54,34 +55,48 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 	if len(sizes) == 0 {
 		sizes = ordinarySizes
 	}
-	ref, err := name.ParseReference(r.addr+"/"+repository+":v1", name.Insecure)
-	if r.kind.tls {
-		ref, err = name.ParseReference(r.addr + "/" + repository + ":v1")
+	if kind != multiArch {
+		return r.pushImage(repository, buildImage(r.t, kind, runtime.GOARCH, seed, sizes))
 	}
+	index := buildIndex(r.t, seed, sizes)
+	digest, err := index.Digest()
+	if err == nil {
+		err = remote.WriteIndex(r.reference(repository), index, remote.WithTransport(r.transport()))
+	}
+	if err != nil {
+		r.t.Fatalf("push %s: %v", repository, err)
+	}
+	return pushed{repository: repository, tag: tag, digest: digest}
+}
+
+func (r *registry) pushImage(repository string, image v1.Image) pushed {
+	r.t.Helper()
+	p := pushed{repository: repository, tag: tag}
+	p.layers, p.size = contents(r.t, image)
+	var err error
+	if p.digest, err = image.Digest(); err == nil {
+		err = remote.Write(r.reference(repository), image, remote.WithTransport(r.transport()))
+	}
+	if err != nil {
+		r.t.Fatalf("push %s: %v", repository, err)
+	}
+	return p
+}
+
+// tag is the one that every pushed image has.
+const tag = "v1"
+
+func (r *registry) reference(repository string) name.Reference {
+	r.t.Helper()
+	var scheme []name.Option
+	if !r.kind.tls {
+		scheme = append(scheme, name.Insecure)
+	}
+	ref, err := name.ParseReference(r.addr+"/"+repository+":"+tag, scheme...)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	p := pushed{repository: repository, tag: "v1"}
-	opt := remote.WithTransport(r.transport())
-	switch kind {
-	case multiArch:
-		index := buildIndex(r.t, seed, sizes)
-		p.digest, err = index.Digest()
-		if err == nil {
-			err = remote.WriteIndex(ref, index, opt)
-		}
-	default:
-		image := buildImage(r.t, kind, runtime.GOARCH, seed, sizes)
-		p.layers, p.size = contents(r.t, image)
-		p.digest, err = image.Digest()
-		if err == nil {
-			err = remote.Write(ref, image, opt)
-		}
-	}
-	if err != nil {
-		r.t.Fatalf("push %s: %v", ref, err)
-	}
-	return p
+	return ref
 }
 
 func contents(t *testing.T, image v1.Image) (layers []v1.Hash, size int64) {
@@ -141,19 +156,60 @@ func buildImage(t *testing.T, kind imageKind, arch string, seed uint64, sizes []
 
 // layerOpener gives a layer with one file of incompressible bytes.
 func layerOpener(seed uint64, size int) tarball.Opener {
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
+	return fileOpener(path.Join("data", fmt.Sprint(seed)), 0o644, size, func() io.Reader { return rand.NewChaCha8(key) })
+}
+
+// fileOpener gives a layer with one file, the first size bytes of content.
+func fileOpener(name string, mode int64, size int, content func() io.Reader) tarball.Opener {
 	return func() (io.ReadCloser, error) {
 		var head, foot bytes.Buffer
 		w := tar.NewWriter(&head)
-		err := w.WriteHeader(&tar.Header{Name: path.Join("data", fmt.Sprint(seed)), Mode: 0o644, Size: int64(size)})
+		err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(size)})
 		if err != nil {
 			return nil, err
 		}
 		foot.Write(make([]byte, (512-size%512)%512+1024)) // padding, then the end of the archive
-		var key [32]byte
-		binary.LittleEndian.PutUint64(key[:], seed)
-		body := io.LimitReader(rand.NewChaCha8(key), int64(size))
-		return io.NopCloser(io.MultiReader(&head, body, &foot)), nil
+		return io.NopCloser(io.MultiReader(&head, io.LimitReader(content(), int64(size)), &foot)), nil
 	}
+}
+
+// buildProgram makes an image that runs a program, a static one.
+func buildProgram(t *testing.T, program string, seed uint64, sizes ...int) v1.Image {
+	t.Helper()
+	content, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := fmt.Sprintf("program-%d", seed) // no two images share the layer
+	layer, err := tarball.LayerFromOpener(fileOpener(file, 0o755, len(content), func() io.Reader { return bytes.NewReader(content) }),
+		tarball.WithMediaType(types.OCILayer), tarball.WithCompressionLevel(gzip.NoCompression))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := mutate.AppendLayers(buildImage(t, ociImage, runtime.GOARCH, seed, sizes), layer)
+	if err == nil {
+		image, err = mutate.Config(image, v1.Config{Entrypoint: []string{"/" + file}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
+// saveImage writes an image as `docker save` does, for `ctr images import`.
+func saveImage(t *testing.T, ref string, image v1.Image) (file string) {
+	t.Helper()
+	tag, err := name.NewTag(ref)
+	file = filepath.Join(tempDir(t), "image.tar")
+	if err == nil {
+		err = tarball.WriteToFile(file, tag, image)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file
 }
 
 func certPool(t *testing.T, caFile string) *x509.CertPool {

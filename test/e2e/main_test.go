@@ -123,21 +123,28 @@ func needTool(t *testing.T, name string) string {
 	return path
 }
 
-// builtDirEnv names the directory of tools that `make e2e` had built.
+// builtDirEnv lists the directories of tools that `make e2e` had built.
 const builtDirEnv = "LARDER_TOOLS_BIN"
 
 // needBuilt finds a program that test/tools/install.sh builds.
 func needBuilt(t *testing.T, name string) string {
 	t.Helper()
-	dir := os.Getenv(builtDirEnv)
-	if dir == "" {
+	dirs := filepath.SplitList(os.Getenv(builtDirEnv))
+	if len(dirs) == 0 {
 		unavailable(t, "%s is not set: run the tests with `make e2e`", builtDirEnv)
 	}
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err != nil {
-		unavailable(t, "%s: %v", name, err)
+	for _, dir := range dirs {
+		if path := filepath.Join(dir, name); isFile(path) {
+			return path
+		}
 	}
-	return path
+	unavailable(t, "no %s in %v", name, dirs)
+	return ""
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
 }
 
 // eventually waits until check returns nil. It gives up at the deadline, or when

@@ -230,12 +230,20 @@ func (c *cluster) originsAt(node int, ref string) map[string][]string {
 	if err != nil {
 		c.t.Fatalf("explain on %s: %v", n.name, err)
 	}
+	origins := origins(c.t, string(out))
+	c.t.Logf("explain on %s: %v", n.name, origins)
+	return origins
+}
+
+// origins reads what `larder explain --json` printed.
+func origins(t *testing.T, text string) map[string][]string {
+	t.Helper()
 	explained := decode[struct {
 		Parts []struct {
 			Kind, Digest string
 			Origins      []struct{ Kind, Name string }
 		}
-	}](c.t, string(out))
+	}](t, text)
 	origins := map[string][]string{}
 	for _, p := range explained.Parts {
 		what := p.Kind + " " + p.Digest
@@ -244,7 +252,6 @@ func (c *cluster) originsAt(node int, ref string) map[string][]string {
 			origins[what] = append(origins[what], o.Kind+" "+o.Name)
 		}
 	}
-	c.t.Logf("explain on %s: %v", n.name, origins)
 	return origins
 }
 

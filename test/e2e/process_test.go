@@ -28,6 +28,12 @@ type process struct {
 // startProcess runs cmd, whose Stdout and Stderr it sets.
 func startProcess(t *testing.T, name string, cmd *exec.Cmd) *process {
 	t.Helper()
+	return startProcessBy(t, name, cmd, cmd.Start)
+}
+
+// startProcessBy is startProcess with a way of its own to start cmd.
+func startProcessBy(t *testing.T, name string, cmd *exec.Cmd, start func() error) *process {
+	t.Helper()
 	log, err := os.CreateTemp(run.dir, name+"-*.log")
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +42,7 @@ func startProcess(t *testing.T, name string, cmd *exec.Cmd) *process {
 	cmd.Stdout, cmd.Stderr = log, log
 	// A test binary that is killed takes its children along.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := start(); err != nil {
 		t.Fatalf("start %s: %v", name, err)
 	}
 	p := &process{t: t, name: name, cmd: cmd, log: log.Name(), done: make(chan struct{})}

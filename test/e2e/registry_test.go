@@ -1,16 +1,9 @@
 package e2e
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"net"
 	"net/http"
 	"os/exec"
@@ -56,8 +49,9 @@ func startRegistry(t *testing.T, kind registryKind) *registry {
 	r := &registry{t: t, kind: kind, addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t)))}
 	tlsConfig := ""
 	if kind.tls {
-		cert, key, ca := writeCertificate(t, dir)
-		r.caFile = ca
+		ca := newAuthority(t, dir)
+		cert, key := ca.issue(dir, "tls", server("registry", "127.0.0.1"))
+		r.caFile = ca.file
 		tlsConfig = fmt.Sprintf("  tls:\n    certificate: %s\n    key: %s\n", cert, key)
 	}
 	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(`version: 0.1
@@ -71,6 +65,12 @@ http:
 %s`, filepath.Join(dir, "storage"), r.addr, tlsConfig))
 	r.start()
 	return r
+}
+
+// on is a registry whose failures belong to a subtest.
+func (r registry) on(t *testing.T) *registry {
+	r.t = t
+	return &r
 }
 
 func (r *registry) start() {
@@ -214,51 +214,4 @@ func byRuntime(all accessList) accessList {
 		}
 	}
 	return direct
-}
-
-// writeCertificate makes a private CA and a server certificate for 127.0.0.1.
-func writeCertificate(t *testing.T, dir string) (cert, key, ca string) {
-	t.Helper()
-	caKey, caCert := newCertificate(t, &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"},
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}, nil, nil)
-	leafKey, leaf := newCertificate(t, &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, caCert, caKey)
-	der, err := x509.MarshalECPrivateKey(leafKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return writePEM(t, filepath.Join(dir, "tls.crt"), "CERTIFICATE", leaf.Raw),
-		writePEM(t, filepath.Join(dir, "tls.key"), "EC PRIVATE KEY", der),
-		writePEM(t, filepath.Join(dir, "ca.crt"), "CERTIFICATE", caCert.Raw)
-}
-
-// newCertificate signs template; with itself if there is no parent.
-func newCertificate(t *testing.T, template, parent *x509.Certificate, signer *ecdsa.PrivateKey) (*ecdsa.PrivateKey, *x509.Certificate) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if parent == nil {
-		parent, signer = template, key
-	}
-	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key, cert
-}
-
-func writePEM(t *testing.T, path, kind string, der []byte) string {
-	t.Helper()
-	return writeFile(t, path, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
 }
