@@ -53,7 +53,7 @@ lint: ## gofmt, vet and golangci-lint
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: deps lint unit race deploy-test e2e ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race deploy-test e2e e2e-k8s ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
@@ -62,7 +62,12 @@ race: ## The same under the race detector, which multiplies time and memory: sma
 .PHONY: e2e
 e2e: ## Real containerd, podman, skopeo and registries (root)
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
-	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
+	cd test/e2e && $(GO) test -count=1 -timeout 20m -skip '^TestKubernetes$$' ./...
+
+.PHONY: e2e-k8s
+e2e-k8s: image ## An installation from its first command to its last, on real Kubernetes (root)
+	@LARDER_TOOLS_BIN=$$(for set in runtimes kubernetes deploy; do test/tools/install.sh $$set; done | paste -sd:); export LARDER_TOOLS_BIN; \
+	cd test/e2e && $(GO) test -count=1 -timeout 10m -v -run '^TestKubernetes$$' .
 
 .PHONY: deploy-test
 deploy-test: ## The chart by Helm, every preset and switch; the alerts by Prometheus' engine
