@@ -262,9 +262,12 @@ func (i *installation) presets(t *testing.T) {
 	if err != nil || len(presets) == 0 {
 		t.Fatalf("no presets: %v", err)
 	}
+	// What a dry run makes is not there for the pod that needs it.
+	i.k.kubectl(t, "create", "namespace", "presets")
+	i.k.kubectl(t, "--namespace", "presets", "create", "serviceaccount", "larder")
 	for _, preset := range presets {
 		t.Run(filepath.Base(preset), func(t *testing.T) {
-			manifest := i.k.helm(t, "template", "larder", filepath.Join(deployDir, "chart"), "--namespace", "default", "--values", preset)
+			manifest := i.k.helm(t, "template", "larder", filepath.Join(deployDir, "chart"), "--namespace", "presets", "--values", preset)
 			file := writeFile(t, filepath.Join(tempDir(t), "manifest.yaml"), manifest)
 			t.Log(i.k.kubectl(t, "apply", "--dry-run=server", "--validate=strict", "-f", file))
 		})
