@@ -7,11 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# render leaves out what is Helm's own.
+# render leaves out what is Helm's own, and blank lines beyond one.
 render() {
-	helm template larder chart --skip-tests "$@" |
+	helm template larder chart "$@" |
 		sed -e '/helm\.sh\//d' -e '/^  annotations:$/d' -e 's/managed-by: Helm/managed-by: kubectl/' -e '/^# Source: /d' -e 's/ *$//' |
-		cat -s
+		awk 'NF { if (blank) print ""; print; blank = 0; next } { blank = 1 }'
 }
 
 case ${1:?usage: manifest.sh larder|doctor|cleanup} in
@@ -37,7 +37,7 @@ larder)
 		    # An agent of the node needs hostNetwork and hostPath.
 		    pod-security.kubernetes.io/enforce: privileged
 	EOF
-	render --namespace larder --set key.generate=cluster
+	render --namespace larder --skip-tests --set key.generate=cluster
 	;;
 doctor)
 	cat <<-'EOF'
@@ -49,8 +49,7 @@ doctor)
 		#
 		# Made from the chart, whose `helm test` it is, by `make manifest`.
 	EOF
-	helm template larder chart --namespace larder --show-only templates/tests/doctor.yaml |
-		sed -e '/helm\.sh\//d' -e '/^  annotations:$/d' -e '/^# Source: /d' -e 's/managed-by: Helm/managed-by: kubectl/'
+	render --namespace larder --show-only templates/tests/doctor.yaml
 	;;
 cleanup)
 	cat <<-'EOF'

@@ -76,8 +76,11 @@ func (h *Hosts) nextLook() time.Duration {
 	return h.opts.PollInterval
 }
 
-// pass applies once and tells OnImport what changed.
+// pass applies once and tells OnImport what changed. Directories are watched
+// before they are read, so that no change falls between, and again afterwards
+// for those that were made.
 func (h *Hosts) pass(ctx context.Context, w *watcher, before []Imported, repair bool) []Imported {
+	w.renew()
 	h.mu.Lock()
 	_, err := h.apply(ctx, repair)
 	imports := h.upstreams()
