@@ -138,7 +138,7 @@ func (k *kubernetes) try(bin string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// apply is `kubectl apply -f -`.
+// apply is `kubectl apply` of a manifest.
 func (k *kubernetes) apply(t *testing.T, manifest string) {
 	t.Helper()
 	k.kubectl(t, "apply", "-f", writeFile(t, filepath.Join(tempDir(t), "manifest.yaml"), manifest))
