@@ -37,7 +37,7 @@ lint: ## gofmt, vet and golangci-lint
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: deps lint unit race e2e ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race e2e page-test ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
@@ -47,6 +47,10 @@ race: ## The same under the race detector, which multiplies time and memory: sma
 e2e: ## Real containerd, podman, skopeo and registries (root)
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh runtimes); export LARDER_TOOLS_BIN; \
 	cd test/e2e && $(GO) test -count=1 -timeout 20m ./...
+
+.PHONY: page-test
+page-test: build ## The page at admin.listen in headless Chromium, under load and idle (PAGE_FLAGS=-keep, -stay)
+	@modules=$$(test/tools/install.sh page); $(GO) run ./test/page -larder bin/larder -modules $$modules $(PAGE_FLAGS)
 
 .PHONY: deps
 deps: ## Install what the tests run against (root, apt), or say what is missing
