@@ -89,21 +89,20 @@ const blobName = name => {
 // element that stays is updated in place, so that what is open stays open.
 const sync = (parent, items, keyOf, make) => {
   parent.known ??= new Map();
-  const gone = new Set(parent.known.keys());
+  const keys = items.map(keyOf), stay = new Set(keys);
+  for (const [key, one] of parent.known) {
+    if (stay.has(key)) continue;
+    one.e.remove();
+    parent.known.delete(key);
+  }
   let next = parent.firstElementChild;
-  for (const item of items) {
-    const key = keyOf(item);
-    let one = parent.known.get(key);
-    if (!one) parent.known.set(key, one = make(item));
-    gone.delete(key);
+  items.forEach((item, i) => {
+    let one = parent.known.get(keys[i]);
+    if (!one) parent.known.set(keys[i], one = make(item));
     one.update(item);
     if (one.e === next) next = next.nextElementSibling;
     else parent.insertBefore(one.e, next);
-  }
-  for (const key of gone) {
-    parent.known.get(key).e.remove();
-    parent.known.delete(key);
-  }
+  });
 };
 
 // ---- charts
@@ -575,9 +574,9 @@ const connect = () => {
   stream.addEventListener("error", () => lost(stream.readyState === EventSource.CLOSED));
 };
 
-const listen = (event, take) => {
+const listen = (event, use) => {
   heard = Date.now();
-  take(JSON.parse(event.data));
+  use(JSON.parse(event.data));
   render();
   const live = $("live");
   live.className = "on";
