@@ -53,7 +53,7 @@ lint: ## gofmt, vet and golangci-lint
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: deps lint unit race deploy-test e2e e2e-k8s ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race deploy-test page-test e2e e2e-k8s ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
@@ -73,6 +73,10 @@ e2e-k8s: image ## An installation from its first command to its last, on real Ku
 deploy-test: ## The chart by Helm, every preset and switch; the alerts by Prometheus' engine
 	@LARDER_TOOLS_BIN=$$(test/tools/install.sh deploy); export LARDER_TOOLS_BIN; \
 	for module in test/deploy test/alerts; do (cd $$module && $(GO) test -count=1 ./...); done
+
+.PHONY: page-test
+page-test: build ## The page at admin.listen in headless Chromium, under load and idle (PAGE_FLAGS=-keep, -stay)
+	@modules=$$(test/tools/install.sh page); $(GO) run ./test/page -larder bin/larder -modules $$modules $(PAGE_FLAGS)
 
 .PHONY: deps
 deps: ## Install what the tests run against (root, apt), or say what is missing

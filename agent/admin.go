@@ -28,7 +28,8 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /api/v1/explain", a.serveExplain)
 	mux.HandleFunc("POST /api/v1/warm", a.serveWarm)
 	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
-	mux.HandleFunc("GET /{$}", a.servePage)
+	mux.Handle("GET /api/v1/events", a.events)
+	a.pageRoutes(mux)
 	return localOnly(mux)
 }
 

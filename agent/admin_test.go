@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -99,12 +100,12 @@ func TestBytesAddUp(t *testing.T) {
 		t.Fatalf("/metrics: %d\n%s", status, body)
 	}
 	eventually(t, "counted", func() error { // after the client has its last byte
-		if served := a.sum("larder_served_bytes_total", "source"); !maps.Equal(served, pulled) {
+		if served := a.counted()["larder_served_bytes_total"]; !maps.Equal(served, pulled) {
 			return fmt.Errorf("served %v, pulled %v", served, pulled)
 		}
 		return nil
 	})
-	fetched := a.sum("larder_fetched_bytes_total", "from")
+	fetched := a.counted()["larder_fetched_bytes_total"]
 	if stats := a.cache.Stats(); fetched["upstream"] != stats.Bytes || fetched["peer"] != 0 {
 		t.Errorf("fetched %v, the cache has %d bytes", fetched, stats.Bytes)
 	}
@@ -266,6 +267,10 @@ func TestAdminRefusesBrowsers(t *testing.T) {
 		{"canary without nonce", "GET", "/api/v1/canary", "", nil, 400},
 		{"profiles", "GET", "/debug/pprof/", "", nil, 200},
 		{"page", "GET", "/", "", nil, 200},
+		{"script", "GET", "/page.js", "", nil, 200},
+		{"script, rebound", "GET", "/page.js", "", []string{"Host", "evil.example:5053"}, 403},
+		{"events, rebound", "GET", "/api/v1/events", "", []string{"Host", "evil.example:5053"}, 403},
+		{"events from elsewhere", "GET", "/api/v1/events", "", []string{"Origin", "http://evil.example"}, 403},
 		{"no such page", "GET", "/index.php", "", nil, 404},
 	}
 	for _, tt := range tests {
@@ -303,14 +308,43 @@ func TestMetricsListener(t *testing.T) {
 	}
 }
 
-// TestPage holds that the page shows what an attacker may name as text.
+// TestPage holds what the page says without a script, and that it is text, from
+// whomever; test/page looks at it in a browser.
 func TestPage(t *testing.T) {
 	c := testConfig(t)
 	c.Peer.Enabled = true
+	c.Hosts.Containerd = filepath.Join(t.TempDir(), "certs.d")
 	a := start(t, c)
-	a.setHostsErr(nil)
+	eventually(t, "in place", func() error { return a.hostsInPlace() })
+	a.setHostsErr(errors.New("<script>alert(1)</script>"))
 	code, body := a.admin(t, "GET", "/", "")
 	if code != 200 || !strings.Contains(body, "Larder on node-1") || !strings.Contains(body, "alone (no peer.key_file and no peer.join)") {
 		t.Errorf("%d\n%s", code, body)
+	}
+	if strings.Contains(body, "<script>") || !strings.Contains(body, "&lt;script&gt;alert(1)") {
+		t.Errorf("an error is taken for HTML:\n%s", body)
+	}
+}
+
+// TestPagePolicy holds that a browser is told to run and load only what the
+// agent itself serves, and to make no HTML of text.
+func TestPagePolicy(t *testing.T) {
+	a := start(t, testConfig(t))
+	for path, kind := range map[string]string{"/": "text/html; charset=utf-8", "/page.js": "text/javascript; charset=utf-8",
+		"/page.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml"} {
+		resp, err := a.client.Get("http://" + a.AdminAddr() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		policy := resp.Header.Get("Content-Security-Policy")
+		for _, want := range []string{"default-src 'none'", "script-src 'self'", "require-trusted-types-for 'script'"} {
+			if !strings.Contains(policy, want) {
+				t.Errorf("%s: policy %q lacks %q", path, policy, want)
+			}
+		}
+		if strings.Contains(policy, "unsafe") || resp.Header.Get("Content-Type") != kind || resp.Header.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%s: %v", path, resp.Header)
+		}
 	}
 }

@@ -31,6 +31,7 @@ type Agent struct {
 	build    Build
 	log      *slog.Logger
 	registry *prometheus.Registry
+	counters *prometheus.Registry // of registry's, those that the status tells
 	started  time.Time
 
 	listeners   struct{ proxy, admin, metrics net.Listener } // metrics may be nil
@@ -44,6 +45,9 @@ type Agent struct {
 	swarm       *swarm                 // nil: alone
 	audit       *auditLog              // nil: none
 	self        *http.Client           // to this agent's own proxy
+	recent      recentPulls
+	events      *events
+	findings    atomic.Pointer[DoctorStatus] // nil until the node was examined
 
 	state atomic.Int32 // one of the states below
 
@@ -89,7 +93,8 @@ func New(c Config, opts ...Option) (*Agent, error) {
 	for _, opt := range opts {
 		opt(&o)
 	}
-	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), started: time.Now()}
+	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now()}
+	a.events = newEvents(a.sample, a.Status, o.log)
 	if err := a.open(o); err != nil {
 		a.removeLeftovers()
 		return nil, errors.Join(err, a.Close())
@@ -123,8 +128,14 @@ func (a *Agent) open(o options) error {
 	if err = a.openSwarm(); err != nil {
 		return err
 	}
-	a.proxy, err = a.openProxy(o)
-	return err
+	if a.proxy, err = a.openProxy(o); err != nil {
+		return err
+	}
+	a.counters.MustRegister(a.proxy.ServedBytes(), a.cache.FetchedBytes())
+	if a.swarm != nil {
+		a.counters.MustRegister(a.swarm.UploadedBytes())
+	}
+	return nil
 }
 
 // listen opens all ports, or none; it names every port that is taken.
@@ -240,9 +251,7 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 		Logger:          a.log,
 		Registerer:      a.registry,
 		Before:          o.wedge,
-	}
-	if a.audit != nil {
-		opts.Audit = a.auditPull
+		Audit:           a.pulled,
 	}
 	if a.runtime != nil {
 		opts.Runtime = runtimeSource{a.runtime}
@@ -257,6 +266,14 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 	return p, nil
 }
 
+// pulled is told of each exchange of the proxy.
+func (a *Agent) pulled(e proxy.Event) {
+	a.recent.record(e)
+	if a.audit != nil {
+		a.auditPull(e)
+	}
+}
+
 // ProxyAddr is the address the pull API listens on.
 func (a *Agent) ProxyAddr() string { return a.listeners.proxy.Addr().String() }
 
@@ -269,6 +286,8 @@ func (a *Agent) AdminAddr() string { return a.listeners.admin.Addr().String() }
 func (a *Agent) Run(ctx context.Context) error {
 	p := newParts(a.log, a.config.Proxy.DrainTimeout+stopSlack)
 	p.start("admin", a.serveAdmin)
+	p.start("events", a.events.Run)
+	p.start("doctor", a.runDoctor)
 	if a.audit != nil {
 		p.start("audit", a.audit.Run)
 	}

@@ -5,6 +5,7 @@ import (
 
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -36,9 +37,12 @@ type Status struct {
 	Upstreams []upstream.Health `json:"upstreams"`
 	Peers     string            `json:"peers"`   // "alone", or how many members
 	Members   []Member          `json:"members"` // by zone, then name; this node included
+	Zones     []ZoneStatus      `json:"zones"`   // by name; of the members
 	Index     IndexStatus       `json:"index"`
 	Hosts     HostsStatus       `json:"hosts"`
 	Runtime   RuntimeStatus     `json:"runtime"`
+	Recent    []RecentPull      `json:"recent_pulls"` // the latest first
+	Doctor    DoctorStatus      `json:"doctor"`
 }
 
 // Check is one condition of being ready.
@@ -83,12 +87,73 @@ type Member struct {
 	Zone    string `json:"zone,omitempty"`
 	State   string `json:"state"` // alive, or banned until BannedUntil
 	Self    bool   `json:"self,omitempty"`
-	// Linked says whether this node has a connection with it now; Sent and
-	// Received are the bytes of blobs over that connection.
+	// Linked says whether this node has a connection with it now. Sent and
+	// Received are bytes of blobs since this agent started, to and from it.
 	Linked      bool      `json:"linked,omitempty"`
 	Sent        int64     `json:"sent_bytes"`
 	Received    int64     `json:"received_bytes"`
 	BannedUntil time.Time `json:"banned_until,omitzero"`
+}
+
+// Interest orders members where not all are shown, the highest first: this
+// node, those it has banned, those it deals with, the rest.
+func (m Member) Interest() int {
+	switch {
+	case m.Self:
+		return 4
+	case !m.BannedUntil.IsZero():
+		return 3
+	case m.Linked:
+		return 2
+	case m.Sent+m.Received > 0:
+		return 1
+	}
+	return 0
+}
+
+// ZoneStatus sums up the members of one zone as this node sees them.
+type ZoneStatus struct {
+	Zone     string `json:"zone"` // "" = members that name none
+	Members  int    `json:"members"`
+	Linked   int    `json:"linked"`
+	Banned   int    `json:"banned"`
+	Sent     int64  `json:"sent_bytes"` // by this node, since its start
+	Received int64  `json:"received_bytes"`
+}
+
+// RecentPull is what a runtime asked for of one repository in one go: an
+// image. Pulls since the agent's start are remembered, the last 20 of them.
+type RecentPull struct {
+	Registry   string    `json:"registry"`
+	Repository string    `json:"repository"`
+	Reference  string    `json:"reference"` // tag or digest; "" if no manifest was asked for
+	Started    time.Time `json:"started"`
+	Ended      time.Time `json:"ended"`                // the last answer so far
+	UserAgent  string    `json:"user_agent,omitempty"` // of the runtime, shortened
+	// Served are its bytes by X-Larder-Source.
+	Served map[string]int64 `json:"served_bytes"`
+	Failed int              `json:"failed"` // answers that were an error, or ended short
+	Parts  []PulledPart     `json:"parts"`  // in the order of their first answer, at most 100
+	More   int              `json:"more_parts,omitempty"`
+}
+
+// PulledPart is one manifest or blob of a RecentPull, or the tag it began with.
+type PulledPart struct {
+	Kind      string           `json:"kind"`         // tag, manifest or blob
+	Reference string           `json:"reference"`    // tag or digest
+	Served    map[string]int64 `json:"served_bytes"` // by X-Larder-Source; a tag has 0 of one
+	Seconds   float64          `json:"seconds"`      // that the answers took together
+	// Origins are where this node had it from when it was not there: the peers
+	// and the registry behind a source of peer or upstream.
+	Origins []Origin `json:"origins,omitempty"`
+	Error   string   `json:"error,omitempty"` // of the last answer, shortened
+}
+
+// DoctorStatus is what `larder doctor` finds by looking at files alone, as far
+// as the agent can see the node's. Only a canary pull proves the opposite.
+type DoctorStatus struct {
+	Checked  time.Time             `json:"checked,omitzero"`
+	Findings []hostsconfig.Finding `json:"findings"`
 }
 
 // IndexStatus is what this node knows of the blobs of others.

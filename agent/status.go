@@ -13,9 +13,9 @@ import (
 // Status describes this node at this moment.
 func (a *Agent) Status() Status {
 	checks := a.checks()
-	served := a.sum("larder_served_bytes_total", "source")
-	delete(served, "none") // error bodies and pings
+	totals := a.sample()
 	stats := a.cache.Stats()
+	members := a.Members()
 	return Status{
 		Build: a.build, Node: a.nodeName(), Started: a.started, Proxy: a.ProxyAddr(),
 		Ready: allOK(checks), Checks: checks,
@@ -25,15 +25,18 @@ func (a *Agent) Status() Status {
 		},
 		Pulls:     append([]proxy.Pull{}, a.proxy.Pulls()...),
 		Fills:     a.fills(),
-		Served:    served,
-		Fetched:   a.sum("larder_fetched_bytes_total", "from"),
-		Uploaded:  a.sum("larder_uploaded_bytes_total", "")[""],
+		Served:    totals.Served,
+		Fetched:   totals.Fetched,
+		Uploaded:  totals.Uploaded,
 		Upstreams: append([]upstream.Health{}, a.upstream.Health()...),
 		Peers:     a.swarm.describe(a.config.Peer),
-		Members:   append([]Member{}, a.Members()...),
+		Members:   append([]Member{}, members...),
+		Zones:     zonesOf(members),
 		Index:     a.indexStatus(),
 		Hosts:     a.hostsStatus(),
 		Runtime:   a.runtimeStatus(),
+		Recent:    a.recent.all(a.cache.Meta().Fetched),
+		Doctor:    a.doctorStatus(),
 	}
 }
 
@@ -61,27 +64,24 @@ func (a *Agent) fills() []FillStatus {
 	return out
 }
 
-// sum adds up a counter of our own by one of its labels: what /metrics says
-// and what the status says cannot differ.
-func (a *Agent) sum(name, label string) map[string]int64 {
-	out := map[string]int64{}
-	families, err := a.registry.Gather()
+// counted adds up each counter that the status tells by its one label: what
+// /metrics says and what the status says cannot differ.
+func (a *Agent) counted() map[string]map[string]int64 {
+	families, err := a.counters.Gather()
 	if err != nil {
-		a.log.Debug("gather metrics", "err", err)
+		a.log.Debug("gather counters", "err", err)
 	}
+	out := map[string]map[string]int64{}
 	for _, f := range families {
-		if f.GetName() != name {
-			continue
-		}
+		sums := map[string]int64{}
 		for _, m := range f.GetMetric() {
-			key := ""
+			value := ""
 			for _, l := range m.GetLabel() {
-				if l.GetName() == label {
-					key = l.GetValue()
-				}
+				value = l.GetValue()
 			}
-			out[key] += int64(m.GetCounter().GetValue())
+			sums[value] += int64(m.GetCounter().GetValue())
 		}
+		out[f.GetName()] = sums
 	}
 	return out
 }

@@ -287,15 +287,15 @@ func (a *Agent) Members() []Member {
 }
 
 func membersOf(st peer.Status) []Member {
-	links := make(map[string]peer.LinkStatus, len(st.Links))
+	links := make(map[string]bool, len(st.Links))
 	for _, l := range st.Links {
-		links[l.Node] = l
+		links[l.Node] = true
 	}
 	out := make([]Member, 0, len(st.Members))
 	for _, m := range st.Members {
-		l, linked := links[m.Node]
+		moved := st.Traffic[m.Node]
 		one := Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: "alive", Self: m.Name == st.Self.Name,
-			Linked: linked, Sent: l.Sent, Received: l.Received}
+			Linked: links[m.Node], Sent: moved.Sent, Received: moved.Received}
 		if until, banned := st.Banned[m.Node]; banned {
 			one.State, one.BannedUntil = "banned", until
 		}
@@ -304,6 +304,27 @@ func membersOf(st peer.Status) []Member {
 	slices.SortFunc(out, func(a, b Member) int {
 		return cmp.Or(strings.Compare(a.Zone, b.Zone), byNumber(a.Name, b.Name))
 	})
+	return out
+}
+
+// zonesOf sums up members, which are ordered by zone.
+func zonesOf(members []Member) []ZoneStatus {
+	out := []ZoneStatus{}
+	for _, m := range members {
+		if len(out) == 0 || out[len(out)-1].Zone != m.Zone {
+			out = append(out, ZoneStatus{Zone: m.Zone})
+		}
+		z := &out[len(out)-1]
+		z.Members++
+		z.Sent += m.Sent
+		z.Received += m.Received
+		if m.Linked {
+			z.Linked++
+		}
+		if !m.BannedUntil.IsZero() {
+			z.Banned++
+		}
+	}
 	return out
 }
 

@@ -71,7 +71,10 @@ type DoctorOptions struct {
 	Registries []string
 	ProxyAddr  string
 	ColonLink  bool
-	Facts      Facts
+	// SeenOnly says nothing of a containerd configuration that cannot be seen,
+	// as from within a container: it would be a guess.
+	SeenOnly bool
+	Facts    Facts
 }
 
 // Diagnose is the static half of `larder doctor`: it says why a runtime would

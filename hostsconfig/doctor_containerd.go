@@ -105,8 +105,10 @@ func (d *doctor) checkContainerd() {
 		return
 	}
 	registry := c.registry()
-	d.checkLegacy(c, registry)
-	d.checkRoots(c, registry)
+	if c.found || !d.opts.SeenOnly {
+		d.checkLegacy(c, registry)
+		d.checkRoots(c, registry)
+	}
 	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
 }
 
@@ -120,16 +122,13 @@ func (d *doctor) loadConfig() *criConfig {
 		}
 	}
 	if !c.found {
-		c.dist = distributions[len(distributions)-1]
-		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, 0)
-		d.add(Finding{
-			ID: "containerd-config-not-found", Severity: Note, Runtime: containerd,
-			What: "No containerd configuration file was found, so its defaults are assumed. In a container, the node's root may not be mounted.",
-			Fix:  "larder doctor    # on the node itself, as root", Docs: docsSetup,
-		})
-		return c
+		return d.configUnseen()
 	}
-	if err := d.merge(c, c.dist.config, map[string]bool{}); err != nil {
+	err := d.merge(c, c.dist.config, map[string]bool{})
+	if errors.Is(err, fs.ErrPermission) && d.opts.SeenOnly {
+		return d.configUnseen()
+	}
+	if err != nil {
 		d.add(Finding{
 			ID: "containerd-config-unreadable", Severity: Broken, Runtime: containerd, Where: lineOfError(c.dist.config, err),
 			What: fmt.Sprintf("containerd's configuration cannot be read: %v.", err),
@@ -138,6 +137,22 @@ func (d *doctor) loadConfig() *criConfig {
 		return nil
 	}
 	return c
+}
+
+// configUnseen is what is known of a containerd without its configuration.
+func (d *doctor) configUnseen() *criConfig {
+	what := "No containerd configuration file was found, so its defaults are assumed. In a container, the node's root may not be mounted."
+	if d.opts.SeenOnly {
+		what = "containerd's configuration cannot be read from here, so nothing is known of it: in a container, the node's root may not be mounted."
+	}
+	d.add(Finding{
+		ID: "containerd-config-not-found", Severity: Note, Runtime: containerd, What: what,
+		Fix: "larder doctor    # on the node itself, as root", Docs: docsSetup,
+	})
+	return &criConfig{
+		plugins: map[string]any{}, dist: distributions[len(distributions)-1],
+		versions: knownVersions(d.opts.Facts.ContainerdVersion, 0),
+	}
 }
 
 func (d *doctor) places() []distribution {

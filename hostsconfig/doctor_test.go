@@ -91,6 +91,8 @@ func setFact(t *testing.T, opts *DoctorOptions, line string) {
 		opts.Facts.ProxyUp = value == "true"
 	case "taken":
 		opts.Facts.PortTaken = value
+	case "seen_only":
+		opts.SeenOnly = value == "true"
 	case "colon_link":
 		opts.ColonLink = value == "true"
 	case "containerd":

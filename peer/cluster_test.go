@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"strings"
 	"testing"
@@ -76,8 +77,35 @@ func TestGossipCluster(t *testing.T) {
 	if len(st.Members) != 4 || len(st.Links) == 0 || st.Members[0].Zone != "a-zone-with-29-bytes-in-name-" {
 		t.Errorf("status %+v", st)
 	}
+	var sent, received int64
+	for _, n := range nodes {
+		for _, l := range n.s.allLinks() {
+			l.close(errIdle)
+		}
+		for _, moved := range n.s.Status().Traffic {
+			sent, received = sent+moved.Sent, received+moved.Received
+		}
+	}
+	if sent < 3*3<<20 || received < 3*3<<20 {
+		t.Errorf("without links, %d bytes were sent and %d received; three nodes had 3 MiB each of others", sent, received)
+	}
 	nodes[3].kill()
 	wantMembers(t, 3, nodes[:3]...)
+}
+
+// TestTrafficIsBounded holds that nodes that left are forgotten when there are
+// too many, and members are not.
+func TestTrafficIsBounded(t *testing.T) {
+	var moved traffics
+	for i := range maxTraffics + 1 {
+		moved.with(fmt.Sprintf("gone-%d", i)).sent.Add(1)
+	}
+	stays := moved.with("stays")
+	stays.received.Add(7)
+	moved.tend([]*Member{{Node: "stays"}, {Node: "never met"}})
+	if got := moved.list(); !maps.Equal(got, map[string]Traffic{"stays": {Received: 7}}) || moved.with("stays") != stays {
+		t.Errorf("left: %v", got)
+	}
 }
 
 // TestIndexByGossip: what one node announces others find, and no longer find

@@ -43,7 +43,7 @@ type link struct {
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
 
-	sent, received atomic.Int64 // piece bytes
+	traffic *traffic // with the node, over all links
 
 	mu     sync.Mutex // guards the following
 	out    []byte     // control frames
@@ -84,7 +84,7 @@ func (c heardConn) Read(p []byte) (int, error) {
 
 func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 	l := &link{
-		s: s, peer: m.Name, node: m.Node, zone: m.Zone, key: m.Key, dialed: dialed, conn: conn,
+		s: s, peer: m.Name, node: m.Node, zone: m.Zone, key: m.Key, dialed: dialed, conn: conn, traffic: s.traffic.with(m.Node),
 		done: make(chan struct{}), calls: make(map[uint32]chan call), wants: make(map[uint32]*request),
 		wake: make(chan struct{}, 1), lastTx: time.Now(),
 	}
@@ -245,7 +245,7 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 	}
 	r.got += n
 	r.moved.Store(time.Now().UnixNano())
-	l.received.Add(int64(n))
+	l.traffic.received.Add(int64(n))
 	if r.got == r.size && l.forget(id) != nil {
 		r.blob.received(r)
 	}
@@ -353,7 +353,7 @@ func (l *link) writeChunk(u *upload) error {
 		return err
 	}
 	u.off += n
-	l.sent.Add(int64(n))
+	l.traffic.sent.Add(int64(n))
 	l.s.metrics.uploaded.Add(float64(n))
 	if u.off == u.size {
 		l.endUpload(u)

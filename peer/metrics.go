@@ -20,6 +20,9 @@ func RegisterLone(reg prometheus.Registerer) error {
 	return err
 }
 
+// UploadedBytes is the counter larder_uploaded_bytes_total, whoever registered it.
+func (s *Swarm) UploadedBytes() prometheus.Collector { return s.metrics.uploaded }
+
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		members: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_peer_members",

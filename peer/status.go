@@ -16,16 +16,19 @@ type Status struct {
 	Links   []LinkStatus
 	Blobs   []BlobStatus // being fetched or given, and those that members meet for here
 	Banned  map[string]time.Time
+	Traffic map[string]Traffic // by node, members or not, since this one started
 	Index   IndexStatus
 	Uploads int // pieces being sent or queued
 }
 
-// LinkStatus is a connection with another node. Bytes are of pieces.
+// LinkStatus is a connection with another node.
 type LinkStatus struct {
-	Node, Zone     string
-	Dialed         bool // by this node
-	Sent, Received int64
+	Node, Zone string
+	Dialed     bool // by this node
 }
+
+// Traffic is bytes of pieces that went to and came from one node.
+type Traffic struct{ Sent, Received int64 }
 
 // BlobStatus is this node's part in one blob.
 type BlobStatus struct {
@@ -48,12 +51,12 @@ type IndexStatus struct {
 
 // Status returns what the swarm looks like from here.
 func (s *Swarm) Status() Status {
-	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Uploads: int(s.uploads.load())}
+	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
 	for _, m := range s.roster.view.Load().all {
 		st.Members = append(st.Members, *m)
 	}
 	for _, l := range s.allLinks() {
-		st.Links = append(st.Links, LinkStatus{Node: l.node, Zone: l.zone, Dialed: l.dialed, Sent: l.sent.Load(), Received: l.received.Load()})
+		st.Links = append(st.Links, LinkStatus{Node: l.node, Zone: l.zone, Dialed: l.dialed})
 	}
 	slices.SortFunc(st.Links, func(a, b LinkStatus) int { return cmp.Compare(a.Node, b.Node) })
 	for _, b := range s.allBlobs() {

@@ -34,6 +34,7 @@ type Swarm struct {
 	bans     *bans
 	uploads  *uploads
 	index    *index
+	traffic  traffics
 	gossip   *gossip // nil without a gossip address
 	answers  answers
 	limiter  *rate.Limiter // nil = none

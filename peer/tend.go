@@ -27,6 +27,7 @@ func (s *Swarm) tend(ctx context.Context) {
 			s.tendBlob(b, now, keepFor(len(blobs)))
 		}
 		s.uploads.tend()
+		s.traffic.tend(s.roster.view.Load().all)
 	}
 }
 

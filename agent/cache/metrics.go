@@ -44,6 +44,9 @@ func newMetrics(reg prometheus.Registerer, c *Cache) (*metrics, error) {
 	return m, nil
 }
 
+// FetchedBytes is the counter larder_fetched_bytes_total, whoever registered it.
+func (c *Cache) FetchedBytes() prometheus.Collector { return c.metrics.bytes }
+
 // fetched counts n bytes; only what crossed a network does.
 func (m *metrics) fetched(from OriginKind, n int) {
 	if from == FromPeer || from == FromUpstream {

@@ -197,7 +197,7 @@ func TestSlowClients(t *testing.T) {
 		ok    bool
 	}{{time.Millisecond, true}, {writeTimeout - time.Second, true}, {writeTimeout + time.Second, false}, {24 * time.Hour, false}} {
 		synctest.Test(t, func(t *testing.T) {
-			x := &exchange{ResponseWriter: &slowWriter{reads: tc.reads}, r: httptest.NewRequest("GET", "/", nil)}
+			x := &exchange{proxy: &Proxy{metrics: newMetrics(nil)}, ResponseWriter: &slowWriter{reads: tc.reads}, r: httptest.NewRequest("GET", "/", nil)}
 			x.ctx, x.cancel = context.WithCancelCause(t.Context())
 			b := &body{x: x, stall: time.Second, at: wholeFile{file, size}}
 			begin := time.Now()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // source is where an answer came from: the value of X-Larder-Source and of the
@@ -60,7 +61,8 @@ type exchange struct {
 	// owner's only: the handler goroutine
 	status    int
 	firstByte time.Duration
-	err       error // why the answer is not what was asked for
+	err       error              // why the answer is not what was asked for
+	served    prometheus.Counter // of sent bytes; nil before the first
 
 	sent     atomic.Int64 // body bytes
 	answered atomic.Bool  // headers are on their way
@@ -107,7 +109,7 @@ func (x *exchange) Write(b []byte) (int, error) {
 	}
 	x.extend()
 	n, err := x.ResponseWriter.Write(b)
-	x.sent.Add(int64(n))
+	x.count(int64(n))
 	return n, err
 }
 
@@ -135,8 +137,21 @@ func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
 		return io.CopyBuffer(struct{ io.Writer }{x}, file, buf[:])
 	}
 	n, err := below.ReadFrom(file)
-	x.sent.Add(n)
+	x.count(n)
 	return n, err
+}
+
+// count adds body bytes when they went out, and not at the end: a layer can
+// take minutes.
+func (x *exchange) count(n int64) {
+	x.sent.Add(n)
+	if n <= 0 || x.status >= http.StatusMultipleChoices {
+		return
+	}
+	if x.served == nil {
+		x.served = x.proxy.metrics.served.WithLabelValues(string(x.sourceLabel()))
+	}
+	x.served.Add(float64(n))
 }
 
 var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}

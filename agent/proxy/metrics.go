@@ -38,13 +38,13 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 }
 
-// observe counts one finished exchange.
+// ServedBytes is the counter larder_served_bytes_total, whoever registered it.
+func (p *Proxy) ServedBytes() prometheus.Collector { return p.metrics.served }
+
+// observe counts one finished exchange; its bytes are counted already.
 func (m *metrics) observe(x *exchange) {
 	source := string(x.sourceLabel())
 	m.requests.WithLabelValues(string(x.route.kind), source, strconv.Itoa(x.status)).Inc()
-	if n := x.sent.Load(); n > 0 && x.status < 300 {
-		m.served.WithLabelValues(source).Add(float64(n))
-	}
 	if x.firstByte > 0 && x.status < 300 {
 		m.firstByte.WithLabelValues(source).Observe(x.firstByte.Seconds())
 	}

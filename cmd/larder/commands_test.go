@@ -17,6 +17,7 @@ import (
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -59,6 +60,15 @@ func TestStatusGolden(t *testing.T) {
 		},
 		Hosts:   agent.HostsStatus{Containerd: "/etc/containerd/certs.d", Problem: "/etc/containerd/certs.d: read-only file system"},
 		Runtime: agent.RuntimeStatus{ContentDir: "/var/lib/containerd/io.containerd.content.v1.content", Blobs: 311, Bytes: 12 << 30},
+		Recent: []agent.RecentPull{
+			{Registry: "docker.io", Repository: "library/nginx", Reference: "1.29", Started: now.Add(-200 * time.Second), Ended: now.Add(-190*time.Second - 500*time.Millisecond),
+				Served: map[string]int64{"peer": 60 << 20, "disk": 7 << 20}, Parts: make([]agent.PulledPart, 9)},
+			{Registry: "quay.io", Repository: "org/app", Reference: d.String(), Started: now.Add(-time.Hour), Ended: now.Add(-time.Hour), Failed: 2},
+		},
+		Doctor: agent.DoctorStatus{Checked: now, Findings: []hostsconfig.Finding{
+			{ID: "containerd-other-directory", Severity: hostsconfig.Broken, What: "containerd looks in /other.", Where: "/etc/containerd/config.toml:9", Fix: "[hosts]"},
+			{ID: "crio-no-auto-reload", Severity: hostsconfig.Note, What: "Nothing to do."},
+		}},
 	}
 	code, out, errs := larder(t, "status", "--admin", standIn(t, s))
 	if code != 0 || errs != "" {

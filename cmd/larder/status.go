@@ -12,6 +12,7 @@ import (
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/spf13/cobra"
 )
 
@@ -68,8 +69,10 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	}
 	facts.row("peers", s.Peers)
 	facts.printBody(w)
+	printFindings(w, st, s.Doctor)
 	printPulls(w, s.Pulls, now)
 	printFills(w, s.Fills, now)
+	printRecent(w, st, s.Recent, now)
 	printUpstreams(w, st, s, now)
 	printMembers(w, st, s.Members, now)
 }
@@ -168,6 +171,65 @@ func printFills(w io.Writer, fills []agent.FillStatus, now time.Time) {
 	t.print(w)
 }
 
+// printFindings shows what the agent's own look at the node found; the fixes are
+// the doctor's to tell.
+func printFindings(w io.Writer, st style, d agent.DoctorStatus) {
+	colours := map[hostsconfig.Severity]func(string) string{hostsconfig.Broken: st.bad, hostsconfig.Degraded: st.warn}
+	told := false
+	for _, f := range d.Findings {
+		colour, ok := colours[f.Severity]
+		if !ok { // a note
+			continue
+		}
+		if !told {
+			fmt.Fprintln(w, "\nFindings (larder doctor has the fixes)")
+			told = true
+		}
+		fmt.Fprintf(w, "  %s  %s\n", colour(fmt.Sprintf("%-7s", f.Severity)), strings.TrimSpace(f.What+" "+f.Where))
+	}
+}
+
+// maxRecent is how many pulls are listed; the rest is in --json.
+const maxRecent = 8
+
+// printRecent shows what was pulled last.
+func printRecent(w io.Writer, st style, pulls []agent.RecentPull, now time.Time) {
+	if len(pulls) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nRecent pulls")
+	t := newTable("image", "from", ">parts", ">took", "ended", "")
+	t.indent = "  "
+	for _, p := range pulls[:min(len(pulls), maxRecent)] {
+		from, failed := bySource(p.Served), ""
+		if len(p.Served) == 0 {
+			from = "-"
+		}
+		if p.Failed > 0 {
+			failed = st.bad(fmt.Sprintf("%d failed", p.Failed))
+		}
+		t.row(imageName(p), from, strconv.Itoa(len(p.Parts)), took(p.Ended.Sub(p.Started)), ago(p.Ended, now), failed)
+	}
+	t.print(w)
+}
+
+func took(d time.Duration) string {
+	if d < time.Second {
+		return d.Round(time.Millisecond).String()
+	}
+	return d.Round(100 * time.Millisecond).String()
+}
+
+func imageName(p agent.RecentPull) string {
+	switch {
+	case p.Reference == "":
+		return p.Registry + "/" + p.Repository
+	case strings.Contains(p.Reference, ":"):
+		return p.Registry + "/" + p.Repository + "@" + short(p.Reference)
+	}
+	return p.Registry + "/" + p.Repository + ":" + p.Reference
+}
+
 // origins is "registry docker.io 12.0 MiB, peer node-3 4.0 MiB".
 func origins(list []agent.Origin) string {
 	var parts []string
@@ -221,7 +283,7 @@ func printMembers(w io.Writer, st style, members []agent.Member, now time.Time) 
 	shown, left := members, 0
 	if len(members) > maxMembers {
 		shown = slices.Clone(members)
-		slices.SortStableFunc(shown, func(a, b agent.Member) int { return cmp.Compare(interest(b), interest(a)) })
+		slices.SortStableFunc(shown, func(a, b agent.Member) int { return cmp.Compare(b.Interest(), a.Interest()) })
 		shown, left = shown[:maxMembers], len(members)-maxMembers
 	}
 	fmt.Fprintln(w, "\nMembers")
@@ -236,28 +298,18 @@ func printMembers(w io.Writer, st style, members []agent.Member, now time.Time) 
 	}
 }
 
-// interest orders members when not all are shown.
-func interest(m agent.Member) int {
-	switch {
-	case m.Self:
-		return 3
-	case m.State != "alive":
-		return 2
-	case m.Linked:
-		return 1
-	}
-	return 0
-}
-
 func memberRow(st style, m agent.Member, now time.Time) []string {
 	name, state, sent, received := m.Name, m.State, "-", "-"
+	if m.Linked || m.Sent+m.Received > 0 {
+		sent, received = size(m.Sent), size(m.Received)
+	}
 	switch {
 	case m.Self:
 		name, state = st.bold(name), "this node"
 	case !m.BannedUntil.IsZero():
 		state = st.bad(fmt.Sprintf("banned for %s", m.BannedUntil.Sub(now).Round(time.Second)))
 	case m.Linked:
-		state, sent, received = st.good("linked"), size(m.Sent), size(m.Received)
+		state = st.good("linked")
 	}
 	return []string{cmp.Or(m.Zone, "-"), name, m.Address, state, sent, received}
 }

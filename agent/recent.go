@@ -1,0 +1,222 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	maxRecent      = 20
+	maxRecentParts = 100 // few images have more; with maxRecent, 2 MB at the very most
+	// pullGap is for how long a repository may be left alone within one pull:
+	// longer than a runtime unpacks between two layers.
+	pullGap      = 30 * time.Second
+	maxErrorText = 500
+	maxUserAgent = 80
+)
+
+// recentPulls remembers the last images that were pulled. A runtime asks for
+// manifests and blobs and never says which belong together, so an image is what
+// is asked of one repository without a long pause.
+type recentPulls struct {
+	mu   sync.Mutex // guards what is below; not held while looking anything up
+	list []*RecentPull
+	// containerd is the version of the runtime that asked last, "" while none did.
+	containerd string
+}
+
+// record adds one exchange of the proxy.
+func (r *recentPulls) record(e proxy.Event) {
+	content := e.Kind == proxy.KindManifest || e.Kind == proxy.KindBlob && e.Method == http.MethodGet
+	if !content || e.Reference == "" || e.Registry == "" {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if v, ok := strings.CutPrefix(e.UserAgent, "containerd/"); ok {
+		r.containerd = v
+	}
+	i := slices.IndexFunc(r.list, func(p *RecentPull) bool { return p.Repository == e.Repository && p.Registry == e.Registry })
+	if i < 0 || !r.list[i].goesOn(e) {
+		r.list = slices.Insert(r.list, 0, newRecentPull(e))
+		r.list = r.list[:min(len(r.list), maxRecent)]
+		i = 0
+	}
+	r.list[i].add(e)
+}
+
+// containerdVersion is what containerd said of itself in its last request, ""
+// if it made none.
+func (r *recentPulls) containerdVersion() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.containerd
+}
+
+// all copies what is remembered, the latest answer first, with the origins of
+// what had to be fetched.
+func (r *recentPulls) all(fetched func(digest.Digest) (cache.Fetched, bool)) []RecentPull {
+	out := []RecentPull{}
+	for _, p := range r.pulls() {
+		r.findOrigins(p, fetched)
+		out = append(out, r.copy(p))
+	}
+	slices.SortStableFunc(out, func(a, b RecentPull) int { return b.Ended.Compare(a.Ended) })
+	return out
+}
+
+func (r *recentPulls) pulls() []*RecentPull {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list)
+}
+
+// findOrigins looks up, once for each part that came from elsewhere, who sent
+// it; the cache knows when the blob is whole.
+func (r *recentPulls) findOrigins(p *RecentPull, fetched func(digest.Digest) (cache.Fetched, bool)) {
+	for i, d := range r.withoutOrigins(p) {
+		if f, ok := fetched(d); ok {
+			r.mu.Lock()
+			p.Parts[i].Origins = originsOf(f)
+			r.mu.Unlock()
+		}
+	}
+}
+
+func (r *recentPulls) withoutOrigins(p *RecentPull) map[int]digest.Digest {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := map[int]digest.Digest{}
+	for i, part := range p.Parts {
+		if part.Kind != partTag && part.Origins == nil && part.Served["peer"]+part.Served["upstream"] > 0 {
+			out[i] = digest.Digest(part.Reference)
+		}
+	}
+	return out
+}
+
+func (r *recentPulls) copy(p *RecentPull) RecentPull {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := *p
+	out.Served = maps.Clone(p.Served)
+	out.Parts = slices.Clone(p.Parts)
+	for i := range out.Parts {
+		out.Parts[i].Served = maps.Clone(out.Parts[i].Served)
+	}
+	return out
+}
+
+func newRecentPull(e proxy.Event) *RecentPull {
+	return &RecentPull{
+		Registry: e.Registry, Repository: e.Repository, Started: e.Time, Served: map[string]int64{}, Parts: []PulledPart{},
+		UserAgent: shorten(e.UserAgent, maxUserAgent),
+	}
+}
+
+const (
+	partTag      = "tag"
+	partManifest = "manifest"
+	partBlob     = "blob"
+)
+
+func partKind(e proxy.Event) string {
+	switch {
+	case e.Kind == proxy.KindBlob:
+		return partBlob
+	case strings.Contains(e.Reference, ":"):
+		return partManifest
+	}
+	return partTag
+}
+
+// goesOn says whether e belongs to the same pull: not after a long pause, nor
+// when a manifest is asked for once more after blobs were.
+func (p *RecentPull) goesOn(e proxy.Event) bool {
+	if e.Time.Sub(p.Ended) > pullGap {
+		return false
+	}
+	kind := partKind(e)
+	tagged := p.Reference != "" && !strings.Contains(p.Reference, ":")
+	if kind == partTag && tagged && e.Reference != p.Reference {
+		return false
+	}
+	again := kind == partTag || kind == partManifest && p.part(kind, e.Reference) >= 0
+	return !again || p.part(partBlob, "") < 0
+}
+
+// part finds a part, -1 if there is none; "" is any of that kind.
+func (p *RecentPull) part(kind, reference string) int {
+	for i := range p.Parts { // it is asked for each request, and a part is large to copy
+		if p.Parts[i].Kind == kind && (reference == "" || p.Parts[i].Reference == reference) {
+			return i
+		}
+	}
+	return -1
+}
+
+func (p *RecentPull) add(e proxy.Event) {
+	kind := partKind(e)
+	if kind == partTag || kind == partManifest && p.Reference == "" {
+		p.Reference = e.Reference
+	}
+	if ended := e.Time.Add(e.Duration); ended.After(p.Ended) {
+		p.Ended = ended
+	}
+	failed := e.Err != nil || e.Status >= http.StatusBadRequest
+	if failed {
+		p.Failed++
+	}
+	served := e.Status < http.StatusMultipleChoices
+	if served && e.Bytes > 0 {
+		p.Served[e.Source] += e.Bytes
+	}
+	i := p.part(kind, e.Reference)
+	if i < 0 && len(p.Parts) == maxRecentParts {
+		p.More++
+		return
+	}
+	if i < 0 {
+		i = len(p.Parts)
+		p.Parts = append(p.Parts, PulledPart{Kind: kind, Reference: e.Reference, Served: map[string]int64{}})
+	}
+	part := &p.Parts[i]
+	part.Seconds += e.Duration.Seconds()
+	if served && (e.Bytes > 0 || kind == partTag) {
+		part.Served[e.Source] += e.Bytes
+	}
+	part.Error = ""
+	if failed {
+		part.Error = shorten(failure(e), maxErrorText)
+	}
+}
+
+// failure says what went wrong with an exchange.
+func failure(e proxy.Event) string {
+	switch {
+	case errors.Is(e.Err, context.Canceled):
+		return "the runtime hung up"
+	case e.Err != nil:
+		return e.Err.Error()
+	}
+	return cmp.Or(http.StatusText(e.Status), "failed")
+}
+
+// shorten cuts s to at most limit bytes, between characters.
+func shorten(s string, limit int) string {
+	if len(s) <= limit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:limit-3], "") + "..."
+}
