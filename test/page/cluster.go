@@ -63,8 +63,11 @@ func startCluster(ctx context.Context, larder, dir string) (*cluster, error) {
 	return c, c.startLoad(ctx)
 }
 
-// refuse says what a tag stands for, and answers the rest with markup.
+// refuse says what a tag stands for, and answers the rest with markup; its rate
+// limit is nearly used up.
 func refuse(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("RateLimit-Limit", "100;w=21600")
+	w.Header().Set("RateLimit-Remaining", "7;w=21600")
 	if r.Method == http.MethodHead {
 		w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
 		w.Header().Set("Content-Length", "1000")

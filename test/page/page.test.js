@@ -130,6 +130,14 @@ test("under load the page says what the status says", async t => {
   assert.deepEqual(page.complaints, []);
 });
 
+test("a rate limit's budget is shown", async t => {
+  const page = await open(t, BUSY);
+  const budget = page.locator(".registry .budget.low");
+  await budget.waitFor({timeout: patience});
+  assert.equal(await budget.innerText(), "7 of 100 pulls left per 6 h");
+  assert.equal(await budget.locator(".bar span").evaluate(e => e.style.width), "7%");
+});
+
 test("the charts move and have words", async t => {
   const page = await open(t, BUSY);
   const areas = () => page.locator("#network path").evaluateAll(l => l.map(e => e.getAttribute("d")).join("|"));
