@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -398,6 +399,61 @@ func TestHostileFrames(t *testing.T) {
 				t.Error("the node does not take links any more")
 			}
 		})
+	}
+}
+
+// TestOtherVersion: a node of another release is refused and not banned, and
+// others are homes in its place.
+func TestOtherVersion(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	c, err := tls.Dial("tcp", nodes[0].s.self.Addr, nodes[1].s.trust.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	h := hello{version: wireVersion + 1, epoch: nodes[1].s.self.Epoch, name: nodes[1].s.self.Name}.append(nil)
+	if _, err := c.Write(append(h, "and what this node cannot know"...)); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if got, err := io.ReadAll(c); len(got) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("answered %q, %v", got, err)
+	}
+	if nodes[0].s.bans.has(nodes[1].s.self.Node) {
+		t.Error("banned")
+	}
+
+	// Seen from the other side: whoever hangs up without a word is passed over.
+	refusing, err := tls.Listen("tcp", "127.0.0.1:0", nodes[1].s.trust.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer refusing.Close()
+	go func() {
+		for {
+			conn, err := refusing.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.(*tls.Conn).Handshake() // the dialer sees what became of it
+			conn.Close()
+		}
+	}()
+	other := nodes[1].s.self
+	other.Addr = refusing.Addr().String()
+	nodes[0].s.roster.set(other)
+	d := w.add(1<<20, 0)
+	for seed := uint64(1); ; seed++ {
+		if home, _ := homeOf(d, nodes); home == nodes[1] {
+			break
+		}
+		d = w.add(1<<20, seed)
+	}
+	nodes[0].start(d)
+	nodes[0].wantOK(d)
+	if !nodes[0].s.roster.isDown(other.Name) {
+		t.Error("the node of another version stays the home")
 	}
 }
 

@@ -273,7 +273,9 @@ func (s *Swarm) serve(l *link) {
 	s.mu.Unlock()
 	s.uploads.drop(l)
 	silent := errors.Is(err, errSilent)
-	if silent {
+	if silent || l.dialed && !l.spoke.Load() && !errors.Is(err, errReplaced) {
+		// One that hangs up without a word speaks another version of the protocol, or
+		// bans this node: others have to be homes in its place.
 		s.roster.unreachable(l.peer)
 	}
 	for _, b := range s.allBlobs() {

@@ -39,6 +39,7 @@ type link struct {
 	conn    net.Conn
 	records *recordConn  // under conn; nil without TLS
 	heard   atomic.Int64 // last bytes from the peer, UnixNano
+	spoke   atomic.Bool  // there were any
 	used    atomic.Int64 // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
@@ -78,6 +79,7 @@ func (c heardConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
 		c.l.heard.Store(time.Now().UnixNano())
+		c.l.spoke.Store(true)
 	}
 	return n, err
 }

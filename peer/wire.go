@@ -42,7 +42,10 @@ const (
 	frameLast
 )
 
-var errWire = errors.New("malformed frame")
+var (
+	errWire    = errors.New("malformed frame")
+	errVersion = errors.New("another version of the protocol")
+)
 
 // key is a SHA-256, the only kind of digest the swarm speaks of.
 type key [32]byte
@@ -140,6 +143,10 @@ type hello struct {
 	zone    string
 }
 
+// wireVersion grows with every change that an older node would not understand.
+// Nodes of two versions do not link, and nobody is banned for it: while a cluster
+// is upgraded, the old and the new are a swarm each, and each costs the registry
+// a copy.
 const wireVersion = 1
 
 func (h hello) append(b []byte) []byte {
@@ -152,12 +159,15 @@ func (h hello) append(b []byte) []byte {
 
 func parseHello(p []byte) (hello, error) {
 	c := cursor{b: p}
-	h := hello{version: c.u8(), epoch: c.u64(), name: c.str(), zone: c.str()}
+	if v := c.u8(); !c.bad && v != wireVersion {
+		return hello{}, fmt.Errorf("%w: %d, this node's is %d", errVersion, v, wireVersion)
+	}
+	h := hello{version: wireVersion, epoch: c.u64(), name: c.str(), zone: c.str()}
 	if err := c.done(); err != nil {
 		return hello{}, err
 	}
-	if h.version != wireVersion || h.name == "" {
-		return hello{}, fmt.Errorf("%w: hello of version %d", errWire, h.version)
+	if h.name == "" {
+		return hello{}, errWire
 	}
 	return h, nil
 }
