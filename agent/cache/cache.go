@@ -115,6 +115,7 @@ type blob struct {
 	used   int64         // Cache.clock at the last hit
 	dirty  bool          // used is not in the metadata yet
 	place  *list.Element // nil while being removed
+	givers []string      // those of the metadata that were asked for
 	busy   chan struct{} // not nil while being announced or removed; closed after
 }
 
@@ -198,8 +199,8 @@ func (c *Cache) Close() error {
 // and ends only with Run. Open waits, until ctx ends, for the size to be known.
 // The reader waits for bytes by the same ctx.
 //
-// An error satisfies ErrNoRoom when this disk cannot take the blob - pass it
-// through - and ErrClosed when the cache no longer runs (before Run, a fill
+// An error satisfies ErrNoRoom when this disk cannot take the blob, or has it
+// from elsewhere (ErrForeign) - pass it through - and ErrClosed when the cache no longer runs (before Run, a fill
 // waits for it). It is a *FillError when the fill failed, and wraps
 // fs.ErrNotExist when src is nil and the blob is not here.
 func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader, error) {
@@ -215,12 +216,20 @@ func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader,
 
 // find returns a reader of the committed blob, or a hold on the fill to join.
 func (c *Cache) find(ctx context.Context, d digest.Digest, src Source) (r *Reader, f *fill, joined bool, err error) {
+	giver := giverOf(src)
 	for r == nil && f == nil && err == nil {
 		var b *blob
 		if b, f = c.peek(d, true); f != nil {
+			if !f.givenBy(giver) {
+				f.release()
+				return nil, nil, false, foreign(d)
+			}
 			return nil, f, true, nil
 		}
 		if b != nil {
+			if !c.gave(b, giver) {
+				return nil, nil, false, foreign(d)
+			}
 			r, err = c.openBlob(ctx, b)
 			continue
 		}

@@ -57,7 +57,7 @@ func noRoom(err error) error {
 }
 
 // makeIngest reserves n bytes and makes the files of a fill.
-func (c *Cache) makeIngest(d digest.Digest, n int64) (*os.File, *pieceMap, error) {
+func (c *Cache) makeIngest(d digest.Digest, n int64, giver string) (*os.File, *pieceMap, error) {
 	if err := c.reserve(n); err != nil {
 		return nil, nil, err
 	}
@@ -70,7 +70,7 @@ func (c *Cache) makeIngest(d digest.Digest, n int64) (*os.File, *pieceMap, error
 		c.unreserve(n)
 		return nil, nil, noRoom(fmt.Errorf("ingest %s: %w", d, err))
 	}
-	return file, c.createMap(d, n), nil
+	return file, c.createMap(d, n, giver), nil
 }
 
 // createIngest makes the data file at its full size. Blocks are set aside now,
@@ -118,13 +118,13 @@ func allocate(file *os.File, n int64) error {
 
 // createMap makes the piece map. Without one a fill is only not resumed, so
 // small blobs have none and an error is no more than logged.
-func (c *Cache) createMap(d digest.Digest, n int64) *pieceMap {
+func (c *Cache) createMap(d digest.Digest, n int64, giver string) *pieceMap {
 	if pieceCount(n) < 2 {
 		return nil
 	}
 	file, err := c.create(c.dir.ingestMap(d))
 	if err == nil {
-		_, err = file.WriteAt(encodeMapHeader(d, n), 0)
+		_, err = file.WriteAt(encodeMapHeader(d, n, giver), 0)
 	}
 	if err != nil {
 		c.log.Warn("fill will not be resumable", "digest", d, "err", err)
@@ -149,7 +149,8 @@ func (c *Cache) writeFile(f *fill, p []byte, off int64) error {
 	})
 }
 
-// resume takes over what an earlier fill of the same blob left on disk. Its
+// resume takes over what an earlier fill of the same blob, from the same giver
+// (I12), left on disk. Its
 // pieces count only after they have been re-read (I6), which does not delay
 // the source.
 func (f *fill) resume() {
@@ -157,7 +158,7 @@ func (f *fill) resume() {
 	if !ok {
 		return
 	}
-	file, record, p, err := f.c.openIngest(f.digest, size)
+	file, record, p, err := f.c.openIngest(f.digest, size, f.giver)
 	if err != nil {
 		f.c.log.Debug("ingest is not resumable", "digest", f.digest, "err", err)
 		f.c.purge(f.digest)
@@ -170,12 +171,12 @@ func (f *fill) resume() {
 }
 
 // openIngest opens the files of an idle ingest of size bytes.
-func (c *Cache) openIngest(d digest.Digest, size int64) (*os.File, *pieceMap, *pieces, error) {
+func (c *Cache) openIngest(d digest.Digest, size int64, giver string) (*os.File, *pieceMap, *pieces, error) {
 	record, err := os.OpenFile(c.dir.ingestMap(d), os.O_RDWR, 0)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	p, err := readMap(record, d)
+	p, err := readMap(record, d, giver)
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, record.Close())
 	}
@@ -274,7 +275,7 @@ func (f *fill) drain(verified bool) (size int64, keep bool) {
 
 // book makes a committed fill a blob and tells the others.
 func (c *Cache) book(f *fill, size int64) {
-	b := &blob{digest: f.digest, size: size, dirty: true, busy: make(chan struct{})}
+	b := &blob{digest: f.digest, size: size, dirty: true, busy: make(chan struct{}), givers: []string{f.giver}}
 	c.mu.Lock()
 	b.used = c.now()
 	b.place = c.lru.PushFront(b)
@@ -285,6 +286,9 @@ func (c *Cache) book(f *fill, size int64) {
 	c.mu.Unlock()
 	_ = c.at(stepBooked, f.digest)
 	c.meta.recordFill(f.digest, size, f.fetched())
+	if f.giver != "" {
+		c.meta.AddGiver(f.digest, f.giver)
+	}
 	if c.opts.Events.Committed != nil {
 		c.opts.Events.Committed(f.digest, size)
 	}

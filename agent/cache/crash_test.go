@@ -249,8 +249,8 @@ func TestForeignFiles(t *testing.T) {
 		dir.blob(d): whole, dir.blob(empty): {}, dir.blob(short): whole[:5],
 		filepath.Join(dir.blobs("sha256"), "README"): []byte("mine"),
 		dir.ingest(lone): whole, dir.ingest(garbage): whole, dir.ingestMap(garbage): []byte("garbage"),
-		dir.ingestMap(noData): encodeMapHeader(noData, 3*minPiece),
-		dir.ingest(wrongSize): whole, dir.ingestMap(wrongSize): encodeMapHeader(wrongSize, 3*minPiece),
+		dir.ingestMap(noData): encodeMapHeader(noData, 3*minPiece, ""),
+		dir.ingest(wrongSize): whole, dir.ingestMap(wrongSize): encodeMapHeader(wrongSize, 3*minPiece, ""),
 		filepath.Join(dir.ingests(), "probe-123"): {}, filepath.Join(dir.ingests(), "notes.txt"): []byte("mine"),
 	}
 	for path, body := range files {

@@ -29,6 +29,11 @@ const (
 	bucketFetched   bucket = "fetched"
 	bucketUsed      bucket = "used"
 	bucketState     bucket = "state"
+	bucketGivers    bucket = "givers"
+	bucketShown     bucket = "shown"
+	bucketPublic    bucket = "public"
+	bucketVerdicts  bucket = "verdicts"
+	bucketChallenge bucket = "challenges"
 )
 
 // capacity bounds each bucket: what registries and clients make us remember
@@ -36,10 +41,12 @@ const (
 var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
+	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
 }
 
 const (
-	// maxPending bounds what waits to be written; beyond it facts are dropped.
+	// maxPending bounds what waits to be written; beyond it facts are dropped,
+	// but no deletion: a fact that no longer holds may be somebody's permission.
 	maxPending = 16 << 10
 	// enoughPending asks for a flush before its time.
 	enoughPending = 1 << 10
@@ -237,7 +244,7 @@ func (db *database) delete(b bucket, k []byte) { db.enqueue(b, k, nil) }
 func (db *database) enqueue(b bucket, k, stamped []byte) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	if len(k) == 0 || db.waiting >= maxPending {
+	if len(k) == 0 || db.waiting >= maxPending && stamped != nil {
 		return
 	}
 	if db.pending[b] == nil {

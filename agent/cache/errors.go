@@ -12,6 +12,10 @@ var (
 	// is full of things that may not be evicted, or the disk is full,
 	// read-only or failing. The caller passes the blob through unkept.
 	ErrNoRoom = errors.New("no room in the cache")
+	// ErrForeign comes with ErrNoRoom: the blob is here, or on its way, from
+	// other givers than the caller's source has. What that source gives may be
+	// the same, and has to come from there.
+	ErrForeign = errors.New("given by somebody else")
 	// ErrDigestMismatch says that a blob's bytes were complete and wrong.
 	// They are gone; the next Open starts anew (see Fill.Suspect).
 	ErrDigestMismatch = errors.New("content does not match its digest")

@@ -26,6 +26,7 @@ type fill struct {
 	c       *Cache
 	digest  digest.Digest
 	src     Source
+	giver   string // of src
 	suspect bool
 	started time.Time
 
@@ -54,6 +55,9 @@ type fill struct {
 	changed chan struct{} // nil while nobody asked for it
 }
 
+// givenBy reports whether the bytes are giver's, or come for anybody.
+func (f *fill) givenBy(giver string) bool { return giver == "" || giver == f.giver }
+
 // waiter is somebody blocked until the byte at off is there.
 type waiter struct {
 	off    int64
@@ -63,7 +67,7 @@ type waiter struct {
 
 func newFill(c *Cache, d digest.Digest, src Source, suspect bool) *fill {
 	f := &fill{
-		c: c, digest: d, src: src, suspect: suspect, started: time.Now(), refs: 1,
+		c: c, digest: d, src: src, giver: giverOf(src), suspect: suspect, started: time.Now(), refs: 1,
 		sized: make(chan struct{}), broken: make(chan struct{}), done: make(chan struct{}),
 		busy: map[int]struct{}{}, origins: map[Origin]int64{},
 		readers: map[*Reader]struct{}{}, waiters: map[*waiter]struct{}{},
@@ -233,7 +237,7 @@ func (f *fill) SetSize(n int64) error {
 		}
 		return err
 	}
-	file, record, err := f.c.makeIngest(f.digest, n)
+	file, record, err := f.c.makeIngest(f.digest, n, f.giver)
 	f.mu.Lock()
 	f.sizing = false
 	f.freed.Broadcast()

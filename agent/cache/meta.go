@@ -113,6 +113,75 @@ func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok b
 	return digest.Digest(v), ok
 }
 
+// AddGiver remembers that giver has given all of d, verified.
+func (m *Meta) AddGiver(d digest.Digest, giver string) {
+	m.db.put(bucketGivers, key(string(d), giver), nil)
+}
+
+// Given reports whether AddGiver was called.
+func (m *Meta) Given(d digest.Digest, giver string) bool {
+	_, ok := m.db.get(bucketGivers, key(string(d), giver))
+	return ok
+}
+
+// SetShown remembers a repository that anybody may read and that d is in.
+func (m *Meta) SetShown(d digest.Digest, r Repository) {
+	m.db.put(bucketShown, key(string(d)), key(r.Registry, r.Name))
+}
+
+// Shown returns the repository of the last SetShown.
+func (m *Meta) Shown(d digest.Digest) (r Repository, ok bool) {
+	v, ok := m.db.get(bucketShown, key(string(d)))
+	if !ok {
+		return r, false
+	}
+	r.Registry, r.Name, ok = strings.Cut(string(v), "\x00")
+	return r, ok
+}
+
+// Anyone is who of a verdict about everybody. It has room of its own: no
+// number of others makes it be forgotten.
+const Anyone = ""
+
+func verdictsOf(who string) bucket {
+	if who == Anyone {
+		return bucketPublic
+	}
+	return bucketVerdicts
+}
+
+// SetVerdict remembers that who, a name or hash of somebody, was let read the
+// repository now.
+func (m *Meta) SetVerdict(r Repository, who string) {
+	m.db.put(verdictsOf(who), key(r.Registry, r.Name, who), binary.BigEndian.AppendUint64(nil, uint64(time.Now().Unix())))
+}
+
+// Verdict returns when who was last let read the repository, to the second.
+func (m *Meta) Verdict(r Repository, who string) (when time.Time, ok bool) {
+	v, ok := m.db.get(verdictsOf(who), key(r.Registry, r.Name, who))
+	if !ok || len(v) != 8 {
+		return time.Time{}, false
+	}
+	return time.Unix(int64(binary.BigEndian.Uint64(v)), 0), true
+}
+
+// DeleteVerdict forgets it: who was refused.
+func (m *Meta) DeleteVerdict(r Repository, who string) {
+	m.db.delete(verdictsOf(who), key(r.Registry, r.Name, who))
+}
+
+// SetChallenge remembers how the repository asks for credentials: the values of
+// WWW-Authenticate.
+func (m *Meta) SetChallenge(r Repository, challenge []string) {
+	m.encode(bucketChallenge, key(r.Registry, r.Name), challenge)
+}
+
+// Challenge returns what SetChallenge stored, nil if nothing.
+func (m *Meta) Challenge(r Repository) (challenge []string) {
+	m.decode(bucketChallenge, key(r.Registry, r.Name), &challenge)
+	return challenge
+}
+
 // Size returns the size that a manifest gave for d. It is a hint: nobody has
 // verified it.
 func (m *Meta) Size(d digest.Digest) (int64, bool) {

@@ -1,6 +1,8 @@
 package cache
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,12 +17,13 @@ import (
 // goes on after a restart. All numbers are little-endian.
 //
 //	0   8  magic "LARDERPM"
-//	8   4  version, 1
+//	8   4  version, 2
 //	12  4  CRC-32C of bytes 16 to 192
 //	16  8  blob size
 //	24  8  piece size
 //	32  2  length of the digest
-//	34  .. digest, zero-padded to 192
+//	34  .. digest, zero-padded to 176
+//	176 16 of SHA-256 over the giver's name
 //	192    one record a piece: CRC-32C of the piece, then a check over it
 //
 // A record is one 8-byte write after its piece's bytes were written. Nothing
@@ -28,7 +31,9 @@ import (
 // may be there without its bytes. That is why the bytes are re-read (I6).
 const (
 	mapMagic   = "LARDERPM"
-	mapVersion = 1
+	mapVersion = 2
+	mapDigest  = 34
+	mapGiver   = 176
 	mapHeader  = 192
 	mapRecord  = 8
 )
@@ -57,16 +62,22 @@ func recordCheck(i int, sum uint32) uint32 {
 }
 
 // encodeMapHeader returns the header of the map of a blob.
-func encodeMapHeader(d digest.Digest, size int64) []byte {
+func encodeMapHeader(d digest.Digest, size int64, giver string) []byte {
 	b := make([]byte, mapHeader)
 	copy(b, mapMagic)
 	binary.LittleEndian.PutUint32(b[8:], mapVersion)
 	binary.LittleEndian.PutUint64(b[16:], uint64(size))
 	binary.LittleEndian.PutUint64(b[24:], uint64(PieceSize(size)))
 	binary.LittleEndian.PutUint16(b[32:], uint16(len(d)))
-	copy(b[34:], d)
+	copy(b[mapDigest:mapGiver], d)
+	copy(b[mapGiver:], hashGiver(giver))
 	binary.LittleEndian.PutUint32(b[12:], crc32.Checksum(b[16:], castagnoli))
 	return b
+}
+
+func hashGiver(giver string) []byte {
+	sum := sha256.Sum256([]byte(giver))
+	return sum[:mapHeader-mapGiver]
 }
 
 var errMap = errors.New("not a piece map")
@@ -87,16 +98,16 @@ func decodeMapHeader(b []byte) (digest.Digest, int64, error) {
 		return "", 0, fmt.Errorf("bad sizes: %w", errMap)
 	}
 	n := int(binary.LittleEndian.Uint16(b[32:]))
-	if n > mapHeader-34 {
+	if n > mapGiver-mapDigest {
 		return "", 0, fmt.Errorf("bad digest: %w", errMap)
 	}
-	d := digest.Digest(b[34 : 34+n])
+	d := digest.Digest(b[mapDigest : mapDigest+n])
 	return d, size, checkDigest(d)
 }
 
-// readMap reads a whole map and claims in p what it records. The caller
-// compares digest and size; records beyond the pieces are ignored.
-func readMap(r io.Reader, want digest.Digest) (*pieces, error) {
+// readMap reads a whole map and claims in p what it records, if that came from
+// giver. The caller compares the size; records beyond the pieces are ignored.
+func readMap(r io.Reader, want digest.Digest, giver string) (*pieces, error) {
 	header := make([]byte, mapHeader)
 	if _, err := io.ReadFull(r, header); err != nil {
 		return nil, fmt.Errorf("read piece map: %w", err)
@@ -107,6 +118,9 @@ func readMap(r io.Reader, want digest.Digest) (*pieces, error) {
 	}
 	if d != want {
 		return nil, fmt.Errorf("map of %s: %w", d, errMap)
+	}
+	if !bytes.Equal(header[mapGiver:], hashGiver(giver)) {
+		return nil, fmt.Errorf("bytes of another giver: %w", errMap)
 	}
 	p := newPieces(size)
 	records := make([]byte, p.count()*mapRecord)

@@ -202,17 +202,17 @@ func FuzzCheckDigest(f *testing.F) {
 // accepts must be within the blob, and written again must read the same.
 func FuzzPieceMap(f *testing.F) {
 	_, d := content(1, 10)
-	whole := append(encodeMapHeader(d, 3*minPiece), encodeRecord(0, 7)...)
+	whole := append(encodeMapHeader(d, 3*minPiece, ""), encodeRecord(0, 7)...)
 	whole = append(whole, make([]byte, mapRecord)...)
 	f.Add(append(whole, encodeRecord(2, 9)...))
 	f.Add(whole[:mapHeader-1])
-	f.Add(encodeMapHeader(d, maxBlob))
+	f.Add(encodeMapHeader(d, maxBlob, ""))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := readMap(bytes.NewReader(b), d)
+		p, err := readMap(bytes.NewReader(b), d, "")
 		if err != nil {
 			return
 		}
-		out := encodeMapHeader(d, p.size)
+		out := encodeMapHeader(d, p.size, "")
 		claims := 0
 		for i, claimed := range p.claimed {
 			record := make([]byte, mapRecord)
@@ -222,7 +222,7 @@ func FuzzPieceMap(f *testing.F) {
 			}
 			out = append(out, record...)
 		}
-		again, err := readMap(bytes.NewReader(out), d)
+		again, err := readMap(bytes.NewReader(out), d, "")
 		if err != nil || claims != p.claims || again.claims != p.claims || again.size != p.size {
 			t.Errorf("%d claims of %d bytes read back as %+v, %v", p.claims, p.size, again, err)
 		}
@@ -232,7 +232,7 @@ func FuzzPieceMap(f *testing.F) {
 func TestPieceMapRefusesOtherMaps(t *testing.T) {
 	_, d := content(1, 10)
 	_, other := content(2, 10)
-	good := encodeMapHeader(d, 2*minPiece)
+	good := encodeMapHeader(d, 2*minPiece, "")
 	change := func(i int) []byte {
 		b := bytes.Clone(good)
 		b[i] ^= 1
@@ -240,14 +240,14 @@ func TestPieceMapRefusesOtherMaps(t *testing.T) {
 	}
 	for name, b := range map[string][]byte{
 		"empty": {}, "truncated": good[:100], "magic": change(0), "version": change(8),
-		"size": change(16), "checksum": change(12), "digest": change(40), "other blob": encodeMapHeader(other, 2*minPiece),
+		"size": change(16), "checksum": change(12), "digest": change(40), "other blob": encodeMapHeader(other, 2*minPiece, ""),
 	} {
-		if _, err := readMap(bytes.NewReader(b), d); err == nil {
+		if _, err := readMap(bytes.NewReader(b), d, ""); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
 	records := append(good, encodeRecord(1, 5)...) // of piece 1, where that of piece 0 belongs
-	if p, err := readMap(bytes.NewReader(records), d); err != nil || p.claims != 0 {
+	if p, err := readMap(bytes.NewReader(records), d, ""); err != nil || p.claims != 0 {
 		t.Errorf("another piece's record: %d claims, %v", p.claims, err)
 	}
 }

@@ -16,7 +16,23 @@ type Source interface {
 	Fetch(ctx context.Context, f *Fill) error
 }
 
-// SourceFunc is a Source made of a function.
+// Given is a Source whose bytes are somebody's to give: a registry's. Its blobs
+// are hits for those alone who come with a Source of a giver that has given all
+// of them once (I12), so that a digest by itself opens nothing.
+type Given interface {
+	Source
+	Giver() string
+}
+
+// giverOf returns "", which is anybody, for a Source without a giver.
+func giverOf(src Source) string {
+	if g, ok := src.(Given); ok {
+		return g.Giver()
+	}
+	return ""
+}
+
+// SourceFunc is a Source made of a function, without a giver.
 type SourceFunc func(ctx context.Context, f *Fill) error
 
 // Fetch calls fn.
