@@ -196,6 +196,30 @@ func (s *session) challenge(ch challenge) string {
 
 func (s *session) pullScope() string { return "repository:" + s.scope + ":pull" }
 
+// CheckChallenge returns nil if a challenge that others say is the registry's
+// leads a client's credential nowhere but where this node's own might go: the
+// realms that the registry with the last word may name.
+func (c *Client) CheckChallenge(registry string, challenge []string) error {
+	reg, err := c.lookup(registry)
+	if err != nil {
+		return fmt.Errorf("check challenge of %s: %w", registry, err)
+	}
+	final := reg.endpoints[len(reg.endpoints)-1]
+	for _, ch := range parseChallenges(challenge) {
+		if ch.scheme != "bearer" {
+			continue
+		}
+		realm, err := url.Parse(ch.params["realm"])
+		if err == nil {
+			err = final.checkRealm(realm)
+		}
+		if err != nil {
+			return fmt.Errorf("check challenge of %s: %s", registry, redactError(err))
+		}
+	}
+	return nil
+}
+
 // exchange gets a token. stale is the Authorization that was just refused:
 // whoever comes late finds a newer token and uses that. A caller that gives up
 // while it holds the gate leaves the exchange to the next in line.

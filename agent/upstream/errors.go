@@ -39,8 +39,10 @@ type Error struct {
 	Code       string // the registry's own error code, such as MANIFEST_UNKNOWN
 	Message    string // the registry's own words, shortened
 	RetryAfter time.Duration
-	Challenge  []string // WWW-Authenticate of an unauthenticated 401, unchanged
-	Err        error
+	// Challenge is WWW-Authenticate, unchanged: of the answer to a client's own
+	// credential, else of an unauthenticated 401.
+	Challenge []string
+	Err       error
 
 	refused bool // by the endpoint or its token service, for want of a good credential
 }

@@ -38,7 +38,7 @@ const (
 
 // usesNode says whether q is to carry a credential of this node.
 func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
-	return c.cfg.Credentials != nil && t.Authorization == "" && !q.bare && q.at == nil && ep.reg.NodeAuth(t.Repository)
+	return c.cfg.Credentials != nil && t.Authorization == "" && !t.Anonymous && !q.bare && q.at == nil && ep.reg.NodeAuth(t.Repository)
 }
 
 // sendNode asks ep with this node's credentials, as kubelet pulls: one after

@@ -82,6 +82,9 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 	ep.noteAnswer(time.Since(began), time.Now())
 	if resp.StatusCode/100 != 2 {
 		err := wrap(ep.refusal(resp, s, q.kind, moved))
+		if t.Authorization != "" && moved == nil {
+			err.(*Error).Challenge = resp.Header.Values("WWW-Authenticate") // it is the client's to read why
+		}
 		leave(ep.judge(ctx, err, time.Since(began)))
 		if resp.StatusCode == http.StatusTooManyRequests && moved == nil {
 			ep.pause(pauseKey{q.bulk, account}, err.(*Error).RetryAfter, time.Now())

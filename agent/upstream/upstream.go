@@ -33,7 +33,15 @@ type Target struct {
 	// Authorization is a client's own header, forwarded unchanged. "" lets
 	// Config.Credentials decide, and without that the request is anonymous.
 	Authorization string
+	// Anonymous asks as anyone may, also where this node has credentials.
+	Anonymous bool
 }
+
+// String leaves the credential out, so that no format prints it.
+func (t Target) String() string { return t.Registry + "/" + t.Repository }
+
+// GoString is String, for %#v.
+func (t Target) GoString() string { return t.String() }
 
 // Config is what New needs. The zero value of each field is its default.
 type Config struct {

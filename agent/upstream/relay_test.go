@@ -1,0 +1,89 @@
+package upstream
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// TestAnonymousHidesTheNode holds that a target may ask as anyone would where
+// this node has a credential: or a home would call private what it alone opens
+// public.
+func TestAnonymousHidesTheNode(t *testing.T) {
+	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
+		reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: scheme, Users: map[string]string{"ann": "secret"}, Anonymous: []string{"open/*"}}})
+		for _, r := range []string{repo, "open/app"} {
+			reg.Put(r, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+		}
+		c := newClient(t, withCredential("ann", "secret"), Registry{Host: "test", Auth: "node", Upstreams: []string{reg.URL()}})
+		for _, tc := range []struct {
+			target Target
+			ok     bool
+		}{
+			{Target{Registry: "test", Repository: repo}, true},
+			{Target{Registry: "test", Repository: repo, Anonymous: true}, false},
+			{Target{Registry: "test", Repository: "open/app", Anonymous: true}, true},
+		} {
+			_, err := c.Resolve(t.Context(), tc.target, "v1", nil)
+			if ok := err == nil; ok != tc.ok || !ok && !IsUnauthorized(err) {
+				t.Errorf("%s, %s, anonymous %t: %v", scheme, tc.target, tc.target.Anonymous, err)
+			}
+		}
+	}
+}
+
+// TestForwardedChallengeSaysWhy: the client's own token was refused, and it has
+// to read why to get another.
+func TestForwardedChallengeSaysWhy(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	c := newClient(t, nil, registryOf(reg))
+	for forwarded, says := range map[string]bool{"": false, "Bearer nonsense": true} {
+		for range 2 { // the second time the client knows the realm
+			_, err := c.Resolve(t.Context(), Target{Registry: "test", Repository: repo, Authorization: forwarded}, "v1", nil)
+			e, ok := errors.AsType[*Error](err)
+			if !ok || len(e.Challenge) != 1 || strings.Contains(e.Challenge[0], `error="invalid_token"`) != says {
+				t.Errorf("%q: %v, challenge %q", forwarded, err, e.Challenge)
+			}
+		}
+	}
+}
+
+func TestCheckChallenge(t *testing.T) {
+	c := newClient(t, nil, Registry{Host: "reg.example.com"}, Registry{Host: "listed.example.com", TokenRealms: []string{"tokens.test"}})
+	for _, tc := range []struct {
+		registry  string
+		challenge []string
+		ok        bool
+	}{
+		{"reg.example.com", nil, true},
+		{"reg.example.com", []string{`Basic realm="x"`}, true},
+		{"reg.example.com", []string{`Bearer realm="https://auth.example.com/token",service="x"`}, true},
+		{"reg.example.com", []string{`Bearer realm="http://auth.example.com/token"`}, false},
+		{"reg.example.com", []string{`Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="x"`, `Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="x", Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`bearer realm="%zz"`}, false},
+		{"reg.example.com", []string{`Bearer service="x"`}, false},
+		{"listed.example.com", []string{`Bearer realm="https://tokens.test/token"`}, true},
+		{"unconfigured.test", []string{`Bearer realm="https://auth.unconfigured.test/token"`}, true},
+		{"not a host", []string{`Basic realm="x"`}, false},
+	} {
+		if err := c.CheckChallenge(tc.registry, tc.challenge); (err == nil) != tc.ok {
+			t.Errorf("%s %q: %v", tc.registry, tc.challenge, err)
+		}
+	}
+}
+
+// TestTargetPrintsNoCredential: a target may end up in a log line.
+func TestTargetPrintsNoCredential(t *testing.T) {
+	secret := Target{Registry: "test", Repository: repo, Authorization: "Bearer secret"}
+	for _, format := range []string{"%s", "%v", "%+v", "%#v", "%q"} {
+		if out := fmt.Sprintf(format, secret); strings.Contains(out, "secret") || !strings.Contains(out, repo) {
+			t.Errorf("%s prints %s", format, out)
+		}
+	}
+}
