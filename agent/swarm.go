@@ -162,14 +162,15 @@ func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descri
 	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Stale: stale}, refusalOf(err)
 }
 
-// Public reports whether the registry shows the repository to a stranger.
-func (o swarmOrigin) Public(ctx context.Context, r peer.Reference) (bool, error) {
-	_, err := o.agent.upstream.Tags(ctx, upstream.Target{Registry: r.Registry, Repository: r.Repository}, 1, "")
-	if upstream.IsUnauthorized(err) {
-		return false, nil
-	}
-	return err == nil, refusalOf(err)
+// May asks the registry whether it lets the asker read what r names.
+func (o swarmOrigin) May(ctx context.Context, r peer.Reference) error {
+	t := upstream.Target{Registry: r.Registry, Repository: r.Repository, Authorization: r.Authorization}
+	_, err := o.agent.upstream.Resolve(ctx, t, r.Tag, nil)
+	return refusalOf(err)
 }
+
+// Admit lets in everybody, as long as the proxy does.
+func (o swarmOrigin) Admit(context.Context, peer.Want) error { return nil }
 
 // refusalOf keeps, of a registry's own answer, what another node needs to give
 // the same answer to its client.
@@ -200,6 +201,9 @@ func (s swarmStore) Lookup(d digest.Digest) (peer.StoredBlob, bool) {
 	}
 	return runtimePieces{b}, true
 }
+
+// Gives gives everything, as long as the proxy does.
+func (s swarmStore) Gives(digest.Digest, string) bool { return true }
 
 // piecesOf is a cache's reader as peers see it.
 type piecesOf struct{ *cache.Reader }

@@ -78,6 +78,9 @@ type blob struct {
 	scanning  bool // a goroutine hashes the blob in the store
 	rotten    bool // and found that it is not what it should be
 	src       *handle
+	pass      pass              // this node's own
+	admitted  map[string]string // member: registry whose bytes it may have, see admit
+	turned    time.Time         // when somebody last closed on us
 }
 
 // neighbour is another node that takes part in the blob.
@@ -229,7 +232,7 @@ func (b *blob) countLocked(nb *neighbour, by int) {
 // tellLocked sends the neighbour what is here.
 func (b *blob) tellLocked(nb *neighbour) {
 	nb.told = true
-	o := open{blob: b.k, size: b.size, pieceSize: b.pieceSize, have: b.have}
+	o := open{blob: b.k, size: b.size, pieceSize: b.pieceSize, pass: b.pass, have: b.have}
 	nb.l.send(o.append)
 }
 

@@ -16,7 +16,7 @@ const (
 	methodJoin byte = iota + 1
 	methodPermit
 	methodResolve
-	methodPublic
+	methodMay
 	methodDelta
 	methodSnapshot
 )
@@ -30,11 +30,28 @@ const (
 )
 
 // Refusal is upstream's own answer to a home, as another node can give it to
-// its client. Origin returns it; Resolve and Public pass it on.
+// its client. Origin returns it; Resolve and May pass it on.
 type Refusal struct {
-	Status int    // of HTTP
-	Text   string // for people
+	Status    int      // of HTTP
+	Text      string   // for people
+	Challenge []string `json:",omitempty"` // WWW-Authenticate; from another node, so to be checked
 }
+
+// short bounds what goes over the wire.
+func (r *Refusal) short() Refusal {
+	out := Refusal{Status: r.Status, Text: truncate(r.Text, maxStatusLen)}
+	for _, c := range r.Challenge[:min(len(r.Challenge), maxChallenges)] {
+		if len(c) <= maxChallengeLen { // half a challenge is none
+			out.Challenge = append(out.Challenge, c)
+		}
+	}
+	return out
+}
+
+const (
+	maxChallenges   = 4
+	maxChallengeLen = 2 << 10
+)
 
 func (r *Refusal) Error() string { return r.Text }
 
@@ -102,8 +119,7 @@ func (s *Swarm) called(l *link, c call) error {
 		refusal, refused := errors.AsType[*Refusal](err)
 		switch {
 		case refused:
-			short := Refusal{Status: refusal.Status, Text: truncate(refusal.Text, maxStatusLen)}
-			l.send(call{id: c.id, method: statusRefused, body: marshal(short)}.reply)
+			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
 		case err != nil:
 			l.send(call{id: c.id, method: statusFailed, body: []byte(truncate(err.Error(), maxStatusLen))}.reply)
 		case len(body) > maxPayload-64:
@@ -126,7 +142,7 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
 	}
 	switch c.method {
-	case methodResolve, methodPublic:
+	case methodResolve, methodMay:
 		r, err := decode[Reference](c.body)
 		if err != nil {
 			return nil, err

@@ -99,6 +99,10 @@ type Store interface {
 	// Lookup opens a blob that is here or being filled; it never starts a fill
 	// and does not count as a reader (it must not move Fill.Wanted).
 	Lookup(d digest.Digest) (StoredBlob, bool)
+	// Gives reports whether a blob, as it is here or on its way, may be given to
+	// those who may have what registry gives: these are its bytes, or anybody's. It
+	// is asked for each piece and must not block.
+	Gives(d digest.Digest, registry string) bool
 }
 
 // StoredBlob is a Blob that must be closed.
@@ -116,14 +120,36 @@ type Want struct {
 	// Authorization is the client's credential for upstream, "" for none. It is
 	// sent to homes over TLS, kept in memory only, and never logged.
 	Authorization string
+	// Node: the repository is one that nodes open with credentials of their own.
+	// A home that has none for it must say no.
+	Node bool
 }
 
-// Reference names a tag, or with an empty Tag a repository.
+// String leaves the credential out, so that no format prints it.
+func (w Want) String() string { return w.Digest.String() + " of " + w.Registry + "/" + w.Repository }
+
+// GoString is String, for %#v.
+func (w Want) GoString() string { return w.String() }
+
+// Reference names something in a repository, and on whose behalf it is asked
+// about: of the credential in Authorization, of the nodes' own (Node), or of
+// anyone.
 type Reference struct {
-	Registry, Repository, Tag string
-	Accept                    []string
-	Authorization             string
+	Registry, Repository string
+	Tag                  string // or a digest
+	Blob                 bool   // Tag is a blob's digest
+	// Known: that it belongs to the repository need not be found out.
+	Known         bool
+	Accept        []string
+	Authorization string
+	Node          bool
 }
+
+// String leaves the credential out, so that no format prints it.
+func (r Reference) String() string { return r.Registry + "/" + r.Repository + ":" + r.Tag }
+
+// GoString is String, for %#v.
+func (r Reference) GoString() string { return r.String() }
 
 // Descriptor is what a tag stands for.
 type Descriptor struct {
@@ -143,8 +169,12 @@ type Origin interface {
 	// Resolve asks upstream what a tag stands for, or says what this node knows
 	// of it (Stale) if upstream cannot be asked.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
-	// Public reports whether upstream shows the repository to anyone.
-	Public(ctx context.Context, r Reference) (bool, error)
+	// May returns nil if upstream lets the asker read what r names, a *Refusal if
+	// not. Other errors mean that nobody knows now.
+	May(ctx context.Context, r Reference) error
+	// Admit is May for another node that wants a blob from this one as its home.
+	// It should not take longer than a second.
+	Admit(ctx context.Context, w Want) error
 }
 
 // Sink takes a blob from upstream. It is the fill seen through the swarm:

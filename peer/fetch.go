@@ -311,10 +311,12 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 // a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
-	ask.Authorization, ask.Zone, ask.Have = x.w.Authorization, x.s.cfg.Zone, x.b.held()
+	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
+	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
 	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
+	x.takePass(m, reply.Pass)
 	switch {
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
@@ -336,6 +338,7 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 		}
 	}
 	x.b.vouch(append(reply.Vouch[:min(len(reply.Vouch), maxSigners)], m.Name))
+	x.b.admit(m.Name, x.w.Registry)
 	x.joined, x.joinedAt = m.Name, time.Now()
 	if len(reply.Body) > 0 {
 		return x.inline(l, reply.Body)
@@ -407,6 +410,11 @@ func (x *fetch) takePart(ctx context.Context) error {
 		switch {
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
+		case x.b.forsaken(x.joinedAt):
+			rejoined = now
+			if err := x.rejoin(ctx, true); err != nil {
+				return nil // the next home
+			}
 		case now.Sub(x.joinedAt) > renewEvery, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
 			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second:
 			rejoined = now
@@ -454,17 +462,18 @@ func (x *fetch) asHome(ctx context.Context) error {
 // this node came, or believes that it is; it knows what the index does not say
 // yet (I4).
 func (x *fetch) fromSwarm(ctx context.Context) error {
+	begun := time.Now()
 	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
 	x.b.vouch(holders)
+	source, named := x.peek(ctx) // first: it brings the pass that holders want to see
 	for _, name := range holders {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
-	source, named := x.peek(ctx)
 	holders = append(holders, named...)
 	for ctx.Err() == nil && !x.whole() {
 		// The index names the dead until gossip has noticed; the links already have.
 		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
-		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 || !source && len(holders) == 0 {
+		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 || !source && len(holders) == 0 || x.b.forsaken(begun) {
 			return nil
 		}
 		x.rest(ctx, lookAgain)

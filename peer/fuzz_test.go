@@ -11,6 +11,7 @@ import (
 func FuzzFrames(f *testing.F) {
 	f.Add(byte(frameHello), hello{version: wireVersion, name: "a", zone: "z"}.append(nil)[frameHeader:])
 	f.Add(byte(frameOpen), open{size: 3 << 20, pieceSize: 256 << 10, have: bitmap{0xff, 0xf0}}.append(nil)[frameHeader:])
+	f.Add(byte(frameOpen), open{size: 1, pieceSize: 1, pass: pass{registry: "r", signer: "a"}, have: bitmap{0x80}}.append(nil)[frameHeader:])
 	f.Add(byte(frameHave), have{load: 3, runs: []run{{0, 4}, {9, 1}}}.append(nil)[frameHeader:])
 	f.Add(byte(frameRequest), want{id: 1, piece: 2, needDigest: true}.append(nil)[frameHeader:])
 	f.Add(byte(frameBusy), answer{id: 1, delay: 2, hint: 3}.append(nil, frameBusy)[frameHeader:])

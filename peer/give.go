@@ -6,9 +6,12 @@ import "time"
 const hintTime = 30 * time.Millisecond
 
 // asked answers a request for a piece: it is queued, or the asker hears at once
-// that it should go elsewhere (I5).
+// that it should go elsewhere (I5). Who was not let in gets nothing (I9).
 func (b *blob) asked(l *link, w want) {
-	u := b.grant(l, w)
+	var u *upload
+	if b.lets(l.peer) {
+		u = b.grant(l, w)
+	}
 	if u == nil {
 		l.send(func(p []byte) []byte { return answer{id: w.id, hint: noHint}.append(p, frameGone) })
 		return

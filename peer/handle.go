@@ -18,7 +18,7 @@ func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 		if len(p) != len(key{}) {
 			return errWire
 		}
-		s.ifBlob(key(p), func(b *blob) { b.left(l) })
+		s.ifBlob(key(p), func(b *blob) { b.turnedAwayBy(l) })
 		return nil
 	case frameRequest:
 		return handleAs(parseWant, p, func(w want) error { return s.asked(l, w) })
@@ -61,6 +61,9 @@ func (s *Swarm) opened(l *link, o open) error {
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 		return nil
 	}
+	if s.good(o.pass, o.blob, l.peer) {
+		b.admit(l.peer, o.pass.registry)
+	}
 	b.opened(l, o)
 	if o.have.count() > 0 {
 		b.adopt(l)
@@ -69,7 +72,13 @@ func (s *Swarm) opened(l *link, o open) error {
 		if s.seedFromStore(b) != nil && !b.active() && b.offered() == 0 && !b.isHome() {
 			b.left(l)
 			l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+			return nil
 		}
+	}
+	if !b.active() && !b.isHome() && !b.lets(l.peer) {
+		// It would ask in vain; let it look elsewhere now.
+		b.left(l)
+		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 	}
 	return nil
 }

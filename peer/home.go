@@ -152,6 +152,8 @@ type joinAsk struct {
 	Registry      string `json:",omitempty"`
 	Repository    string `json:",omitempty"`
 	Authorization string `json:",omitempty"`
+	Node          bool   `json:",omitempty"`
+	Pass          bool   `json:",omitempty"` // wanted: it has none of this home
 	Manifest      bool   `json:",omitempty"`
 	Zone          string `json:",omitempty"`
 	Have          int    `json:",omitempty"` // pieces
@@ -171,6 +173,11 @@ type joinReply struct {
 	Source  bool     `json:",omitempty"` // the home goes upstream itself, or has all of it
 	Holders []string `json:",omitempty"` // to a peek: who of Meet should have all of it
 	Refused string   `json:",omitempty"` // ask the next home: why
+	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
+}
+
+func (a joinAsk) want(b *blob) Want {
+	return Want{Digest: b.d, Registry: a.Registry, Repository: a.Repository, Manifest: a.Manifest, Authorization: a.Authorization, Node: a.Node}
 }
 
 // joined answers a node that misses a blob.
@@ -183,11 +190,22 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	if err != nil {
 		return joinReply{}, err
 	}
+	if err := s.cfg.Origin.Admit(ctx, ask.want(b)); err != nil {
+		return joinReply{Refused: truncate(err.Error(), maxStatusLen)}, nil
+	}
+	b.admit(l.peer, ask.Registry)
 	b.note(l, ask)
 	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.rng0()), Vouch: b.vouched()}
+	if ask.Pass {
+		p := s.sign(b.k, ask.Registry, l.peer)
+		reply.Pass = p.sig[:]
+	}
 	holders := s.holders(k, l.zone)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
+		if errors.Is(err, errForeign) {
+			b.home.forget(l.peer) // nothing for it meets here
+		}
 		reply.Refused = truncate(err.Error(), maxStatusLen)
 		return reply, nil
 	}
@@ -204,7 +222,10 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		reply.Holders = holders
 	}
 	reply.Moving = b.active() && idle < stallRejoin/2
-	if reply.Body = b.inline(); reply.Body == nil {
+	if b.lets(l.peer) {
+		reply.Body = b.inline()
+	}
+	if reply.Body == nil {
 		reply.Stay = b.stay(l)
 	}
 	return reply, nil
@@ -224,18 +245,24 @@ func (b *blob) note(l *link, ask joinAsk) {
 
 // gather makes sure that the blob is here, on its way, or held by somebody.
 func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) error {
+	ours := func() error { // what is here may be the bytes of another registry
+		if s.cfg.Store.Gives(b.d, ask.Registry) {
+			return nil
+		}
+		return errForeign
+	}
 	if b.active() {
 		if ask.Peek && !held && b.waits() {
 			return errNothing
 		}
-		return nil
+		return ours()
 	}
 	if b.offered() > 0 && b.whole() {
-		return nil
+		return ours()
 	}
 	switch err := s.seedFromStore(b); {
 	case err == nil:
-		return nil
+		return ours()
 	case errors.Is(err, errWrongBlob):
 		return err // the store would serve it again: another home must fetch it
 	}
@@ -248,9 +275,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	if err := b.recentFailure(); err != nil {
 		return err
 	}
-	err := s.cfg.Origin.Fill(ctx, Want{Digest: b.d, Registry: ask.Registry, Repository: ask.Repository,
-		Manifest: ask.Manifest, Authorization: ask.Authorization})
-	if err != nil {
+	if err := s.cfg.Origin.Fill(ctx, ask.want(b)); err != nil {
 		return fmt.Errorf("home %s: %w", s.self.Node, err)
 	}
 	return nil

@@ -30,6 +30,8 @@ type testNode struct {
 	refuse error                                      // of Fill, as a node without room
 	tag    func() (Descriptor, error)                 // what Resolve says; nil = the tag's own digest
 	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
+	admit  func(Want) error                           // nil = everybody
+	gives  func(registry string) bool                 // nil = to everybody
 }
 
 type testFill struct {
@@ -301,9 +303,20 @@ func (n *testNode) Resolve(_ context.Context, r Reference) (Descriptor, error) {
 	return Descriptor{Digest: digest.FromString(r.Tag), MediaType: "test", Size: 7}, nil
 }
 
-func (n *testNode) Public(context.Context, Reference) (bool, error) {
+func (n *testNode) May(context.Context, Reference) error {
 	n.world.resolves.Add(1)
-	return true, nil
+	return nil
+}
+
+func (n *testNode) Admit(_ context.Context, w Want) error {
+	if n.admit == nil {
+		return nil
+	}
+	return n.admit(w)
+}
+
+func (n *testNode) Gives(_ digest.Digest, registry string) bool {
+	return n.gives == nil || n.gives(registry)
 }
 
 // give puts a whole blob into the node's store.

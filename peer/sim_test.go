@@ -210,9 +210,9 @@ func (n *simNode) Resolve(context.Context, Reference) (Descriptor, error) {
 	return Descriptor{}, errors.ErrUnsupported
 }
 
-func (n *simNode) Public(context.Context, Reference) (bool, error) {
-	return false, errors.ErrUnsupported
-}
+func (n *simNode) May(context.Context, Reference) error { return errors.ErrUnsupported }
+func (n *simNode) Admit(context.Context, Want) error    { return nil }
+func (n *simNode) Gives(digest.Digest, string) bool     { return true }
 
 // start fetches the blob, once, as the node's cache would.
 func (n *simNode) start(w Want) {

@@ -7,19 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 )
 
 // What is too small for a swarm still counts against a registry's rate limit:
-// tags, and whether a repository is public. Their home asks upstream once for
+// tags, and who may read a repository. A repository's home asks upstream once for
 // everybody, and remembers the answer.
 
 const (
 	questionTime = 4 * time.Second // a home may take so long; then the next one is asked
-	errorMemory  = time.Second     // a failure, or what is stale, is told to those who ask at the same time
-	publicTTL    = 10 * time.Minute
+	errorMemory  = time.Second     // a failure, a verdict or what is stale is told to those who ask at the same time
 	maxAnswers   = 16384
 )
 
@@ -42,26 +42,25 @@ func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 	return best, err
 }
 
-// Public asks the repository's homes whether upstream shows it to anyone.
-func (s *Swarm) Public(ctx context.Context, r Reference) (bool, error) {
-	var p publicReply
-	r.Tag, r.Accept, r.Authorization = "", nil, ""
-	err := s.consult(ctx, methodPublic, r, func(b []byte) (enough bool, err error) { return true, json.Unmarshal(b, &p) })
-	return p.Public, err
+// May asks the repository's homes whether upstream lets somebody read what r
+// names, until one knows: nil is yes, a *Refusal no.
+func (s *Swarm) May(ctx context.Context, r Reference) error {
+	return s.consult(ctx, methodMay, r, func([]byte) (enough bool, err error) { return true, nil })
 }
-
-type publicReply struct{ Public bool }
 
 // subject is what a question is about. The credential is part of it: an answer
 // is only for those who may ask.
 func (r Reference) subject(method byte) key {
 	return sha256.Sum256([]byte(strings.Join([]string{
-		string(rune(method)), r.Registry, r.Repository, r.Tag, strings.Join(r.Accept, ","), r.Authorization}, "\x00")))
+		string(rune(method)), r.Registry, r.Repository, r.Tag, strings.Join(r.Accept, ","), r.Authorization,
+		strconv.FormatBool(r.Node), strconv.FormatBool(r.Blob), strconv.FormatBool(r.Known)}, "\x00")))
 }
 
-// home is what decides a question's homes.
+// home is what decides a question's homes: one for all that concerns a
+// repository, so that the answer that resolved a tag is also the one that lets the
+// asker have its blobs.
 func (r Reference) home() key {
-	return sha256.Sum256([]byte(strings.Join([]string{r.Registry, r.Repository, r.Tag}, "\x00")))
+	return sha256.Sum256([]byte(r.Registry + "\x00" + r.Repository))
 }
 
 // consult asks the homes of a subject, in order, until take has enough; if none
@@ -176,12 +175,8 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 
 // askUpstream also says how long to remember the answer.
 func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
-	if method == methodPublic {
-		p, err := s.cfg.Origin.Public(ctx, r)
-		if err != nil {
-			return nil, errorMemory, err
-		}
-		return marshal(publicReply{p}), publicTTL, nil
+	if method == methodMay { // the node itself knows for how long to remember it
+		return marshal(struct{}{}), errorMemory, s.cfg.Origin.May(ctx, r)
 	}
 	d, err := s.cfg.Origin.Resolve(ctx, r)
 	if err != nil {

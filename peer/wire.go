@@ -28,7 +28,7 @@ type frameType byte
 const (
 	frameHello   frameType = iota + 1
 	framePing              // nothing: "I am here"
-	frameOpen              // digest, size, piece size, bitmap: take part in a blob
+	frameOpen              // digest, size, piece size, pass, bitmap: take part in a blob
 	frameHave              // digest, load, runs of pieces that are newly here
 	frameClose             // digest: no longer takes part
 	frameRequest           // request id, piece, flags, digest
@@ -172,12 +172,14 @@ func parseHello(p []byte) (hello, error) {
 	return h, nil
 }
 
-// open says that the sender takes part in a blob and what it holds of it. A
-// sender that does not know the size yet sends zero and no bitmap.
+// open says that the sender takes part in a blob, what it holds of it, and by
+// whose leave it may have the rest. A sender that does not know the size yet sends
+// zero and no bitmap.
 type open struct {
 	blob      key
 	size      int64
 	pieceSize int64
+	pass      pass
 	have      bitmap
 }
 
@@ -186,13 +188,13 @@ func (o open) append(b []byte) []byte {
 		b = append(b, o.blob[:]...)
 		b = binary.BigEndian.AppendUint64(b, uint64(o.size))
 		b = binary.BigEndian.AppendUint32(b, uint32(o.pieceSize))
-		return append(b, o.have...)
+		return append(o.pass.append(b), o.have...)
 	})
 }
 
 func parseOpen(p []byte) (open, error) {
 	c := cursor{b: p}
-	o := open{blob: c.key(), size: int64(c.u64()), pieceSize: int64(c.u32())}
+	o := open{blob: c.key(), size: int64(c.u64()), pieceSize: int64(c.u32()), pass: c.pass()}
 	if c.bad || o.size < 0 || o.size > maxBlobSize {
 		return open{}, errWire
 	}
