@@ -253,6 +253,10 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 		Before:          o.wedge,
 		Audit:           a.pulled,
 	}
+	var err error
+	if opts.VerdictKey, err = verdictKey(a.config.Cache.Dir); err != nil {
+		a.log.Warn("nobody will be remembered for an outage of a registry", "err", err)
+	}
 	if a.runtime != nil {
 		opts.Runtime = runtimeSource{a.runtime}
 	}

@@ -25,7 +25,7 @@ const (
 	auditQueue = 4096
 )
 
-// auditLog appends one JSON line per pull served.
+// auditLog appends one JSON line per pull served or refused.
 type auditLog struct {
 	path  string
 	limit int64
@@ -75,14 +75,18 @@ func (l *auditLog) finish() error {
 	}
 }
 
-// auditLine is one pull of a manifest or blob that was served.
+// auditLine is one pull of a manifest or blob that was served, or a question that
+// was refused.
 type auditLine struct {
 	Time       time.Time `json:"time"`
-	Kind       string    `json:"kind"` // manifest or blob
+	Kind       string    `json:"kind"` // manifest or blob; tags or referrers if refused
+	Method     string    `json:"method"`
 	Registry   string    `json:"registry"`
 	Repository string    `json:"repository"`
 	Reference  string    `json:"reference"` // tag or digest, as asked for
 	Source     string    `json:"source"`
+	Decision   string    `json:"decision"`         // see larder_auth_decisions_total
+	Caller     string    `json:"caller,omitempty"` // fingerprint of the credential that came, never the credential
 	Status     int       `json:"status"`
 	Bytes      int64     `json:"bytes"`
 	Seconds    float64   `json:"seconds"`
@@ -91,15 +95,24 @@ type auditLine struct {
 	Error      string    `json:"error,omitempty"` // set when the body ended short
 }
 
-// auditPull records an exchange if it served content.
-func (a *Agent) auditPull(e proxy.Event) {
+// audited: content that was given, and what was refused. A challenge is neither: a
+// pull begins with it.
+func audited(e proxy.Event) bool {
+	if e.Refused() {
+		return true
+	}
 	content := e.Kind == proxy.KindManifest || e.Kind == proxy.KindBlob
-	if !content || e.Method != http.MethodGet || e.Status >= http.StatusMultipleChoices {
+	return content && e.Method == http.MethodGet && e.Status < http.StatusMultipleChoices
+}
+
+// auditPull records an exchange.
+func (a *Agent) auditPull(e proxy.Event) {
+	if !audited(e) {
 		return
 	}
 	line := auditLine{
-		Time: e.Time, Kind: string(e.Kind), Registry: e.Registry, Repository: e.Repository, Reference: e.Reference,
-		Source: e.Source, Status: e.Status, Bytes: e.Bytes, Seconds: e.Duration.Seconds(), Client: e.Remote, UserAgent: e.UserAgent,
+		Time: e.Time, Kind: string(e.Kind), Method: e.Method, Registry: e.Registry, Repository: e.Repository, Reference: e.Reference,
+		Source: e.Source, Decision: e.Decision, Caller: e.Caller, Status: e.Status, Bytes: e.Bytes, Seconds: e.Duration.Seconds(), Client: e.Remote, UserAgent: e.UserAgent,
 	}
 	if e.Err != nil {
 		line.Error = e.Err.Error()

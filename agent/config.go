@@ -119,7 +119,7 @@ type MetricsConfig struct {
 
 // AuditConfig is the table [audit].
 type AuditConfig struct {
-	File string `key:"file" default:"" help:"append one JSON line per pull served; rotated; empty = none"`
+	File string `key:"file" default:"" help:"append one JSON line per pull served or refused; rotated; empty = none"`
 }
 
 // Default returns the configuration of an agent that is told nothing.

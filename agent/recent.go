@@ -174,7 +174,7 @@ func (p *RecentPull) add(e proxy.Event) {
 	if ended := e.Time.Add(e.Duration); ended.After(p.Ended) {
 		p.Ended = ended
 	}
-	failed := e.Err != nil || e.Status >= http.StatusBadRequest
+	failed := (e.Err != nil || e.Status >= http.StatusBadRequest) && !e.Challenged()
 	if failed {
 		p.Failed++
 	}

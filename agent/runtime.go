@@ -30,13 +30,19 @@ func (a *Agent) openRuntime() error {
 	}
 	store, err := runtimestore.New(runtimestore.Options{
 		ContentDir: r.ContentDir, Socket: r.ContainerdSocket, Logger: a.log,
-		Events: runtimestore.Events{Added: a.announce, Removed: a.runtimeRemoved},
+		Events: runtimestore.Events{Added: a.announce, Removed: a.runtimeRemoved, Sourced: a.runtimeSourced},
 	})
 	if err != nil {
 		return fmt.Errorf("runtime.content_dir = %q: %w", r.ContentDir, err)
 	}
 	a.runtime = store
 	return nil
+}
+
+// runtimeSourced keeps from whom containerd has a blob: what decides who else may
+// have it.
+func (a *Agent) runtimeSourced(d digest.Digest, registry string) {
+	a.cache.Meta().AddGiver(d, proxy.RuntimeGiver(registry))
 }
 
 // keep says what a blob is worth to the cache: one that containerd holds too

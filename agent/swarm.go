@@ -13,7 +13,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -99,26 +98,42 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 	}
 	want := peer.Want{
 		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
-		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization,
+		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t),
 	}
 	return s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry}, func(ctx context.Context, into peer.Sink) error {
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
 }
 
-// Resolve asks the tag's home.
+// asNode reports whether t is asked with a node's own credentials.
+func asNode(t upstream.Target) bool { return t.Authorization == "" && !t.Anonymous }
+
+// Resolve asks the repository's home.
 func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
 	d, err := s.Swarm.Resolve(ctx, peer.Reference{
-		Registry: t.Registry, Repository: t.Repository, Tag: tag, Accept: accept, Authorization: t.Authorization,
+		Registry: t.Registry, Repository: t.Repository, Tag: tag, Accept: accept, Authorization: t.Authorization, Node: asNode(t),
 	})
-	if refusal, ok := errors.AsType[*peer.Refusal](err); ok {
-		err = &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "resolve", Status: refusal.Status, Err: refusal}
-	}
 	found := ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 	if err == nil && d.Stale {
 		return ocispec.Descriptor{}, &proxy.StaleTag{Descriptor: found}
 	}
-	return found, err
+	return found, answerOf(t, "resolve", err)
+}
+
+// May asks the repository's home.
+func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) error {
+	return answerOf(t, "authorize", s.Swarm.May(ctx, peer.Reference{
+		Registry: t.Registry, Repository: t.Repository, Tag: q.Reference, Blob: q.Blob, Known: q.Known,
+		Authorization: t.Authorization, Node: asNode(t),
+	}))
+}
+
+// answerOf makes of a home's refusal the registry's own again.
+func answerOf(t upstream.Target, op string, err error) error {
+	if r, ok := errors.AsType[*peer.Refusal](err); ok {
+		return &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: op, Status: r.Status, Challenge: r.Challenge, Err: r}
+	}
+	return err
 }
 
 // swarmOrigin is how a home turns to the registry for others.
@@ -126,57 +141,51 @@ type swarmOrigin struct{ *swarm }
 
 var _ peer.Origin = swarmOrigin{}
 
-// Fill starts this node's own fill of a blob and does not wait for it.
-func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
-	t := upstream.Target{Registry: w.Registry, Repository: w.Repository, Authorization: w.Authorization}
-	if !o.agent.upstream.Policy(t.Registry).Allows(t.Repository) {
-		return fmt.Errorf("%s/%s is denied here", t.Registry, t.Repository)
-	}
+// targetOf is what another node asks about, on whose behalf it says.
+func targetOf(registry, repository, authorization string, node bool) upstream.Target {
+	return upstream.Target{Registry: registry, Repository: repository, Authorization: authorization, Anonymous: authorization == "" && !node}
+}
+
+func wanted(w peer.Want) (upstream.Target, proxy.Kind) {
 	kind := proxy.KindBlob
 	if w.Manifest {
 		kind = proxy.KindManifest
 	}
-	return o.agent.proxy.Prefetch(t, kind, w.Digest)
+	return targetOf(w.Registry, w.Repository, w.Authorization, w.Node), kind
 }
 
-// originPatience is how long a registry may take to say what a tag stands for,
-// until another node is told what is known here: part of the five seconds that
-// its client waits.
-const originPatience = 2 * time.Second
+// Fill starts this node's own fill of a blob, for who was admitted, and does not
+// wait for it.
+func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
+	t, kind := wanted(w)
+	return o.agent.proxy.Prefetch(t, kind, w.Digest)
+}
 
 // Resolve asks the registry what a tag stands for. When that cannot be asked,
 // it says what this node knows.
 func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descriptor, error) {
-	t := upstream.Target{Registry: r.Registry, Repository: r.Repository, Authorization: r.Authorization}
-	last, known := o.agent.proxy.LastKnown(t, r.Tag, r.Accept)
-	if known {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, originPatience)
-		defer cancel()
-	}
-	d, err := o.agent.upstream.Resolve(ctx, t, r.Tag, r.Accept)
-	stale := known && (upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded))
-	if stale {
-		d, err = last, nil
-	}
+	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
+	d, stale, err := o.agent.proxy.ResolveFor(ctx, t, r.Tag, r.Accept)
 	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Stale: stale}, refusalOf(err)
 }
 
 // May asks the registry whether it lets the asker read what r names.
 func (o swarmOrigin) May(ctx context.Context, r peer.Reference) error {
-	t := upstream.Target{Registry: r.Registry, Repository: r.Repository, Authorization: r.Authorization}
-	_, err := o.agent.upstream.Resolve(ctx, t, r.Tag, nil)
-	return refusalOf(err)
+	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
+	return refusalOf(o.agent.proxy.MayFor(ctx, t, proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known}))
 }
 
-// Admit lets in everybody, as long as the proxy does.
-func (o swarmOrigin) Admit(context.Context, peer.Want) error { return nil }
+// Admit asks whether another node's caller may have the blob.
+func (o swarmOrigin) Admit(ctx context.Context, w peer.Want) error {
+	t, kind := wanted(w)
+	return o.agent.proxy.Admit(ctx, t, kind, w.Digest)
+}
 
 // refusalOf keeps, of a registry's own answer, what another node needs to give
 // the same answer to its client.
 func refusalOf(err error) error {
 	if e, ok := errors.AsType[*upstream.Error](err); ok && e.Status != 0 {
-		return &peer.Refusal{Status: e.Status, Text: e.Error()}
+		return &peer.Refusal{Status: e.Status, Text: e.Error(), Challenge: e.Challenge}
 	}
 	return err
 }
@@ -202,8 +211,8 @@ func (s swarmStore) Lookup(d digest.Digest) (peer.StoredBlob, bool) {
 	return runtimePieces{b}, true
 }
 
-// Gives gives everything, as long as the proxy does.
-func (s swarmStore) Gives(digest.Digest, string) bool { return true }
+// Gives reports whether a blob may be given to who may have what registry gives.
+func (s swarmStore) Gives(d digest.Digest, registry string) bool { return s.proxy.Gives(d, registry) }
 
 // piecesOf is a cache's reader as peers see it.
 type piecesOf struct{ *cache.Reader }

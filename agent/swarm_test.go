@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/peer"
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -21,17 +22,24 @@ import (
 // The config of one more is returned.
 func newCluster(t *testing.T, n int) (nodes []*running, reg *registrytest.Server, img *registrytest.Image, next func() Config) {
 	t.Helper()
+	var registries Config
+	reg, img = startRegistry(t, &registries)
+	next = clusterConfigs(t, registries.Registries...)
+	return startCluster(t, n, next), reg, img, next
+}
+
+// clusterConfigs makes the configurations of nodes that find each other.
+func clusterConfigs(t *testing.T, registries ...upstream.Registry) (next func() Config) {
+	t.Helper()
 	key := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(key, []byte(base64.StdEncoding.EncodeToString(make([]byte, 32))+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var registries Config
-	reg, img = startRegistry(t, &registries)
 	first, made := freeAddr(t), 0
-	next = func() Config {
+	return func() Config {
 		c := testConfig(t)
 		made++
-		c.Registries = registries.Registries
+		c.Registries = registries
 		c.Peer.Enabled, c.Peer.Name, c.Peer.KeyFile = true, fmt.Sprintf("node-%d", made), key
 		c.Peer.Data, c.Peer.Gossip, c.Peer.Join = "127.0.0.1:0", freeAddr(t), []string{first}
 		if made == 1 {
@@ -39,13 +47,17 @@ func newCluster(t *testing.T, n int) (nodes []*running, reg *registrytest.Server
 		}
 		return c
 	}
+}
+
+func startCluster(t *testing.T, n int, next func() Config) (nodes []*running) {
+	t.Helper()
 	for range n {
 		nodes = append(nodes, start(t, next()))
 	}
 	for _, node := range nodes {
 		node.awaitMembers(t, n)
 	}
-	return nodes, reg, img, next
+	return nodes
 }
 
 func (r *running) awaitMembers(t *testing.T, n int) {

@@ -113,9 +113,14 @@ func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok b
 	return digest.Digest(v), ok
 }
 
+// AnyGiver is the giver of what anybody is known to have given.
+const AnyGiver = ""
+
 // AddGiver remembers that giver has given all of d, verified.
 func (m *Meta) AddGiver(d digest.Digest, giver string) {
-	m.db.put(bucketGivers, key(string(d), giver), nil)
+	for _, g := range []string{giver, AnyGiver} {
+		m.db.put(bucketGivers, key(string(d), g), nil)
+	}
 }
 
 // Given reports whether AddGiver was called.

@@ -1,28 +1,451 @@
 package proxy
 
 import (
+	"context"
+	"errors"
+	"log/slog"
 	"net/http"
+	"strings"
+	"time"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// authorizer decides whether a caller may read a repository. Every route with
-// a repository asks it before anything else looks at the cache (I6). For now
-// all callers are anonymous, and what an anonymous caller gets from upstream
-// is what anyone gets from here; the operator's allow and deny globs narrow it.
-type authorizer struct {
-	policy  func(host string) upstream.Registry
-	metrics *metrics
+// decision is what became of the question whether a caller may read: the label
+// of larder_auth_decisions_total, and a field of the audit log.
+type decision string
+
+const (
+	decidedPublic     decision = "public"     // anyone may
+	decidedNode       decision = "node"       // the node's credentials, for every caller
+	decidedGranted    decision = "granted"    // the caller's own credential
+	decidedRemembered decision = "remembered" // the registry is down; it let the same credential before
+	decidedOffline    decision = "offline"    // the registry is down; offline = "all"
+	decidedChallenged decision = "challenged" // no credential came; the registry wants one
+	decidedRefused    decision = "refused"    // by the registry, or not of this repository
+	decidedUnknown    decision = "unknown"    // the registry is down and nothing is known
+	decidedDenied     decision = "denied"     // by allow and deny
+)
+
+var decisions = []decision{decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline,
+	decidedChallenged, decidedRefused, decidedUnknown, decidedDenied}
+
+// access is where one caller stands with one repository.
+type access struct {
+	// target is what upstream may be asked on the caller's behalf. Its
+	// Authorization is in no log, no metric and on no disk (A6).
+	target   upstream.Target
+	who      caller
+	relay    bool // a refusal goes to the client as it came, with its challenge
+	allowed  bool // there is a verdict that says yes
+	decision decision
 }
 
-var errDenied = &apiError{http.StatusNotFound, codeNameUnknown, "this repository is not served here; take it from the registry"}
+func (a *access) repository() cache.Repository {
+	return cache.Repository{Registry: a.target.Registry, Name: a.target.Repository}
+}
 
-// authorize returns what upstream may be asked on the caller's behalf.
-func (a *authorizer) authorize(_ *http.Request, rt *route) (upstream.Target, error) {
-	if !a.policy(rt.registry).Allows(rt.repository) {
-		a.metrics.decisions.WithLabelValues("denied").Inc()
-		return upstream.Target{}, errDenied
+func (a *access) key() verdictKey {
+	return verdictKey{a.target.Registry, a.target.Repository, a.who}
+}
+
+// yes is the decision that a verdict of the registry makes.
+func (a *access) yes() decision {
+	switch a.who {
+	case anyone:
+		return decidedPublic
+	case theNode:
+		return decidedNode
 	}
-	a.metrics.decisions.WithLabelValues("anonymous").Inc()
-	return upstream.Target{Registry: rt.registry, Repository: rt.repository}, nil
+	return decidedGranted
+}
+
+// Question is about something in a repository: whether the one who asks may read
+// it.
+type Question struct {
+	Reference string // tag or digest
+	Blob      bool   // Reference is a blob's digest, else a manifest's
+	Known     bool   // that it belongs to the repository is known already
+}
+
+// authorizer decides who may read what. Every route with a repository asks it
+// before anything looks at the cache (I6, A1); DESIGN.md says by which rules.
+type authorizer struct {
+	upstream *upstream.Client
+	swarm    Swarm // nil: a node alone
+	meta     *cache.Meta
+	log      *slog.Logger
+	budget   time.Duration // for a request's headers
+
+	secret   *keyed // of this process
+	lasting  lasting
+	verdicts *recent[verdictKey, verdict]
+	members  *recent[blobKey, struct{}] // belong to their repository
+	asks     *flights[askKey, struct{}] // for callers of this node
+	homeAsks *flights[askKey, struct{}] // for other nodes; apart, for the former wait for these
+}
+
+func newAuthorizer(opts Options, b *background) *authorizer {
+	a := &authorizer{
+		upstream: opts.Upstream, swarm: opts.Swarm, meta: opts.Cache.Meta(), log: opts.Logger, budget: opts.FirstByteBudget,
+		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
+		verdicts: newRecent[verdictKey, verdict](maxRemembered),
+		members:  newRecent[blobKey, struct{}](maxRemembered),
+		asks:     newFlights[askKey, struct{}](b), homeAsks: newFlights[askKey, struct{}](b),
+	}
+	if opts.VerdictKey != nil {
+		a.lasting.keys = newKeyed(opts.VerdictKey)
+	}
+	return a
+}
+
+// fingerprint names a credential, the same after a restart if there is a key for that.
+func (a *authorizer) fingerprint(authorization string) string {
+	if a.lasting.keys != nil {
+		return a.lasting.keys.fingerprint(authorization)
+	}
+	return a.secret.fingerprint(authorization)
+}
+
+// askKey is a question and who asks it.
+type askKey struct {
+	verdictKey
+	Question
+}
+
+// begin finds out where the caller stands, as far as that is known. It asks nobody and
+// waits for nothing; an error is final.
+func (a *authorizer) begin(r *http.Request, rt *route) (access, error) {
+	policy := a.upstream.Policy(rt.registry)
+	acc := access{target: upstream.Target{Registry: rt.registry, Repository: rt.repository, Anonymous: true}}
+	if !policy.Allows(rt.repository) {
+		acc.decision = decidedDenied
+		return acc, errDenied
+	}
+	switch {
+	case policy.NodeAuth(rt.repository):
+		acc.who, acc.target.Anonymous = theNode, false
+	case policy.Auth == "anonymous":
+	default:
+		acc.relay = !rt.pathEncoded
+		if a.recall(&acc) {
+			return acc, nil
+		}
+		a.present(&acc, r.Header.Get("Authorization"))
+	}
+	if v, ok := a.verdicts.get(acc.key()); ok {
+		acc.allowed, acc.decision = v.allowed, v.decision
+		if !v.allowed {
+			acc.decision = acc.no(v.refusal)
+			return acc, a.refusal(&acc, rt.kind, v.refusal)
+		}
+	}
+	return acc, nil
+}
+
+var errDenied = &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "this repository is not served here; take it from the registry"}
+
+// recall reports whether the repository is known to be public: then nothing that
+// the caller brings matters.
+func (a *authorizer) recall(acc *access) bool {
+	if v, ok := a.verdicts.get(acc.key()); ok && v.public() {
+		acc.allowed, acc.decision = true, decidedPublic
+	}
+	return acc.allowed
+}
+
+// present takes the caller's own credential. A client that was asked for one
+// and has none may send an empty name and password.
+func (a *authorizer) present(acc *access, authorization string) {
+	if authorization == "" || authorization == "Basic Og==" {
+		return
+	}
+	acc.who, acc.target.Authorization, acc.target.Anonymous = a.secret.sum(authorization), authorization, false
+}
+
+// permit returns nil once the caller may have d: it may read the repository, and
+// d belongs to that.
+func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
+	key := keyOf(acc.target, d)
+	known := a.belongs(key)
+	if acc.allowed && known {
+		return nil
+	}
+	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known})
+}
+
+// belongs reports whether d is known to be in its repository.
+func (a *authorizer) belongs(key blobKey) bool {
+	if a.members.has(key) {
+		return true
+	}
+	_, ok := a.meta.Member(cache.Repository{Registry: key.registry, Name: key.repository}, key.digest)
+	if ok {
+		a.members.put(key, struct{}{}, membershipMemory)
+	}
+	return ok
+}
+
+// enlist notes that the registry says that d is in a repository.
+func (a *authorizer) enlist(t upstream.Target, d ocispec.Descriptor) {
+	key := keyOf(t, d.Digest)
+	if d.Digest.Validate() == nil && !a.belongs(key) {
+		a.meta.AddMembers(cache.Repository{Registry: t.Registry, Name: t.Repository}, "", d)
+		a.members.put(key, struct{}{}, membershipMemory)
+	}
+}
+
+// ask has the registry decide, once for all who ask the same now. When it
+// cannot be asked, or not soon enough, what is known decides (A5).
+func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question) error {
+	stand := *acc
+	fallback := (acc.allowed || a.offline(&stand)) && q.Known
+	patience := a.budget * 4 / 5
+	if fallback { // the rest of the budget is for the bytes
+		patience = a.budget * 2 / 5
+	}
+	wait, cancel := context.WithTimeoutCause(ctx, patience, errBudget)
+	defer cancel()
+	asker := *acc
+	_, err := a.asks.do(wait, askKey{acc.key(), q}, func(ctx context.Context) (struct{}, error) {
+		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+		defer cancel()
+		return struct{}{}, a.find(ctx, asker, q)
+	})
+	switch {
+	case err == nil:
+		acc.allowed, acc.decision = true, acc.yes()
+		return nil
+	case ctx.Err() != nil:
+		return err
+	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+		return a.refuse(acc, kind, err)
+	case fallback:
+		*acc = stand
+		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+		return nil
+	}
+	return a.unknown(acc, err)
+}
+
+// find asks the repository's home, and if that cannot say the registry itself.
+func (a *authorizer) find(ctx context.Context, acc access, q Question) error {
+	err := errNobody
+	if a.swarm != nil {
+		err = a.believable(acc.target.Registry, a.swarm.May(ctx, acc.target, q))
+	}
+	if err != nil && !final(err) {
+		err = a.askRegistry(ctx, acc.target, q)
+	}
+	a.learn(&acc, q, err)
+	return err
+}
+
+var errNobody = errors.New("nobody was asked")
+
+// believable keeps what another node says unless its challenge would lead a
+// client's password to strangers (A7).
+func (a *authorizer) believable(registry string, err error) error {
+	e, ok := errors.AsType[*upstream.Error](err)
+	if !ok || len(e.Challenge) == 0 {
+		return err
+	}
+	if bad := a.upstream.CheckChallenge(registry, e.Challenge); bad != nil {
+		a.log.Debug("challenge that another node brought is not used", "registry", registry, "err", bad)
+		return errNobody
+	}
+	return err
+}
+
+// askRegistry is the question in the registry's own words.
+func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
+	var err error
+	if q.Blob {
+		_, err = a.upstream.Stat(ctx, t, digest.Digest(q.Reference))
+	} else {
+		_, err = a.upstream.Resolve(ctx, t, q.Reference, acceptAll)
+	}
+	return a.withChallenge(ctx, t, q.Reference, err)
+}
+
+// withChallenge completes a refusal of "anyone" with what the registry asks a
+// client without a credential for.
+func (a *authorizer) withChallenge(ctx context.Context, t upstream.Target, ref string, err error) error {
+	e, ok := errors.AsType[*upstream.Error](err)
+	if !ok || !t.Anonymous || e.Status != http.StatusUnauthorized || len(e.Challenge) > 0 {
+		return err
+	}
+	challenge, cerr := a.upstream.Challenge(ctx, t, ref)
+	if cerr != nil {
+		return cerr
+	}
+	out := *e
+	out.Challenge = challenge
+	return &out
+}
+
+// learn keeps what the registry answered. Errors that are no answer teach
+// nothing (A2).
+func (a *authorizer) learn(acc *access, q Question, err error) {
+	switch {
+	case err == nil:
+		a.accept(acc)
+		if d, derr := digest.Parse(q.Reference); derr == nil {
+			a.enlist(acc.target, ocispec.Descriptor{Digest: d})
+		}
+	case upstream.IsUnauthorized(err):
+		a.reject(acc, err)
+	}
+}
+
+// accept keeps a yes.
+func (a *authorizer) accept(acc *access) {
+	known, _ := a.verdicts.get(acc.key())
+	life := publicLife
+	if acc.who != anyone {
+		life = lifeOf(acc.target.Authorization)
+	}
+	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.yes()}, life)
+	switch {
+	case known.allowed: // is remembered
+	case acc.who == anyone:
+		a.meta.SetVerdict(acc.repository(), cache.Anyone)
+	case offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineRemembered:
+		a.lasting.put(acc)
+	}
+}
+
+// reject keeps a no, and forgets every yes that it takes back (A4).
+func (a *authorizer) reject(acc *access, err error) {
+	life := refusalLife
+	switch acc.who {
+	case anyone:
+		life = challengeLife
+		a.meta.DeleteVerdict(acc.repository(), cache.Anyone)
+	case theNode:
+		life = 0 // the next question may carry a mended credential
+	}
+	a.lasting.forget(acc)
+	no := refusalOf(err)
+	a.verdicts.put(acc.key(), verdict{refusal: no}, life)
+	if isBasic(no.challenge) {
+		a.meta.SetChallenge(acc.repository(), no.challenge)
+	}
+}
+
+// no is the decision that a refusal is.
+func (a *access) no(e *apiError) decision {
+	if a.who == anyone && a.relay && len(e.challenge) > 0 {
+		return decidedChallenged
+	}
+	return decidedRefused
+}
+
+// refuse answers with the registry's own no.
+func (a *authorizer) refuse(acc *access, kind Kind, err error) error {
+	e := refusalOf(err)
+	if upstream.IsNotFound(err) {
+		if e = toAPIError(err, kind, acc.relay); acc.allowed {
+			return e // he may read, and there is nothing
+		}
+	}
+	acc.allowed, acc.decision = false, acc.no(e)
+	return a.refusal(acc, kind, e)
+}
+
+// refusal is a no in the form that suits the client: one that cannot answer a
+// challenge goes to the registry by itself on 404 (A9).
+func (a *authorizer) refusal(acc *access, kind Kind, e *apiError) error {
+	if acc.relay || e.status == http.StatusNotFound {
+		return e
+	}
+	return &apiError{status: http.StatusNotFound, code: unknownCode(kind), message: "the registry asks for credentials; take it from there"}
+}
+
+// unknown is the answer while nobody can say. A challenge would be answered in
+// vain, unless it is one that needs no network.
+func (a *authorizer) unknown(acc *access, err error) error {
+	acc.decision = decidedUnknown
+	challenge := a.meta.Challenge(acc.repository())
+	if acc.who == anyone && acc.relay && isBasic(challenge) && offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineRemembered {
+		acc.decision = decidedChallenged
+		return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry asks for credentials", challenge: challenge}
+	}
+	return err
+}
+
+// The values of a registry's offline.
+const (
+	offlineRemembered = "remembered"
+	offlineAll        = "all"
+	offlineNone       = "none"
+)
+
+// offlineMode: who may never ask has said that what is here is for everybody.
+func offlineMode(policy upstream.Registry) string {
+	switch {
+	case policy.Offline != "":
+		return policy.Offline
+	case !policy.Contact():
+		return offlineAll
+	}
+	return offlineRemembered
+}
+
+// offline changes acc to what holds while the registry cannot be asked, and
+// reports whether that lets the caller in.
+func (a *authorizer) offline(acc *access) bool {
+	if a.wasPublic(acc.repository()) {
+		acc.allowed, acc.decision = true, decidedPublic
+		if acc.who != theNode {
+			acc.who, acc.target.Authorization, acc.target.Anonymous = anyone, "", true
+		}
+		return true
+	}
+	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
+	case mode == offlineAll:
+		acc.allowed, acc.decision = true, decidedOffline
+	case mode == offlineRemembered && a.lasting.has(acc):
+		acc.allowed, acc.decision = true, decidedRemembered
+	}
+	return acc.allowed
+}
+
+// wasPublic reports whether a repository was public when the registry said so last.
+func (a *authorizer) wasPublic(r cache.Repository) bool {
+	if v, ok := a.verdicts.get(verdictKey{r.Registry, r.Name, anyone}); ok {
+		return v.public()
+	}
+	_, ok := a.meta.Verdict(r, cache.Anyone)
+	return ok
+}
+
+// shown reports whether anybody may have d, wherever it is asked for: it is in a
+// public repository, and that one's registry has given it.
+func (a *authorizer) shown(d digest.Digest) (registry string, ok bool) {
+	r, ok := a.meta.Shown(d)
+	return r.Registry, ok && a.meta.Given(d, r.Registry) && a.wasPublic(r)
+}
+
+// show notes what a public repository holds.
+func (a *authorizer) show(r cache.Repository, blobs ...ocispec.Descriptor) {
+	for _, b := range blobs {
+		if _, ok := a.shown(b.Digest); !ok {
+			a.meta.SetShown(b.Digest, r)
+		}
+	}
+}
+
+// isBasic reports whether a client can answer the challenge by itself.
+func isBasic(challenge []string) bool {
+	for _, c := range challenge {
+		if scheme, _, _ := strings.Cut(c, " "); !strings.EqualFold(scheme, "basic") {
+			return false
+		}
+	}
+	return len(challenge) > 0
 }

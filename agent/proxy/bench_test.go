@@ -7,8 +7,6 @@ import (
 	"net/http/httptest"
 	"testing"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
@@ -29,7 +27,12 @@ func warmServer(b *testing.B, size int64) (url string, img *registrytest.Image) 
 		}
 		_ = c.Close()
 	})
-	up, err := upstream.New(upstream.Config{Logger: log})
+	reg, err := registrytest.New(registrytest.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(reg.Close)
+	up, err := upstream.New(upstream.Config{Logger: log, Registries: []upstream.Registry{{Host: host, Upstreams: []string{reg.URL()}}}})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -38,15 +41,20 @@ func warmServer(b *testing.B, size int64) (url string, img *registrytest.Image) 
 		b.Fatal(err)
 	}
 	img = registrytest.OCIImage(registrytest.ImageSpec{Seed: 1, Layers: []int64{size}, Opaque: true})
-	put := func(d digest.Digest, body []byte) {
-		if err := c.Put(b.Context(), d, cache.Origin{Kind: cache.FromUpstream}, body); err != nil {
-			b.Fatal(err)
-		}
-	}
-	put(img.Layers[0].Digest, bytesOf(b, img, img.Layers[0].Digest))
-	put(img.Digest, img.Manifests[0].Data)
+	reg.Put(repo, img, "v1")
 	s := httptest.NewServer(p)
 	b.Cleanup(s.Close)
+	for _, path := range []string{manifestPath("v1"), blobPath(img.Layers[0].Digest)} {
+		resp, err := http.Get(s.URL + path)
+		if err != nil || resp.StatusCode != http.StatusOK {
+			b.Fatal(resp, err)
+		}
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+			b.Fatal(err)
+		}
+		_ = resp.Body.Close()
+	}
+	await(b, "commit", func() bool { return c.Has(img.Layers[0].Digest) })
 	return s.URL, img
 }
 
@@ -69,6 +77,12 @@ func benchGet(b *testing.B, url string, size int64) {
 func BenchmarkWarmBlob(b *testing.B) {
 	url, img := warmServer(b, 256<<20)
 	benchGet(b, url+blobPath(img.Layers[0].Digest), 256<<20)
+}
+
+// BenchmarkWarmSmallBlob is where what is not the bytes shows.
+func BenchmarkWarmSmallBlob(b *testing.B) {
+	url, img := warmServer(b, 4<<10)
+	benchGet(b, url+blobPath(img.Layers[0].Digest), 4<<10)
 }
 
 func BenchmarkWarmManifest(b *testing.B) {

@@ -37,22 +37,25 @@ func keyOf(t upstream.Target, d digest.Digest) blobKey {
 
 // serveBlob answers GET and HEAD of a blob: the straight line of I1.
 func (p *Proxy) serveBlob(x *exchange) error {
+	stop := x.within(p.patience(x), errBudget)
+	defer stop()
+	if err := p.auth.permit(x.ctx, &x.access, KindBlob, x.route.digest); err != nil {
+		return err
+	}
 	if x.r.Method == http.MethodHead {
 		return p.headBlob(x)
 	}
-	key := keyOf(x.target, x.route.digest)
+	key := keyOf(x.access.target, x.route.digest)
 	if !x.route.pathEncoded && p.failed.has(key) && !p.cache.Has(x.route.digest) {
 		return errRecent
 	}
-	err := p.sendBlob(x)
+	err := p.sendBlob(x, stop)
 	p.judge(x, key, err)
 	return err
 }
 
-func (p *Proxy) sendBlob(x *exchange) error {
-	patience := p.patience(x)
-	stop := x.within(patience, errBudget)
-	defer stop()
+// sendBlob calls begun when the first byte is there.
+func (p *Proxy) sendBlob(x *exchange, begun func()) error {
 	b, err := p.openBody(x)
 	if err != nil {
 		return err
@@ -67,7 +70,7 @@ func (p *Proxy) sendBlob(x *exchange) error {
 			return err
 		}
 	}
-	stop()
+	begun()
 	http.ServeContent(x, x.r, "", time.Time{}, b)
 	return b.failure()
 }
@@ -82,7 +85,7 @@ func (p *Proxy) patience(x *exchange) time.Duration {
 
 func (p *Proxy) openBody(x *exchange) (*body, error) {
 	h := &healer{p: p, x: x}
-	c, err := p.open(x.ctx, x.target, x.route.digest, KindBlob)
+	c, err := p.open(x.ctx, x.access.target, x.route.digest, KindBlob)
 	if err != nil {
 		if c, err = h.next(err, 0); err != nil {
 			return nil, err
@@ -104,6 +107,8 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 		return
 	case x.r.Context().Err() != nil || err == nil:
 		return
+	case x.access.relay && upstream.IsUnauthorized(err):
+		return // a token that ended: the client gets another and goes on
 	case x.route.pathEncoded:
 		p.undelivered.put(key, struct{}{}, undeliverableMemory)
 		p.deliverable.forget(key)
@@ -118,8 +123,7 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 
 // headBlob needs the size alone, and starts no fill.
 func (p *Proxy) headBlob(x *exchange) error {
-	defer x.within(p.patience(x), errBudget)()
-	size, from, err := p.stat(x.ctx, x.target, x.route.digest)
+	size, from, err := p.stat(x.ctx, x.access.target, x.route.digest)
 	if err != nil {
 		return err
 	}
@@ -131,11 +135,11 @@ func (p *Proxy) headBlob(x *exchange) error {
 
 // stat finds a blob's size where that is cheapest.
 func (p *Proxy) stat(ctx context.Context, t upstream.Target, d digest.Digest) (int64, source, error) {
-	if r, ok := p.cache.Lookup(d); ok {
+	if r, ok := p.lookup(t, d); ok {
 		defer func() { _ = r.Close() }() // nothing was read
 		return r.Size(), sourceDisk, nil
 	}
-	if c := p.openRuntime(d); c != nil {
+	if c := p.openRuntime(t, d); c != nil {
 		defer func() { _ = c.Close() }() // nothing was read
 		return c.size(), sourceRuntime, nil
 	}

@@ -55,7 +55,7 @@ func (p *Proxy) serveCanary(x *exchange) error {
 	}
 	item, ok := p.canary.items[d]
 	if !ok || x.route.kind != KindManifest && x.route.kind != KindBlob {
-		return &apiError{http.StatusNotFound, unknownCode(x.route.kind), "not part of the canary image"}
+		return &apiError{status: http.StatusNotFound, code: unknownCode(x.route.kind), message: "not part of the canary image"}
 	}
 	setBlobHeaders(x.Header(), d)
 	if x.route.kind == KindManifest {

@@ -29,6 +29,7 @@ const (
 // pageKey names one page of tags or referrers.
 type pageKey struct {
 	registry, repository string
+	who                  caller // lists differ, and who may see them
 	kind                 Kind
 	digest               digest.Digest
 	query                string
@@ -40,14 +41,14 @@ func (p *Proxy) serveTags(x *exchange) error {
 	n, last := q.Get("n"), q.Get("last")
 	count, err := strconv.Atoi(n)
 	if n != "" && (err != nil || count < 0) {
-		return &apiError{http.StatusBadRequest, codeUnsupported, "n must be a number"}
+		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "n must be a number"}
 	}
 	if len(last) > maxQuery {
-		return &apiError{http.StatusBadRequest, codeUnsupported, "last is too long"}
+		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "last is too long"}
 	}
 	key := x.pageKey(url.Values{"n": {n}, "last": {last}}.Encode())
 	page, err := p.page(x, key, func(ctx context.Context) (upstream.Page, error) {
-		return p.askTags(ctx, x.target, n != "" && count == 0, count, last)
+		return p.askTags(ctx, x.access.target, n != "" && count == 0, count, last)
 	})
 	if err != nil {
 		return err
@@ -76,9 +77,9 @@ func (p *Proxy) serveReferrers(x *exchange) error {
 	query.Del("ns")
 	raw := query.Encode()
 	if len(raw) > maxQuery {
-		return &apiError{http.StatusBadRequest, codeUnsupported, "the query is too long"}
+		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "the query is too long"}
 	}
-	t, d, artifactType := x.target, x.route.digest, query.Get("artifactType")
+	t, d, artifactType := x.access.target, x.route.digest, query.Get("artifactType")
 	page, err := p.page(x, x.pageKey(raw), func(ctx context.Context) (upstream.Page, error) {
 		page, err := p.upstream.Referrers(ctx, t, d, raw)
 		if upstream.IsNotFound(err) {
@@ -114,7 +115,7 @@ func (p *Proxy) fallbackReferrers(ctx context.Context, t upstream.Target, d dige
 func filterReferrers(body []byte, artifactType string) (upstream.Page, error) {
 	var index ocispec.Index
 	if err := json.Unmarshal(body, &index); err != nil {
-		return upstream.Page{}, &apiError{http.StatusNotFound, codeManifestUnknown, "the referrers tag is no index"}
+		return upstream.Page{}, &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "the referrers tag is no index"}
 	}
 	page := upstream.Page{ContentType: ocispec.MediaTypeImageIndex}
 	out := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
@@ -129,14 +130,17 @@ func filterReferrers(body []byte, artifactType string) (upstream.Page, error) {
 }
 
 func (x *exchange) pageKey(query string) pageKey {
-	return pageKey{x.target.Registry, x.target.Repository, x.route.kind, x.route.digest, query}
+	return pageKey{x.access.target.Registry, x.access.target.Repository, x.access.who, x.route.kind, x.route.digest, query}
 }
 
-// page asks upstream once for all who ask now, within the budget, and serves the
-// last known page when upstream cannot be asked.
+// page asks upstream once for all who ask now with the same credential, within the budget, and serves the
+// last page that it got for that when upstream cannot be asked. The answer is no verdict: who may see lists and
+// who may read content are two questions to some registries.
 func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstream.Page, error)) (upstream.Page, error) {
 	ctx, cancel := context.WithTimeoutCause(x.ctx, p.opts.FirstByteBudget*4/5, errBudget)
 	defer cancel()
+	target, stand := x.access.target, x.access
+	fallback := x.access.allowed || p.auth.offline(&stand) || x.access.who == anyone // what it was shown, anyone was
 	page, err := p.pageAsks.do(ctx, key, func(ctx context.Context) (upstream.Page, error) {
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()
@@ -144,17 +148,28 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 		if err == nil && len(page.Body) <= maxKeptPage {
 			p.pages.put(key, page, pageMemory)
 		}
-		return page, err
+		return page, p.auth.withChallenge(ctx, target, anyTag, err)
 	})
 	from := sourceUpstream
-	if err != nil && x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)) {
-		if last, ok := p.pages.get(key); ok {
-			page, from, err = last, sourceStale, nil
+	switch {
+	case err == nil:
+		x.access.decision = x.access.yes()
+	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+		err = p.auth.refuse(&x.access, x.route.kind, err)
+	case x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)):
+		last, ok := p.pages.get(key)
+		if !ok || !fallback {
+			return page, p.auth.unknown(&x.access, err)
 		}
+		x.access.decision = stand.decision
+		page, from, err = last, sourceStale, nil
 	}
 	x.describe(from, int64(len(page.Body)), 0)
 	return page, err
 }
+
+// anyTag is asked for when only the challenge of a repository is of interest.
+const anyTag = "latest"
 
 // sendPage answers with a page; its Link leads back here.
 func (p *Proxy) sendPage(x *exchange, page upstream.Page) {

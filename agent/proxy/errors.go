@@ -21,6 +21,8 @@ const (
 	codeNameInvalid     = "NAME_INVALID"
 	codeDigestInvalid   = "DIGEST_INVALID"
 	codeUnsupported     = "UNSUPPORTED"
+	codeUnauthorized    = "UNAUTHORIZED"
+	codeDenied          = "DENIED"
 	codeUnavailable     = "UNAVAILABLE"
 )
 
@@ -29,21 +31,20 @@ type apiError struct {
 	status  int
 	code    string
 	message string // for the user who reads the runtime's log; no URL, no credential
+	// challenge is WWW-Authenticate, for a client that may answer it.
+	challenge []string
 }
 
 func (e *apiError) Error() string { return e.code + ": " + e.message }
 
 var (
-	errBudget = &apiError{http.StatusServiceUnavailable, codeUnavailable,
-		"no byte arrived within the first-byte budget; the download goes on in the background"}
-	errStalled = &apiError{http.StatusServiceUnavailable, codeUnavailable, "no byte arrived within the stall deadline"}
-	errRecent  = &apiError{http.StatusServiceUnavailable, codeUnavailable,
-		"this blob could not be delivered a moment ago; take it from the registry"}
-	errUndeliverable = &apiError{http.StatusNotFound, codeManifestUnknown,
-		"not every blob of this manifest can be delivered; take it from the registry"}
-	errUnacceptable = &apiError{http.StatusNotFound, codeManifestUnknown, "the manifest has none of the accepted media types"}
-	errMethod       = &apiError{http.StatusMethodNotAllowed, codeUnsupported, "larder serves pulls only"}
-	errShutdown     = &apiError{http.StatusServiceUnavailable, codeUnavailable, "the agent is stopping"}
+	errBudget        = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "no byte arrived within the first-byte budget; the download goes on in the background"}
+	errStalled       = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "no byte arrived within the stall deadline"}
+	errRecent        = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "this blob could not be delivered a moment ago; take it from the registry"}
+	errUndeliverable = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "not every blob of this manifest can be delivered; take it from the registry"}
+	errUnacceptable  = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "the manifest has none of the accepted media types"}
+	errMethod        = &apiError{status: http.StatusMethodNotAllowed, code: codeUnsupported, message: "larder serves pulls only"}
+	errShutdown      = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "the agent is stopping"}
 )
 
 // statusClientGone is what logs and metrics record for a client that hung up
@@ -52,24 +53,39 @@ const statusClientGone = 499
 
 // toAPIError is the one place where an error becomes an answer. What it must
 // never produce, because a runtime would not go on to the registry or would
-// hammer us (RUNTIMES section A6): 401, 403 and 429, or anything in 3xx.
-func toAPIError(err error, kind Kind) *apiError {
+// hammer us (RUNTIMES section A6): 429, or anything in 3xx; and 401 or 403 only
+// to a client to whom the registry's refusal is relayed.
+func toAPIError(err error, kind Kind, relay bool) *apiError {
 	var api *apiError
 	switch {
 	case errors.As(err, &api):
 		return api
+	case relay && upstream.IsUnauthorized(err):
+		return refusalOf(err)
 	case upstream.IsNotFound(err):
-		return &apiError{http.StatusNotFound, unknownCode(kind), "not known to the registry"}
+		return &apiError{status: http.StatusNotFound, code: unknownCode(kind), message: "not known to the registry"}
 	case upstream.IsUnauthorized(err):
-		return &apiError{http.StatusNotFound, unknownCode(kind), "the registry asks for credentials; take it from there"}
+		return &apiError{status: http.StatusNotFound, code: unknownCode(kind), message: "the registry asks for credentials; take it from there"}
 	case errors.Is(err, cache.ErrDigestMismatch), errors.Is(err, cache.ErrSizeMismatch):
-		return &apiError{http.StatusBadGateway, codeUnavailable, "the registry sent something else than was asked for"}
+		return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "the registry sent something else than was asked for"}
 	case errors.Is(err, context.Canceled):
-		return &apiError{statusClientGone, codeUnavailable, "the client went away"}
+		return &apiError{status: statusClientGone, code: codeUnavailable, message: "the client went away"}
 	case upstream.IsUnavailable(err), errors.Is(err, cache.ErrClosed), errors.Is(err, context.DeadlineExceeded):
-		return &apiError{http.StatusServiceUnavailable, codeUnavailable, "the registry cannot be reached now"}
+		return &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "the registry cannot be reached now"}
 	}
-	return &apiError{http.StatusBadGateway, codeUnavailable, "the registry's answer cannot be used"}
+	return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "the registry's answer cannot be used"}
+}
+
+// refusalOf is the registry's own no, with its challenge.
+func refusalOf(err error) *apiError {
+	e, ok := errors.AsType[*upstream.Error](err)
+	switch {
+	case !ok || e.Status == http.StatusForbidden:
+		return &apiError{status: http.StatusForbidden, code: codeDenied, message: "the registry refuses this"}
+	case len(e.Challenge) == 0:
+		return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry refuses this, and does not say what it wants"}
+	}
+	return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry asks for credentials", challenge: e.Challenge}
 }
 
 func unknownCode(kind Kind) string {
@@ -88,6 +104,9 @@ func writeError(w http.ResponseWriter, e *apiError) {
 	h := w.Header()
 	for _, name := range []string{"Etag", "Accept-Ranges", "Cache-Control", "Content-Range", "Docker-Content-Digest", headerSource} {
 		h.Del(name)
+	}
+	for _, c := range e.challenge {
+		h.Add("WWW-Authenticate", c)
 	}
 	if e.status == http.StatusMethodNotAllowed {
 		h.Set("Allow", "GET, HEAD")

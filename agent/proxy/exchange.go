@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -56,7 +55,7 @@ type exchange struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	route  route
-	target upstream.Target // set by authorise
+	access access // from begin on
 	start  time.Time
 	// owner's only: the handler goroutine
 	status    int
@@ -199,7 +198,7 @@ func (x *exchange) fail(err error) {
 	if x.status != 0 {
 		return
 	}
-	e := toAPIError(err, x.route.kind)
+	e := toAPIError(err, x.route.kind, x.access.relay)
 	if e.status == statusClientGone {
 		x.status = e.status
 		return

@@ -205,6 +205,7 @@ func TestFirstByteBudget(t *testing.T) {
 	})
 	img := n.image(3_000_000)
 	d := img.Layers[0].Digest
+	n.get(manifestPath("v1"))
 	for name, effect := range map[string]registrytest.Effect{"headers": registrytest.Hold(), "body": registrytest.StallAfter(0)} {
 		f := n.registry.Inject(registrytest.Match{Reference: d.String()}, effect)
 		begin := time.Now()
@@ -333,13 +334,30 @@ func TestTokenExpiry(t *testing.T) {
 	}
 }
 
-// TestPrivateRepository: an answer of 401 sends the runtime to the registry with
-// its own credentials, and is never relayed.
+// TestPrivateRepository: a client that names its registry by ns gets the
+// registry's challenge; one that cannot answer it goes to the registry on 404, and so
+// does every client of a registry that is only ever asked anonymously.
 func TestPrivateRepository(t *testing.T) {
-	n := startNode(t, func(s *setup) {
-		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"u": "p"}}
-	})
-	img := n.image()
-	checkOCIError(t, n.get(manifestPath("v1")), 404, "MANIFEST_UNKNOWN")
-	checkOCIError(t, n.get(blobPath(img.Layers[0].Digest)), 404, "BLOB_UNKNOWN")
+	for _, auth := range []string{"", "relay", "anonymous"} {
+		n := startNode(t, func(s *setup) {
+			s.policy.Auth = auth
+			s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"u": "p"}}
+		})
+		img := n.image()
+		d := img.Layers[0].Digest
+		for range 2 { // asked, and from memory
+			for _, a := range []answer{n.get(manifestPath("v1")), n.get(manifestPath(img.Digest.String())), n.get(blobPath(d)), n.get("/v2/" + repo + "/tags/list?ns=" + host)} {
+				want := 401
+				if auth == "anonymous" {
+					want = 404
+				}
+				if challenge := a.header.Get("WWW-Authenticate"); a.status != want || (challenge == `Basic realm="registrytest"`) != (want == 401) {
+					t.Errorf("auth = %q: status %d, challenge %q", auth, a.status, challenge)
+				}
+			}
+			checkOCIError(t, n.get(pathManifest("v1")), 404, "MANIFEST_UNKNOWN")
+			checkOCIError(t, n.get(pathManifest(img.Digest.String())), 404, "MANIFEST_UNKNOWN")
+			checkOCIError(t, n.get(pathBlob(d)), 404, "BLOB_UNKNOWN")
+		}
+	}
 }

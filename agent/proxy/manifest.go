@@ -31,8 +31,12 @@ const membershipMemory = time.Hour
 func (p *Proxy) serveManifest(x *exchange) error {
 	defer x.within(p.manifestPatience(x), errBudget)()
 	d, stale := x.route.digest, false
-	if x.route.tag != "" {
-		tag, err := p.resolve(x.ctx, x.target, x.route.tag, accepted(x.r.Header))
+	if x.route.tag == "" {
+		if err := p.auth.permit(x.ctx, &x.access, KindManifest, d); err != nil {
+			return err
+		}
+	} else {
+		tag, err := p.resolve(x.ctx, &x.access, x.route.tag, accepted(x.r.Header))
 		if err != nil {
 			return err
 		}
@@ -41,12 +45,12 @@ func (p *Proxy) serveManifest(x *exchange) error {
 			return p.headManifest(x, tag)
 		}
 	}
-	m, err := p.manifest(x.ctx, x.target, d)
+	m, err := p.manifest(x.ctx, x.access.target, d)
 	if err != nil {
 		return err
 	}
 	if x.route.pathEncoded {
-		if err := p.promise(x.ctx, x.target, m); err != nil {
+		if err := p.promise(x.ctx, x.access.target, m); err != nil {
 			return err
 		}
 	}
@@ -138,6 +142,9 @@ func readAll(ctx context.Context, d digest.Digest, open func() (content, error))
 
 func (p *Proxy) passManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
 	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
+	if err == nil {
+		p.cache.Meta().AddGiver(d, t.Registry)
+	}
 	return manifest{desc: desc, body: body, from: sourceUpstream}, err
 }
 
@@ -145,7 +152,7 @@ func (p *Proxy) passManifest(ctx context.Context, t upstream.Target, d digest.Di
 // not, whatever the path says.
 func readSmall(ctx context.Context, c content) ([]byte, error) {
 	if c.size() > maxManifest {
-		return nil, &apiError{http.StatusNotFound, codeManifestUnknown, "too large for a manifest"}
+		return nil, &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "too large for a manifest"}
 	}
 	body := make([]byte, c.size())
 	for off := int64(0); off < c.size(); {
@@ -175,20 +182,24 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	}
 	o, err := parseOutline(m.body)
 	if err != nil {
-		return &apiError{http.StatusNotFound, codeManifestUnknown, err.Error()}
+		return &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: err.Error()}
 	}
 	if m.desc.MediaType == "" {
 		m.desc.MediaType = o.infer()
 	}
 	if m.desc.MediaType == "" {
-		return &apiError{http.StatusNotFound, codeManifestUnknown, fmt.Sprintf("%s is no manifest", m.desc.Digest)}
+		return &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: fmt.Sprintf("%s is no manifest", m.desc.Digest)}
 	}
 	if facts.MediaType == "" {
 		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
 	}
 	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}
+	children := slices.Concat(o.children(), o.Manifests)
 	meta.AddMembers(repository, "", m.desc)
-	meta.AddMembers(repository, m.desc.Digest, slices.Concat(o.children(), o.Manifests)...)
+	meta.AddMembers(repository, m.desc.Digest, children...)
+	if p.auth.wasPublic(repository) {
+		p.auth.show(repository, append(children, m.desc)...)
+	}
 	p.learned.put(key, struct{}{}, membershipMemory)
 	return nil
 }

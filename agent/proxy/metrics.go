@@ -32,18 +32,31 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		stale: f.NewCounter(prometheus.CounterOpts{
 			Name: "larder_tag_stale_served_total", Help: "Tags answered with the last known digest because upstream could not be asked.",
 		}),
-		decisions: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "larder_auth_decisions_total", Help: "Decisions whether a caller may read a repository.",
-		}, []string{"decision"}),
+		decisions: newDecisions(f),
 	}
 }
 
 // ServedBytes is the counter larder_served_bytes_total, whoever registered it.
 func (p *Proxy) ServedBytes() prometheus.Collector { return p.metrics.served }
 
+// newDecisions makes the counter with all its label values, so that a rate of
+// refusals is zero before the first.
+func newDecisions(f promauto.Factory) *prometheus.CounterVec {
+	c := f.NewCounterVec(prometheus.CounterOpts{
+		Name: "larder_auth_decisions_total", Help: "Decisions whether a caller may read a repository.",
+	}, []string{"decision"})
+	for _, d := range decisions {
+		c.WithLabelValues(string(d))
+	}
+	return c
+}
+
 // observe counts one finished exchange; its bytes are counted already.
 func (m *metrics) observe(x *exchange) {
 	source := string(x.sourceLabel())
+	if d := x.access.decision; d != "" {
+		m.decisions.WithLabelValues(string(d)).Inc()
+	}
 	m.requests.WithLabelValues(string(x.route.kind), source, strconv.Itoa(x.status)).Inc()
 	if x.firstByte > 0 && x.status < 300 {
 		m.firstByte.WithLabelValues(source).Observe(x.firstByte.Seconds())

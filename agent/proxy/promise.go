@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -72,12 +73,17 @@ func (p *Proxy) ours(platform *ocispec.Platform) bool {
 	return platform == nil || platform.Architecture == runtime.GOARCH && platform.OS == runtime.GOOS
 }
 
+// has reports whether d is here for who may have what the target's registry gives.
+func (p *Proxy) has(t upstream.Target, d digest.Digest) bool {
+	return p.cache.Has(d) && p.Gives(d, t.Registry) || p.runtime != nil && p.runtime.Has(d) && p.mayTakeRuntime(t, d)
+}
+
 func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.Descriptor) error {
 	key := keyOf(t, blob.Digest)
 	switch {
 	case p.undelivered.has(key):
 		return errUndeliverable
-	case p.cache.Has(blob.Digest), p.runtime != nil && p.runtime.Has(blob.Digest), p.deliverable.has(key):
+	case p.has(t, blob.Digest), p.deliverable.has(key):
 		return nil
 	}
 	if _, _, err := p.stat(ctx, t, blob.Digest); err != nil {

@@ -53,6 +53,9 @@ type Options struct {
 
 	Logger     *slog.Logger          // default slog.Default()
 	Registerer prometheus.Registerer // nil: not registered
+	// VerdictKey is secret and the same after a restart: under it the metadata keeps
+	// who was let read what, for offline = "remembered". Nil keeps nothing.
+	VerdictKey []byte
 	// Audit is called after each exchange, from its goroutine.
 	Audit func(Event)
 	// Before is called first for each request. Tests wedge the proxy with it.
@@ -73,8 +76,24 @@ type Event struct {
 	Duration   time.Duration
 	Remote     string
 	UserAgent  string
-	Err        error // why the answer is not what was asked for
+	Caller     string // names the credential that came, "" for none; not the credential
+	Decision   string // whether the caller may read, and why; "" where nothing was to be decided
+	Err        error  // why the answer is not what was asked for
 }
+
+// Refused reports whether the caller was not let read what he asked for, and was
+// not merely asked for a credential.
+func (e Event) Refused() bool {
+	switch decision(e.Decision) {
+	case decidedRefused, decidedDenied, decidedUnknown:
+		return true
+	}
+	return false
+}
+
+// Challenged reports whether the caller was asked for a credential: how the pull
+// of a private image begins.
+func (e Event) Challenged() bool { return decision(e.Decision) == decidedChallenged }
 
 // Proxy is a http.Handler. Serve puts it on a listener; Run must run beside.
 type Proxy struct {
@@ -89,7 +108,7 @@ type Proxy struct {
 	canary   *canaryImage
 
 	background *background
-	resolves   *flights[tagKey, resolved]
+	resolves   *flights[tagAsk, resolved]
 	stats      *flights[blobKey, int64]
 	pageAsks   *flights[pageKey, upstream.Page]
 
@@ -127,10 +146,11 @@ func New(opts Options) (*Proxy, error) {
 	}
 	m := newMetrics(opts.Registerer)
 	b := newBackground()
+	auth := newAuthorizer(opts, b)
 	return &Proxy{
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
-		auth: &authorizer{opts.Upstream.Policy, m}, metrics: m, canary: canary,
-		background: b, resolves: newFlights[tagKey, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
+		auth: auth, metrics: m, canary: canary,
+		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
 		fresh:       newRecent[tagKey, resolved](maxRemembered),
 		failed:      newRecent[blobKey, struct{}](maxRemembered),
 		undelivered: newRecent[blobKey, struct{}](maxRemembered),
@@ -185,7 +205,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// serve is the way of every request: route, authorise, answer.
+// serve is the way of every request: route, authorise, answer. What begin leaves
+// open each kind of route asks the registry in its own way.
 func (p *Proxy) serve(x *exchange) error {
 	if x.r.Method != http.MethodGet && x.r.Method != http.MethodHead {
 		return errMethod
@@ -201,7 +222,7 @@ func (p *Proxy) serve(x *exchange) error {
 	if isCanary(&x.route) {
 		return p.serveCanary(x)
 	}
-	if x.target, err = p.auth.authorize(x.r, &x.route); err != nil {
+	if x.access, err = p.auth.begin(x.r, &x.route); err != nil {
 		return err
 	}
 	switch x.route.kind {
@@ -254,7 +275,10 @@ func (x *exchange) event() Event {
 	e := Event{
 		Time: x.start, Kind: x.route.kind, Method: x.r.Method, Registry: x.route.registry, Repository: x.route.repository,
 		Source: string(x.sourceLabel()), Status: x.status, Bytes: x.sent.Load(), Duration: time.Since(x.start),
-		Remote: x.r.RemoteAddr, UserAgent: x.r.UserAgent(), Err: x.err,
+		Remote: x.r.RemoteAddr, UserAgent: x.r.UserAgent(), Decision: string(x.access.decision), Err: x.err,
+	}
+	if x.proxy.opts.Audit != nil {
+		e.Caller = x.proxy.auth.fingerprint(x.r.Header.Get("Authorization"))
 	}
 	if x.route.tag != "" || x.route.digest != "" {
 		e.Reference = x.route.reference()

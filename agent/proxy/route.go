@@ -63,7 +63,7 @@ func parseRoute(u *url.URL, defaultRegistry string) (route, error) {
 	case ok && (rest == "" || rest == "/"):
 		return route{kind: KindPing}, nil
 	case !ok || rest[0] != '/':
-		return route{kind: KindOther}, &apiError{http.StatusNotFound, codeNameUnknown, "the pull API lives under /v2/"}
+		return route{kind: KindOther}, &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "the pull API lives under /v2/"}
 	}
 	segments := strings.Split(rest[1:], "/")
 	if len(segments) < 3 {
@@ -82,7 +82,7 @@ func parseRoute(u *url.URL, defaultRegistry string) (route, error) {
 	return rt, nil
 }
 
-var errNoEndpoint = &apiError{http.StatusNotFound, codeNameUnknown, "no such endpoint of the distribution API"}
+var errNoEndpoint = &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "no such endpoint of the distribution API"}
 
 // plainPath undoes the only escape that a valid path can need ("%3A" in a
 // digest or a port) and refuses every other: an encoded slash or dot must not
@@ -93,7 +93,7 @@ func plainPath(u *url.URL) (string, error) {
 		path = strings.NewReplacer("%3A", ":", "%3a", ":").Replace(path)
 	}
 	if strings.Contains(path, "%") {
-		return "", &apiError{http.StatusBadRequest, codeNameInvalid, "escaped characters in the path"}
+		return "", &apiError{status: http.StatusBadRequest, code: codeNameInvalid, message: "escaped characters in the path"}
 	}
 	return path, nil
 }
@@ -106,7 +106,7 @@ func (rt *route) setReference(verb, ref string) error {
 	case verb == "manifests":
 		rt.kind, rt.tag = KindManifest, ref
 		if !tagRE.MatchString(ref) {
-			return &apiError{http.StatusNotFound, codeManifestUnknown, "not a valid tag"}
+			return &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "not a valid tag"}
 		}
 		return nil
 	case verb == "blobs":
@@ -126,7 +126,7 @@ func (rt *route) setReference(verb, ref string) error {
 func (rt *route) setDigest(ref string) error {
 	d, err := digest.Parse(ref)
 	if err != nil {
-		return &apiError{http.StatusBadRequest, codeDigestInvalid, "not a valid digest"}
+		return &apiError{status: http.StatusBadRequest, code: codeDigestInvalid, message: "not a valid digest"}
 	}
 	rt.digest = d
 	return nil
@@ -135,7 +135,7 @@ func (rt *route) setDigest(ref string) error {
 func (rt *route) setName(name, ns []string, defaultRegistry string) error {
 	switch {
 	case len(ns) > 1:
-		return &apiError{http.StatusBadRequest, codeNameInvalid, "more than one ns"}
+		return &apiError{status: http.StatusBadRequest, code: codeNameInvalid, message: "more than one ns"}
 	case len(ns) == 1 && ns[0] != "":
 		rt.registry = ns[0]
 	case len(name) > 1 && isRegistrySegment(name[0]):
@@ -144,16 +144,15 @@ func (rt *route) setName(name, ns []string, defaultRegistry string) error {
 	case defaultRegistry != "":
 		rt.registry = defaultRegistry
 	default:
-		return &apiError{http.StatusNotFound, codeNameUnknown,
-			"the request names no registry: add ?ns=<registry>, put the registry first in the path, or set proxy.default_registry"}
+		return &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "the request names no registry: add ?ns=<registry>, put the registry first in the path, or set proxy.default_registry"}
 	}
 	rt.registry = canonicalRegistry(rt.registry)
 	rt.repository = strings.Join(name, "/")
 	if len(rt.registry) > maxName || !validHost(rt.registry) {
-		return &apiError{http.StatusBadRequest, codeNameInvalid, "not a valid registry host"}
+		return &apiError{status: http.StatusBadRequest, code: codeNameInvalid, message: "not a valid registry host"}
 	}
 	if len(rt.repository) > maxName || !repositoryRE.MatchString(rt.repository) {
-		return &apiError{http.StatusBadRequest, codeNameInvalid, "not a valid repository name"}
+		return &apiError{status: http.StatusBadRequest, code: codeNameInvalid, message: "not a valid repository name"}
 	}
 	return nil
 }

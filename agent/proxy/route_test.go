@@ -145,7 +145,7 @@ func FuzzParseRoute(f *testing.F) {
 		}
 		rt, err := parseRoute(u, fallback)
 		if err != nil {
-			if e := toAPIError(err, rt.kind); e.status != http.StatusNotFound && e.status != http.StatusBadRequest {
+			if e := toAPIError(err, rt.kind, true); e.status != http.StatusNotFound && e.status != http.StatusBadRequest {
 				t.Fatalf("%q: %v", target, e)
 			}
 			return

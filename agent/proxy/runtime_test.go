@@ -74,6 +74,8 @@ func TestRuntimeStore(t *testing.T) {
 		want := "runtime"
 		if bad {
 			want = "upstream"
+		} else {
+			n.get(manifestPath("v1"))
 		}
 		for path, body := range map[string][]byte{
 			blobPath(layer): bytesOf(t, img, layer), manifestPath(img.Digest.String()): img.Manifests[0].Data,
@@ -90,8 +92,8 @@ func TestRuntimeStore(t *testing.T) {
 			if a := n.do("HEAD", blobPath(layer)); a.status != 200 || a.header.Get("Content-Length") != "1000000" {
 				t.Errorf("HEAD: %d %v", a.status, a.header)
 			}
-			if n.cache.Has(layer) || n.registry.Count(registrytest.Match{}) != 0 {
-				t.Error("stored twice, or asked for")
+			if n.cache.Has(layer) || n.registry.Count(registrytest.Match{}) != 1 {
+				t.Error("stored twice, or more asked for than what the tag stands for")
 			}
 		}
 	}
@@ -100,15 +102,22 @@ func TestRuntimeStore(t *testing.T) {
 	}
 }
 
+// givenFunc is a source of what the test's registry gives.
+type givenFunc func(context.Context, *cache.Fill) error
+
+func (fn givenFunc) Fetch(ctx context.Context, f *cache.Fill) error { return fn(ctx, f) }
+func (fn givenFunc) Giver() string                                  { return host }
+
 // TestJoinedFillOfAnotherRepository: who joined a fill that failed for another
 // repository's sake is asked for by its own.
 func TestJoinedFillOfAnotherRepository(t *testing.T) {
 	n := startNode(t, nil)
 	img := n.image(1_000_000)
 	d := img.Layers[0].Digest
+	n.get(manifestPath("v1"))
 	started, fail := make(chan struct{}), make(chan struct{})
 	go func() {
-		_, _ = n.cache.Open(context.Background(), d, cache.SourceFunc(func(context.Context, *cache.Fill) error {
+		_, _ = n.cache.Open(context.Background(), d, givenFunc(func(context.Context, *cache.Fill) error {
 			close(started)
 			<-fail
 			return errBadDigest

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"time"
 
@@ -45,16 +46,20 @@ type Swarm interface {
 	// (see upstream.IsNotFound, IsUnauthorized) ends the fill; after any other
 	// the node asks upstream itself.
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
-	// Resolve asks the home of the tag, which collapses and caches. It returns a
+	// Resolve asks the home of the repository, which collapses and caches. It returns a
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
+	// May asks that home whether t may read what q is about: nil is yes. A refusal
+	// is an *upstream.Error with the registry's challenge; other errors mean that
+	// nobody knows.
+	May(ctx context.Context, t upstream.Target, q Question) error
 }
 
 // open is the one chain of sources: this cache, the runtime's store, a fill.
 // A committed blob goes first because it is verified and open already.
 func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
 	if !p.cache.Has(d) {
-		if c := p.openRuntime(d); c != nil {
+		if c := p.openRuntime(t, d); c != nil {
 			return c, nil
 		}
 	}
@@ -63,7 +68,10 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
-	r, err := p.cache.Open(ctx, d, p.fill(t, kind))
+	r, err := p.cache.Open(ctx, d, fill{p, t, kind, p.giver(t, d)})
+	if errors.Is(err, cache.ErrForeign) {
+		p.log.Debug("here, but not from this registry", "digest", d, "registry", t.Registry, "repository", t.Repository)
+	}
 	if errors.Is(err, cache.ErrInvalidDigest) { // an algorithm that the cache does not keep
 		return nil, fmt.Errorf("%w: %w", cache.ErrNoRoom, err)
 	}
@@ -73,8 +81,8 @@ func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Diges
 	return cached{r}, nil
 }
 
-func (p *Proxy) openRuntime(d digest.Digest) content {
-	if p.runtime == nil {
+func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
+	if p.runtime == nil || !p.mayTakeRuntime(t, d) {
 		return nil
 	}
 	blob, err := p.runtime.Open(d)
@@ -85,6 +93,54 @@ func (p *Proxy) openRuntime(d digest.Digest) content {
 		return nil
 	}
 	return held{blob}
+}
+
+// mayTakeRuntime: containerd shares what it holds among all images of this node,
+// whoever lists it. So does the proxy, unless it is known whose it is.
+func (p *Proxy) mayTakeRuntime(t upstream.Target, d digest.Digest) bool {
+	return p.Gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
+}
+
+// RuntimeGiver is the name under which the metadata keeps that the container
+// runtime has a blob from a registry. The runtime does not tell its port.
+func RuntimeGiver(registry string) string {
+	if host, _, err := net.SplitHostPort(registry); err == nil {
+		registry = host
+	}
+	return "runtime " + registry
+}
+
+// Gives reports whether d may be given to who may have what registry gives: its
+// registry gave these bytes, or anybody may have them. It asks nobody.
+func (p *Proxy) Gives(d digest.Digest, registry string) bool {
+	if p.cache.GivenBy(d, registry) || p.cache.GivenBy(d, RuntimeGiver(registry)) {
+		return true
+	}
+	_, shown := p.auth.shown(d)
+	return shown
+}
+
+// lookup is cache.Lookup for who may have what the target's registry gives.
+func (p *Proxy) lookup(t upstream.Target, d digest.Digest) (*cache.Reader, bool) {
+	if !p.Gives(d, t.Registry) {
+		return nil, false
+	}
+	return p.cache.Lookup(d)
+}
+
+// giver is in whose name the cache is asked for d: the target's registry, unless
+// d is here and Gives has another reason.
+func (p *Proxy) giver(t upstream.Target, d digest.Digest) string {
+	if !p.cache.Has(d) || p.cache.GivenBy(d, t.Registry) {
+		return t.Registry
+	}
+	if runtime := RuntimeGiver(t.Registry); p.cache.GivenBy(d, runtime) {
+		return runtime
+	}
+	if registry, ok := p.auth.shown(d); ok {
+		return registry
+	}
+	return t.Registry
 }
 
 // errRuntime marks what is wrong with the runtime's store alone.
@@ -100,17 +156,27 @@ func notOurs(err error) bool {
 
 // fill is how a missing blob comes: from the swarm, which knows whether this
 // node is the home, and if that fails from upstream.
-func (p *Proxy) fill(t upstream.Target, kind Kind) cache.Source {
-	return cache.SourceFunc(func(ctx context.Context, f *cache.Fill) error {
-		if p.swarm != nil && !f.Suspect() { // wrong bytes are fetched again from the registry alone
-			err := p.swarm.Fetch(ctx, t, kind, f)
-			if err == nil || final(err) || ctx.Err() != nil {
-				return err
-			}
-			p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)
+type fill struct {
+	p     *Proxy
+	t     upstream.Target
+	kind  Kind
+	giver string
+}
+
+var _ cache.Given = fill{}
+
+func (s fill) Giver() string { return s.giver }
+
+func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
+	p, t := s.p, s.t
+	if p.swarm != nil && !f.Suspect() { // wrong bytes are fetched again from the registry alone
+		err := p.swarm.Fetch(ctx, t, s.kind, f)
+		if err == nil || final(err) || ctx.Err() != nil {
+			return err
 		}
-		return p.FetchUpstream(ctx, t, kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
-	})
+		p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)
+	}
+	return p.FetchUpstream(ctx, t, s.kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
 }
 
 // final errors will not be better from another source.
@@ -189,7 +255,7 @@ func (h *healer) next(err error, off int64) (content, error) {
 			c, err = h.pass(off)
 		case !h.again && notOurs(err) && !(wrongBytes(err) && h.x.sent.Load() > 0):
 			h.again = true
-			c, err = h.p.openCache(h.x.ctx, h.x.target, h.x.route.digest, KindBlob)
+			c, err = h.p.openCache(h.x.ctx, h.x.access.target, h.x.route.digest, KindBlob)
 		case h.mayRetry(err):
 			c, err = h.retry()
 		default:
@@ -218,15 +284,16 @@ func (h *healer) retry() (content, error) {
 		return nil, err
 	}
 	h.tries++
-	return h.p.open(h.x.ctx, h.x.target, h.x.route.digest, KindBlob)
+	return h.p.open(h.x.ctx, h.x.access.target, h.x.route.digest, KindBlob)
 }
 
 // pass streams past the cache.
 func (h *healer) pass(off int64) (content, error) {
-	h.p.log.Debug("no room, passing through", "digest", h.x.route.digest, "registry", h.x.target.Registry)
-	s, err := openStream(h.x.ctx, h.p.upstream, h.x.target, h.x.route.digest, off)
+	h.p.log.Debug("passing through", "digest", h.x.route.digest, "registry", h.x.access.target.Registry)
+	s, err := openStream(h.x.ctx, h.p.upstream, h.x.access.target, h.x.route.digest, off)
 	if err != nil {
 		return nil, err
 	}
+	s.whole = func() { h.p.cache.Meta().AddGiver(s.digest, s.target.Registry) }
 	return s, nil
 }

@@ -34,6 +34,7 @@ type stream struct {
 	target   upstream.Target
 	digest   digest.Digest
 	total    int64
+	whole    func() // called when all of it came and was right; may be nil
 
 	body     io.ReadCloser // nil: to be opened at next
 	next     int64         // offset of the next byte of body
@@ -152,6 +153,9 @@ func (s *stream) readTail() error {
 	if !s.verifier.Verified() {
 		s.buf = nil
 		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrDigestMismatch)
+	}
+	if s.whole != nil {
+		s.whole()
 	}
 	return nil
 }

@@ -21,6 +21,7 @@ var errNoSwarm = errors.New("nobody there")
 type swarmFunc struct {
 	fetch   func(context.Context, *cache.Fill) error
 	resolve func(tag string) (ocispec.Descriptor, error)
+	may     func(upstream.Target, Question) error
 }
 
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
@@ -35,6 +36,13 @@ func (s *swarmFunc) Resolve(_ context.Context, _ upstream.Target, tag string, _ 
 		return ocispec.Descriptor{}, errNoSwarm
 	}
 	return s.resolve(tag)
+}
+
+func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error {
+	if s.may == nil {
+		return errNoSwarm
+	}
+	return s.may(t, q)
 }
 
 func (n *node) target() upstream.Target { return upstream.Target{Registry: host, Repository: repo} }
@@ -128,7 +136,7 @@ func TestSwarmResolves(t *testing.T) {
 // TestSwarmRemembersTag: when the registry cannot be asked, what another node
 // knows of a tag is served, marked as stale, and the registry is left alone.
 func TestSwarmRemembersTag(t *testing.T) {
-	swarm := &swarmFunc{}
+	swarm := &swarmFunc{may: func(upstream.Target, Question) error { return nil }}
 	n := startNode(t, func(s *setup) { s.proxy.Swarm = swarm })
 	img := n.image(1000)
 	swarm.resolve = func(string) (ocispec.Descriptor, error) {
@@ -143,8 +151,8 @@ func TestSwarmRemembersTag(t *testing.T) {
 	if got := n.registry.Count(heads); got != 0 {
 		t.Errorf("%d requests upstream", got)
 	}
-	d, ok := n.proxy.LastKnown(n.target(), "v1", acceptAll)
-	if !ok || d.Digest != img.Digest {
-		t.Errorf("last known: %v, %t", d, ok)
+	last, ok := n.proxy.lastKnown(tagKey{registry: host, repository: repo, tag: "v1", lists: true})
+	if !ok || last.desc.Digest != img.Digest {
+		t.Errorf("last known: %v, %t", last, ok)
 	}
 }

@@ -20,6 +20,12 @@ type tagKey struct {
 	accept string
 }
 
+// tagAsk is the question to the registry, on somebody's behalf.
+type tagAsk struct {
+	tagKey
+	who caller
+}
+
 // resolved is what a tag stands for.
 type resolved struct {
 	desc  ocispec.Descriptor
@@ -39,15 +45,16 @@ const (
 
 // resolve finds what a tag stands for: by memory within tag_ttl, else by asking
 // upstream once for all who wait, else, when upstream cannot say, the last that
-// was known. A registry that says no is believed at once.
-func (p *Proxy) resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (resolved, error) {
-	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
-	found, err := p.resolveKey(ctx, t, key, key.accepts())
+// was known. A registry that says no is believed at once. The answer is also the
+// verdict on a caller who has none yet.
+func (p *Proxy) resolve(ctx context.Context, acc *access, tag string, accept []string) (resolved, error) {
+	key := tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: tag, lists: acceptsLists(accept)}
+	found, err := p.resolveKey(ctx, acc, key, key.accepts())
 	if err != nil || acceptable(accept, found.desc.MediaType) {
 		return found, err
 	}
 	key.accept = strings.Join(accept, ",")
-	found, err = p.resolveKey(ctx, t, key, accept)
+	found, err = p.resolveKey(ctx, acc, key, accept)
 	if err == nil && !acceptable(accept, found.desc.MediaType) {
 		err = errUnacceptable
 	}
@@ -61,25 +68,52 @@ func (k tagKey) accepts() []string {
 	return acceptOne
 }
 
-func (p *Proxy) resolveKey(ctx context.Context, t upstream.Target, key tagKey, accept []string) (resolved, error) {
-	if found, ok := p.fresh.get(key); ok {
+func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept []string) (resolved, error) {
+	if found, ok := p.fresh.get(key); ok && acc.allowed {
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
+	stand := *acc
+	fallback := known && (acc.allowed || p.auth.offline(&stand))
 	wait, cancel := ctx, context.CancelFunc(func() {})
-	if known { // then upstream gets the larger part of the budget, the manifest the rest
+	if fallback { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
 	}
 	defer cancel()
-	found, err := p.resolves.do(wait, key, func(ctx context.Context) (resolved, error) {
-		return p.ask(ctx, t, key, accept)
+	asker := *acc
+	found, err := p.resolves.do(wait, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
+		return p.askTag(ctx, asker, key, accept)
 	})
-	if err == nil || !known || ctx.Err() != nil || !(errors.Is(err, errBudget) || mayServeStale(err)) {
-		return found, err
+	switch {
+	case err == nil && !found.stale:
+		acc.allowed, acc.decision = true, acc.yes()
+		return found, nil
+	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+		return resolved{}, p.auth.refuse(acc, KindManifest, err)
+	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
+		return resolved{}, err
+	case fallback:
+		*acc = stand
+		// Those who come within the next tag_ttl need not wait as well.
+		p.fresh.put(key, last, p.tagTTL(key.registry))
+		return last, nil
 	}
-	// Those who come within the next tag_ttl need not wait as well.
-	p.fresh.put(key, last, p.tagTTL(key.registry))
-	return last, nil
+	return p.resolveStale(ctx, acc, key, found, err)
+}
+
+// resolveStale is the way of a caller who is not known here, or to whom the tag
+// is not, while the registry cannot be asked: other nodes may know more.
+func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found resolved, err error) (resolved, error) {
+	if !acc.allowed {
+		q := Question{Reference: key.tag, Known: true}
+		if err := p.auth.ask(ctx, acc, KindManifest, q); err != nil {
+			return resolved{}, err
+		}
+	}
+	if last, known := p.lastKnown(key); err != nil && known {
+		return last, nil
+	}
+	return found, err
 }
 
 // mayServeStale: nobody knows better. A registry that refuses the caller does.
@@ -87,20 +121,28 @@ func mayServeStale(err error) bool {
 	return upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// ask asks upstream, and remembers the answer whoever still waits for it.
-func (p *Proxy) ask(ctx context.Context, t upstream.Target, key tagKey, accept []string) (resolved, error) {
+// askTag asks upstream, and remembers the answer whoever still waits for it.
+func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []string) (resolved, error) {
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	desc, err := p.resolveRemote(ctx, t, key.tag, accept)
+	desc, err := p.resolveRemote(ctx, acc.target, key.tag, accept)
 	if old, ok := errors.AsType[*StaleTag](err); ok {
 		return p.believe(key, old.Descriptor), nil
 	}
+	err = p.auth.withChallenge(ctx, acc.target, key.tag, err)
+	p.auth.learn(&acc, Question{Reference: key.tag}, err)
 	if err != nil {
-		if upstream.IsNotFound(err) {
+		if upstream.IsNotFound(err) && acc.allowed { // to strangers registries say so of what they hide
 			p.forgetTag(key)
 		}
 		return resolved{}, err
 	}
+	return p.remember(acc.target, key, desc), nil
+}
+
+// remember keeps what upstream says that a tag stands for.
+func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor) resolved {
+	p.auth.enlist(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
 	if !known(desc.MediaType) {
 		desc.MediaType = "" // the manifest's own bytes say it better
@@ -110,7 +152,7 @@ func (p *Proxy) ask(ctx context.Context, t upstream.Target, key tagKey, accept [
 	}
 	found := resolved{desc: desc}
 	p.fresh.put(key, found, p.tagTTL(key.registry))
-	return found, nil
+	return found
 }
 
 // StaleTag is the error of [Swarm.Resolve] when upstream cannot be asked: what
@@ -127,21 +169,16 @@ func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if key.accept == "" {
 		p.cache.Meta().SetTag(key.place(), key.stored(), cache.Tag{Descriptor: desc})
 	}
+	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, desc)
 	found := resolved{desc: desc, stale: true}
 	p.fresh.put(key, found, p.tagTTL(key.registry))
 	return found
 }
 
-// LastKnown is what a tag stood for when this node asked last: for other nodes
-// while the registry cannot be asked.
-func (p *Proxy) LastKnown(t upstream.Target, tag string, accept []string) (ocispec.Descriptor, bool) {
-	found, ok := p.lastKnown(tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)})
-	return found.desc, ok && acceptable(accept, found.desc.MediaType)
-}
-
 func (p *Proxy) resolveRemote(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
 	if p.swarm != nil {
 		desc, err := p.swarm.Resolve(ctx, t, tag, accept)
+		err = p.auth.believable(t.Registry, err)
 		_, stale := errors.AsType[*StaleTag](err)
 		if err == nil || stale || final(err) {
 			return desc, err

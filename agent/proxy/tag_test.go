@@ -59,8 +59,8 @@ func TestStaleTag(t *testing.T) {
 		"never answers":  {registrytest.Hold(), 200},
 		"web page":       {registrytest.HTML(), 200},
 		"404":            {registrytest.Status(404), 404},
-		"401":            {registrytest.Status(401), 404},
-		"403":            {registrytest.Status(403), 404},
+		"401":            {registrytest.Status(401), 401},
+		"403":            {registrytest.Status(403), 403},
 		"redirect cycle": {registrytest.RedirectLoop(), 0}, // either way, but an answer
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	apievents "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/client"
@@ -34,10 +35,20 @@ func (s *Store) watchSocket(ctx context.Context) error {
 	envelopes, errs := c.Subscribe(ctx, topics...)
 	s.log.Info("listening to containerd", "socket", s.opts.Socket)
 	s.hints.addAll() // for what changed before
+	sources := newSources(s.opts.Events.Sourced)
+	due := time.After(0)
 	for {
 		select {
+		case <-due:
+			due = nil
+			if err := sources.read(ctx, c); err != nil {
+				s.log.Debug("cannot read the labels of containerd's content", "err", err)
+			}
 		case e := <-envelopes:
 			s.hint(e)
+			if due == nil {
+				due = time.After(sourcesPause)
+			}
 		case err := <-errs:
 			return fmt.Errorf("events of containerd: %w", err)
 		}

@@ -30,8 +30,9 @@
 //
 // Reading needs no more than the directory, mounted read-only: containerd makes
 // its root 0700, so uid 0 or CAP_DAC_READ_SEARCH is needed. The socket is as good
-// as root on the node, and only adds certainty where inotify watches have run
-// out.
+// as root on the node. It adds certainty where inotify watches have run out, and
+// it alone tells which registries a blob came from, for the store itself is
+// shared by all images.
 //
 // # Rejected
 //
@@ -60,8 +61,8 @@ type Options struct {
 	ContentDir string
 	// Socket is containerd's, "" = none.
 	Socket string
-	// Events are called from Run, one at a time; a change may be reported late but
-	// not twice.
+	// Events are called from Run, Added and Removed one at a time; a change may be
+	// reported late but not twice.
 	Events Events
 	Logger *slog.Logger // nil = discard
 }
@@ -70,6 +71,10 @@ type Options struct {
 type Events struct {
 	Added   func(d digest.Digest, size int64)
 	Removed func(d digest.Digest)
+	// Sourced is called for a registry, without its port, that an image of the
+	// runtime came from and that d is part of; only with a Socket, from a goroutine
+	// of its own, and again whenever containerd may know more.
+	Sourced func(d digest.Digest, registry string)
 }
 
 // Store is a container runtime's content, read-only.

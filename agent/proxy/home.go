@@ -1,0 +1,142 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// What a node does as home of a repository or blob, for other nodes. They are
+// trusted to have authorised their own callers; this node asks the registry all the
+// same before private bytes leave it (A10).
+
+// homePatience is how long a registry may take to say what a tag stands for,
+// until another node is told what is known here: part of the five seconds that
+// its client waits. admitPatience is less: the asker waits for a home to answer,
+// and takes one that does not for dead.
+const (
+	homePatience  = 2 * time.Second
+	admitPatience = time.Second
+)
+
+var (
+	errDeniedHere = errors.New("this repository is denied here")
+	errNotNode    = errors.New("this node has no credentials of its own for this repository")
+)
+
+// homeAccess is where another node stands that asks on behalf of t: as one that
+// opens the repository with its own credentials if t has neither Authorization nor
+// is Anonymous.
+func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
+	policy := p.upstream.Policy(t.Registry)
+	acc := access{target: t, relay: true}
+	if !policy.Allows(t.Repository) {
+		return acc, errDeniedHere
+	}
+	switch {
+	case t.Authorization != "":
+		acc.who = p.auth.secret.sum(t.Authorization)
+	case t.Anonymous:
+	case policy.NodeAuth(t.Repository):
+		acc.who = theNode
+	default:
+		return acc, errNotNode
+	}
+	if v, ok := p.auth.verdicts.get(acc.key()); ok {
+		acc.allowed, acc.decision = v.allowed, v.decision
+		if !v.allowed {
+			return acc, &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "authorize",
+				Status: v.refusal.status, Challenge: v.refusal.challenge}
+		}
+	}
+	return acc, nil
+}
+
+// ResolveFor asks the registry what a tag stands for, on behalf of another node's
+// caller. When the registry cannot be asked, it says what this node knows (stale), if
+// that caller may know.
+func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, accept []string) (desc ocispec.Descriptor, stale bool, err error) {
+	acc, err := p.homeAccess(t)
+	if err != nil {
+		return desc, false, err
+	}
+	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
+	last, known := p.lastKnown(key)
+	stand := acc
+	known = known && acceptable(accept, last.desc.MediaType) && (acc.allowed || p.auth.offline(&stand))
+	if known {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, homePatience)
+		defer cancel()
+	}
+	desc, err = p.upstream.Resolve(ctx, t, tag, accept)
+	if known && mayServeStale(err) {
+		return last.desc, true, nil
+	}
+	err = p.auth.withChallenge(ctx, t, tag, err)
+	p.auth.learn(&acc, Question{Reference: tag}, err)
+	if err == nil {
+		p.auth.enlist(t, desc)
+	}
+	return desc, false, err
+}
+
+// MayFor asks the registry whether another node's caller may read what q is
+// about; nil is yes.
+func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error {
+	acc, err := p.homeAccess(t)
+	if err != nil {
+		return err
+	}
+	if acc.allowed && (q.Known || p.auth.belongsTo(t, q)) {
+		return nil
+	}
+	stand := acc
+	fallback := p.auth.offline(&stand) && stand.decision == decidedPublic && (q.Known || p.auth.belongsTo(t, q))
+	if fallback {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, homePatience/2)
+		defer cancel()
+	}
+	_, err = p.auth.homeAsks.do(ctx, askKey{acc.key(), q}, func(ctx context.Context) (struct{}, error) {
+		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+		defer cancel()
+		err := p.auth.askRegistry(ctx, t, q)
+		p.auth.learn(&acc, q, err)
+		return struct{}{}, err
+	})
+	if fallback && mayServeStale(err) {
+		return nil
+	}
+	return err
+}
+
+// belongsTo is belongs for what a question names by digest.
+func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
+	d, err := digest.Parse(q.Reference)
+	return err == nil && a.belongs(keyOf(t, d))
+}
+
+// Admit reports, as home of a blob, whether another node's caller may read the
+// repository: nil is yes. What the repository's home has found out before costs the
+// registry nothing.
+func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
+	acc, err := p.homeAccess(t)
+	if err != nil || acc.allowed {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, admitPatience)
+	defer cancel()
+	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
+	err = p.swarm.May(ctx, t, q)
+	p.auth.learn(&acc, q, err)
+	if err != nil && !final(err) && p.auth.offline(&acc) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,179 @@
+package proxy
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"hash"
+	"io"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+)
+
+const (
+	// publicLife is how long "anyone may read it" holds, verdictLife how long a yes
+	// to a credential does (A3).
+	publicLife  = 10 * time.Minute
+	verdictLife = 5 * time.Minute
+	// refusalLife lets a mended secret work at once; challengeLife is longer,
+	// for who gets a challenge comes back with a credential.
+	refusalLife   = 2 * time.Second
+	challengeLife = 30 * time.Second
+	// outageLife is how long others need not wait as well for a registry that
+	// does not answer.
+	outageLife = 5 * time.Second
+	// rememberFor bounds offline = "remembered".
+	rememberFor = 7 * 24 * time.Hour
+)
+
+// caller is who asks, as memories know him: anyone, whoever is on this node, or
+// the HMAC of a credential (A6).
+type caller [sha256.Size]byte
+
+var (
+	anyone  = caller{}
+	theNode = caller{1}
+)
+
+// verdictKey is what a verdict is about.
+type verdictKey struct {
+	registry, repository string
+	who                  caller
+}
+
+// verdict is the registry's answer to somebody, while it holds.
+type verdict struct {
+	allowed  bool
+	decision decision
+	refusal  *apiError // as it may be relayed; nil if allowed
+}
+
+// public says that it is the registry's word about anyone, and not an operator's
+// about an outage.
+func (v verdict) public() bool { return v.allowed && v.decision == decidedPublic }
+
+// keyed makes HMACs under one key.
+type keyed struct {
+	key  []byte
+	pool sync.Pool // of hash.Hash
+}
+
+func newKeyed(key []byte) *keyed {
+	k := &keyed{key: key}
+	k.pool.New = func() any { return hmac.New(sha256.New, k.key) }
+	return k
+}
+
+// newSecret is a key that nobody else will ever know.
+func newSecret() []byte {
+	key := make([]byte, sha256.Size)
+	rand.Read(key)
+	return key
+}
+
+// sum is the HMAC of text. It keeps nothing of it.
+func (k *keyed) sum(text string) (out caller) {
+	h := k.pool.Get().(hash.Hash)
+	defer k.pool.Put(h)
+	h.Reset()
+	_, _ = io.WriteString(h, text) // a hash never fails
+	h.Sum(out[:0])
+	return out
+}
+
+// fingerprint names a credential in the audit log, "" for none.
+func (k *keyed) fingerprint(credential string) string {
+	if credential == "" {
+		return ""
+	}
+	sum := k.sum("audit\x00" + credential)
+	return hex.EncodeToString(sum[:6])
+}
+
+// lasting keeps, across restarts, who was let read what (A6): a name for the
+// node, HMACs for credentials. Without a key it forgets.
+type lasting struct {
+	meta *cache.Meta
+	keys *keyed // nil: nothing is kept
+}
+
+// name is under which somebody is kept, "" if not at all.
+func (m *lasting) name(a *access) string {
+	switch {
+	case m.keys == nil || a.who == anyone:
+		return ""
+	case a.who == theNode:
+		return "node"
+	}
+	sum := m.keys.sum("verdict\x00" + a.target.Authorization)
+	return hex.EncodeToString(sum[:])
+}
+
+// put keeps a yes, unless the credential will be worth nothing soon.
+func (m *lasting) put(a *access) {
+	end, known := tokenEnd(a.target.Authorization)
+	if name := m.name(a); name != "" && !(known && time.Until(end) < verdictLife) {
+		m.meta.SetVerdict(a.repository(), name)
+	}
+}
+
+// has reports whether the same caller was let in not too long ago, with what
+// still counts.
+func (m *lasting) has(a *access) bool {
+	name := m.name(a)
+	if name == "" {
+		return false
+	}
+	if end, known := tokenEnd(a.target.Authorization); known && !time.Now().Before(end) {
+		return false
+	}
+	when, ok := m.meta.Verdict(a.repository(), name)
+	return ok && time.Since(when) < rememberFor
+}
+
+func (m *lasting) forget(a *access) {
+	if name := m.name(a); name != "" {
+		m.meta.DeleteVerdict(a.repository(), name)
+	}
+}
+
+// maxToken bounds what is looked at of a token; those of registries are 1 to 5 KB.
+const maxToken = 16 << 10
+
+// tokenEnd reads when a bearer token ends, if it is a JWT and says so (RFC 7519,
+// 4.1.4). Nothing of it is verified, so it may only shorten what is believed (A3).
+func tokenEnd(authorization string) (end time.Time, ok bool) {
+	scheme, token, _ := strings.Cut(authorization, " ")
+	if !strings.EqualFold(scheme, "bearer") || len(token) > maxToken {
+		return end, false
+	}
+	_, rest, _ := strings.Cut(token, ".")
+	claims, _, signed := strings.Cut(rest, ".")
+	if !signed {
+		return end, false
+	}
+	body, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(claims, "="))
+	var doc struct {
+		Expires *float64 `json:"exp"`
+	}
+	if err != nil || json.Unmarshal(body, &doc) != nil || doc.Expires == nil {
+		return end, false
+	}
+	// Far enough from the limits of time.Time, whatever is written there.
+	return time.Unix(int64(min(max(*doc.Expires, 0), 1<<40)), 0), true
+}
+
+// lifeOf is how long a yes to a credential holds.
+func lifeOf(authorization string) time.Duration {
+	end, ok := tokenEnd(authorization)
+	if !ok {
+		return verdictLife
+	}
+	return min(verdictLife, max(time.Until(end), 0))
+}

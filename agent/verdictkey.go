@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+const (
+	// verdictKeyFile, in the cache directory, holds the key under which the
+	// metadata keeps who was let read what. Without it those facts are noise.
+	verdictKeyFile = "verdicts.key"
+	verdictKeySize = 32
+)
+
+var errNoVerdictKey = errors.New("not a key")
+
+// verdictKey reads the key, or makes one. One that others may have read is no
+// secret any more: it is replaced, and with it goes what was remembered.
+func verdictKey(dir string) ([]byte, error) {
+	path := filepath.Join(dir, verdictKeyFile)
+	key, err := readVerdictKey(path)
+	if err == nil {
+		return key, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errNoVerdictKey) {
+		return nil, fmt.Errorf("read the key of verdicts: %w", err)
+	}
+	key = make([]byte, verdictKeySize)
+	rand.Read(key)
+	if err := writeVerdictKey(path, key); err != nil {
+		return nil, fmt.Errorf("keep a key for verdicts: %w", err)
+	}
+	return key, nil
+}
+
+func readVerdictKey(path string) ([]byte, error) {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 || info.Size() != verdictKeySize {
+		return nil, errNoVerdictKey
+	}
+	return os.ReadFile(path)
+}
+
+// writeVerdictKey makes the file whole or not at all.
+func writeVerdictKey(path string, key []byte) error {
+	temp := path + ".new"
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(key)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(temp, path)
+}
