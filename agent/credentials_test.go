@@ -93,12 +93,16 @@ func TestNodeCredentials(t *testing.T) {
 				}
 				c.Registries = []upstream.Registry{r}
 				a := start(t, c)
+				puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}
 				if source == "file, corrected later" {
-					_, err := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}.Pull(t.Context(), testImage)
-					if err == nil {
+					if _, err := puller.Pull(t.Context(), testImage); err == nil {
 						t.Fatal("pulled with a wrong password")
 					}
 					replace(t, file, auths("HUSH"))
+					eventually(t, "the refusal is forgotten", func() error { // after two seconds
+						_, err := puller.Pull(t.Context(), testImage)
+						return err
+					})
 				}
 				if parts := a.pull(t); len(parts) != 3 {
 					t.Errorf("pulled %+v", parts)
