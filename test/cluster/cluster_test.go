@@ -42,6 +42,7 @@ type options struct {
 	more   int
 	uplink int64 // bytes per second of the registry
 	flags  []string
+	auth   registrytest.Auth
 	net    *network // nil: loopback
 	sent   float64  // copies that the registry may send, if not copiesMost; -1 = any number
 	// smallDisks, if set, gives each cache a file system of that size.
@@ -108,7 +109,7 @@ func newCluster(t *testing.T, o options) *cluster {
 
 func (c *cluster) startRegistry() {
 	c.t.Helper()
-	var opts registrytest.Options
+	opts := registrytest.Options{Auth: c.opts.auth}
 	if c.opts.net != nil {
 		opts.Listener = c.opts.net.listen(c.t, 0, net.JoinHostPort(address(0), "5000"))
 	}
