@@ -2,64 +2,68 @@ package e2e
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"testing"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
 // htpasswd lets in ann with the password "secret" (bcrypt).
 const htpasswd = "ann:$2a$04$dZaAod92/h6WQD.tuTVWQeQnfSPUcVwDnRwEASO.RGvMylNZkaLRq\n"
 
-// startPrivateRegistry runs a registry that lets in ann alone. What of the
-// returned registry asks without a password is of no use.
-func startPrivateRegistry(t *testing.T) *registry {
+// startPrivateRegistry runs a registry that lets in ann alone.
+func startPrivateRegistry(t *testing.T, kind registryKind) *registry {
 	t.Helper()
-	dir := tempDir(t)
-	r := &registry{t: t, kind: docker28, addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t)))}
-	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(`version: 0.1
-log: {level: warn}
-storage: {filesystem: {rootdirectory: %s}}
-http: {addr: %s}
-auth: {htpasswd: {realm: test, path: %s}}
-`, filepath.Join(dir, "storage"), r.addr, writeFile(t, filepath.Join(dir, "htpasswd"), htpasswd)))
-	r.proc = startProcess(t, r.kind.name, exec.Command(r.kind.bin(t), "serve", r.config))
-	eventually(t, 30*time.Second, "registry answers", func() error {
-		resp, err := r.client().Get(r.url() + "/v2/")
-		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode != http.StatusUnauthorized {
-				err = errors.New(resp.Status)
-			}
-		}
-		return errors.Join(r.proc.dead(), err)
-	})
-	return r
+	return startGuarded(t, kind, net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t))),
+		fmt.Sprintf("{htpasswd: {realm: test, path: %s}}", writeFile(t, filepath.Join(tempDir(t), "htpasswd"), htpasswd)),
+		func(string) string { return basic(ann) })
 }
 
-// pushPrivate is push with ann's password; it returns the image's name.
-func (r *registry) pushPrivate(repository string, seed uint64) string {
+// ann is who may read what private registries hold.
+var ann = authn.Basic{Username: "ann", Password: "secret"}
+
+// basic is the Authorization header that such a client sends.
+func basic(b authn.Basic) string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(b.Username+":"+b.Password))
+}
+
+// authorized sends all requests with one Authorization. The library that pushes
+// would find tokens by itself, but not from a service on loopback.
+type authorized struct {
+	authorization string
+	base          http.RoundTripper
+}
+
+func (a authorized) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", a.authorization)
+	return a.base.RoundTrip(r)
+}
+
+// pushPrivate is push as ann. The returned image's name is that of
+// its tag, at the registry's own address.
+func (r *registry) pushPrivate(repository string, seed uint64) (img pushed, name string) {
 	r.t.Helper()
-	ref, err := name.ParseReference(r.addr+"/"+repository+":v1", name.Insecure)
-	if err == nil {
-		image := buildImage(r.t, ociImage, runtime.GOARCH, seed, ordinarySizes)
-		err = remote.Write(ref, image, remote.WithTransport(r.transport()), remote.WithAuth(&authn.Basic{Username: "ann", Password: "secret"}))
+	image := buildImage(r.t, ociImage, runtime.GOARCH, seed, ordinarySizes)
+	img = pushed{repository: repository, tag: tag}
+	img.layers, img.size = contents(r.t, image)
+	var err error
+	if img.digest, err = image.Digest(); err == nil {
+		err = remote.Write(r.reference(repository), image, remote.WithTransport(authorized{r.pusher(repository), r.transport()}))
 	}
 	if err != nil {
 		r.t.Fatalf("push %s: %v", repository, err)
 	}
-	return ref.String()
+	return img, r.addr + "/" + repository + ":" + tag
 }
 
 // writeProgram writes a shell script. It is written under another name, so that
@@ -80,8 +84,9 @@ func TestNodeCredentials(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
 	clients := []imageClient{newPodman(t), newSkopeo(t)}
-	r := startPrivateRegistry(t)
-	marked, other := r.pushPrivate("team/app", 40), r.pushPrivate("other/app", 41)
+	r := startPrivateRegistry(t, docker28)
+	_, marked := r.pushPrivate("team/app", 40)
+	_, other := r.pushPrivate("other/app", 41)
 	for _, source := range []string{"file", "helper", "plugin"} {
 		t.Run(source, func(t *testing.T) {
 			home, bin := tempDir(t), tempDir(t)

@@ -120,6 +120,23 @@ func (h host) dial(ctx context.Context, network, address string) (conn net.Conn,
 	return conn, err
 }
 
+// listen accepts connections at the host's address.
+func (h host) listen(t *testing.T, port string) (l net.Listener) {
+	t.Helper()
+	err := elsewhere(func() error {
+		if err := unix.Setns(int(h.space.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		var err error
+		l, err = net.Listen("tcp", net.JoinHostPort(h.addr, port))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 // program is a script that runs bin on this host. Only the network is the
 // host's: `ip netns exec` would hide the machine's cgroups. The proxy that keeps
 // other tests offline would here hide the other hosts, and there is no way out.

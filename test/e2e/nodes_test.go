@@ -40,9 +40,15 @@ const clusterSize = 3
 
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
+	return newClusterOf(t, func(h host) *registry { return startRegistryOn(t, h) })
+}
+
+// newClusterOf is a cluster with a registry of the caller's.
+func newClusterOf(t *testing.T, start func(host) *registry) *cluster {
+	t.Helper()
 	network := newNetwork(t)
 	dir := tempDir(t)
-	c := &cluster{t: t, r: startRegistryOn(t, network.attach())}
+	c := &cluster{t: t, r: start(network.attach())}
 	key := make([]byte, 32)
 	rand.Read(key)
 	c.key = writeFile(t, filepath.Join(dir, "key"), base64.StdEncoding.EncodeToString(key)+"\n")
@@ -60,16 +66,22 @@ func newCluster(t *testing.T) *cluster {
 
 func startRegistryOn(t *testing.T, h host) *registry {
 	t.Helper()
-	kind := distV3
-	bin := h.program(t, distV3.bin(t))
-	kind.bin, kind.dial = func(*testing.T) string { return bin }, h.dial
+	kind := distV3.on(t, h)
 	dir := tempDir(t)
-	r := &registry{t: t, kind: kind, addr: net.JoinHostPort(h.addr, "5000")}
+	r := &registry{t: t, kind: kind, greets: http.StatusOK, addr: net.JoinHostPort(h.addr, "5000")}
 	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(
 		"version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n",
 		filepath.Join(dir, "storage"), r.addr))
 	r.start()
 	return r
+}
+
+// on is a registry that runs on a host.
+func (k registryKind) on(t *testing.T, h host) registryKind {
+	t.Helper()
+	bin := h.program(t, k.bin(t))
+	k.bin, k.dial = func(*testing.T) string { return bin }, h.dial
+	return k
 }
 
 // startAgents runs an agent on every node, with flags of the node's own, and

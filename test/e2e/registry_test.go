@@ -38,6 +38,10 @@ type registry struct {
 	addr   string // 127.0.0.1:port
 	caFile string // "" without TLS
 	config string
+	// greets is the status of GET /v2/ without credentials.
+	greets int
+	// pusher is the Authorization of ann for a repository, where one is needed.
+	pusher func(repository string) string
 	proc   *process
 	// earlier holds the logs of processes that were stopped.
 	earlier []byte
@@ -46,7 +50,7 @@ type registry struct {
 func startRegistry(t *testing.T, kind registryKind) *registry {
 	t.Helper()
 	dir := tempDir(t)
-	r := &registry{t: t, kind: kind, addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t)))}
+	r := &registry{t: t, kind: kind, greets: http.StatusOK, addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t)))}
 	tlsConfig := ""
 	if kind.tls {
 		ca := newAuthority(t, dir)
@@ -63,6 +67,22 @@ storage:
 http:
   addr: %s
 %s`, filepath.Join(dir, "storage"), r.addr, tlsConfig))
+	r.start()
+	return r
+}
+
+// startGuarded runs a registry that asks for credentials as auth says, the section
+// of its configuration, and lets in pusher. push, which has none, is of no use with it.
+func startGuarded(t *testing.T, kind registryKind, addr, auth string, pusher func(repository string) string) *registry {
+	t.Helper()
+	dir := tempDir(t)
+	r := &registry{t: t, kind: kind, greets: http.StatusUnauthorized, pusher: pusher, addr: addr}
+	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(`version: 0.1
+log: {level: warn}
+storage: {filesystem: {rootdirectory: %s}}
+http: {addr: %s}
+auth: %s
+`, filepath.Join(dir, "storage"), r.addr, auth))
 	r.start()
 	return r
 }
@@ -112,7 +132,7 @@ func (r *registry) ping(mark string) error {
 		return err
 	}
 	resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode != r.greets {
 		return fmt.Errorf("GET /v2/: %s", resp.Status)
 	}
 	return nil
