@@ -10,15 +10,27 @@ import (
 	"time"
 )
 
-// installation is Larder on a cluster, and the registry from which the cluster's
-// pods have their image.
+// installation is Larder on a cluster, and the registries from which the cluster's
+// pods have their images.
 type installation struct {
-	k        *kubernetes
-	r        *registry
-	link     host     // the registry's
-	images   []string // what a node has before it joins: Larder's image and that of sandboxes
-	program  string   // what the pods run
-	deployed int      // how many images have been made
+	k       *kubernetes
+	r       *registry
+	link    host // the registry's
+	private *registry
+	images  []string // what a node has before it joins: Larder's image and that of sandboxes
+	program string   // what the pods run
+	pushes  int      // so that every image is another
+	first   app
+}
+
+// privateImages is the name under which images of the private registry go.
+const privateImages = "private.test"
+
+// app is what runs an image once on every node.
+type app struct {
+	name   string
+	image  string
+	secret string // the pods' imagePullSecret; "" = none
 }
 
 // deployDir holds the chart and the plain manifest.
@@ -35,8 +47,9 @@ func TestKubernetes(t *testing.T) {
 	}{
 		{"plain manifest", nil, i.plainManifest},
 		{"one copy", nil, i.oneCopy},
-		{"new node while the registry is down", func() { i.r.stop(); i.k.join(i.r, i.images...) }, i.newNode},
+		{"new node while the registry is down", func() { i.r.stop(); i.join() }, i.newNode},
 		{"rolling restart", i.r.start, i.rollingRestart},
+		{"private image", nil, i.privateImage},
 		{"delete", nil, i.deletePlain},
 		{"presets", nil, i.presets},
 		{"helm", nil, i.helm},
@@ -67,11 +80,16 @@ func newInstallation(t *testing.T) *installation {
 	command(t, "go", "build", "-o", i.program, "./pause")
 	i.images = []string{image, saveImage(t, sandboxImage, buildProgram(t, i.program, 1, 1))}
 	i.link = i.k.network.attach()
-	i.r = startRegistryOn(t, i.link)
+	i.r, i.private = startRegistryOn(t, i.link), startPrivateRegistryOn(t, i.k.network.attach())
 	for range clusterSize {
-		i.k.join(i.r, i.images...)
+		i.join()
 	}
 	return i
+}
+
+// join adds a node.
+func (i *installation) join() {
+	i.k.join(map[string]*registry{clusterImages: i.r, privateImages: i.private}, i.images...)
 }
 
 // plainManifest is the one command: the agents start, have the same key, and tell
@@ -154,23 +172,37 @@ func (i *installation) larder(n *kubeNode, args ...string) (string, error) {
 	return i.k.try(i.k.kubectlBin, append([]string{"--namespace", "larder", "exec", strings.TrimSpace(pod), "--", "larder"}, args...)...)
 }
 
-// push makes a new image with layers of these sizes, which is also the name of what
-// runs it.
-func (i *installation) push(t *testing.T, sizes ...int) (name string, image pushed) {
+// push makes a new app with layers of these sizes.
+func (i *installation) push(t *testing.T, sizes ...int) (app, pushed) {
 	t.Helper()
-	i.deployed++
-	name = fmt.Sprintf("app-%d", i.deployed)
-	return name, i.r.on(t).pushImage(name, buildProgram(t, i.program, uint64(1000*i.deployed), sizes...))
+	return i.pushTo(t, i.r, clusterImages, sizes...)
 }
 
-// deploy runs an image once on every node and waits until all its pods run.
-func (i *installation) deploy(t *testing.T, name string) {
+func (i *installation) pushTo(t *testing.T, r *registry, host string, sizes ...int) (app, pushed) {
 	t.Helper()
-	i.k.apply(t, fmt.Sprintf(`apiVersion: apps/v1
+	i.pushes++
+	name := fmt.Sprintf("app-%d", i.pushes)
+	image := r.on(t).pushImage(name, buildProgram(t, i.program, uint64(1000*i.pushes), sizes...))
+	return app{name: name, image: host + "/" + image.repository + ":" + image.tag}, image
+}
+
+// deploy runs an app and waits until all its pods run.
+func (i *installation) deploy(t *testing.T, a app) {
+	t.Helper()
+	i.k.apply(t, a.manifest(len(i.k.nodes)))
+	i.k.kubectl(t, "rollout", "status", "deployment/"+a.name, "--timeout", "120s")
+}
+
+func (a app) manifest(nodes int) string {
+	secrets := "[]"
+	if a.secret != "" {
+		secrets = "[{name: " + a.secret + "}]"
+	}
+	return fmt.Sprintf(`apiVersion: apps/v1
 kind: Deployment
 metadata: {name: %[1]s}
 spec:
-  replicas: %[3]d
+  replicas: %[2]d
   selector: {matchLabels: {app: %[1]s}}
   template:
     metadata: {labels: {app: %[1]s}}
@@ -179,16 +211,22 @@ spec:
         podAntiAffinity:
           requiredDuringSchedulingIgnoredDuringExecution:
             - {topologyKey: kubernetes.io/hostname, labelSelector: {matchLabels: {app: %[1]s}}}
-      containers: [{name: %[1]s, image: %[2]s/%[1]s:%[4]s}]
-`, name, clusterImages, len(i.k.nodes), tag))
-	i.k.kubectl(t, "rollout", "status", "deployment/"+name, "--timeout", "120s")
+      imagePullSecrets: %[3]s
+      containers: [{name: app, image: %[4]q, imagePullPolicy: Always}]
+`, a.name, nodes, secrets, a.image)
 }
 
 // oneCopy starts a Deployment with a pod on each node: the registry gives every
 // byte once.
 func (i *installation) oneCopy(t *testing.T) {
-	name, image := i.push(t, 4<<10, 300<<10, 12<<20)
-	seen := i.r.on(t).during(func() { i.deploy(t, name) })
+	var image pushed
+	i.first, image = i.push(t, 4<<10, 300<<10, 12<<20)
+	i.wantOneCopy(t, image, i.r.on(t).during(func() { i.deploy(t, i.first) }))
+}
+
+// wantOneCopy: the registry gave agents each byte of an image once.
+func (i *installation) wantOneCopy(t *testing.T, image pushed, seen accessList) {
+	t.Helper()
 	var bytes int64
 	for _, b := range blobReads(seen) {
 		bytes += b.bytes
@@ -205,10 +243,9 @@ func (i *installation) oneCopy(t *testing.T) {
 // newNode: a node that has just joined runs what the others run, from them alone.
 func (i *installation) newNode(t *testing.T) {
 	i.awaitAgents(t, i.k.nodes...)
-	name := fmt.Sprintf("app-%d", i.deployed)
-	i.deploy(t, name)
+	i.deploy(t, i.first)
 	n := i.k.nodes[len(i.k.nodes)-1]
-	parts := origins(t, must(t)(i.larder(n, "explain", "--json", clusterImages+"/"+name+":"+tag)))
+	parts := origins(t, must(t)(i.larder(n, "explain", "--json", i.first.image)))
 	for what, from := range parts {
 		for _, origin := range from {
 			if !strings.HasPrefix(origin, "peer node-") {
@@ -231,9 +268,9 @@ func (i *installation) rollingRestart(t *testing.T) {
 	i.k.kubectl(t, "--namespace", "larder", "rollout", "restart", "daemonset/larder")
 	before, pulls := i.r.on(t).accesses(), 0
 	for rolling := true; rolling; pulls++ {
-		name, _ := i.push(t, 12<<20)
-		i.deploy(t, name)
-		i.k.kubectl(t, "delete", "deployment", name)
+		a, _ := i.push(t, 12<<20)
+		i.deploy(t, a)
+		i.k.kubectl(t, "delete", "deployment", a.name)
 		status := i.k.kubectl(t, "--namespace", "larder", "rollout", "status", "daemonset/larder", "--watch=false")
 		rolling = !strings.Contains(status, "successfully rolled out")
 	}
@@ -245,12 +282,35 @@ func (i *installation) rollingRestart(t *testing.T) {
 	i.wantCalm(t)
 }
 
+// privateImage: pods that have the secret get the image, once for all nodes; pods
+// that do not are refused, though every node has it.
+func (i *installation) privateImage(t *testing.T) {
+	i.k.kubectl(t, "create", "secret", "docker-registry", "private", "--docker-server", privateImages,
+		"--docker-username", i.private.user.name, "--docker-password", i.private.user.password)
+	a, image := i.pushTo(t, i.private, privateImages, 4<<10, 300<<10, 12<<20)
+	stranger := app{name: "stranger", image: a.image}
+	a.secret = "private"
+	i.wantOneCopy(t, image, i.private.on(t).during(func() { i.deploy(t, a) }))
+
+	i.k.apply(t, stranger.manifest(len(i.k.nodes)))
+	eventually(t, 60*time.Second, "every node refuses the stranger", func() error {
+		said := i.k.kubectl(t, "get", "pods", "--selector", "app=stranger",
+			"-o", `jsonpath={range .items[*]}{.status.phase}: {.status.containerStatuses[*].state.waiting.reason}{"\n"}{end}`)
+		if n := len(regexp.MustCompile(`(?m)^Pending: (ErrImagePull|ImagePullBackOff)$`).FindAllString(said, -1)); n != len(i.k.nodes) {
+			return fmt.Errorf("%s", said)
+		}
+		return nil
+	})
+	i.k.kubectl(t, "delete", "deployment", stranger.name)
+	i.wantCalm(t)
+}
+
 // deletePlain removes what plainManifest has made; every node must be as it was.
 func (i *installation) deletePlain(t *testing.T) {
 	i.k.kubectl(t, "delete", "-f", filepath.Join(deployDir, "larder.yaml"), "--timeout", "90s")
 	i.wantUntouched(t, i.k.nodes...)
-	name, image := i.push(t, 4<<10)
-	seen := i.r.on(t).during(func() { i.deploy(t, name) })
+	a, image := i.push(t, 4<<10)
+	seen := i.r.on(t).during(func() { i.deploy(t, a) })
 	if direct := byRuntime(blobReads(seen)); len(direct) < len(image.layers)*len(i.k.nodes) {
 		t.Errorf("without Larder, want every node to fetch every layer itself: %v", seen)
 	}

@@ -145,8 +145,8 @@ func (k *kubernetes) apply(t *testing.T, manifest string) {
 }
 
 // join adds a node that has these images, archives for `ctr images import`, and
-// pulls from r. It does not wait until the node is ready.
-func (k *kubernetes) join(r *registry, images ...string) *kubeNode {
+// knows these registries by the names that images give them. It does not wait until the node is ready.
+func (k *kubernetes) join(registries map[string]*registry, images ...string) *kubeNode {
 	k.t.Helper()
 	name := fmt.Sprintf("node-%d", len(k.nodes)+1)
 	cgroup := newCgroup(k.t, name) // first, for it goes when the machine's processes are gone
@@ -154,7 +154,9 @@ func (k *kubernetes) join(r *registry, images ...string) *kubeNode {
 	n.zone = fmt.Sprintf("zone-%d", 1+len(k.nodes)%2)
 	k.nodes = append(k.nodes, n)
 	n.startContainerd(k.t, fmt.Sprintf("10.79.%d.0/24", len(k.nodes)))
-	writeHostsTOML(k.t, n.path("/etc/containerd/certs.d"), clusterImages, r)
+	for name, r := range registries {
+		writeHostsTOML(k.t, n.path("/etc/containerd/certs.d"), name, r)
+	}
 	for _, image := range images {
 		n.ctr(k.t, "images", "import", image)
 	}

@@ -37,6 +37,7 @@ type registry struct {
 	kind   registryKind
 	addr   string // 127.0.0.1:port
 	caFile string // "" without TLS
+	user   login  // who may pull and push; none = everybody
 	config string
 	// greets is the status of GET /v2/ without credentials.
 	greets int
@@ -118,12 +119,30 @@ func (r *registry) client() *http.Client {
 	return &http.Client{Timeout: 10 * time.Second, Transport: r.transport()}
 }
 
-func (r *registry) transport() *http.Transport {
+func (r *registry) transport() http.RoundTripper {
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: r.kind.dial}
 	if r.caFile != "" {
 		tr.TLSClientConfig = &tls.Config{RootCAs: certPool(r.t, r.caFile)}
 	}
-	return tr
+	if r.user == (login{}) {
+		return tr
+	}
+	return loggedIn{login: r.user, base: tr}
+}
+
+// login is a user of a registry.
+type login struct{ name, password string }
+
+// loggedIn sends every request as a user.
+type loggedIn struct {
+	login
+	base http.RoundTripper
+}
+
+func (l loggedIn) RoundTrip(req *http.Request) (*http.Response, error) {
+	req = req.Clone(req.Context())
+	req.SetBasicAuth(l.name, l.password)
+	return l.base.RoundTrip(req)
 }
 
 func (r *registry) ping(mark string) error {
