@@ -15,9 +15,9 @@ skopeo          skopeo          e2e: the CRI-O drop-in
 mkfs.ext4       e2fsprogs       e2e: a disk that hangs
 mount           mount           e2e: a disk that hangs
 nginx           nginx-light     benchmarks: throughput beside nginx
-chromium        chromium        the page's test
-node            nodejs          the page's test
-npm             npm             the page's test
+chromium        chromium        the page at admin.listen, in a browser
+node            nodejs          the page at admin.listen, in a browser
+npm             npm             the page at admin.listen, in a browser
 ip              iproute2        storms in network namespaces
 iptables        iptables        partitions between namespaces
 '
