@@ -8,10 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +23,7 @@ import (
 
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
+	"github.com/larder-cache/larder/test/runtimetest"
 )
 
 // The repositories of the tests: ann may read a, bob b, and anybody c.
@@ -41,12 +46,13 @@ type private struct {
 }
 
 // newPrivate starts the registry and n nodes with a budget of 1.5 s for headers.
-func newPrivate(t *testing.T, scheme registrytest.Scheme, n int, change func(*Config)) *private {
+func newPrivate(t *testing.T, scheme registrytest.Scheme, n int, change func(*Config), opts ...Option) *private {
 	t.Helper()
 	p := &private{t: t, scheme: scheme, change: change, images: map[string]*registrytest.Image{}, tokens: map[string]string{}}
 	p.reg = registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{
 		Scheme: scheme, Users: map[string]string{"ann": "HUSH-ann", "bob": "HUSH-bob"},
 		Access: map[string][]string{"ann": {repoA}, "bob": {repoB}}, Anonymous: []string{repoC},
+		TokenLife: time.Hour, // longer than a verdict holds
 	}})
 	for i, repo := range []string{repoA, repoB, repoC} {
 		p.images[repo] = registrytest.OCIImage(registrytest.ImageSpec{Seed: 40 + uint64(i), Layers: []int64{300 << 10, 2 << 10}, Opaque: true})
@@ -54,7 +60,7 @@ func newPrivate(t *testing.T, scheme registrytest.Scheme, n int, change func(*Co
 		p.reg.Put(repo, registrytest.Artifact(p.images[repo].Descriptor, "application/vnd.example.sbom", 50+uint64(i)), "sbom")
 	}
 	p.next = clusterConfigs(t, upstream.Registry{Host: testRegistry, Upstreams: []string{p.reg.URL()}})
-	p.nodes = startCluster(t, n, p.config)
+	p.nodes = startCluster(t, n, p.config, opts...)
 	return p
 }
 
@@ -231,9 +237,11 @@ func (p *private) ask(base string, q question, authorization string) reply {
 
 func (p *private) at(node int) string { return "http://" + p.nodes[node].ProxyAddr() }
 
-// pull asks a node for all of an image, and waits until it is kept.
+// pull asks a node for all of an image, at first without a credential, as clients
+// do, and waits until it is kept.
 func (p *private) pull(node int, who caller, repo string) {
 	p.t.Helper()
+	p.ask(p.at(node), questions(repo, p.images[repo])[0], "")
 	for _, q := range questions(repo, p.images[repo]) {
 		if r := p.ask(p.at(node), q, who.auth(p, repo)); !r.ok() && r.status != 416 {
 			p.t.Fatalf("%s may not %s of %s: %v", who.name, q.name, repo, r)
@@ -498,5 +506,106 @@ func TestPeersGiveWhatIsPrivate(t *testing.T) {
 				t.Errorf("manifest and blobs from %v, and %d from the registry", from, p.reg.Count(gets)-before)
 			}
 		})
+	}
+}
+
+// authorized are requests that carried a credential of the caller's own.
+func (p *private) authorized(m registrytest.Match) (n int, credentials map[string]int) {
+	credentials = map[string]int{}
+	for _, sent := range p.reg.Seen(m) {
+		if sent != "" {
+			n++
+			credentials[sent]++
+		}
+	}
+	return n, credentials
+}
+
+// storm has all nodes pull an image at the same moment, with containerd's own
+// resolver and what kubelet would pass.
+func (p *private) storm(repo string, auth *runtimetest.Auth) {
+	p.t.Helper()
+	var pulls sync.WaitGroup
+	for i, n := range p.nodes {
+		c := p.containerd(n)
+		pulls.Go(func() {
+			if _, err := c.Pull(p.t.Context(), testRegistry+"/"+repo+":v1", auth); err != nil {
+				p.t.Errorf("node %d: %v", i, err)
+			}
+		})
+	}
+	pulls.Wait()
+}
+
+// containerd has a node as its mirror, and nothing behind it: what the node does
+// not give fails the pull.
+func (p *private) containerd(n *running) *runtimetest.Containerd {
+	p.t.Helper()
+	certs := p.t.TempDir()
+	dir := filepath.Join(certs, testRegistry)
+	toml := "server = \"http://127.0.0.1:1\"\n\n[host.\"http://" + n.ProxyAddr() + "\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
+		p.t.Fatal(err)
+	}
+	return &runtimetest.Containerd{CertsDir: certs, Root: filepath.Join(p.t.TempDir(), "content")}
+}
+
+// TestWhatASecretCosts pins the requests of a cold storm: O(1) for a public image
+// on a registry that gives nothing without a token, and for a private one besides
+// that one HEAD for each credential.
+func TestWhatASecretCosts(t *testing.T) {
+	n := 20
+	if testing.Short() {
+		n = 6
+	}
+	heads := registrytest.Match{Role: registrytest.Registry, Kind: registrytest.Manifest, Method: "HEAD"}
+	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
+		t.Run(string(scheme), func(t *testing.T) {
+			p := newPrivate(t, scheme, n, func(c *Config) {
+				c.Upstream.TagTTL = time.Minute
+				c.Proxy.FirstByteBudget = 10 * time.Second // twenty agents and their clients share this machine
+			})
+			p.storm(repoC, nil)
+			if got := p.reg.Count(registrytest.Match{Role: registrytest.Registry, Repository: repoC}); got > 10 {
+				t.Errorf("public: %d requests at the registry, want a few", got)
+			}
+			if got := p.reg.Count(registrytest.Match{Role: registrytest.TokenServer}); got > 6 {
+				t.Errorf("public: %d at the token service", got)
+			}
+			p.once(repoC)
+
+			p.reg.ResetCounts()
+			p.storm(repoA, &runtimetest.Auth{Username: "ann", Password: "HUSH-ann"})
+			inA := heads
+			inA.Repository = repoA
+			total, credentials := p.authorized(inA)
+			for _, times := range credentials {
+				if times > 1 {
+					t.Errorf("private: %d HEADs for one credential", times)
+				}
+			}
+			// containerd gets two tokens for a pull; "anyone" has some as well, of which each home makes its own.
+			if want := map[registrytest.Scheme]int{registrytest.Basic: 1, registrytest.Bearer: 2*n + 3}[scheme]; len(credentials) > want {
+				t.Errorf("private: %d credentials, want at most %d", len(credentials), want)
+			}
+			if bare := p.reg.Count(inA) - total; bare > 6 {
+				t.Errorf("private: %d HEADs without a credential", bare)
+			}
+			p.once(repoA)
+		})
+	}
+}
+
+// once fails if the registry gave something of a repository more than once.
+func (p *private) once(repo string) {
+	p.t.Helper()
+	for _, d := range append(slices.Collect(maps.Keys(p.images[repo].Blobs)), p.images[repo].Digest) {
+		given := 0
+		for _, status := range []int{200, 206} {
+			given += p.reg.Count(registrytest.Match{Repository: repo, Reference: d.String(), Method: "GET", Status: status})
+		}
+		if given != 1 {
+			p.t.Errorf("%s: %d answers with %s", repo, given, d)
+		}
 	}
 }

@@ -49,10 +49,10 @@ func clusterConfigs(t *testing.T, registries ...upstream.Registry) (next func() 
 	}
 }
 
-func startCluster(t *testing.T, n int, next func() Config) (nodes []*running) {
+func startCluster(t *testing.T, n int, next func() Config, opts ...Option) (nodes []*running) {
 	t.Helper()
 	for range n {
-		nodes = append(nodes, start(t, next()))
+		nodes = append(nodes, start(t, next(), opts...))
 	}
 	for _, node := range nodes {
 		node.awaitMembers(t, n)

@@ -240,6 +240,20 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 	if err := s.ep.checkRealm(realm); err != nil {
 		return "", err
 	}
+	if wait, ok := s.ep.tokens.allow(time.Now()); !ok {
+		return "", &Error{Op: opToken, Endpoint: realm.Host, RetryAfter: wait, Err: ErrCircuitOpen}
+	}
+	began := time.Now()
+	token, err := s.newToken(ctx, realm, ch)
+	s.ep.tokens.done(tokenOutcome(ctx, err, time.Since(began)), time.Now())
+	if err != nil {
+		return "", err
+	}
+	return "Bearer " + s.keep(token), nil
+}
+
+// newToken asks the token service, with what it gave us to come back with if there is that.
+func (s *session) newToken(ctx context.Context, realm *url.URL, ch challenge) (*transport.Token, error) {
 	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
 	defer cancel()
 	token, err := s.fetchToken(ctx, realm, ch)
@@ -247,9 +261,22 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 		token, err = s.fetchToken(ctx, realm, ch)
 	}
 	if err != nil {
-		return "", s.tokenError(realm, ch, err)
+		return nil, s.tokenError(realm, ch, err)
 	}
-	return "Bearer " + s.keep(token), nil
+	return token, nil
+}
+
+// tokenOutcome is what an exchange says of the token service, which is another
+// server than the registry and fails by itself.
+func tokenOutcome(ctx context.Context, err error, took time.Duration) outcome {
+	e, ok := errors.AsType[*Error](err)
+	switch {
+	case err == nil, ok && e.Status != 0 && e.Status < 500:
+		return good
+	case errors.Is(ctx.Err(), context.Canceled), ctx.Err() != nil && took < fairTime, errors.Is(err, ErrRefused):
+		return neutral
+	}
+	return failed
 }
 
 // fetchToken speaks to the token service through go-containerregistry's
@@ -307,6 +334,9 @@ func (t tokenTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
+// opToken is the Op of what a token service did wrong.
+const opToken = "token"
+
 // maxToken is go-containerregistry's own bound.
 const maxToken = 64 << 10
 
@@ -342,7 +372,7 @@ func (s *session) dropRefresh() (had bool) {
 // dropped: they may repeat what was sent, or hold half a token.
 func (s *session) tokenError(realm *url.URL, ch challenge, err error) error {
 	if te, ok := errors.AsType[*transport.Error](err); ok {
-		e := &Error{Op: "token", Endpoint: realm.Host, Status: te.StatusCode}
+		e := &Error{Op: opToken, Endpoint: realm.Host, Status: te.StatusCode}
 		if te.StatusCode >= 400 && !temporary(te.StatusCode) {
 			e.Status, e.Challenge = http.StatusUnauthorized, s.pristine([]string{s.challenge(ch)})
 			e.Err = fmt.Errorf("the token service answered %d", te.StatusCode)
@@ -352,10 +382,10 @@ func (s *session) tokenError(realm *url.URL, ch challenge, err error) error {
 	}
 	_, syntax := errors.AsType[*json.SyntaxError](err)
 	if net, ok := errors.AsType[*url.Error](err); ok && !syntax {
-		return &Error{Op: "token", Endpoint: realm.Host, Err: net.Err}
+		return &Error{Op: opToken, Endpoint: realm.Host, Err: net.Err}
 	}
 	if errors.Is(err, ErrRefused) || errors.Is(err, ErrBadAnswer) || errors.Is(err, context.Canceled) {
 		return err
 	}
-	return &Error{Op: "token", Endpoint: realm.Host, Err: fmt.Errorf("%w: the token service gave no token", ErrBadAnswer)}
+	return &Error{Op: opToken, Endpoint: realm.Host, Err: fmt.Errorf("%w: the token service gave no token", ErrBadAnswer)}
 }

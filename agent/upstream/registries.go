@@ -35,6 +35,7 @@ type endpoint struct {
 	configured bool // by an operator, who may name inside addresses
 	last       bool // has the last word
 	breaker    breaker
+	tokens     breaker      // of the token service
 	reach      atomic.Int32 // reach it was last dialled at
 	ranges     atomic.Int32 // rangesUnknown, rangesYes, rangesNo
 	active     atomic.Int32 // requests under way

@@ -87,3 +87,30 @@ func TestTargetPrintsNoCredential(t *testing.T) {
 		}
 	}
 }
+
+// TestTokenServiceFailsAlone: a token service that is down does not keep a client
+// with a token of its own from the registry, and is left alone for a while itself.
+func TestTokenServiceFailsAlone(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	c := newClient(t, withCredential("ann", "secret"), registryOf(reg))
+	own := Target{Registry: "test", Repository: repo}
+	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+		t.Fatal(err)
+	}
+	sent := reg.Seen(registrytest.Match{Kind: registrytest.Manifest, Status: 200})
+	f := reg.Inject(tokens, registrytest.Status(503))
+	for i := range 10 {
+		other := Target{Registry: "test", Repository: fmt.Sprintf("other/%d", i)} // each needs a token
+		if _, err := c.Resolve(t.Context(), other, "v1", nil); !IsUnavailable(err) {
+			t.Fatalf("without a token: %v", err)
+		}
+	}
+	if got := f.Hits(); got > 2*breakAfter {
+		t.Errorf("the token service was asked %d times", got)
+	}
+	own.Authorization = sent[len(sent)-1]
+	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+		t.Errorf("with a token: %v", err)
+	}
+}

@@ -41,8 +41,9 @@ type gate struct {
 	Auth
 	realm string // of the token server
 
-	mu         sync.Mutex // guards generation
-	generation int        // of tokens; an older one has been revoked
+	mu         sync.Mutex        // guards what is below
+	generation int               // of tokens; an older one has been revoked
+	added      map[string]string // passwords by name, after the start
 }
 
 // service is what the registry calls itself in its challenges.
@@ -53,6 +54,26 @@ func (s *Server) ExpireTokens() {
 	s.gate.mu.Lock()
 	defer s.gate.mu.Unlock()
 	s.gate.generation++
+}
+
+// AddUser makes a user who may pull all.
+func (s *Server) AddUser(name, password string) {
+	s.gate.mu.Lock()
+	defer s.gate.mu.Unlock()
+	if s.gate.added == nil {
+		s.gate.added = map[string]string{}
+	}
+	s.gate.added[name] = password
+}
+
+// password is the one that a user has to know.
+func (g *gate) password(name string) (want string, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if want, ok = g.added[name]; !ok {
+		want, ok = g.Users[name]
+	}
+	return want, ok
 }
 
 func (g *gate) current() int {
@@ -82,7 +103,7 @@ func matchAny(patterns []string, repo string) bool {
 
 // login returns the user of a name and password.
 func (g *gate) login(name, password string) (string, bool) {
-	want, ok := g.Users[name]
+	want, ok := g.password(name)
 	return name, ok && want == password
 }
 
@@ -188,7 +209,7 @@ func (g *gate) tokenRequest(r *http.Request) (user string, scopes []string, ok b
 	}
 	scopes = strings.Fields(r.PostForm.Get("scope"))
 	if name, refresh := strings.CutPrefix(r.PostForm.Get("refresh_token"), "refresh:"); refresh {
-		_, known := g.Users[name]
+		_, known := g.password(name)
 		return name, scopes, known
 	}
 	user, ok = g.login(r.PostForm.Get("username"), r.PostForm.Get("password"))
