@@ -19,6 +19,8 @@ import (
 // refuses is asked for again at once, and a run costs a tenth of a second.
 const helperHold = 5 * time.Minute
 
+const helperPrefix = "docker-credential-"
+
 // tokenUser marks a secret that is an identity token, in Docker's protocol.
 const tokenUser = "<token>"
 
@@ -26,9 +28,9 @@ const tokenUser = "<token>"
 func helperQuestion(name, server string) question {
 	key := "helper " + name + " " + server
 	return question{
-		program: name,
+		program: helperPrefix + name,
 		keys:    []string{key},
-		flight:  func() string { return key },
+		wide:    key,
 		ask: func(ctx context.Context) (string, answer, error) {
 			auth, err := runHelper(ctx, name, server)
 			auths := map[string]authn.AuthConfig{}
@@ -45,7 +47,7 @@ func runHelper(ctx context.Context, name, server string) (authn.AuthConfig, erro
 	if strings.ContainsAny(name, "/\\") {
 		return authn.AuthConfig{}, errors.New("want the end of a program's name, docker-credential-NAME, and not a path")
 	}
-	path, err := exec.LookPath("docker-credential-" + name)
+	path, err := exec.LookPath(helperPrefix + name)
 	if err != nil {
 		return authn.AuthConfig{}, err
 	}
@@ -57,7 +59,7 @@ func runHelper(ctx context.Context, name, server string) (authn.AuthConfig, erro
 		if credentials.IsErrCredentialsNotFoundMessage(strings.TrimSpace(string(out))) {
 			return authn.AuthConfig{}, nil
 		}
-		return authn.AuthConfig{}, fmt.Errorf("%w; to see what it says, run `echo %s | docker-credential-%s get` by hand", err, server, name)
+		return authn.AuthConfig{}, fmt.Errorf("%w; to see what it says, run `echo %s | %s get` by hand", err, server, helperPrefix+name)
 	}
 	var c credentials.Credentials
 	if json.Unmarshal(out, &c) != nil {

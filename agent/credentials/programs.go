@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -41,17 +42,20 @@ func (a answer) good(refresh bool) bool {
 
 // question is one for a program.
 type question struct {
-	program string   // for the log
-	keys    []string // an answer that is kept under any of them will do
-	// flight groups questions of which only one is asked at a time: the others
-	// wait whether its answer will do for them.
-	flight func() string
+	program string
+	// keys: an answer that is kept under any of them will do. The first is for
+	// this question alone.
+	keys []string
+	// wide groups questions of which only one is asked at a time, while the others
+	// wait whether its answer will do for them too.
+	wide string
 	// ask runs the program; key is what its answer is kept under.
 	ask func(context.Context) (key string, a answer, err error)
 }
 
 // flight is one run of a program.
 type flight struct {
+	scope  string // the widest key of questions that wait for it
 	done   chan struct{}
 	answer answer // after done
 }
@@ -68,10 +72,11 @@ type programs struct {
 	closed  bool
 	kept    map[string]answer
 	flights map[string]*flight
+	narrow  map[string]bool // by program: its last answer was for one question alone
 }
 
 func newPrograms(log *slog.Logger, reg prometheus.Registerer) (*programs, error) {
-	p := &programs{log: log, kept: map[string]answer{}, flights: map[string]*flight{}}
+	p := &programs{log: log, kept: map[string]answer{}, flights: map[string]*flight{}, narrow: map[string]bool{}}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.runs = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "larder_credential_program_runs_total",
@@ -124,34 +129,42 @@ func (p *programs) begin(q question, refresh bool) (a answer, f *flight, mine bo
 	if p.closed {
 		return answer{err: errClosed}, nil, false
 	}
-	key := q.flight()
-	if f = p.flights[key]; f != nil {
-		return answer{}, f, false
+	f = &flight{done: make(chan struct{}), scope: q.wide}
+	if p.narrow[q.program] {
+		f.scope = q.keys[0]
 	}
-	f = &flight{done: make(chan struct{})}
-	p.flights[key] = f
-	p.running.Go(func() { p.fly(q, key, f) })
+	for _, key := range []string{q.keys[0], f.scope} {
+		if other := p.flights[key]; other != nil {
+			return answer{}, other, false
+		}
+	}
+	p.flights[q.keys[0]], p.flights[f.scope] = f, f
+	p.running.Go(func() { p.fly(q, f) })
 	return answer{}, f, true
 }
 
 // fly runs the program and keeps its answer. If it fails, its last one stays.
-func (p *programs) fly(q question, flightKey string, f *flight) {
+func (p *programs) fly(q question, f *flight) {
 	ctx, cancel := context.WithTimeout(p.ctx, runTimeout)
 	defer cancel()
 	key, a, err := q.ask(ctx)
 	a.at, a.hold = time.Now(), max(a.hold, minHold)
 	result := "ok"
 	if err != nil {
-		key, result = flightKey, "failed"
+		key, result = f.scope, "failed"
+	}
+	if err != nil && p.ctx.Err() == nil { // else it was ended
 		p.log.Warn("no credential from a program; trying again in a while", "program", q.program, "err", err)
 	}
 	p.runs.WithLabelValues(q.program, result).Inc()
 	p.mu.Lock()
 	if err != nil {
 		a = answer{auths: p.latest(q.keys).auths, hold: failureHold, at: a.at, err: err}
+	} else {
+		p.narrow[q.program] = key == q.keys[0] && key != q.wide
 	}
 	p.keep(key, a)
-	delete(p.flights, flightKey)
+	maps.DeleteFunc(p.flights, func(_ string, other *flight) bool { return other == f })
 	p.mu.Unlock()
 	f.answer = a
 	close(f.done)

@@ -14,7 +14,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -71,9 +70,6 @@ func (d *duration) UnmarshalJSON(body []byte) error {
 type provider struct {
 	providerFields
 	path string
-	// perImage: its last answer was for one image alone. Questions for several
-	// images of a registry are not put one after the other then.
-	perImage atomic.Bool
 }
 
 // readProviders reads kubelet's configuration of its plugins and checks that
@@ -217,20 +213,15 @@ func (p *provider) keyOf(scope string) string { return "provider " + p.Name + " 
 
 const globalScope = ""
 
-// question is what to ask the plugin for an image. Before it has told that its
-// answers are for one image alone, questions for a registry wait for the first.
+// question is what to ask the plugin for an image. Questions for a registry wait
+// for each other, unless its answers are for one image alone.
 func (p *provider) question(image string) question {
 	registry, _, _ := strings.Cut(image, "/")
 	return question{
 		program: p.Name,
 		keys:    []string{p.keyOf(image), p.keyOf(registry), p.keyOf(globalScope)},
-		flight: func() string {
-			if p.perImage.Load() {
-				return p.keyOf(image)
-			}
-			return p.keyOf(registry)
-		},
-		ask: func(ctx context.Context) (string, answer, error) { return p.run(ctx, image, registry) },
+		wide:    p.keyOf(registry),
+		ask:     func(ctx context.Context) (string, answer, error) { return p.run(ctx, image, registry) },
 	}
 }
 
@@ -252,7 +243,6 @@ func (p *provider) run(ctx context.Context, image, registry string) (key string,
 	if err != nil {
 		return "", a, err
 	}
-	p.perImage.Store(resp.CacheKeyType == "Image")
 	scope := map[string]string{"Image": image, "Registry": registry, "Global": globalScope}[resp.CacheKeyType]
 	hold := *p.DefaultCacheDuration
 	if resp.CacheDuration != nil {

@@ -245,8 +245,7 @@ type fake struct {
 
 func (f *fake) question(keys ...string) question {
 	return question{
-		program: "fake", keys: keys,
-		flight: func() string { return keys[0] },
+		program: "fake", keys: keys, wide: keys[0],
 		ask: func(context.Context) (string, answer, error) {
 			f.asked++
 			return keys[0], answer{auths: f.auths, hold: f.hold}, f.err
