@@ -440,3 +440,27 @@ func (b *lockedBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.b.String()
 }
+
+// TestListsAreTheirs: a list that one caller got is served to that caller alone when
+// the registry is down.
+func TestListsAreTheirs(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 0, nil)
+	p.lone()
+	lists := questions(repoA, p.images[repoA])[9:]
+	for _, q := range append(content(repoA, p.images[repoA]), lists...) {
+		if r := p.ask(p.at(0), q, ann.auth(p, repoA)); !r.ok() {
+			t.Fatalf("%s: %v", q.name, r)
+		}
+	}
+	p.reg.Down()
+	for _, q := range lists {
+		if r := p.ask(p.at(0), q, ann.auth(p, repoA)); !r.ok() || r.source != "stale" {
+			t.Errorf("%s for ann: %v", q.name, r)
+		}
+		for _, who := range []caller{nobody, guesser, bob} {
+			if r := p.ask(p.at(0), q, who.auth(p, repoA)); r.ok() {
+				t.Errorf("%s for %s: %v", q.name, who.name, r)
+			}
+		}
+	}
+}

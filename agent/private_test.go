@@ -300,7 +300,11 @@ func TestWhoMayReadWhat(t *testing.T) {
 		} {
 			t.Run(string(scheme)+"/"+warmth.name, func(t *testing.T) {
 				t.Parallel()
-				p := newPrivate(t, scheme, warmth.nodes, nil)
+				p := newPrivate(t, scheme, warmth.nodes, func(c *Config) {
+					if scheme == registrytest.Bearer { // then tags are known from others' questions, too
+						c.Upstream.TagTTL = time.Minute
+					}
+				})
 				p.expire()
 				own := p.ownAnswers()
 				if warmth.warm >= 0 {
@@ -607,5 +611,14 @@ func (p *private) once(repo string) {
 		if given != 1 {
 			p.t.Errorf("%s: %d answers with %s", repo, given, d)
 		}
+	}
+}
+
+// TestWarmSaysWhatIsPrivate: who warms a private image is told what to do.
+func TestWarmSaysWhatIsPrivate(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 1, nil)
+	_, err := Puller{Proxy: p.at(0), Client: p.nodes[0].client}.Pull(t.Context(), Image{Registry: testRegistry, Repository: repoA, Reference: "v1"})
+	if err == nil || !strings.Contains(err.Error(), `auth = "node"`) {
+		t.Errorf("%v", err)
 	}
 }

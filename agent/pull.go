@@ -135,9 +135,18 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
-		return nil, fmt.Errorf("%s %s %s: %s%s", method, kind, ref, resp.Status, ociMessage(resp.Body))
+		return nil, fmt.Errorf("%s %s %s: %s%s%s", method, kind, ref, resp.Status, ociMessage(resp.Body), privateHint(resp.StatusCode))
 	}
 	return resp, nil
+}
+
+// privateHint says what to do about an image that the registry shows to nobody
+// without a credential: a Puller has none.
+func privateHint(status int) string {
+	if status != http.StatusUnauthorized {
+		return ""
+	}
+	return "; the image is private: give the node credentials of its own (auth = \"node\"), or let a pod pull it"
 }
 
 // ociMessage is what an OCI error body says, with a separator before it.

@@ -337,6 +337,10 @@ func (a *authorizer) reject(acc *access, err error) {
 	}
 }
 
+// doubt has the registry asked again: it refused something of what its verdict
+// allows, perhaps to somebody else's credential.
+func (a *authorizer) doubt(acc *access) { a.verdicts.forget(acc.key()) }
+
 // no is the decision that a refusal is.
 func (a *access) no(e *apiError) decision {
 	if a.who == anyone && a.relay && len(e.challenge) > 0 {

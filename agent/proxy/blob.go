@@ -107,8 +107,10 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 		return
 	case x.r.Context().Err() != nil || err == nil:
 		return
-	case x.access.relay && upstream.IsUnauthorized(err):
-		return // a token that ended: the client gets another and goes on
+	case upstream.IsUnauthorized(err) && !x.route.pathEncoded:
+		// A token that ended, most likely: the client gets another and goes on.
+		p.auth.doubt(&x.access)
+		return
 	case x.route.pathEncoded:
 		p.undelivered.put(key, struct{}{}, undeliverableMemory)
 		p.deliverable.forget(key)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/spf13/cobra"
 )
@@ -96,7 +97,9 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 	d.report = doctorReport{Findings: []hostsconfig.Finding{}, Runtimes: []runtimeReport{}}
 	status := d.agentStatus(ctx)
 	runtimes := d.connect(ctx)
-	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(d.options(ctx, status, runtimes))...)
+	opts := d.options(ctx, status, runtimes)
+	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(opts)...)
+	d.privateImages(opts.CRIO != "")
 	for _, r := range runtimes {
 		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil))
 		_ = r.close() // it was only asked
@@ -181,6 +184,18 @@ func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*
 		opts.Facts.PortTaken = whoAnswers(ctx, opts.ProxyAddr)
 	}
 	return opts
+}
+
+// privateImages says what becomes of private images where no registry's are the
+// node's own: only containerd shows a mirror the pod's credentials.
+func (d *doctor) privateImages(crio bool) {
+	shared := func(r upstream.Registry) bool { return r.Auth == "node" }
+	if !crio || slices.ContainsFunc(d.config.Registries, shared) {
+		return
+	}
+	d.find(hostsconfig.Finding{ID: "crio-private-images", Severity: hostsconfig.Note, Runtime: "crio",
+		What: "CRI-O and podman send a mirror no credentials, so private images are pulled straight from their registries.",
+		Fix:  "# in /etc/larder/larder.toml, for what every pod on the node may read\n[[registry]]\nhost = \"registry.example.com\"\nauth = \"node\"\ncredentials_file = \"/etc/larder/registry/config.json\""})
 }
 
 // onNode is how the node itself names path: an agent in a container knows its

@@ -144,6 +144,30 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
+// TestDoctorPrivateImages: what CRI-O does with private images is said, and no
+// more once a registry's are the node's own.
+func TestDoctorPrivateImages(t *testing.T) {
+	n := startNode(t, nil)
+	crio := filepath.Join(shortDir(t), "registries.conf.d")
+	config := filepath.Join(t.TempDir(), "larder.toml")
+	for _, tc := range []struct {
+		config, crio string
+		said         bool
+	}{
+		{"", crio, true},
+		{"", "", false},
+		{"[[registry]]\nhost = \"reg.example.com\"\nauth = \"node\"\ncredentials_file = \"" + filepath.Join(filepath.Dir(config), "none.json") + "\"\n", crio, false},
+	} {
+		if err := errors.Join(os.WriteFile(config, []byte(tc.config), 0o600), os.WriteFile(filepath.Join(filepath.Dir(config), "none.json"), []byte(`{"auths":{}}`), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		_, out, errs := larder(t, "doctor", "--root", shortDir(t), "--admin", n.admin, "--config", config, "--hosts.crio", tc.crio)
+		if said := strings.Contains(out, "CRI-O and podman send a mirror no credentials"); said != tc.said || errs != "" {
+			t.Errorf("hosts.crio = %q, %q: %t\n%s%s", tc.crio, tc.config, said, out, errs)
+		}
+	}
+}
+
 func TestDoctorWithoutRuntime(t *testing.T) {
 	n := startNode(t, nil)
 	code, out, _ := larder(t, "doctor", "--root", shortDir(t), "--admin", n.admin)

@@ -1,0 +1,196 @@
+package proxy
+
+import (
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
+	"github.com/larder-cache/larder/test/runtimetest"
+)
+
+func jwt(claims string) string {
+	return "Bearer e30." + base64.RawURLEncoding.EncodeToString([]byte(claims)) + ".c2ln"
+}
+
+func TestTokenEnd(t *testing.T) {
+	for authorization, want := range map[string]int64{ // 0: it does not say
+		"":                                   0,
+		"Bearer":                             0,
+		"Bearer opaque":                      0,
+		"Bearer a.b":                         0,
+		"Bearer a.%%.c":                      0,
+		"Basic " + jwt(`{"exp":5}`)[7:]:      0,
+		jwt(`{}`):                            0,
+		jwt(`{"exp":"soon"}`):                0,
+		jwt(`{"exp":null}`):                  0,
+		jwt(`not json`):                      0,
+		jwt(`{"exp":1234567890}`):            1234567890,
+		jwt(`{"exp":1234567890.9}`):          1234567890,
+		jwt(`{"sub":"x","exp":1.5e9}`):       1500000000,
+		jwt(`{"exp":1e300}`):                 1 << 40,
+		"bearer " + jwt(`{"exp":7}`)[7:]:     7,
+		jwt(`{"exp":9}`) + "=":               9,
+		jwt(strings.Repeat(" ", maxToken)):   0,
+		jwt(`{"exp":1}`) + ".a.jwe.has.five": 1,
+	} {
+		end, ok := tokenEnd(authorization)
+		if ok != (want != 0) || ok && end.Unix() != want {
+			t.Errorf("%.60q ends at %d, %t; want %d", authorization, end.Unix(), ok, want)
+		}
+	}
+	if end, ok := tokenEnd(jwt(`{"exp":-1e300}`)); !ok || end.Unix() != 0 {
+		t.Errorf("a token that ended before time began: %v, %t", end, ok)
+	}
+}
+
+// TestLifeOfAVerdict: what a token says of itself can only shorten.
+func TestLifeOfAVerdict(t *testing.T) {
+	for name, tc := range map[string]struct {
+		ends     time.Duration
+		min, max time.Duration
+	}{
+		"in a year":     {365 * 24 * time.Hour, verdictLife, verdictLife},
+		"in a minute":   {time.Minute, 50 * time.Second, time.Minute},
+		"a minute ago":  {-time.Minute, 0, 0},
+		"this very now": {0, 0, time.Second},
+	} {
+		token := jwt(fmt.Sprintf(`{"exp":%d}`, time.Now().Add(tc.ends).Unix()))
+		if got := lifeOf(token); got < tc.min || got > tc.max {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+	for _, opaque := range []string{"Basic dTpw", "Bearer opaque", ""} {
+		if got := lifeOf(opaque); got != verdictLife {
+			t.Errorf("%q: %s", opaque, got)
+		}
+	}
+}
+
+func FuzzTokenEnd(f *testing.F) {
+	for _, s := range []string{"", "Bearer a.b.c", jwt(`{"exp":1}`), jwt(`{"exp":-1e300}`), "Basic dTpw"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, authorization string) {
+		end, ok := tokenEnd(authorization)
+		if ok && (end.Unix() < 0 || end.Unix() > 1<<40) {
+			t.Errorf("ends at %d", end.Unix())
+		}
+		if life := lifeOf(authorization); life < 0 || life > verdictLife {
+			t.Errorf("lives for %s", life)
+		}
+	})
+}
+
+// TestKeyedSumsAreApart: HMACs of one key for different uses, and of different
+// keys, have nothing to do with each other, and are the same each time.
+func TestKeyedSumsAreApart(t *testing.T) {
+	a, b := newKeyed(newSecret()), newKeyed(newSecret())
+	if a.sum("x") != a.sum("x") || a.sum("x") == a.sum("y") || a.sum("x") == b.sum("x") {
+		t.Error("sums")
+	}
+	sum := a.sum("verdict\x00x")
+	if f := a.fingerprint("x"); len(f) != 12 || strings.HasPrefix(fmt.Sprintf("%x", sum), f) {
+		t.Errorf("the audit log's %s is the beginning of what is kept", f)
+	}
+	if a.fingerprint("") != "" {
+		t.Error("nobody has a fingerprint")
+	}
+}
+
+// TestChallengeOfAnotherNode: a challenge that would have a client send its password
+// to strangers is not believed from another node; the registry's own is relayed.
+func TestChallengeOfAnotherNode(t *testing.T) {
+	const evil = `Bearer realm="https://evil.example.net/token",service="x"`
+	refusal := &upstream.Error{Status: http.StatusUnauthorized, Challenge: []string{evil}}
+	swarm := &swarmFunc{
+		may:     func(upstream.Target, Question) error { return refusal },
+		resolve: func(string) (ocispec.Descriptor, error) { return ocispec.Descriptor{}, refusal },
+	}
+	n := startNode(t, func(s *setup) {
+		s.proxy.Swarm = swarm
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}
+	})
+	img := n.image(1000)
+	for _, path := range []string{manifestPath("v1"), manifestPath(img.Digest.String()), blobPath(img.Layers[0].Digest)} {
+		a := n.get(path)
+		if got := a.header.Get("WWW-Authenticate"); a.status != 401 || !strings.Contains(got, n.registry.TokenURL()) || len(a.header.Values("WWW-Authenticate")) != 1 {
+			t.Errorf("%s: %d with %q", path, a.status, got)
+		}
+	}
+}
+
+// TestTokenEndsInABlob: the client's token runs out in the middle of a blob. The
+// client is asked for another, and the blob goes on where it was.
+func TestTokenEndsInABlob(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}
+	})
+	img := n.image(40 << 20) // more than one request brings
+	d := img.Layers[0].Digest
+	blob := registrytest.Match{Kind: registrytest.Blob, Method: "GET", Reference: d.String()}
+	n.registry.Inject(blob, registrytest.Times(1), registrytest.Do(n.registry.ExpireTokens))
+	c := n.containerdTo("http://127.0.0.1:1") // nothing behind the proxy
+	if _, err := c.Pull(t.Context(), host+"/"+repo+":v1", &runtimetest.Auth{Username: "ann", Password: "secret"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.registry.Bytes(blob); got > 60<<20 {
+		t.Errorf("%d bytes from the registry", got)
+	}
+	refused := blob
+	refused.Status = 401
+	if n.registry.Count(refused) == 0 {
+		t.Error("no token ended in the blob")
+	}
+}
+
+// TestDecisionsAreCounted: each question about a repository is one decision, and
+// every label is there from the start.
+func TestDecisionsAreCounted(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.policy.Deny = []string{"denied"}
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}, Anonymous: []string{"open"}}
+	})
+	img := n.image(1000)
+	n.registry.Put("open", img, "v1")
+	count := func() map[string]float64 {
+		out := map[string]float64{}
+		families, err := n.metrics.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if f.GetName() != "larder_auth_decisions_total" {
+				continue
+			}
+			for _, m := range f.GetMetric() {
+				out[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+			}
+		}
+		return out
+	}
+	if got := count(); len(got) != len(decisions) {
+		t.Errorf("labels at the start: %v", got)
+	}
+	secret := []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte("ann:secret"))}
+	n.get("/v2/")
+	n.get(manifestPath("v1"))
+	n.get(manifestPath("v1"), secret...)
+	n.get(blobPath(img.Layers[0].Digest), secret...)
+	n.get(blobPath(img.Layers[0].Digest), "Authorization", "Basic bm8=")
+	n.get("/v2/open/manifests/v1?ns=" + host)
+	n.get("/v2/denied/manifests/v1?ns=" + host)
+	n.registry.Down()
+	n.get(blobPath(img.Layers[0].Digest), "Authorization", "Basic bm9ib2R5")
+	want := map[string]float64{"challenged": 1, "granted": 2, "refused": 1, "public": 1, "denied": 1, "unknown": 1, "node": 0, "remembered": 0, "offline": 0}
+	if got := count(); !maps.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
