@@ -261,15 +261,45 @@ func (a *authorizer) believable(registry string, err error) error {
 	return err
 }
 
-// askRegistry is the question in the registry's own words.
+// askRegistry is the question in the registry's own words. A registry that wants
+// to be left alone for a moment is asked after it: its limit is no verdict, and the
+// runtime would run into the same one.
 func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
-	var err error
-	if q.Blob {
-		_, err = a.upstream.Stat(ctx, t, digest.Digest(q.Reference))
-	} else {
-		_, err = a.upstream.Resolve(ctx, t, q.Reference, acceptAll)
+	for {
+		err := a.askOnce(ctx, t, q)
+		if !pauseFor(ctx, err) {
+			return a.withChallenge(ctx, t, q.Reference, err)
+		}
 	}
-	return a.withChallenge(ctx, t, q.Reference, err)
+}
+
+func (a *authorizer) askOnce(ctx context.Context, t upstream.Target, q Question) error {
+	if q.Blob {
+		_, err := a.upstream.Stat(ctx, t, digest.Digest(q.Reference))
+		return err
+	}
+	_, err := a.upstream.Resolve(ctx, t, q.Reference, acceptAll)
+	return err
+}
+
+// pauseFor waits as long as a registry that limits its rate asked for. It reports
+// false at once if that is not what err says, or is later than ctx ends.
+func pauseFor(ctx context.Context, err error) bool {
+	e, ok := errors.AsType[*upstream.Error](err)
+	if !ok || e.Status != http.StatusTooManyRequests || e.RetryAfter <= 0 {
+		return false
+	}
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= e.RetryAfter {
+		return false
+	}
+	wait := time.NewTimer(e.RetryAfter)
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // withChallenge completes a refusal of "anyone" with what the registry asks a

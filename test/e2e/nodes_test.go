@@ -344,17 +344,14 @@ func (c *cluster) agentKilled() {
 func TestNodesRuntimeStore(t *testing.T) {
 	c := newCluster(t)
 	img, ref := c.push(multiArch, "nodes/held", 310)
-	other, _ := c.push(ociImage, "nodes/other", 320)
-	byDigest := clusterImages + "/" + other.repository + "@" + other.digest.String()
 	c.pullAt(ref, 1)
-	c.pullAt(byDigest, 1)
 	held := len(c.nodes[0].c.blobs())
 	c.startAgents(func(n *node) []string { return append(runtimeStore(n.c), "--upstream.tag_ttl", "0s") })
 	for _, n := range c.nodes[1:] {
 		n.awaitMetric(t, "larder_index_blobs", func(v float64) bool { return int(v) >= held })
 	}
 	t.Run("registry up", func(t *testing.T) { c.on(t).heldByRuntime(img, ref) })
-	t.Run("registry down", func(t *testing.T) { c.on(t).longOutage(byDigest) })
+	t.Run("registry down", func(t *testing.T) { c.on(t).longOutage() })
 }
 
 func (c *cluster) heldByRuntime(img pushed, ref string) {
@@ -375,8 +372,12 @@ func (c *cluster) heldByRuntime(img pushed, ref string) {
 }
 
 // longOutage: the registry is gone for longer than tags are believed. What node 1
-// once pulled by tag has a last known digest, whichever node is the tag's home.
-func (c *cluster) longOutage(byDigest string) {
+// once pulled by tag has a last known digest, whichever node is the tag's home;
+// what it pulled by digest is known to belong to its repository.
+func (c *cluster) longOutage() {
+	img, _ := c.push(ociImage, "nodes/other", 320)
+	byDigest := clusterImages + "/" + img.repository + "@" + img.digest.String()
+	c.wantThroughAgents(c.pullAt(byDigest, 1))
 	var tagged []string
 	for i := range 4 {
 		_, ref := c.push(ociImage, fmt.Sprintf("nodes/stale-%d", i), uint64(400+10*i))
