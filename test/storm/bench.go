@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,55 +24,9 @@ type bench struct {
 	larder, registry     string
 	agentFlags           string
 	keepLogs, skipDirect bool
+	withFloor            bool
+	runs                 int    // of each scenario through Larder
 	profile              string // directory for CPU profiles of the agents
-}
-
-// outcome is one measured storm.
-type outcome struct {
-	times    []float64 // seconds, sorted
-	copies   float64   // bytes that left the registry over the image's size
-	requests int       // that the registry answered
-	cpu      float64   // seconds of all agents
-	rss      int64     // bytes, the largest agent's peak
-}
-
-func (o outcome) slowest() float64 { return o.times[len(o.times)-1] }
-func (o outcome) median() float64  { return o.times[len(o.times)/2] }
-
-// compare runs s straight and through Larder, prints both and reports whether
-// the goals were met.
-func (b *bench) compare(ctx context.Context, s scenario) (bool, error) {
-	fmt.Printf("\n%s: %s; bound %.2f s\n", s.name, s.about, s.bound())
-	fmt.Printf("  %-8s %10s %10s %8s %8s %8s %9s %10s %9s\n",
-		"", "slowest s", "median s", "slow/bnd", "med/bnd", "copies", "requests", "agents CPU", "peak RSS")
-	if !s.seeded && !b.skipDirect { // with the registry down there is nothing to compare with
-		direct, err := b.storm(ctx, s, false)
-		if err != nil {
-			return false, fmt.Errorf("direct: %w", err)
-		}
-		direct.print("direct", s)
-	}
-	larder, err := b.storm(ctx, s, true)
-	if err != nil {
-		return false, fmt.Errorf("larder: %w", err)
-	}
-	larder.print("larder", s)
-	ratio := larder.slowest() / s.bound()
-	met := ratio <= s.goal && larder.copies <= 1.02 && larder.rss <= 96<<20
-	fmt.Printf("  goal: slowest <= %.2f x bound, copies <= 1.02, RSS <= 96 MiB: %s\n", s.goal, verdict(met))
-	return met, nil
-}
-
-func verdict(met bool) string {
-	if met {
-		return "met"
-	}
-	return "MISSED"
-}
-
-func (o outcome) print(label string, s scenario) {
-	fmt.Printf("  %-8s %10.2f %10.2f %8.2f %8.2f %8.3f %9d %8.1f s %5.0f MiB\n", label,
-		o.slowest(), o.median(), o.slowest()/s.bound(), o.median()/s.bound(), o.copies, o.requests, o.cpu, float64(o.rss)/(1<<20))
 }
 
 // lab is one scenario's machinery.
@@ -136,7 +89,7 @@ func (l *lab) mount(ctx context.Context) error {
 	if l.dir, err = os.MkdirTemp("", "larder-storm-"); err != nil {
 		return err
 	}
-	err = commands(ctx, "mount -t tmpfs -o size=75% storm "+l.dir)
+	err = commands(ctx, "mount -t tmpfs -o size=75%"+os.Getenv("HUGE")+" storm "+l.dir)
 	l.mounted = err == nil
 	return err
 }
@@ -275,17 +228,28 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 	if err != nil {
 		return outcome{}, err
 	}
-	times, err := l.pull(ctx, first, l.s.nodes)
+	if hook := os.Getenv("STORM_PRE"); hook != "" { // TEMPORARY
+		fmt.Println(exec.Command("bash", "-c", hook).Run())
+	}
+	if hook := os.Getenv("STORM_HOOK"); hook != "" { // TEMPORARY
+		cmd := exec.Command("bash", "-c", hook)
+		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+		_ = cmd.Start()
+		time.Sleep(500 * time.Millisecond)
+		defer func() { _ = cmd.Wait() }()
+	}
+	before := l.used()
+	reports, err := l.pull(ctx, first, l.s.nodes)
+	cost := l.used().since(before)
 	err = errors.Join(err, finish())
 	if err != nil {
 		return outcome{}, err
 	}
-	o := outcome{times: times, requests: l.registryRequests() - logged}
+	o := outcome{requests: l.registryRequests() - logged, cost: cost, rss: l.peakRSS()}
 	o.copies = float64(l.registrySent(ctx)-sent) / float64(l.s.bytes())
-	for _, agent := range l.agents {
-		cpu, rss := usage(agent.Process.Pid)
-		o.cpu += cpu
-		o.rss = max(o.rss, rss)
+	for _, r := range reports {
+		o.times = append(o.times, r.Seconds)
+		o.cost.clients += r.CPU
 	}
 	slices.Sort(o.times)
 	return o, nil
@@ -328,8 +292,8 @@ type client struct {
 	out *bufio.Reader
 }
 
-// pull lets the nodes from..to pull together and returns their times.
-func (l *lab) pull(ctx context.Context, from, to int) ([]float64, error) {
+// pull lets the nodes from..to pull together and returns what they report.
+func (l *lab) pull(ctx context.Context, from, to int) ([]pulled, error) {
 	var clients []client
 	for i := from; i <= to; i++ {
 		c, err := l.startClient(ctx, i)
@@ -343,7 +307,7 @@ func (l *lab) pull(ctx context.Context, from, to int) ([]float64, error) {
 			return nil, err
 		}
 	}
-	var times []float64
+	var reports []pulled
 	for _, c := range clients {
 		var report pulled
 		err := json.NewDecoder(c.out).Decode(&report)
@@ -356,9 +320,9 @@ func (l *lab) pull(ctx context.Context, from, to int) ([]float64, error) {
 		case report.Bytes < l.s.bytes():
 			return nil, fmt.Errorf("a client got %d of %d bytes", report.Bytes, l.s.bytes())
 		}
-		times = append(times, report.Seconds)
+		reports = append(reports, report)
 	}
-	return times, nil
+	return reports, nil
 }
 
 func (l *lab) startClient(ctx context.Context, host int) (client, error) {
@@ -367,6 +331,11 @@ func (l *lab) startClient(ctx context.Context, host int) (client, error) {
 		return client{}, err
 	}
 	cmd := l.net.inside(ctx, host, self, "pull", "-certs", l.nodeDir(host, "certs.d"), "-root", l.nodeDir(host, "content"))
+	return startReady(cmd)
+}
+
+// startReady starts one of this program's subcommands that waits for "go".
+func startReady(cmd *exec.Cmd) (client, error) {
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -381,7 +350,7 @@ func (l *lab) startClient(ctx context.Context, host int) (client, error) {
 	}
 	c := client{cmd, in, bufio.NewReader(out)}
 	if line, err := c.out.ReadString('\n'); err != nil || line != "ready\n" {
-		return client{}, fmt.Errorf("client on node %d said %q: %w", host, line, err)
+		return client{}, fmt.Errorf("%s said %q: %w", cmd, line, err)
 	}
 	return c, nil
 }
@@ -404,31 +373,6 @@ func (l *lab) registryRequests() int {
 		return 0
 	}
 	return strings.Count(string(text), "\"GET /v2/") + strings.Count(string(text), "\"HEAD /v2/")
-}
-
-// usage reads a live process's CPU seconds and peak resident bytes.
-func usage(pid int) (cpu float64, rss int64) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, 0
-	}
-	// The command, in parentheses, may hold spaces; utime is field 14 (proc(5)).
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	for _, f := range fields[11:13] {
-		ticks, _ := strconv.ParseFloat(f, 64)
-		cpu += ticks / 100 // USER_HZ
-	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return cpu, 0
-	}
-	for line := range strings.Lines(string(status)) {
-		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, _ := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
-			rss = kib << 10
-		}
-	}
-	return cpu, rss
 }
 
 // close ends every process and removes the network and the files.
@@ -504,21 +448,4 @@ func eventually(ctx context.Context, within time.Duration, try func() error) err
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-}
-
-// printMachine names what the numbers were measured on.
-func (b *bench) printMachine() {
-	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
-	fmt.Printf("%d CPUs, %s, %s, Linux %s", runtime.NumCPU(), cpuModel(), runtime.Version(), kernel)
-	fmt.Println("All nodes share this machine's CPUs; caches and content stores are on one tmpfs.")
-}
-
-func cpuModel() string {
-	text, _ := os.ReadFile("/proc/cpuinfo")
-	for line := range strings.Lines(string(text)) {
-		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
-			return strings.TrimSpace(value)
-		}
-	}
-	return runtime.GOARCH
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/log"
@@ -37,6 +38,7 @@ const (
 type pulled struct {
 	Seconds float64
 	Bytes   int64
+	CPU     float64 // seconds, of the pull alone
 	Err     string
 }
 
@@ -54,17 +56,34 @@ func pullMain(ctx context.Context, args []string) error {
 		return err
 	}
 	client := &runtimetest.Containerd{CertsDir: *certs, Root: *root}
-	fmt.Println("ready")
-	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
-		return fmt.Errorf("wait for the start: %w", err)
+	if err := awaitGo(); err != nil {
+		return err
 	}
-	begin := time.Now()
+	begin, used := time.Now(), ownTime()
 	result, err := client.Pull(ctx, registryName+"/"+repository+":"+tag, nil)
-	report := pulled{Seconds: time.Since(begin).Seconds(), Bytes: result.Bytes}
+	report := pulled{Seconds: time.Since(begin).Seconds(), Bytes: result.Bytes, CPU: (ownTime() - used).Seconds()}
 	if err != nil {
 		report.Err = err.Error()
 	}
 	return json.NewEncoder(os.Stdout).Encode(report)
+}
+
+// awaitGo says that this process is ready and waits for the start.
+func awaitGo() error {
+	fmt.Println("ready")
+	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		return fmt.Errorf("wait for the start: %w", err)
+	}
+	return nil
+}
+
+// ownTime is the processor time that this process has used.
+func ownTime() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // pushMain pushes an image of random layers of the given sizes.

@@ -1,8 +1,8 @@
 // Command storm measures pull storms: many nodes that start the same image at
 // once, each a network namespace with a shaped link, its own `larder agent`
 // process and containerd's own client code, in front of a real distribution
-// registry. Every scenario is run twice, straight from the registry and
-// through Larder, and printed side by side with the physical bound.
+// registry. Every scenario is run straight from the registry and through
+// Larder, and printed side by side with the physical bound.
 //
 // It needs root, iproute2, and the two binaries; `make bench-storm` builds
 // them. All traffic stays in namespaces that it makes and removes.
@@ -41,6 +41,7 @@ const mb = 1_000_000
 
 var scenarios = []scenario{
 	{"cold-20", "20 nodes at 200 Mbit/s, registry at 1 Gbit/s, 53.5 MB", 20, 200 * megabit, 1000 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
+	{"cold-20-half", "20 nodes at 100 Mbit/s, registry at 500 Mbit/s, 53.5 MB: the same at half the speed", 20, 100 * megabit, 500 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
 	{"cold-4x500", "4 nodes at 1 Gbit/s, registry at 1 Gbit/s, 500 MB", 4, 1000 * megabit, 1000 * megabit, []int64{500 * mb}, false, 1.25},
 	{"edge-8", "8 nodes at 1 Gbit/s behind a 50 Mbit/s uplink, 53.5 MB", 8, 1000 * megabit, 50 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
 	{"seeded-19", "19 nodes at 200 Mbit/s from one seeded node, registry down, 53.5 MB", 20, 200 * megabit, 1000 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, true, 1.35},
@@ -89,6 +90,8 @@ func run(args []string) error {
 			return pullMain(ctx, args[1:])
 		case "push": // in the registry's namespace
 			return pushMain(ctx, args[1:])
+		case "copy": // in every namespace, see floor
+			return copyMain(ctx, args[1:])
 		}
 	}
 	return measure(ctx, args)
@@ -103,9 +106,14 @@ func measure(ctx context.Context, args []string) error {
 	flags.BoolVar(&b.keepLogs, "keep-logs", false, "keep the agents' logs and say where")
 	flags.StringVar(&b.agentFlags, "agent-flags", "", "more flags for every agent, separated by spaces")
 	flags.StringVar(&b.profile, "profile", "", "directory for CPU profiles of all agents during the storm")
+	flags.IntVar(&b.runs, "runs", 3, "storms through Larder of each scenario; the goals are held against the median")
+	flags.BoolVar(&b.withFloor, "floor", false, "measure also the simplest copier on the same links")
 	flags.BoolVar(&b.skipDirect, "skip-direct", false, "measure through Larder only")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if b.runs < 1 {
+		return fmt.Errorf("runs %d: at least 1", b.runs)
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("network namespaces need root")
