@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,16 +36,18 @@ func clusterConfigs(t *testing.T, registries ...upstream.Registry) (next func() 
 	if err := os.WriteFile(key, []byte(base64.StdEncoding.EncodeToString(make([]byte, 32))+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	first, made := freeAddr(t), 0
+	first, made := ownAddr(t), 0
 	return func() Config {
 		c := testConfig(t)
 		made++
 		c.Registries = registries
 		c.Peer.Enabled, c.Peer.Name, c.Peer.KeyFile = true, fmt.Sprintf("node-%d", made), key
-		c.Peer.Data, c.Peer.Gossip, c.Peer.Join = "127.0.0.1:0", freeAddr(t), []string{first}
+		c.Peer.Gossip, c.Peer.Join = ownAddr(t), []string{first}
 		if made == 1 {
 			c.Peer.Gossip, c.Peer.Join = first, nil
 		}
+		host, _, _ := net.SplitHostPort(c.Peer.Gossip)
+		c.Peer.Data = net.JoinHostPort(host, "0")
 		return c
 	}
 }
@@ -70,11 +73,16 @@ func (r *running) awaitMembers(t *testing.T, n int) {
 	})
 }
 
-// freeAddr is a loopback address that was free a moment ago: gossip must be
-// told where others listen before they do.
-func freeAddr(t *testing.T) string {
+// hosts numbers the loopback addresses that this process has given out.
+var hosts atomic.Uint32
+
+// ownAddr is an address for gossip, which must be told where others listen before
+// they do. Nobody else's connections come from its host: a port that was free a
+// moment ago on 127.0.0.1 may be taken by then.
+func ownAddr(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n := hosts.Add(1)
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 2+os.Getpid()%250, n>>8&0xff, n&0xff))
 	if err != nil {
 		t.Fatal(err)
 	}
