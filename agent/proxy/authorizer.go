@@ -202,10 +202,8 @@ func (a *authorizer) enlist(t upstream.Target, d ocispec.Descriptor) {
 // ask has the registry decide, once for all who ask the same now. When it
 // cannot be asked, or not soon enough, what is known decides (A5).
 func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question) error {
-	stand := *acc
-	fallback := (acc.allowed || a.offline(&stand)) && q.Known
 	patience := a.budget * 4 / 5
-	if fallback { // the rest of the budget is for the bytes
+	if _, in := a.stands(*acc); in && q.Known { // the rest of the budget is for the bytes
 		patience = a.budget * 2 / 5
 	}
 	wait, cancel := context.WithTimeoutCause(ctx, patience, errBudget)
@@ -224,12 +222,23 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 		return err
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
 		return a.refuse(acc, kind, err)
-	case fallback:
-		*acc = stand
-		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
-		return nil
 	}
-	return a.unknown(acc, err)
+	stand, in := a.stands(*acc) // now, for somebody may have been told no meanwhile (A4)
+	if !in || !q.Known {
+		return a.unknown(acc, err)
+	}
+	*acc = stand
+	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+	return nil
+}
+
+// stands is where a caller stands while the registry cannot be asked, and whether
+// that lets him in.
+func (a *authorizer) stands(acc access) (access, bool) {
+	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
+		return acc, false
+	}
+	return acc, acc.allowed || a.offline(&acc)
 }
 
 // find asks the repository's home, and if that cannot say the registry itself.

@@ -139,8 +139,7 @@ func (x *exchange) pageKey(query string) pageKey {
 func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstream.Page, error)) (upstream.Page, error) {
 	ctx, cancel := context.WithTimeoutCause(x.ctx, p.opts.FirstByteBudget*4/5, errBudget)
 	defer cancel()
-	target, stand := x.access.target, x.access
-	fallback := x.access.allowed || p.auth.offline(&stand) || x.access.who == anyone // what it was shown, anyone was
+	target := x.access.target
 	page, err := p.pageAsks.do(ctx, key, func(ctx context.Context) (upstream.Page, error) {
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()
@@ -158,7 +157,8 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 		err = p.auth.refuse(&x.access, x.route.kind, err)
 	case x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)):
 		last, ok := p.pages.get(key)
-		if !ok || !fallback {
+		stand, in := p.auth.stands(x.access)
+		if !ok || !in {
 			return page, p.auth.unknown(&x.access, err)
 		}
 		x.access.decision = stand.decision

@@ -72,6 +72,7 @@ func TestTagsWithUpstreamDown(t *testing.T) {
 	n.image(10)
 	path := "/v2/" + repo + "/tags/list?ns=" + host
 	n.get(path)
+	n.get(manifestPath("v1")) // which shows that anyone may read it
 	n.registry.Down()
 	a := n.get(path)
 	if got := tagsOf(t, a); !slices.Equal(got, []string{"v1"}) || a.header.Get(headerSource) != "stale" {

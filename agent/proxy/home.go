@@ -67,8 +67,8 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	}
 	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
 	last, known := p.lastKnown(key)
-	stand := acc
-	known = known && acceptable(accept, last.desc.MediaType) && (acc.allowed || p.auth.offline(&stand))
+	_, in := p.auth.stands(acc)
+	known = known && acceptable(accept, last.desc.MediaType) && in
 	if known {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, homePatience)

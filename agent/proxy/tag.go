@@ -73,10 +73,8 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
-	stand := *acc
-	fallback := known && (acc.allowed || p.auth.offline(&stand))
 	wait, cancel := ctx, context.CancelFunc(func() {})
-	if fallback { // then upstream gets the larger part of the budget, the manifest the rest
+	if _, in := p.auth.stands(*acc); in && known { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
 	}
 	defer cancel()
@@ -92,7 +90,8 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 		return resolved{}, p.auth.refuse(acc, KindManifest, err)
 	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
 		return resolved{}, err
-	case fallback:
+	}
+	if stand, in := p.auth.stands(*acc); in && known {
 		*acc = stand
 		// Those who come within the next tag_ttl need not wait as well.
 		p.fresh.put(key, last, p.tagTTL(key.registry))

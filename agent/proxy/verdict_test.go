@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/upstream"
@@ -192,5 +193,51 @@ func TestDecisionsAreCounted(t *testing.T) {
 	want := map[string]float64{"challenged": 1, "granted": 2, "refused": 1, "public": 1, "denied": 1, "unknown": 1, "node": 0, "remembered": 0, "offline": 0}
 	if got := count(); !maps.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// TestANoEndsWhatIsUnderWay pins a race: while one question to the registry goes
+// unanswered, another is answered no. What was remembered before is then worth
+// nothing to the first either (A4).
+func TestANoEndsWhatIsUnderWay(t *testing.T) {
+	asked, release := make(chan struct{}), make(chan struct{})
+	var slow digest.Digest
+	swarm := &swarmFunc{may: func(_ upstream.Target, q Question) error {
+		if q.Reference != slow.String() {
+			return &upstream.Error{Status: http.StatusForbidden}
+		}
+		close(asked)
+		<-release
+		return errNoSwarm
+	}}
+	n := startNode(t, func(s *setup) {
+		s.proxy.VerdictKey = newSecret()
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}}
+	})
+	img := n.image(1000, 2000)
+	slow = img.Layers[0].Digest
+	secret := []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte("ann:secret"))}
+	for _, path := range []string{manifestPath("v1"), blobPath(slow), blobPath(img.Layers[1].Digest)} {
+		if a := n.get(path, secret...); a.status != 200 {
+			t.Fatalf("%s: %d", path, a.status)
+		}
+	}
+	acc := access{target: upstream.Target{Registry: host, Repository: repo}}
+	n.proxy.auth.present(&acc, secret[1])
+	n.proxy.auth.doubt(&acc) // as if five minutes had passed
+	n.proxy.auth.swarm = swarm
+	n.registry.Down()
+	if !n.proxy.auth.lasting.has(&acc) {
+		t.Fatal("not remembered; the test shows nothing")
+	}
+	got := make(chan answer, 1)
+	go func() { got <- n.get(blobPath(slow), secret...) }()
+	<-asked
+	if a := n.get(blobPath(img.Layers[1].Digest), secret...); a.status != 403 {
+		t.Errorf("the registry says no: %d", a.status)
+	}
+	close(release)
+	if a := <-got; a.status/100 == 2 {
+		t.Errorf("served after a no: %d", a.status)
 	}
 }
