@@ -16,8 +16,9 @@ import (
 // the proxy, and is logged.
 func mergeImported(configured []upstream.Registry, found []hostsconfig.Imported, log *slog.Logger) []upstream.Registry {
 	out := slices.Clone(configured)
-	for _, imp := range found {
-		known := slices.ContainsFunc(out, func(r upstream.Registry) bool { return r.Host == imp.Registry })
+	for _, imp := range canonicalFirst(found) {
+		host := upstream.CanonicalHost(imp.Registry)
+		known := slices.ContainsFunc(out, func(r upstream.Registry) bool { return upstream.CanonicalHost(r.Host) == host })
 		if known {
 			continue
 		}
@@ -37,10 +38,25 @@ func mergeImported(configured []upstream.Registry, found []hostsconfig.Imported,
 	return out
 }
 
+// canonicalFirst moves the spellings of a registry that a runtime does not look
+// up ("index.docker.io", upper case) behind those that it does: one registry can
+// have only one table.
+func canonicalFirst(found []hostsconfig.Imported) []hostsconfig.Imported {
+	var canonical, others []hostsconfig.Imported
+	for _, imp := range found {
+		if imp.Registry == upstream.CanonicalHost(imp.Registry) {
+			canonical = append(canonical, imp)
+		} else {
+			others = append(others, imp)
+		}
+	}
+	return append(canonical, others...)
+}
+
 // fromImported turns what a runtime was told into a [[registry]] table, or
 // says why it cannot.
 func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
-	r := upstream.Registry{Host: imp.Registry}
+	r := upstream.Registry{Host: upstream.CanonicalHost(imp.Registry)}
 	if imp.Registry == "*" {
 		return r, "it is for every registry; write a [[registry]] table for each that should use it"
 	}

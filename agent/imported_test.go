@@ -81,3 +81,29 @@ func TestMergeImported(t *testing.T) {
 		})
 	}
 }
+
+// TestOneTableForAllSpellings: certs.d may have directories for several names of
+// one registry. The agent must start all the same, with what the runtime uses.
+func TestOneTableForAllSpellings(t *testing.T) {
+	from := func(registry, mirror string) hostsconfig.Imported {
+		return hostsconfig.Imported{Registry: registry, Endpoints: []hostsconfig.Endpoint{{Base: mirror, Pull: true, Resolve: true}}}
+	}
+	mine := upstream.Registry{Host: "Mine.example", Upstreams: []string{"https://elsewhere.example"}}
+	got := mergeImported([]upstream.Registry{mine}, []hostsconfig.Imported{
+		from("Reg.example", "https://upper.example/v2"),
+		from("index.docker.io", "https://other.example/v2"),
+		from("docker.io", "https://mirror.example/v2"),
+		from("mine.example", "https://mirror.example/v2"),
+		from("reg.example", "https://lower.example/v2"),
+	}, slog.New(slog.DiscardHandler))
+	want := []upstream.Registry{mine,
+		{Host: "docker.io", Upstreams: []string{"https://mirror.example/v2"}},
+		{Host: "reg.example", Upstreams: []string{"https://lower.example/v2"}},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("became %+v, want %+v", got, want)
+	}
+	if _, err := upstream.New(upstream.Config{Registries: got}); err != nil {
+		t.Error(err)
+	}
+}

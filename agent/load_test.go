@@ -182,6 +182,7 @@ func TestProblems(t *testing.T) {
 		{name: "registry duration", file: "[[registry]]\nhost = \"a.example\"\ntag_ttl = true\n", want: []string{"registry[0].tag_ttl", `"10s"`}},
 		{name: "registry duration without unit", file: "[[registry]]\nhost = \"a.example\"\ntag_ttl = \"10\"\n", want: []string{"registry[0].tag_ttl", "10s or 5m"}},
 		{name: "registry twice", file: "[[registry]]\nhost = \"a.example\"\n[[registry]]\nhost = \"a.example\"\n", want: []string{"registry[1].host", "larder.toml:4", "merge"}},
+		{name: "registry twice by two names", file: "[[registry]]\nhost = \"docker.io\"\n[[registry]]\nhost = \"Index.Docker.io\"\n", want: []string{"registry[1].host", "larder.toml:4", "merge"}},
 		{name: "registry as table", file: "[registry]\nhost = \"a.example\"\n", want: []string{"[[registry]]"}},
 		{name: "registry with a wrong value", file: "[[registry]]\nhost = \"a.example\"\nauth = \"basic\"\n", want: []string{"larder.toml:1", "relay, node or anonymous"}},
 		{name: "registry file missing", file: "[[registry]]\nhost = \"a.example\"\nca_file = \"/nonexistent/ca\"\n", want: []string{"registry[0].ca_file", "larder.toml:3", "no such file"}},

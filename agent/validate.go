@@ -339,16 +339,17 @@ func overlap(a, b string) bool {
 }
 
 func (v *validator) registries(c Config) {
-	first := map[string]int{}
+	seen := map[string]bool{}
 	for i, r := range c.Registries {
 		table := fmt.Sprintf("%s[%d]", registryTable, i)
 		for _, err := range unjoin(r.Validate()) {
 			v.bad(table, "", "%v", err)
 		}
-		if _, ok := first[r.Host]; ok && r.Host != "" {
+		host := upstream.CanonicalHost(r.Host)
+		if seen[host] && host != "" {
 			v.bad(table+".host", r.Host, "has a [[registry]] table already; merge the two")
 		}
-		first[r.Host] = i
+		seen[host] = true
 		v.credentials(table, r, c.Node)
 		v.readable(table+".ca_file", r.CAFile)
 		v.readable(table+".client_cert_file", r.ClientCertFile)

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // Kind says which endpoint of the distribution API a request names.
@@ -146,7 +148,7 @@ func (rt *route) setName(name, ns []string, defaultRegistry string) error {
 	default:
 		return &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "the request names no registry: add ?ns=<registry>, put the registry first in the path, or set proxy.default_registry"}
 	}
-	rt.registry = canonicalRegistry(rt.registry)
+	rt.registry = upstream.CanonicalHost(rt.registry)
 	rt.repository = strings.Join(name, "/")
 	if len(rt.registry) > maxName || !validHost(rt.registry) {
 		return &apiError{status: http.StatusBadRequest, code: codeNameInvalid, message: "not a valid registry host"}
@@ -172,16 +174,6 @@ func decodeRegistry(s string) string {
 		return m[1] + ":" + m[2]
 	}
 	return s
-}
-
-// canonicalRegistry gives one spelling to the registries that have several.
-func canonicalRegistry(host string) string {
-	host = strings.ToLower(host)
-	switch host {
-	case "index.docker.io", "registry-1.docker.io":
-		return "docker.io"
-	}
-	return host
 }
 
 func validHost(host string) bool {

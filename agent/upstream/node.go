@@ -140,7 +140,7 @@ func (n *nodeTry) verdict(anonymous *Error) error {
 // names are what a credential for repository may be filed under. The
 // registry's own name counts only where its credential may go.
 func (ep *endpoint) names(repository string) []string {
-	names := []string{canonical(ep.addr.host) + "/" + ep.addr.prefix + repository}
+	names := []string{CanonicalHost(ep.addr.host) + "/" + ep.addr.prefix + repository}
 	if own := ep.reg.Host + "/" + repository; own != names[0] && ep.trustedWith() {
 		names = append(names, own)
 	}

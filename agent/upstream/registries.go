@@ -72,8 +72,9 @@ const (
 	hubURL  = "https://registry-1.docker.io"
 )
 
-// canonical is the one spelling of a registry's host.
-func canonical(host string) string {
+// CanonicalHost is the one spelling of a registry's host[:port] by which it is
+// looked up: lower case, and docker.io for every name that Docker Hub has.
+func CanonicalHost(host string) string {
 	host = strings.ToLower(host)
 	if slices.Contains(hubNames, host) {
 		return hubName
@@ -137,7 +138,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 // lookup finds the registry of an image name; one that nobody configured is
 // https on its own host, and remembered among few.
 func (c *Client) lookup(host string) (*registry, error) {
-	host = canonical(host)
+	host = CanonicalHost(host)
 	if reg, ok := (*c.configured.Load())[host]; ok {
 		return reg, nil
 	}
@@ -179,7 +180,7 @@ func (ep *endpoint) ruling(foreign bool) ruling {
 // mirrors says whether this endpoint stands in for another registry, and so
 // needs to be told (?ns=) which one is meant.
 func (ep *endpoint) mirrors() bool {
-	return ep.reg.Host != "" && canonical(ep.addr.host) != canonical(ep.reg.Host)
+	return ep.reg.Host != "" && CanonicalHost(ep.addr.host) != CanonicalHost(ep.reg.Host)
 }
 
 // trustedWith says whether a client's own credential, which is meant for the

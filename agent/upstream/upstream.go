@@ -193,7 +193,7 @@ func (c *Client) configure(list []Registry, old map[string]*registry) (map[strin
 			problems = append(problems, err)
 			continue
 		}
-		r.Host = canonical(r.Host)
+		r.Host = CanonicalHost(r.Host)
 		if out[r.Host] != nil {
 			problems = append(problems, fmt.Errorf("registry %q: configured twice", r.Host))
 			continue
@@ -229,10 +229,10 @@ func (c *Client) registries() []*registry {
 
 // Policy is the [[registry]] table of host, or the defaults.
 func (c *Client) Policy(host string) Registry {
-	if reg, ok := (*c.configured.Load())[canonical(host)]; ok {
+	if reg, ok := (*c.configured.Load())[CanonicalHost(host)]; ok {
 		return reg.Registry
 	}
-	return Registry{Host: canonical(host)}
+	return Registry{Host: CanonicalHost(host)}
 }
 
 // Health lists every endpoint that is configured or was used.
