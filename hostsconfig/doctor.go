@@ -2,20 +2,14 @@ package hostsconfig
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/http"
 	"net/netip"
-	"os"
-	"os/exec"
 	"path"
 	"regexp"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -43,7 +37,7 @@ type Finding struct {
 	Docs     string   `json:"docs,omitempty"`
 }
 
-// Facts are what cannot be read from files. See [GatherFacts].
+// Facts are what cannot be read from files.
 type Facts struct {
 	// ContainerdVersion is "1.7.27", "2.1.4"..., "" when unknown: then the
 	// config version and the directory layout decide.
@@ -117,6 +111,29 @@ type doctor struct {
 }
 
 func (d *doctor) add(f Finding) { d.findings = append(d.findings, f) }
+
+// hostsCommand is the command line of `larder hosts` for the managed directories:
+// without them it works only where a configuration file names them.
+func (d *doctor) hostsCommand(verb string) string {
+	line := "larder hosts " + verb
+	if d.opts.Containerd != "" {
+		line += " --hosts.containerd " + d.opts.Containerd
+	}
+	if d.opts.CRIO != "" {
+		line += " --hosts.crio " + d.opts.CRIO
+	}
+	return line
+}
+
+// fixByWriting is what to do about a file that Larder would write. A running
+// agent does so by itself within a minute, and holds the directory's lock, so
+// that `larder hosts apply` is refused: what keeps the agent from it counts.
+func (d *doctor) fixByWriting() string {
+	if d.opts.Facts.ProxyUp {
+		return "larder status    # its line \"hosts\" says why the agent has not written this"
+	}
+	return d.hostsCommand("apply") + "    # or start the agent"
+}
 
 func (d *doctor) checkPort() {
 	if d.opts.Facts.PortTaken == "" {
@@ -217,51 +234,4 @@ func lineOfError(name string, err error) string {
 		return fmt.Sprintf("%s:%d", name, row)
 	}
 	return name
-}
-
-// GatherFacts asks this machine what files do not say: which containerd runs,
-// and who answers on the proxy's address. ours tells from the headers of the
-// response to GET /v2/ there whether it is Larder; without ours nobody is. It
-// blocks for up to five seconds.
-func GatherFacts(ctx context.Context, addr string, ours func(http.Header) bool) Facts {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	facts := Facts{ContainerdVersion: containerdVersion(ctx), Home: os.Getenv("HOME")}
-	proxy, err := proxyAddr(addr)
-	if err != nil {
-		return facts
-	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", proxy.String())
-	if err != nil {
-		return facts
-	}
-	_ = conn.Close() // it was only to see whether anyone listens
-	facts.PortTaken = "it does not answer like Larder"
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+proxy.String()+"/v2/", nil)
-	if err != nil {
-		return facts
-	}
-	transport := &http.Transport{DisableKeepAlives: true} // and no HTTP_PROXY
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return facts
-	}
-	_ = resp.Body.Close() // the headers are enough
-	if ours != nil && ours(resp.Header) {
-		facts.PortTaken, facts.ProxyUp = "", true
-	}
-	return facts
-}
-
-var versionNumber = regexp.MustCompile(`\bv?(\d+\.\d+\.\d+\S*)`)
-
-func containerdVersion(ctx context.Context) string {
-	out, err := exec.CommandContext(ctx, "containerd", "--version").Output()
-	if err != nil {
-		return ""
-	}
-	if m := versionNumber.FindSubmatch(out); m != nil {
-		return string(m[1])
-	}
-	return ""
 }

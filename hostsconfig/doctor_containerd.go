@@ -409,10 +409,14 @@ func (d *doctor) checkHidden(roots []string, where string) {
 			if !d.node.isDir(path.Join(root, e.Name())) || slices.ContainsFunc(dirSpellings(hostOfDir(e.Name())), func(s string) bool { return d.node.exists(path.Join(roots[0], s)) }) {
 				continue
 			}
+			fix := d.fixByWriting()
+			if d.opts.Facts.ProxyUp {
+				fix += "\n# an agent in a pod has to see the directory: containerd.furtherRoots of the chart"
+			}
 			d.add(Finding{
 				ID: "containerd-hidden-directory", Severity: Degraded, Runtime: containerd, Where: path.Join(root, e.Name()),
 				What: fmt.Sprintf("%s/_default hides this directory and the certificates or mirrors in it (config_path in %s).", roots[0], where),
-				Fix:  "larder hosts apply    # carries it over while the agent runs", Docs: docsSetup,
+				Fix:  fix, Docs: docsSetup,
 			})
 		}
 	}
@@ -578,7 +582,7 @@ func (d *doctor) hidesDefault(dir, host string) {
 	d.add(Finding{
 		ID: "containerd-directory-hides-default", Severity: Degraded, Runtime: containerd, Where: dir,
 		What: fmt.Sprintf("This directory has no hosts.toml and hides _default, so %s is not mirrored although the agent runs.", host),
-		Fix:  "larder hosts apply", Docs: docsSetup,
+		Fix:  d.fixByWriting(), Docs: docsSetup,
 	})
 }
 
@@ -620,16 +624,16 @@ func (d *doctor) checkOrder(file, host string, doc []byte, f *hostFile) {
 	case at == 0 && !up || at < 0 && hasBlock(doc):
 		finding.ID = "leftovers"
 		finding.What = "A part of Larder's is in this file, but no agent answers at its address. Pulls work (a dead mirror costs nothing), but nothing is cached, and another program could listen there."
-		finding.Fix = "larder hosts remove    # or start the agent"
+		finding.Fix = d.hostsCommand("remove") + "    # or start the agent"
 		finding.Where = lineOf(file, doc, regexp.MustCompile("(?m)^"+regexp.QuoteMeta(beginMark)))
 	case at < 0 && up:
 		finding.ID = "containerd-host-not-mirrored"
 		finding.What = fmt.Sprintf("The agent runs, but this file does not name it, and it hides _default: %s is not mirrored.", host)
-		finding.Fix = "larder hosts apply"
+		finding.Fix = d.fixByWriting()
 	case at > 0:
 		finding.ID = "containerd-not-first"
 		finding.What = fmt.Sprintf("%q comes before the agent and is asked first.", redactURL(f.order[0]))
-		finding.Fix = "larder hosts apply"
+		finding.Fix = d.fixByWriting()
 	default:
 		return
 	}

@@ -26,7 +26,7 @@ func (d *doctor) checkCRIO() {
 		if d.opts.Facts.ProxyUp {
 			d.add(Finding{
 				ID: "crio-drop-in-missing", Severity: Broken, Runtime: crio, Where: path.Join(d.opts.CRIO, dropInName),
-				What: "The agent runs, but its drop-in is not there, so CRI-O does not know of it.", Fix: "larder hosts apply",
+				What: "The agent runs, but its drop-in is not there, so CRI-O does not know of it.", Fix: d.fixByWriting(),
 			})
 		}
 		d.checkPrefixes(files, nil)
@@ -36,7 +36,7 @@ func (d *doctor) checkCRIO() {
 		d.add(Finding{
 			ID: "leftovers", Severity: Degraded, Runtime: crio, Where: files[ours].path,
 			What: "Larder's drop-in is in place, but no agent answers at its address. Pulls work, but each tries the dead mirror first.",
-			Fix:  "larder hosts remove    # or start the agent",
+			Fix:  d.hostsCommand("remove") + "    # or start the agent",
 		})
 	}
 	d.checkOverrides(files, ours)
@@ -125,7 +125,7 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 	}
 	rendered, err := renderDropIn(rules, d.listed(), d.proxy)
 	if err != nil {
-		d.add(Finding{ID: "crio-no-drop-in", Severity: Broken, Runtime: crio, What: err.Error() + ".", Fix: "larder hosts apply --dry-run"})
+		d.add(Finding{ID: "crio-no-drop-in", Severity: Broken, Runtime: crio, What: err.Error() + ".", Fix: d.hostsCommand("apply") + " --dry-run"})
 		return
 	}
 	for _, prefix := range slices.Sorted(maps.Keys(rendered.left)) {
@@ -149,7 +149,7 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 		d.add(Finding{
 			ID: "crio-more-specific-prefix", Severity: Degraded, Runtime: crio, Where: origin[prefix],
 			What: fmt.Sprintf("%q has a rule that the drop-in does not know of yet; the longest prefix wins, so it is not mirrored.", prefix),
-			Fix:  "larder hosts apply && systemctl reload crio", Docs: docsRegistries,
+			Fix:  d.fixByWriting() + "\nsystemctl reload crio    # once the drop-in has it", Docs: docsRegistries,
 		})
 	}
 }

@@ -1,13 +1,9 @@
 package hostsconfig
 
 import (
-	"context"
 	"flag"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -134,33 +130,6 @@ func TestDiagnoseAfterApply(t *testing.T) {
 	}
 	if leftovers != 4 { // _default, quay.io, reg.x, 99-larder.conf
 		t.Errorf("%d leftovers found, want 4", leftovers)
-	}
-}
-
-func TestGatherFacts(t *testing.T) {
-	larder := func(h http.Header) bool { return h.Get("X-Test") == "larder" }
-	serve := func(header string) string {
-		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X-Test", header) }))
-		t.Cleanup(srv.Close)
-		return srv.Listener.Addr().String()
-	}
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	must(t, free.Close())
-	for _, tt := range []struct {
-		name, addr string
-		up, taken  bool
-	}{
-		{"us", serve("larder"), true, false},
-		{"someone else", serve("nginx"), false, true},
-		{"nobody", free.Addr().String(), false, false},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			facts := GatherFacts(context.Background(), tt.addr, larder)
-			if facts.ProxyUp != tt.up || (facts.PortTaken != "") != tt.taken {
-				t.Errorf("got %+v", facts)
-			}
-		})
 	}
 }
 

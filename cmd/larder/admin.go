@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,17 +23,17 @@ import (
 type adminAPI struct{ base string }
 
 // adminFlags is the --admin flag of the commands that ask a running agent.
-type adminFlags struct{ admin string }
+type adminFlags struct {
+	admin  string
+	listen string // admin.listen, where the command has a --config and has read it
+}
 
 func (f *adminFlags) bind(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.admin, "admin", "", "the agent's admin API (default: LARDER_ADMIN, else admin.listen of the configuration, else http://127.0.0.1:5053)")
 }
 
 func (f *adminFlags) api() (adminAPI, error) {
-	base := f.admin
-	if base == "" {
-		base = os.Getenv("LARDER_ADMIN")
-	}
+	base := cmp.Or(f.admin, os.Getenv("LARDER_ADMIN"), f.listen)
 	if base == "" {
 		c, _ := agent.Load(agent.Sources{Environ: os.Environ()}) // the agent complains about a bad file, not its clients
 		base = c.Admin.Listen

@@ -309,7 +309,7 @@ func TestHostsWhileTheAgentRuns(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "certs.d")
 	startNode(t, func(c *agent.Config) { c.Hosts.Containerd = dir })
 	code, _, errs := larder(t, "hosts", "remove", "--hosts.containerd", dir)
-	if code != exitFailed || !strings.Contains(errs, "stop it first") {
+	if code != exitFailed || strings.Count(errs, "stop it first") != 1 || !strings.Contains(errs, "by itself") {
 		t.Errorf("exit %d: %s", code, errs)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "_default", "hosts.toml")); err != nil {

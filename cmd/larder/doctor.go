@@ -40,6 +40,7 @@ mirror.`,
 			if d.config, err = config.load(cmd); err != nil {
 				return err
 			}
+			d.admin.listen = d.config.Admin.Listen
 			report := d.run(cmd.Context())
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), report)
@@ -72,6 +73,10 @@ type doctor struct {
 	skipCanary    bool
 
 	report doctorReport
+	// Of an agent whose admin API does not answer: whether it serves pulls all the
+	// same, or who else listens on its address, "" for nobody.
+	serving  bool
+	stranger string
 }
 
 // doctorReport is what `larder doctor --json` prints.
@@ -97,7 +102,7 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 	d.report = doctorReport{Findings: []hostsconfig.Finding{}, Runtimes: []runtimeReport{}}
 	status := d.agentStatus(ctx)
 	runtimes := d.connect(ctx)
-	opts := d.options(ctx, status, runtimes)
+	opts := d.options(status, runtimes)
 	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(opts)...)
 	d.privateImages(opts.CRIO != "")
 	for _, r := range runtimes {
@@ -121,8 +126,7 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 		if u, ok := errors.AsType[*unreachableError](err); ok {
 			why = u.base + ": " + u.why.Error()
 		}
-		d.find(hostsconfig.Finding{ID: "agent-down", Severity: hostsconfig.Broken, What: "The agent does not answer, so pulls go straight to the registry (" + why + ").",
-			Fix: "larder agent   # or say where it is with --admin; in Kubernetes: kubectl -n larder get pods -o wide"})
+		d.noAgent(ctx, why)
 		return nil
 	}
 	d.report.Agent = s.Version
@@ -136,6 +140,20 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 			Fix: "hosts.containerd = \"/etc/containerd/certs.d\"              # for containerd\nhosts.crio = \"/etc/containers/registries.conf.d\"      # for CRI-O"})
 	}
 	return &s
+}
+
+// noAgent says what a silent admin API means: no agent, or one whose admin API
+// is elsewhere.
+func (d *doctor) noAgent(ctx context.Context, why string) {
+	addr := d.config.Proxy.Listen
+	if d.serving, d.stranger = whoAnswers(ctx, addr); d.serving {
+		d.find(hostsconfig.Finding{ID: "agent-admin-elsewhere", Severity: hostsconfig.Broken,
+			What: "An agent serves pulls at " + addr + ", but not its admin API where it was looked for (" + why + "), so nothing more is known of it.",
+			Fix:  "larder doctor --admin http://HOST:PORT   # admin.listen of that agent, or --config with its file"})
+		return
+	}
+	d.find(hostsconfig.Finding{ID: "agent-down", Severity: hostsconfig.Broken, What: "The agent does not answer, so pulls go straight to the registry (" + why + ").",
+		Fix: "larder agent   # or say where it is with --admin; in Kubernetes: kubectl -n larder get pods -o wide"})
 }
 
 // connect reaches the runtimes of this node.
@@ -162,7 +180,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 }
 
 // options gathers the facts for the static findings.
-func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
+func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
 	h := d.config.Hosts
 	opts := hostsconfig.DoctorOptions{
 		FS: os.DirFS(d.root), Containerd: h.Containerd, CRIO: h.CRIO, Config: d.runtimeConfig,
@@ -179,10 +197,7 @@ func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*
 			opts.Facts.ContainerdVersion = strings.TrimPrefix(r.version, "v")
 		}
 	}
-	opts.Facts.ProxyUp = status != nil
-	if status == nil {
-		opts.Facts.PortTaken = whoAnswers(ctx, opts.ProxyAddr)
-	}
+	opts.Facts.ProxyUp, opts.Facts.PortTaken = status != nil || d.serving, d.stranger
 	return opts
 }
 
@@ -207,24 +222,28 @@ func (d *doctor) onNode(path string) string {
 	return path
 }
 
-// whoAnswers describes what listens on the proxy's address although no agent
-// answers, "" for nothing.
-func whoAnswers(ctx context.Context, addr string) string {
+// whoAnswers asks at the proxy's address for what only Larder has, the canary
+// image. It returns whether that is there, or else describes who listens, "" for
+// nobody.
+func whoAnswers(ctx context.Context, addr string) (larder bool, stranger string) {
 	if !listening(ctx, addr) {
-		return ""
+		return false, ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/v2/", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "http://"+addr+"/v2/larder.invalid/canary/manifests/doctor?ns=docker.io", nil)
 	if err != nil {
-		return "a program that is not asked: " + err.Error()
+		return false, "a program that is not asked: " + err.Error()
 	}
 	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
 	if err != nil {
-		return "a program that does not speak HTTP"
+		return false, "a program that does not speak HTTP"
 	}
 	_ = resp.Body.Close() // only the headers count
-	return strings.TrimSpace("an HTTP server " + resp.Header.Get("Server"))
+	if resp.Header.Get("X-Larder-Source") != "" {
+		return true, ""
+	}
+	return false, strings.TrimSpace("an HTTP server " + resp.Header.Get("Server"))
 }
 
 // canaryTimeout is for a pull of a few hundred bytes; containerd gives a dead

@@ -120,7 +120,7 @@ func TestDoctor(t *testing.T) {
 	}{
 		{"seen", through, nil, 0},
 		{"past-the-mirror", past, nil, exitFailed},
-		{"agent-down", through, []string{"--admin", "127.0.0.1:1"}, exitFailed},
+		{"agent-down", through, []string{"--admin", "127.0.0.1:1", "--proxy.listen", "127.0.0.1:1"}, exitFailed},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -177,5 +177,28 @@ func TestDoctorWithoutRuntime(t *testing.T) {
 	code, out, _ = larder(t, "doctor", "--root", shortDir(t), "--socket", "/nonexistent.sock", "--admin", n.admin)
 	if code != exitFailed || !strings.Contains(out, "cannot be asked") {
 		t.Errorf("exit %d\n%s", code, out)
+	}
+}
+
+// TestDoctorFindsTheAgentOfItsConfiguration: --config says where the admin API
+// is, and an agent that is found by its proxy alone is no stranger on the port.
+func TestDoctorFindsTheAgentOfItsConfiguration(t *testing.T) {
+	n := startNode(t, nil)
+	config := filepath.Join(t.TempDir(), "larder.toml")
+	body := "[admin]\nlisten = \"" + n.AdminAddr() + "\"\n[proxy]\nlisten = \"" + n.ProxyAddr() + "\"\n"
+	if err := os.WriteFile(config, []byte(body), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, out, errs := larder(t, "doctor", "--root", shortDir(t), "--config", config)
+	if strings.Contains(out, "does not answer") || errs != "" {
+		t.Errorf("with --config: %s\n%s", errs, out)
+	}
+	_, out, _ = larder(t, "doctor", "--root", shortDir(t), "--config", config, "--admin", "127.0.0.1:1")
+	if !strings.Contains(out, "An agent serves pulls at "+n.ProxyAddr()) || strings.Contains(out, "taken by someone else") {
+		t.Errorf("with another --admin:\n%s", out)
+	}
+	_, out, _ = larder(t, "doctor", "--root", shortDir(t), "--admin", "127.0.0.1:1", "--proxy.listen", n.AdminAddr())
+	if !strings.Contains(out, "taken by someone else (an HTTP server)") {
+		t.Errorf("with an HTTP server on the proxy's address:\n%s", out)
 	}
 }

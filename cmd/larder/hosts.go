@@ -65,7 +65,7 @@ func (f *hostsFlags) open(cmd *cobra.Command) (*hostsconfig.Hosts, agent.Config,
 // finish prints changes, and explains an agent that holds the directory.
 func (f *hostsFlags) finish(cmd *cobra.Command, changes []hostsconfig.Change, err error) error {
 	if errors.Is(err, hostsconfig.ErrBusy) {
-		return fmt.Errorf("%w: the running agent keeps these files in place by itself; stop it first", err)
+		return fmt.Errorf("%w; while it runs it keeps these files in place by itself", err)
 	}
 	if f.asJSON {
 		if perr := printJSON(cmd.OutOrStdout(), append([]hostsconfig.Change{}, changes...)); perr != nil {
