@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"mime"
 	"net"
 	"net/http"
@@ -11,9 +13,52 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
+
+// serveAdmin serves admin.listen and metrics.listen.
+func (a *Agent) serveAdmin(ctx context.Context) error {
+	servers := map[net.Listener]*http.Server{a.listeners.admin: {Handler: a.adminHandler()}}
+	if l := a.listeners.metrics; l != nil {
+		servers[l] = &http.Server{Handler: a.metricsHandler()}
+	}
+	failed := make(chan error, len(servers))
+	var wg sync.WaitGroup
+	for l, s := range servers {
+		s.ReadHeaderTimeout = adminHeaderTimeout
+		s.IdleTimeout = time.Minute
+		s.ErrorLog = slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)
+		s.BaseContext = func(net.Listener) context.Context { return ctx }
+		wg.Go(func() { failed <- s.Serve(l) })
+	}
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	for _, s := range servers {
+		stopServer(s)
+	}
+	wg.Wait()
+	return err
+}
+
+const (
+	adminHeaderTimeout = 5 * time.Second
+	// adminGrace lets a scrape or a status call under way finish.
+	adminGrace = time.Second
+)
+
+func stopServer(s *http.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), adminGrace)
+	defer cancel()
+	if s.Shutdown(ctx) != nil {
+		_ = s.Close() // cuts what would not end; nothing is lost
+	}
+}
 
 // adminHandler is everything on admin.listen.
 func (a *Agent) adminHandler() http.Handler {

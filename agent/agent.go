@@ -1,15 +1,12 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"reflect"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -174,51 +171,6 @@ func (a *Agent) openCache() (*cache.Cache, error) {
 	return c, nil
 }
 
-func (a *Agent) openHosts() error {
-	h := a.config.Hosts
-	if h.Containerd == "" && h.CRIO == "" {
-		return nil
-	}
-	opts := HostsOptions(a.config, a.ProxyAddr(), a.log, a.registry)
-	opts.OnImport = a.importsChanged
-	hosts, err := hostsconfig.New(opts)
-	if err != nil {
-		return fmt.Errorf("hosts: %w", err)
-	}
-	a.hosts, a.imported = hosts, hosts.Upstreams()
-	return nil
-}
-
-// importsChanged makes the upstreams follow what an operator changed in the
-// runtimes' own registry configuration. Run of the hosts calls it, from one
-// goroutine, also with what is known since the start.
-func (a *Agent) importsChanged(now []hostsconfig.Imported) {
-	if reflect.DeepEqual(now, a.imported) {
-		return
-	}
-	a.imported = now
-	a.log.Info("the runtimes' own registry configuration has changed; upstreams follow it")
-	if err := a.upstream.SetRegistries(mergeImported(a.config.Registries, now, a.log)); err != nil {
-		a.log.Error("keeping the former upstreams; restart the agent after mending the runtimes' registry configuration", "err", err)
-	}
-}
-
-// HostsOptions are what hostsconfig is told by the configuration: also what
-// `larder hosts` works with, so that both mean the same files.
-func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.Registerer) hostsconfig.Options {
-	return hostsconfig.Options{
-		Containerd:   c.Hosts.Containerd,
-		CRIO:         c.Hosts.CRIO,
-		ColonLink:    c.Hosts.ContainerdColonLink,
-		ReloadCRIO:   c.Hosts.CRIOReload,
-		Registries:   c.Hosts.Registries,
-		ProxyAddr:    proxyAddr,
-		RemoveOnExit: c.Hosts.RemoveOnExit,
-		Logger:       log,
-		Registerer:   reg,
-	}
-}
-
 func (a *Agent) openUpstream() (*upstream.Client, error) {
 	registries := a.config.Registries
 	if a.hosts != nil {
@@ -353,149 +305,4 @@ func (a *Agent) Close() error {
 		errs = append(errs, a.cache.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// serveAdmin serves admin.listen and metrics.listen.
-func (a *Agent) serveAdmin(ctx context.Context) error {
-	servers := map[net.Listener]*http.Server{a.listeners.admin: {Handler: a.adminHandler()}}
-	if l := a.listeners.metrics; l != nil {
-		servers[l] = &http.Server{Handler: a.metricsHandler()}
-	}
-	failed := make(chan error, len(servers))
-	var wg sync.WaitGroup
-	for l, s := range servers {
-		s.ReadHeaderTimeout = adminHeaderTimeout
-		s.IdleTimeout = time.Minute
-		s.ErrorLog = slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)
-		s.BaseContext = func(net.Listener) context.Context { return ctx }
-		wg.Go(func() { failed <- s.Serve(l) })
-	}
-	var err error
-	select {
-	case <-ctx.Done():
-	case err = <-failed:
-	}
-	for _, s := range servers {
-		stopServer(s)
-	}
-	wg.Wait()
-	return err
-}
-
-const (
-	adminHeaderTimeout = 5 * time.Second
-	// adminGrace lets a scrape or a status call under way finish.
-	adminGrace = time.Second
-)
-
-func stopServer(s *http.Server) {
-	ctx, cancel := context.WithTimeout(context.Background(), adminGrace)
-	defer cancel()
-	if s.Shutdown(ctx) != nil {
-		_ = s.Close() // cuts what would not end; nothing is lost
-	}
-}
-
-const (
-	hostsRetryMin = time.Second
-	hostsRetryMax = 30 * time.Second
-)
-
-// runHosts keeps the host configuration in place. An error is no reason to
-// stop serving: another agent may hold the directory while it is replaced by
-// this one, or a mount may come late.
-func (a *Agent) runHosts(ctx context.Context) error {
-	for retry := hostsRetryMin; ; retry = min(2*retry, hostsRetryMax) {
-		err := a.hosts.Run(ctx)
-		if ctx.Err() != nil {
-			return err
-		}
-		a.setHostsErr(cmp.Or(err, errHostsEnded))
-		a.log.Error("host configuration is not managed; trying again", "err", err, "in", retry)
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(retry):
-		}
-		a.setHostsErr(nil)
-	}
-}
-
-var errHostsEnded = errors.New("ended unexpectedly")
-
-func (a *Agent) setHostsErr(err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.hostsErr = err
-}
-
-func (a *Agent) hostsInPlace() error {
-	a.mu.Lock()
-	err := a.hostsErr
-	a.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	return a.hosts.InPlace()
-}
-
-// leftoversTimeout bounds the cleaning up after a failed start.
-const leftoversTimeout = 10 * time.Second
-
-// removeLeftovers takes back what an agent that was killed left in the host's
-// files: they name a port on which now nobody, or somebody else, answers.
-func (a *Agent) removeLeftovers() {
-	h := a.config.Hosts
-	if !h.RemoveOnExit || h.Containerd == "" && h.CRIO == "" {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), leftoversTimeout)
-	defer cancel()
-	addr := Default().Proxy.Listen // Remove does not look at it
-	hosts, err := hostsconfig.New(HostsOptions(a.config, addr, a.log, nil))
-	if err == nil {
-		var changes []hostsconfig.Change
-		changes, err = hosts.Remove(ctx)
-		for _, c := range changes {
-			a.log.Info("took back host configuration of an earlier agent", "path", c.Path, "action", c.Action)
-		}
-	}
-	if err != nil && !errors.Is(err, hostsconfig.ErrBusy) { // busy: another agent serves, and it is the owner
-		a.log.Warn("host configuration of an earlier agent may be left", "err", err)
-	}
-}
-
-// checks are the conditions of being ready.
-func (a *Agent) checks() []Check {
-	check := func(name string, err error) Check {
-		if err != nil {
-			return Check{Name: name, Reason: err.Error()}
-		}
-		return Check{Name: name, OK: true}
-	}
-	out := []Check{check("proxy", a.proxyCheck()), check("cache", a.cacheCheck())}
-	if a.hosts != nil {
-		out = append(out, check("hosts", a.hostsInPlace()))
-	}
-	if a.swarm != nil {
-		out = append(out, check("peers", a.swarm.check()))
-	}
-	return slices.Clip(out)
-}
-
-func (a *Agent) proxyCheck() error {
-	switch a.state.Load() {
-	case stateStarting:
-		return errors.New("not listening yet")
-	case stateStopping:
-		return errors.New("stopping")
-	}
-	return nil
-}
-
-func (a *Agent) cacheCheck() error {
-	if a.cache.Stats().Free < 0 {
-		return fmt.Errorf("the file system of %s cannot be read", a.config.Cache.Dir)
-	}
-	return nil
 }

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"os"
 	"slices"
 
@@ -86,18 +88,41 @@ func (a *Agent) counted() map[string]map[string]int64 {
 	return out
 }
 
-func (a *Agent) hostsStatus() HostsStatus {
-	s := HostsStatus{Containerd: a.config.Hosts.Containerd, CRIO: a.config.Hosts.CRIO}
-	if a.hosts == nil {
-		return s
-	}
-	if err := a.hostsInPlace(); err != nil {
-		s.Problem = err.Error()
-	}
-	s.InPlace = s.Problem == ""
-	return s
-}
-
 func allOK(checks []Check) bool {
 	return !slices.ContainsFunc(checks, func(c Check) bool { return !c.OK })
+}
+
+// checks are the conditions of being ready.
+func (a *Agent) checks() []Check {
+	check := func(name string, err error) Check {
+		if err != nil {
+			return Check{Name: name, Reason: err.Error()}
+		}
+		return Check{Name: name, OK: true}
+	}
+	out := []Check{check("proxy", a.proxyCheck()), check("cache", a.cacheCheck())}
+	if a.hosts != nil {
+		out = append(out, check("hosts", a.hostsInPlace()))
+	}
+	if a.swarm != nil {
+		out = append(out, check("peers", a.swarm.check()))
+	}
+	return slices.Clip(out)
+}
+
+func (a *Agent) proxyCheck() error {
+	switch a.state.Load() {
+	case stateStarting:
+		return errors.New("not listening yet")
+	case stateStopping:
+		return errors.New("stopping")
+	}
+	return nil
+}
+
+func (a *Agent) cacheCheck() error {
+	if a.cache.Stats().Free < 0 {
+		return fmt.Errorf("the file system of %s cannot be read", a.config.Cache.Dir)
+	}
+	return nil
 }
