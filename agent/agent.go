@@ -83,17 +83,18 @@ func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedg
 // starts nothing. When it fails it takes back host configuration that an
 // earlier agent left behind: nobody will serve it now.
 func New(c Config, opts ...Option) (*Agent, error) {
-	if err := c.Validate(); err != nil {
-		return nil, err
-	}
 	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}}
 	for _, opt := range opts {
 		opt(&o)
 	}
+	if err := c.Validate(); err != nil {
+		RemoveLeftovers(c, o.log)
+		return nil, err
+	}
 	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now()}
 	a.events = newEvents(a.sample, a.Status, o.log)
 	if err := a.open(o); err != nil {
-		a.removeLeftovers()
+		RemoveLeftovers(c, o.log)
 		return nil, errors.Join(err, a.Close())
 	}
 	return a, nil

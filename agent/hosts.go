@@ -104,26 +104,31 @@ func (a *Agent) hostsInPlace() error {
 // leftoversTimeout bounds the cleaning up after a failed start.
 const leftoversTimeout = 10 * time.Second
 
-// removeLeftovers takes back what an agent that was killed left in the host's
-// files: they name a port on which now nobody, or somebody else, answers.
-func (a *Agent) removeLeftovers() {
-	h := a.config.Hosts
+// RemoveLeftovers takes back what an agent that was killed left in the host's
+// files: they name a port on which now nobody, or somebody else, answers. It is
+// for who does not start an agent with c after all; New that fails has done it. c
+// need not be valid: the directories alone count, and one that another agent
+// manages is left to that. What goes wrong is logged.
+func RemoveLeftovers(c Config, log *slog.Logger) {
+	h := c.Hosts
 	if !h.RemoveOnExit || h.Containerd == "" && h.CRIO == "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), leftoversTimeout)
 	defer cancel()
-	addr := Default().Proxy.Listen // Remove does not look at it
-	hosts, err := hostsconfig.New(HostsOptions(a.config, addr, a.log, nil))
+	hosts, err := hostsconfig.New(hostsconfig.Options{
+		Containerd: h.Containerd, CRIO: h.CRIO, ReloadCRIO: h.CRIOReload, Logger: log,
+		ProxyAddr: Default().Proxy.Listen, // Remove does not look at it
+	})
 	if err == nil {
 		var changes []hostsconfig.Change
 		changes, err = hosts.Remove(ctx)
 		for _, c := range changes {
-			a.log.Info("took back host configuration of an earlier agent", "path", c.Path, "action", c.Action)
+			log.Info("took back host configuration of an earlier agent", "path", c.Path, "action", c.Action)
 		}
 	}
 	if err != nil && !errors.Is(err, hostsconfig.ErrBusy) { // busy: another agent serves, and it is the owner
-		a.log.Warn("host configuration of an earlier agent may be left", "err", err)
+		log.Warn("host configuration of an earlier agent may be left", "err", err)
 	}
 }
 

@@ -27,10 +27,12 @@ a flag (--proxy.listen); a flag beats the environment, which beats the file.
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := config.load(cmd)
+			log := newLogger(cmd, c.Log)
 			if err != nil {
+				agent.RemoveLeftovers(c, log)
 				return err
 			}
-			a, err := agent.New(c, agent.WithLogger(newLogger(cmd, c.Log)), agent.WithBuild(build()))
+			a, err := agent.New(c, agent.WithLogger(log), agent.WithBuild(build()))
 			if err != nil {
 				return fmt.Errorf("start: %w", err)
 			}
