@@ -23,7 +23,7 @@ import (
 func (a *Agent) serveAdmin(ctx context.Context) error {
 	servers := map[net.Listener]*http.Server{a.listeners.admin: {Handler: a.adminHandler()}}
 	if l := a.listeners.metrics; l != nil {
-		servers[l] = &http.Server{Handler: a.metricsHandler()}
+		servers[l] = newMetricsServer(a.metricsHandler())
 	}
 	failed := make(chan error, len(servers))
 	var wg sync.WaitGroup
@@ -46,7 +46,15 @@ func (a *Agent) serveAdmin(ctx context.Context) error {
 	return err
 }
 
+// newMetricsServer is for requests from other machines: who does not send one, or
+// does not take the answer, must not hold a connection for ever.
+func newMetricsServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadTimeout: metricsTimeout, WriteTimeout: metricsTimeout}
+}
+
 const (
+	// metricsTimeout is longer than scrapes are waited for.
+	metricsTimeout     = 30 * time.Second
 	adminHeaderTimeout = 5 * time.Second
 	// adminGrace lets a scrape or a status call under way finish.
 	adminGrace = time.Second
