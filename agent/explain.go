@@ -67,8 +67,12 @@ func (e *explainer) root() error {
 	return nil
 }
 
-// manifest adds a manifest or index and what is below it.
+// manifest adds a manifest or index and what is below it, each once: indexes of
+// indexes could name one another more often than could ever be told.
 func (e *explainer) manifest(d ocispec.Descriptor) error {
+	if e.has(d.Digest) {
+		return nil
+	}
 	body, err := e.read(d.Digest)
 	if err != nil {
 		if len(e.out.Parts) == 0 {
@@ -115,8 +119,12 @@ func (e *explainer) read(d digest.Digest) ([]byte, error) {
 	return io.ReadAll(r)
 }
 
+func (e *explainer) has(d digest.Digest) bool {
+	return slices.ContainsFunc(e.out.Parts, func(p Part) bool { return p.Digest == d })
+}
+
 func (e *explainer) add(kind string, d ocispec.Descriptor) {
-	if slices.ContainsFunc(e.out.Parts, func(p Part) bool { return p.Digest == d.Digest }) {
+	if e.has(d.Digest) {
 		return // shared by two platforms
 	}
 	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}, Used: e.used[d.Digest]}
