@@ -61,6 +61,8 @@ type database struct {
 	path string
 	log  *slog.Logger
 	full chan struct{} // asks the owner to flush; buffered
+	// fault is why a write fails; nil but in tests.
+	fault error
 
 	mu      sync.Mutex // guards the fields below; not held in transactions
 	bolt    *bolt.DB   // nil when even a new file could not be made
@@ -247,11 +249,8 @@ func (db *database) enqueue(b bucket, k, stamped []byte) {
 	if len(k) == 0 || db.waiting >= maxPending && stamped != nil {
 		return
 	}
-	if db.pending[b] == nil {
-		db.pending[b] = map[string][]byte{}
-	}
-	db.pending[b][string(k)] = stamped
-	if db.waiting++; db.waiting >= enoughPending {
+	db.enqueueLocked(b, string(k), stamped)
+	if db.waiting >= enoughPending {
 		select {
 		case db.full <- struct{}{}:
 		default:
@@ -259,9 +258,18 @@ func (db *database) enqueue(b bucket, k, stamped []byte) {
 	}
 }
 
+// enqueueLocked needs mu.
+func (db *database) enqueueLocked(b bucket, k string, stamped []byte) {
+	if db.pending[b] == nil {
+		db.pending[b] = map[string][]byte{}
+	}
+	db.pending[b][k] = stamped
+	db.waiting++
+}
+
 // flush writes what is pending, in one transaction, and heals a file that was
-// deleted. Only one goroutine at a time may call it. What cannot be written is
-// lost.
+// deleted. Only one goroutine at a time may call it. Of what cannot be written
+// the new facts are lost, and deletions are tried again by the next flush.
 func (db *database) flush() {
 	db.heal()
 	db.mu.Lock()
@@ -275,18 +283,51 @@ func (db *database) flush() {
 	err := db.run(func(opened *bolt.DB) error {
 		return opened.Update(func(tx *bolt.Tx) error { return db.write(tx, count) })
 	})
+	var undone map[bucket][]string
+	if err != nil {
+		db.log.Debug("write cache metadata", "err", err)
+		undone = db.undeleted()
+	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.writing = nil
 	if err == nil {
 		db.count = count
-	} else {
-		db.log.Debug("write cache metadata", "err", err)
 	}
+	for name, keys := range undone {
+		for _, k := range keys {
+			if _, newer := db.pending[name][k]; !newer {
+				db.enqueueLocked(name, k, nil)
+			}
+		}
+	}
+}
+
+// undeleted lists what db.writing deletes and the file still has: no more than
+// the file can hold, however many deletions of unknown keys callers cause.
+func (db *database) undeleted() map[bucket][]string {
+	keys := map[bucket][]string{}
+	_ = db.run(func(opened *bolt.DB) error {
+		return opened.View(func(tx *bolt.Tx) error {
+			for name, facts := range db.writing {
+				b := tx.Bucket([]byte(name))
+				for k, stamped := range facts {
+					if stamped == nil && b.Get([]byte(k)) != nil {
+						keys[name] = append(keys[name], k)
+					}
+				}
+			}
+			return nil
+		})
+	}) // a file that cannot be read either is replaced by an empty one
+	return keys
 }
 
 // write stores db.writing, which nobody changes meanwhile.
 func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
+	if db.fault != nil {
+		return db.fault
+	}
 	for name, facts := range db.writing {
 		b := tx.Bucket([]byte(name))
 		// In order of keys, so that pages are touched once.

@@ -195,6 +195,41 @@ func TestMetadataLasts(t *testing.T) {
 }
 
 // TestMetadataIsBounded pins that the oldest facts go first.
+// TestMetadataForgetsWhenTheDiskIsFull: that somebody may no longer read a
+// repository is not lost because it could not be written at once.
+func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metadata.db")
+	m, err := openMeta(path, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo, other := Repository{"docker.io", "team/app"}, Repository{"docker.io", "team/other"}
+	m.SetVerdict(repo, Anyone)
+	m.flush()
+	m.db.fault = syscall.ENOSPC
+	m.DeleteVerdict(repo, Anyone)
+	m.DeleteVerdict(other, Anyone) // was never there
+	m.flush()
+	if _, ok := m.Verdict(repo, Anyone); ok {
+		t.Error("it is back")
+	}
+	if m.db.waiting != 1 {
+		t.Errorf("%d facts wait, want the deletion of one that is in the file", m.db.waiting)
+	}
+	m.db.fault = nil
+	m.flush()
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	if m, err = openMeta(path, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	defer m.close()
+	if _, ok := m.Verdict(repo, Anyone); ok {
+		t.Error("it is back after a restart")
+	}
+}
+
 func TestMetadataIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, Options{})
