@@ -181,18 +181,6 @@ func (k boundKey) setList(items []any) error {
 	return nil
 }
 
-// text is the value as a user would write it on the command line.
-func (k boundKey) text() string {
-	switch v := k.value.Interface().(type) {
-	case []string:
-		return strings.Join(v, ",")
-	case time.Duration:
-		return shortDuration(v)
-	default:
-		return fmt.Sprint(v)
-	}
-}
-
 // parseDuration is time.ParseDuration with 0 allowed bare and an error that
 // says what to write.
 func parseDuration(text string) (time.Duration, error) {
@@ -201,18 +189,6 @@ func parseDuration(text string) (time.Duration, error) {
 		return 0, fmt.Errorf("not a duration; write 500ms, 10s or 24h")
 	}
 	return d, nil
-}
-
-// shortDuration is d without the zero units at its end: 24h, not 24h0m0s.
-func shortDuration(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
 }
 
 // splitList reads a comma-separated list; blanks and empty items go.

@@ -54,6 +54,30 @@ func TestDefaultsAreTheContract(t *testing.T) {
 	}
 }
 
+// text is the value as a user would write it on the command line.
+func (k boundKey) text() string {
+	switch v := k.value.Interface().(type) {
+	case []string:
+		return strings.Join(v, ",")
+	case time.Duration:
+		return shortDuration(v)
+	default:
+		return fmt.Sprint(v)
+	}
+}
+
+// shortDuration is d without the zero units at its end: 24h, not 24h0m0s.
+func shortDuration(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
 func writeFile(t *testing.T, body string) string {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "larder.toml")

@@ -36,14 +36,8 @@ func isCanary(rt *route) bool {
 	return rt.repository == canaryHost+"/"+canaryName || rt.registry == canaryHost && rt.repository == canaryName
 }
 
-// CanarySeen reports when the canary image was asked for under the tag nonce:
-// the proof that a runtime really comes through this proxy.
-func (p *Proxy) CanarySeen(nonce string) (time.Time, bool) {
-	c, ok := p.canaries.get(nonce)
-	return c.Seen, ok
-}
-
-// Canary is CanarySeen with all that is known.
+// Canary returns the last pull of the canary image under the tag nonce: the proof
+// that a runtime really comes through this proxy.
 func (p *Proxy) Canary(nonce string) (Canary, bool) { return p.canaries.get(nonce) }
 
 // serveCanary answers from the generated image; every tag is a nonce.

@@ -121,7 +121,7 @@ func referrersOf(t *testing.T, a answer) []ocispec.Descriptor {
 func TestCanary(t *testing.T) {
 	n := startNode(t, nil)
 	n.registry.Down()
-	if _, ok := n.proxy.CanarySeen("n1"); ok {
+	if _, ok := n.proxy.Canary("n1"); ok {
 		t.Error("seen before")
 	}
 	c := n.containerd()
