@@ -92,7 +92,10 @@ func (a adminAPI) do(ctx context.Context, method, path string, body any) (*http.
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // whatever came before the error is better than nothing
-	return nil, fmt.Errorf("%s%s: %s: %s", a.base, path, resp.Status, strings.TrimSpace(string(text)))
+	if why := strings.TrimSpace(string(text)); why != "" {
+		return nil, fmt.Errorf("%s (%s answers %s)", why, a.base, resp.Status)
+	}
+	return nil, fmt.Errorf("%s%s: %s", a.base, path, resp.Status)
 }
 
 func (a adminAPI) unreachable(err error) error {

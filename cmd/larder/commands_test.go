@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -18,6 +20,7 @@ import (
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
+	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -123,7 +126,7 @@ func TestExplainGolden(t *testing.T) {
 func TestAgainstARealAgent(t *testing.T) {
 	n := startNode(t, nil)
 	code, out, errs := larder(t, "explain", testImage, "--admin", n.admin)
-	if code != exitFailed || out != "" || !strings.Contains(errs, "larder warm "+testImage) {
+	if code != exitFailed || out != "" || !strings.HasPrefix(errs, "larder: "+testImage+": not known on this node") || !strings.Contains(errs, "larder warm "+testImage) {
 		t.Errorf("explain of an unknown image: exit %d, %q, %q", code, out, errs)
 	}
 	code, out, errs = larder(t, "warm", testImage, "--platform", "linux/amd64", "--admin", n.admin)
@@ -162,6 +165,37 @@ func TestAgainstARealAgent(t *testing.T) {
 	}
 }
 
+// TestWarmInterrupted: Ctrl-C is no failure of the agent, which goes on.
+func TestWarmInterrupted(t *testing.T) {
+	n := startNode(t, nil)
+	fault := n.registry.Inject(registrytest.Match{Kind: registrytest.Blob}, registrytest.StallAfter(100))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out, errs bytes.Buffer
+	code := make(chan int, 1)
+	go func() {
+		code <- run(ctx, []string{"warm", testImage, "--platform", "linux/amd64", "--admin", n.admin}, &out, &errs)
+	}()
+	eventually(t, "fetching", func() error {
+		if len(n.Status().Fills) == 0 {
+			return errors.New("no fill runs")
+		}
+		return nil
+	})
+	cancel()
+	if code := <-code; code != exitFailed || !strings.Contains(errs.String(), "interrupted") || strings.Contains(errs.String(), "went away") {
+		t.Errorf("exit %d: %s", code, errs.String())
+	}
+	fault.Remove()
+	fault.Release()
+	eventually(t, "fetched", func() error {
+		if running := n.Status().Fills; len(running) > 0 {
+			return fmt.Errorf("%d fills run", len(running))
+		}
+		return nil
+	})
+}
+
 // TestMistakes holds that an error says what to do, and the exit codes.
 func TestMistakes(t *testing.T) {
 	empty := filepath.Join(t.TempDir(), "larder.toml")
@@ -188,7 +222,7 @@ func TestMistakes(t *testing.T) {
 		{"no image", []string{"warm"}, exitUsage, []string{"larder warm --help"}},
 		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
 		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},
-		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?"}},
+		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?\n"}},
 		{"unknown key", []string{"agent", "--config", typo}, exitUsage, []string{"cache.maxbytes", "typo.toml:2", "did you mean cache.max_bytes?"}},
 		{"two problems", []string{"agent", "--config", empty, "--log.level=x", "--cache.dir="}, exitUsage, []string{"log.level", "cache.dir"}},
 		{"hosts without a directory", []string{"hosts", "apply", "--config", empty}, exitUsage, []string{"--hosts.containerd /etc/containerd/certs.d"}},

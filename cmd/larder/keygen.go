@@ -23,7 +23,7 @@ cluster the same key, in the file that peer.key_file names, and nobody else.
 In a pod whose service account may create Secrets, --secret puts the key into a
 Secret instead, and leaves one that exists as it is. The Secret belongs to the
 service account and is deleted with it.`,
-		Example: `  larder keygen > /etc/larder/cluster.key
+		Example: `  (umask 077 && larder keygen > /etc/larder/key)
   kubectl -n larder create secret generic larder --from-literal=key="$(larder keygen)"`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -117,10 +117,11 @@ func flagError(cmd *cobra.Command, err error) error {
 func markUsage(cmd *cobra.Command) {
 	if check := cmd.Args; check != nil {
 		cmd.Args = func(cmd *cobra.Command, args []string) error {
-			if err := check(cmd, args); err != nil {
-				return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+			err := check(cmd, args)
+			if err == nil || errors.As(err, new(usageError)) { // which says what to do
+				return err
 			}
-			return nil
+			return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 		}
 	}
 	for _, sub := range cmd.Commands() {

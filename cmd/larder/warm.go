@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,17 +37,28 @@ report each blob and where it came from.`,
 					return usageError{err}
 				}
 			}
-			resp, err := api.do(cmd.Context(), http.MethodPost, "/api/v1/warm", agent.WarmRequest{Images: args, Platform: platform})
-			if err != nil {
-				return err
+			err = warm(cmd.Context(), api, cmd.OutOrStdout(), agent.WarmRequest{Images: args, Platform: platform})
+			if cmd.Context().Err() != nil {
+				return errWarmInterrupted
 			}
-			defer resp.Body.Close()
-			return showWarm(cmd.OutOrStdout(), resp.Body, len(args))
+			return err
 		},
 	}
 	admin.bind(cmd)
 	cmd.Flags().StringVar(&platform, "platform", "", `os/arch, or "all" (default: this node's)`)
 	return cmd
+}
+
+var errWarmInterrupted = errors.New("interrupted; the agent finishes what it has begun to fetch, and begins nothing more")
+
+// warm has the agent fetch images, and shows how it gets on.
+func warm(ctx context.Context, api adminAPI, out io.Writer, req agent.WarmRequest) error {
+	resp, err := api.do(ctx, http.MethodPost, "/api/v1/warm", req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	return showWarm(out, resp.Body, len(req.Images))
 }
 
 // warmView shows the events of one warm request.
