@@ -44,36 +44,36 @@ func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 
 // Plan returns what Apply would change, and changes nothing.
 func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var changes []Change
-	var problems []error
-	for _, d := range h.directories() {
-		m, err := peek(d.path, d.runtime)
-		if err != nil {
-			problems = append(problems, err)
-			continue
-		}
+	return h.foresee(func(m *managed) ([]Change, error) {
 		steps, err := h.plan(ctx, m)
-		problems = append(problems, err)
-		for _, st := range steps {
-			if !st.quiet {
-				changes = append(changes, st.change)
-			}
+		changes := visible(steps)
+		if m.runtime == containerd && h.opts.ColonLink {
+			c, cerr := m.planColon()
+			changes, err = append(changes, optional(c)...), errors.Join(err, cerr)
 		}
-		if d.runtime == containerd && h.opts.ColonLink {
-			c, err := m.planColon()
-			problems = append(problems, err)
-			if c != nil {
-				changes = append(changes, *c)
-			}
-		}
-	}
-	return changes, errors.Join(problems...)
+		return changes, err
+	})
 }
 
 // PlanRemove returns what Remove would change, and changes nothing.
 func (h *Hosts) PlanRemove(ctx context.Context) ([]Change, error) {
+	return h.foresee(func(m *managed) ([]Change, error) {
+		rels, err := m.taken()
+		var steps []step
+		for _, rel := range rels {
+			steps = append(steps, m.planRestore(rel))
+		}
+		changes := visible(steps)
+		if m.journal.Link != "" {
+			changes = append(changes, Change{Path: m.colonPath(m.journal.Link), Runtime: m.runtime, Action: Delete})
+		}
+		return changes, errors.Join(err, ctx.Err())
+	})
+}
+
+// foresee gathers the changes that plan finds in each directory, opened for
+// reading only.
+func (h *Hosts) foresee(plan func(*managed) ([]Change, error)) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var changes []Change
@@ -84,19 +84,21 @@ func (h *Hosts) PlanRemove(ctx context.Context) ([]Change, error) {
 			problems = append(problems, err)
 			continue
 		}
-		rels, err := m.taken()
-		problems = append(problems, err, ctx.Err())
-		for _, rel := range rels {
-			st := m.planRestore(rel)
-			if !st.quiet {
-				changes = append(changes, st.change)
-			}
-		}
-		if m.journal.Link != "" {
-			changes = append(changes, Change{Path: m.colonPath(m.journal.Link), Runtime: d.runtime, Action: Delete})
-		}
+		c, err := plan(m)
+		changes, problems = append(changes, c...), append(problems, err)
 	}
 	return changes, errors.Join(problems...)
+}
+
+// visible are the changes of steps that change more than the journal.
+func visible(steps []step) []Change {
+	var out []Change
+	for _, st := range steps {
+		if !st.quiet {
+			out = append(out, st.change)
+		}
+	}
+	return out
 }
 
 var (
