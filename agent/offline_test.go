@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -225,20 +224,7 @@ func TestTokenServiceDown(t *testing.T) {
 func (p *private) pathEncoded(q question, authorization string) reply {
 	p.t.Helper()
 	q.path = "/v2/" + testRegistry + strings.TrimPrefix(q.path, "/v2")
-	req, err := http.NewRequestWithContext(p.t.Context(), q.method, p.at(0)+q.path, nil)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	for i := 0; i < len(q.header); i += 2 {
-		req.Header.Set(q.header[i], q.header[i+1])
-	}
-	if authorization != "" {
-		req.Header.Set("Authorization", authorization)
-	}
-	resp, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	resp := p.send(p.at(0), q, authorization)
 	resp.Body.Close()
 	return reply{status: resp.StatusCode, challenge: resp.Header.Get("WWW-Authenticate")}
 }

@@ -199,12 +199,9 @@ func (r reply) same(own reply) bool {
 
 func (r reply) String() string { return fmt.Sprintf("%d %s %q", r.status, r.source, r.challenge) }
 
-// ask asks a place, for a node with the registry's name.
-func (p *private) ask(base string, q question, authorization string) reply {
+// send sends a question as it is. The caller closes the body.
+func (p *private) send(base string, q question, authorization string) *http.Response {
 	p.t.Helper()
-	if base != p.reg.URL() {
-		q.path += "?ns=" + testRegistry
-	}
 	req, err := http.NewRequestWithContext(p.t.Context(), q.method, base+q.path, nil)
 	if err != nil {
 		p.t.Fatal(err)
@@ -219,6 +216,16 @@ func (p *private) ask(base string, q question, authorization string) reply {
 	if err != nil {
 		p.t.Fatalf("%s: %v", q.name, err)
 	}
+	return resp
+}
+
+// ask asks a place, for a node with the registry's name.
+func (p *private) ask(base string, q question, authorization string) reply {
+	p.t.Helper()
+	if base != p.reg.URL() {
+		q.path += "?ns=" + testRegistry
+	}
+	resp := p.send(base, q, authorization)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
