@@ -14,7 +14,6 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
 // htpasswd lets in ann with the password "secret" (bcrypt).
@@ -23,10 +22,16 @@ const htpasswd = "ann:$2a$04$dZaAod92/h6WQD.tuTVWQeQnfSPUcVwDnRwEASO.RGvMylNZkaL
 // startPrivateRegistry runs a registry that lets in ann alone.
 func startPrivateRegistry(t *testing.T, kind registryKind) *registry {
 	t.Helper()
-	return startGuarded(t, kind, net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t))),
-		fmt.Sprintf("{htpasswd: {realm: test, path: %s}}", writeFile(t, filepath.Join(tempDir(t), "htpasswd"), htpasswd)),
-		func(string) string { return basic(ann) })
+	return startGuarded(t, kind, net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort(t))), annAlone(t), basicAnn)
 }
+
+// annAlone is the section auth of such a registry's configuration.
+func annAlone(t *testing.T) string {
+	t.Helper()
+	return fmt.Sprintf("{htpasswd: {realm: test, path: %s}}", writeFile(t, filepath.Join(tempDir(t), "htpasswd"), htpasswd))
+}
+
+func basicAnn(string) string { return basic(ann) }
 
 // ann is who may read what private registries hold.
 var ann = authn.Basic{Username: "ann", Password: "secret"}
@@ -49,20 +54,11 @@ func (a authorized) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.base.RoundTrip(r)
 }
 
-// pushPrivate is push as ann. The returned image's name is that of
-// its tag, at the registry's own address.
+// pushPrivate pushes an ordinary image as ann. The returned name is that of its
+// tag, at the registry's own address.
 func (r *registry) pushPrivate(repository string, seed uint64) (img pushed, name string) {
 	r.t.Helper()
-	image := buildImage(r.t, ociImage, runtime.GOARCH, seed, ordinarySizes)
-	img = pushed{repository: repository, tag: tag}
-	img.layers, img.size = contents(r.t, image)
-	var err error
-	if img.digest, err = image.Digest(); err == nil {
-		err = remote.Write(r.reference(repository), image, remote.WithTransport(authorized{r.pusher(repository), r.transport()}))
-	}
-	if err != nil {
-		r.t.Fatalf("push %s: %v", repository, err)
-	}
+	img = r.pushImage(repository, buildImage(r.t, ociImage, runtime.GOARCH, seed, ordinarySizes))
 	return img, r.addr + "/" + repository + ":" + tag
 }
 

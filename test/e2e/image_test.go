@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path"
 	"path/filepath"
@@ -61,7 +62,7 @@ func (r *registry) push(kind imageKind, repository string, seed uint64, sizes ..
 	index := buildIndex(r.t, seed, sizes)
 	digest, err := index.Digest()
 	if err == nil {
-		err = remote.WriteIndex(r.reference(repository), index, remote.WithTransport(r.transport()))
+		err = remote.WriteIndex(r.reference(repository), index, remote.WithTransport(r.pushTransport(repository)))
 	}
 	if err != nil {
 		r.t.Fatalf("push %s: %v", repository, err)
@@ -75,12 +76,20 @@ func (r *registry) pushImage(repository string, image v1.Image) pushed {
 	p.layers, p.size = contents(r.t, image)
 	var err error
 	if p.digest, err = image.Digest(); err == nil {
-		err = remote.Write(r.reference(repository), image, remote.WithTransport(r.transport()))
+		err = remote.Write(r.reference(repository), image, remote.WithTransport(r.pushTransport(repository)))
 	}
 	if err != nil {
 		r.t.Fatalf("push %s: %v", repository, err)
 	}
 	return p
+}
+
+// pushTransport is the way of who may push: ann, where a registry asks for credentials.
+func (r *registry) pushTransport(repository string) http.RoundTripper {
+	if r.pusher == nil {
+		return r.transport()
+	}
+	return authorized{r.pusher(repository), r.transport()}
 }
 
 // tag is the one that every pushed image has.

@@ -286,7 +286,7 @@ func (i *installation) rollingRestart(t *testing.T) {
 // that do not are refused, though every node has it.
 func (i *installation) privateImage(t *testing.T) {
 	i.k.kubectl(t, "create", "secret", "docker-registry", "private", "--docker-server", privateImages,
-		"--docker-username", i.private.user.name, "--docker-password", i.private.user.password)
+		"--docker-username", ann.Username, "--docker-password", ann.Password)
 	a, image := i.pushTo(t, i.private, privateImages, 4<<10, 300<<10, 12<<20)
 	stranger := app{name: "stranger", image: a.image}
 	a.secret = "private"

@@ -64,30 +64,22 @@ func newClusterOf(t *testing.T, start func(host) *registry) *cluster {
 	return c
 }
 
+// startRegistryOn runs a registry on a host that lets in everybody.
 func startRegistryOn(t *testing.T, h host) *registry {
 	t.Helper()
-	return startRegistryFor(t, h, login{}, "")
-}
-
-// startPrivateRegistryOn is a registry that serves one user, and nobody else.
-func startPrivateRegistryOn(t *testing.T, h host) *registry {
-	t.Helper()
-	// The password's bcrypt hash.
-	users := writeFile(t, filepath.Join(tempDir(t), "htpasswd"), "ali:$2a$04$pqaB9WZQN9aGQFFPOI50DuB0E4GHwWz/e45l.U.6OUzcE7FLPZMQ6\n")
-	return startRegistryFor(t, h, login{name: "ali", password: "open sesame"},
-		fmt.Sprintf("auth:\n  htpasswd:\n    realm: private\n    path: %s\n", users))
-}
-
-func startRegistryFor(t *testing.T, h host, user login, auth string) *registry {
-	t.Helper()
-	kind := distV3.on(t, h)
 	dir := tempDir(t)
-	r := &registry{t: t, kind: kind, greets: http.StatusOK, addr: net.JoinHostPort(h.addr, "5000"), user: user}
+	r := &registry{t: t, kind: distV3.on(t, h), greets: http.StatusOK, addr: net.JoinHostPort(h.addr, "5000")}
 	r.config = writeFile(t, filepath.Join(dir, "config.yml"), fmt.Sprintf(
-		"version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n%s",
-		filepath.Join(dir, "storage"), r.addr, auth))
+		"version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n",
+		filepath.Join(dir, "storage"), r.addr))
 	r.start()
 	return r
+}
+
+// startPrivateRegistryOn runs a registry on a host that lets in ann alone.
+func startPrivateRegistryOn(t *testing.T, h host) *registry {
+	t.Helper()
+	return startGuarded(t, distV3.on(t, h), net.JoinHostPort(h.addr, "5000"), annAlone(t), basicAnn)
 }
 
 // on is a registry that runs on a host.

@@ -37,7 +37,6 @@ type registry struct {
 	kind   registryKind
 	addr   string // 127.0.0.1:port
 	caFile string // "" without TLS
-	user   login  // who may pull and push; none = everybody
 	config string
 	// greets is the status of GET /v2/ without credentials.
 	greets int
@@ -73,7 +72,7 @@ http:
 }
 
 // startGuarded runs a registry that asks for credentials as auth says, the section
-// of its configuration, and lets in pusher. push, which has none, is of no use with it.
+// of its configuration, and lets in pusher.
 func startGuarded(t *testing.T, kind registryKind, addr, auth string, pusher func(repository string) string) *registry {
 	t.Helper()
 	dir := tempDir(t)
@@ -124,25 +123,7 @@ func (r *registry) transport() http.RoundTripper {
 	if r.caFile != "" {
 		tr.TLSClientConfig = &tls.Config{RootCAs: certPool(r.t, r.caFile)}
 	}
-	if r.user == (login{}) {
-		return tr
-	}
-	return loggedIn{login: r.user, base: tr}
-}
-
-// login is a user of a registry.
-type login struct{ name, password string }
-
-// loggedIn sends every request as a user.
-type loggedIn struct {
-	login
-	base http.RoundTripper
-}
-
-func (l loggedIn) RoundTrip(req *http.Request) (*http.Response, error) {
-	req = req.Clone(req.Context())
-	req.SetBasicAuth(l.name, l.password)
-	return l.base.RoundTrip(req)
+	return tr
 }
 
 func (r *registry) ping(mark string) error {
