@@ -28,7 +28,7 @@ type Agent struct {
 	build    Build
 	log      *slog.Logger
 	registry *prometheus.Registry
-	counters *prometheus.Registry // of registry's, those that the status tells
+	counters *prometheus.Registry // the few counters that are in the status too
 	started  time.Time
 
 	listeners   struct{ proxy, admin, metrics net.Listener } // metrics may be nil
@@ -38,7 +38,7 @@ type Agent struct {
 	proxy       *proxy.Proxy
 	runtime     *runtimestore.Store    // nil: not a source
 	hosts       *hostsconfig.Hosts     // nil: none to manage
-	imported    []hostsconfig.Imported // what upstream follows; New's, then importsChanged's alone
+	imported    []hostsconfig.Imported // what upstream was last told; set by New, then by importsChanged alone
 	swarm       *swarm                 // nil: alone
 	audit       *auditLog              // nil: none
 	self        *http.Client           // to this agent's own proxy

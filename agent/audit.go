@@ -95,8 +95,9 @@ type auditLine struct {
 	Error      string    `json:"error,omitempty"` // set when the body ended short
 }
 
-// audited: content that was given, and what was refused. A challenge is neither: a
-// pull begins with it.
+// audited reports whether an exchange gets a line: content that was served, and
+// what was refused. A challenge is not a refusal, since every pull of a private
+// image begins with one.
 func audited(e proxy.Event) bool {
 	if e.Refused() {
 		return true

@@ -228,7 +228,7 @@ type limiter struct {
 type backoff struct {
 	last time.Time
 	wait time.Duration
-	put  bool // a repair is waiting
+	put  bool // a repair has been put off
 }
 
 const (

@@ -79,7 +79,8 @@ type Cache struct {
 	log     *slog.Logger
 	metrics *metrics
 	meta    *Meta
-	// faults lets tests stop at, fail, or look at each step on disk.
+	// faults is called before each step on disk; an error fails the step. Only
+	// tests set it.
 	faults  func(step, digest.Digest) error
 	statfs  func() (total, free int64, err error)
 	started chan struct{}  // closed when Run begins

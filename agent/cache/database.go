@@ -258,7 +258,7 @@ func (db *database) enqueue(b bucket, k, stamped []byte) {
 	}
 }
 
-// enqueueLocked needs mu.
+// enqueueLocked is called with mu held.
 func (db *database) enqueueLocked(b bucket, k string, stamped []byte) {
 	if db.pending[b] == nil {
 		db.pending[b] = map[string][]byte{}

@@ -36,9 +36,8 @@ func (c *Cache) knowsGiver(b *blob, giver string) bool {
 	return slices.Contains(b.givers, giver)
 }
 
-// GivenBy reports whether giver has given all of d, whether or not that is
-// still here, or gives it just now. It is what may be shown to those who may
-// have anything that giver gives.
+// GivenBy reports whether giver has once given all of d, even if d has been
+// evicted since, or is the giver of the fill of d that runs now.
 func (c *Cache) GivenBy(d digest.Digest, giver string) bool {
 	c.mu.Lock()
 	b, f := c.blobs[d], c.filling[d]

@@ -72,7 +72,7 @@ type programs struct {
 	closed  bool
 	kept    map[string]answer
 	flights map[string]*flight
-	narrow  map[string]bool // by program: its last answer was for one question alone
+	narrow  map[string]bool // by program: its last answer was good for one question alone
 }
 
 func newPrograms(log *slog.Logger, reg prometheus.Registerer) (*programs, error) {
@@ -117,7 +117,8 @@ func (p *programs) ask(ctx context.Context, q question, refresh bool) answer {
 	}
 }
 
-// begin finds a good answer, or the flight to wait for; mine says that it asks q.
+// begin returns a good answer, or the flight to wait for. mine is true if that
+// flight asks q itself, and not a question whose answer may do for q as well.
 func (p *programs) begin(q question, refresh bool) (a answer, f *flight, mine bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

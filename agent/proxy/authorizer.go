@@ -232,8 +232,8 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	return nil
 }
 
-// stands is where a caller stands while the registry cannot be asked, and whether
-// that lets him in.
+// stands returns what holds for a caller while the registry cannot be asked, and
+// whether that lets him in: a verdict that is still good, else what offline says.
 func (a *authorizer) stands(acc access) (access, bool) {
 	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
 		return acc, false
@@ -256,8 +256,9 @@ func (a *authorizer) find(ctx context.Context, acc access, q Question) error {
 
 var errNobody = errors.New("nobody was asked")
 
-// believable keeps what another node says unless its challenge would lead a
-// client's password to strangers (A7).
+// believable drops the answer of another node if its challenge names a token
+// service that this node would not trust with its own credentials (A7): a client
+// would send its password there.
 func (a *authorizer) believable(registry string, err error) error {
 	e, ok := errors.AsType[*upstream.Error](err)
 	if !ok || len(e.Challenge) == 0 {
@@ -376,8 +377,8 @@ func (a *authorizer) reject(acc *access, err error) {
 	}
 }
 
-// doubt has the registry asked again: it refused something of what its verdict
-// allows, perhaps to somebody else's credential.
+// doubt forgets the caller's verdict, so that the registry is asked again: it has
+// refused something that the verdict allows, perhaps to another's credential.
 func (a *authorizer) doubt(acc *access) { a.verdicts.forget(acc.key()) }
 
 // no is the decision that a refusal is.
@@ -409,8 +410,10 @@ func (a *authorizer) refusal(acc *access, kind Kind, e *apiError) error {
 	return &apiError{status: http.StatusNotFound, code: unknownCode(kind), message: "the registry asks for credentials; take it from there"}
 }
 
-// unknown is the answer while nobody can say. A challenge would be answered in
-// vain, unless it is one that needs no network.
+// unknown is the answer while the registry cannot be asked and nothing known lets
+// the caller in. It is the error of the question, without a challenge: for most, a
+// client would have to fetch a token that it cannot get now. A Basic challenge
+// needs no network to answer, and the password may be a remembered one.
 func (a *authorizer) unknown(acc *access, err error) error {
 	acc.decision = decidedUnknown
 	challenge := a.meta.Challenge(acc.repository())
@@ -428,7 +431,8 @@ const (
 	offlineNone       = "none"
 )
 
-// offlineMode: who may never ask has said that what is here is for everybody.
+// offlineMode is the registry's offline, or its default: "remembered", and "all"
+// where contact_upstream = false, since such a registry can never be asked.
 func offlineMode(policy upstream.Registry) string {
 	switch {
 	case policy.Offline != "":

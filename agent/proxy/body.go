@@ -126,7 +126,7 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, b.note(err)
 }
 
-// await returns when a byte at the cursor can be read. Needs mu.
+// await returns when a byte at the cursor can be read. It is called with mu held.
 func (b *body) await() error {
 	for {
 		err := b.ready()

@@ -133,9 +133,10 @@ func (x *exchange) pageKey(query string) pageKey {
 	return pageKey{x.access.target.Registry, x.access.target.Repository, x.access.who, x.route.kind, x.route.digest, query}
 }
 
-// page asks upstream once for all who ask now with the same credential, within the budget, and serves the
-// last page that it got for that when upstream cannot be asked. The answer is no verdict: who may see lists and
-// who may read content are two questions to some registries.
+// page asks upstream for a page, once for all who ask for it now with the same
+// credential, within the budget. When upstream cannot be asked it serves the last
+// page that it got for that credential. The answer is not kept as a verdict: some
+// registries let other callers see lists than read content.
 func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstream.Page, error)) (upstream.Page, error) {
 	ctx, cancel := context.WithTimeoutCause(x.ctx, p.opts.FirstByteBudget*4/5, errBudget)
 	defer cancel()

@@ -57,7 +57,7 @@ type exchange struct {
 	route  route
 	access access // from begin on
 	start  time.Time
-	// owner's only: the handler goroutine
+	// The next four are used by the handler's goroutine alone.
 	status    int
 	firstByte time.Duration
 	err       error              // why the answer is not what was asked for
@@ -140,8 +140,8 @@ func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
 	return n, err
 }
 
-// count adds body bytes when they went out, and not at the end: a layer can
-// take minutes.
+// count adds n bytes of the body to the metrics as soon as they are sent. At the end
+// of the body would be too late for a chart: a layer can take minutes.
 func (x *exchange) count(n int64) {
 	x.sent.Add(n)
 	if n <= 0 || x.status >= http.StatusMultipleChoices {
@@ -155,7 +155,8 @@ func (x *exchange) count(n int64) {
 
 var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// extend gives the client time for one more chunk.
+// extend moves the write deadline, so that the client has the full time for the
+// chunk that is sent next.
 func (x *exchange) extend() {
 	err := http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
 	if err != nil && !errors.Is(err, http.ErrNotSupported) && x.err == nil {

@@ -29,9 +29,10 @@ var (
 	errNotNode    = errors.New("this node has no credentials of its own for this repository")
 )
 
-// homeAccess is where another node stands that asks on behalf of t: as one that
-// opens the repository with its own credentials if t has neither Authorization nor
-// is Anonymous.
+// homeAccess is what is known of the caller for whom another node asks this one,
+// by memory alone. t has the caller's Authorization, or is Anonymous; if it is
+// neither, the other node opens the repository with its node credentials, and this
+// one must have some too. An error is final.
 func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
 	policy := p.upstream.Policy(t.Registry)
 	acc := access{target: t, relay: true}

@@ -60,8 +60,8 @@ func acceptsLists(types []string) bool {
 	return acceptable(types, dockerList) || acceptable(types, ocispec.MediaTypeImageIndex)
 }
 
-// known tells a manifest's media type from what servers say when they do not
-// know: text/plain, application/json, application/octet-stream.
+// known reports whether mediaType is one of a manifest, and not what servers send
+// when they do not know: text/plain, application/json, application/octet-stream.
 func known(mediaType string) bool {
 	t, _, err := mime.ParseMediaType(mediaType)
 	return err == nil && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")

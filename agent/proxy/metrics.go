@@ -51,7 +51,8 @@ func newDecisions(f promauto.Factory) *prometheus.CounterVec {
 	return c
 }
 
-// observe counts one finished exchange; its bytes are counted already.
+// observe counts one finished exchange, but not its bytes: exchange.count has
+// counted them while they were sent.
 func (m *metrics) observe(x *exchange) {
 	source := string(x.sourceLabel())
 	if d := x.access.decision; d != "" {

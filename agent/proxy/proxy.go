@@ -205,8 +205,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// serve is the way of every request: route, authorise, answer. What begin leaves
-// open each kind of route asks the registry in its own way.
+// serve is the way of every request: parse the route, authorise, answer. begin
+// authorises by memory alone; where it remembers no verdict, the function that
+// answers has to ask the registry before it sends anything.
 func (p *Proxy) serve(x *exchange) error {
 	if x.r.Method != http.MethodGet && x.r.Method != http.MethodHead {
 		return errMethod

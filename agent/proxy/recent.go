@@ -63,7 +63,7 @@ func (m *recent[K, V]) forget(key K) {
 	m.remove(key)
 }
 
-// remove needs mu.
+// remove is called with mu held.
 func (m *recent[K, V]) remove(key K) {
 	if e, ok := m.items[key]; ok {
 		m.order.Remove(e)

@@ -95,8 +95,10 @@ func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
 	return held{blob}
 }
 
-// mayTakeRuntime: containerd shares what it holds among all images of this node,
-// whoever lists it. So does the proxy, unless it is known whose it is.
+// mayTakeRuntime reports whether a caller who may read what the target's registry
+// gives may also have the runtime's copy of d. If it is known which registry d
+// came from, that must be the target's. If nothing is known, the proxy does as
+// containerd does, which lets all images of the node share a blob.
 func (p *Proxy) mayTakeRuntime(t upstream.Target, d digest.Digest) bool {
 	return p.Gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
 }
@@ -110,8 +112,9 @@ func RuntimeGiver(registry string) string {
 	return "runtime " + registry
 }
 
-// Gives reports whether d may be given to who may have what registry gives: its
-// registry gave these bytes, or anybody may have them. It asks nobody.
+// Gives reports whether a caller who may read from registry may have d: that
+// registry gave this node these bytes once, or they are public. It looks at what
+// is remembered and asks nobody.
 func (p *Proxy) Gives(d digest.Digest, registry string) bool {
 	if p.cache.GivenBy(d, registry) || p.cache.GivenBy(d, RuntimeGiver(registry)) {
 		return true
@@ -120,7 +123,7 @@ func (p *Proxy) Gives(d digest.Digest, registry string) bool {
 	return shown
 }
 
-// lookup is cache.Lookup for who may have what the target's registry gives.
+// lookup is cache.Lookup, limited to what Gives allows for the target's registry.
 func (p *Proxy) lookup(t upstream.Target, d digest.Digest) (*cache.Reader, bool) {
 	if !p.Gives(d, t.Registry) {
 		return nil, false
@@ -128,8 +131,9 @@ func (p *Proxy) lookup(t upstream.Target, d digest.Digest) (*cache.Reader, bool)
 	return p.cache.Lookup(d)
 }
 
-// giver is in whose name the cache is asked for d: the target's registry, unless
-// d is here and Gives has another reason.
+// giver is the name under which the cache is asked for d; it hits only if that
+// giver gave d. It is the target's registry, unless d is here and Gives allows it
+// for another reason: then it is that other giver.
 func (p *Proxy) giver(t upstream.Target, d digest.Digest) string {
 	if !p.cache.Has(d) || p.cache.GivenBy(d, t.Registry) {
 		return t.Registry
@@ -179,7 +183,7 @@ func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 	return p.FetchUpstream(ctx, t, s.kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
 }
 
-// final errors will not be better from another source.
+// final reports whether another source would fail with the same error.
 func final(err error) bool {
 	return upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
 }
@@ -221,19 +225,21 @@ func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest) error {
 	return nil
 }
 
-// healer finds another place for a blob when the one it came from fails. For
-// clients that name a registry with ns there is one: the registry itself, by
-// the runtime's own hand, once the answer ended. Only what the registry has no
-// part in is worked around: a disk without room, someone else's failed fill. Path-encoded clients have no second place, so for them
-// the proxy tries again until pathPatience is over.
+// healer finds another place for a blob when the one it came from fails.
+//
+// Clients that name the registry with ns go to the registry themselves once the
+// answer has ended, so for them it works around only what is no fault of the
+// registry: a disk without room, a fill that was begun for another repository.
+// Path-encoded clients go nowhere else, so for them the proxy tries again until
+// pathPatience is over.
 type healer struct {
 	p *Proxy
 	x *exchange
 
-	off   int64 // where the last failure was
-	since time.Time
-	tries int
-	again bool // notOurs was tried
+	off   int64     // where the last failure was
+	since time.Time // when the first failure at off was
+	tries int       // at off
+	again bool      // the one more try that notOurs asks for has been made
 }
 
 const (

@@ -100,8 +100,9 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 	return p.resolveStale(ctx, acc, key, found, err)
 }
 
-// resolveStale is the way of a caller who is not known here, or to whom the tag
-// is not, while the registry cannot be asked: other nodes may know more.
+// resolveStale answers while the registry cannot be asked and this node knows not
+// enough by itself: it has no verdict for the caller, or does not know the tag.
+// found is what another node said that the tag was, err why nothing better came.
 func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found resolved, err error) (resolved, error) {
 	if !acc.allowed {
 		q := Question{Reference: key.tag, Known: true}

@@ -137,8 +137,9 @@ func (n *nodeTry) verdict(anonymous *Error) error {
 	return &out
 }
 
-// names are what a credential for repository may be filed under. The
-// registry's own name counts only where its credential may go.
+// names are the names under which a credential for repository may be filed. The
+// registry's own name is one of them only if this endpoint may see the
+// registry's credentials.
 func (ep *endpoint) names(repository string) []string {
 	names := []string{CanonicalHost(ep.addr.host) + "/" + ep.addr.prefix + repository}
 	if own := ep.reg.Host + "/" + repository; own != names[0] && ep.trustedWith() {

@@ -33,7 +33,7 @@ type endpoint struct {
 	reg        *registry
 	addr       address
 	configured bool // by an operator, who may name inside addresses
-	last       bool // has the last word
+	last       bool // of the registry's upstreams; it has the last word on what exists
 	breaker    breaker
 	tokens     breaker      // of the token service
 	reach      atomic.Int32 // reach it was last dialled at
@@ -262,8 +262,10 @@ func (ep *endpoint) noteError(err error, now time.Time) {
 	ep.lastErr, ep.lastErrAt = text, now
 }
 
-// enter waits for a slot and asks breaker and pauses. leave must follow once.
-// A spare request (one more stream of a blob) does not wait for a slot.
+// enter admits a request: it refuses while the circuit is open or the registry
+// asked for a pause, and waits for a slot; a spare request (one more stream of a
+// blob) does not wait. leave must be called once, with what the request tells of
+// the endpoint's health.
 func (ep *endpoint) enter(ctx context.Context, q request, credential string) (leave func(outcome), err error) {
 	if !ep.reg.Contact() {
 		return nil, &Error{Err: ErrNoContact}
