@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -122,9 +123,15 @@ func matchSegment(glob, segment string) bool {
 // Validate returns every problem of the table, joined.
 func (r Registry) Validate() error {
 	var problems []error
-	bad := func(format string, args ...any) {
-		problems = append(problems, fmt.Errorf("registry %q: "+format, append([]any{r.Host}, args...)...))
+	for _, err := range slices.Concat(r.checkAddresses(), r.checkAccess(), r.checkLimits()) {
+		problems = append(problems, fmt.Errorf("registry %q: %w", r.Host, err))
 	}
+	return errors.Join(problems...)
+}
+
+// checkAddresses checks who is asked, and how it proves who it is.
+func (r Registry) checkAddresses() (problems []error) {
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if err := validHost(r.Host); err != nil {
 		bad("host: %w", err)
 	}
@@ -133,14 +140,25 @@ func (r Registry) Validate() error {
 			bad("upstreams: %w", err)
 		}
 	}
-	if !oneOf(r.Auth, "", "relay", "node", "anonymous") {
-		bad("auth = %q: want relay, node or anonymous", r.Auth)
-	}
-	if !oneOf(r.Offline, "", "remembered", "all", "none") {
-		bad("offline = %q: want remembered, all or none", r.Offline)
+	for _, realm := range r.TokenRealms {
+		if err := validHost(realm); err != nil {
+			bad("token_realms: %w", err)
+		}
 	}
 	if (r.ClientCertFile == "") != (r.ClientKeyFile == "") {
 		bad("client_cert_file and client_key_file go together; set both or none")
+	}
+	return problems
+}
+
+// checkAccess checks who may read what.
+func (r Registry) checkAccess() (problems []error) {
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	if !slices.Contains([]string{"", "relay", "node", "anonymous"}, r.Auth) {
+		bad("auth = %q: want relay, node or anonymous", r.Auth)
+	}
+	if !slices.Contains([]string{"", "remembered", "all", "none"}, r.Offline) {
+		bad("offline = %q: want remembered, all or none", r.Offline)
 	}
 	for _, list := range []struct {
 		key   string
@@ -158,11 +176,11 @@ func (r Registry) Validate() error {
 	if r.CredentialsFile != "" && r.Auth != "node" {
 		bad(`credentials_file has no effect without auth = "node"`)
 	}
-	for _, realm := range r.TokenRealms {
-		if err := validHost(realm); err != nil {
-			bad("token_realms: %w", err)
-		}
-	}
+	return problems
+}
+
+func (r Registry) checkLimits() (problems []error) {
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if r.MaxConnections < 0 {
 		bad("max_connections = %d: want 0 (default) or more", r.MaxConnections)
 	}
@@ -173,16 +191,7 @@ func (r Registry) Validate() error {
 	if r.TagTTL != nil && *r.TagTTL != 0 && time.Duration(*r.TagTTL) < time.Millisecond {
 		bad("tag_ttl = %d: write a duration with its unit, such as 10s", int64(*r.TagTTL))
 	}
-	return errors.Join(problems...)
-}
-
-func oneOf(s string, choices ...string) bool {
-	for _, c := range choices {
-		if s == c {
-			return true
-		}
-	}
-	return false
+	return problems
 }
 
 func validGlob(g string) error {
