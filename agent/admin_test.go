@@ -251,6 +251,19 @@ func TestWarm(t *testing.T) {
 	}
 }
 
+// TestWarmSaysWhy: that a registry cannot be reached is not in the proxy's answer
+// to HEAD, and is what a user has to know.
+func TestWarmSaysWhy(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	a := start(t, c)
+	reg.Down()
+	code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"]}`, "Content-Type", "application/json")
+	if code != 200 || !strings.Contains(answer, "503") || !strings.Contains(answer, "connection refused") {
+		t.Errorf("%d %s", code, answer)
+	}
+}
+
 func TestCanary(t *testing.T) {
 	a := start(t, testConfig(t))
 	seen := func() (c Canary) {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -26,9 +28,21 @@ func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name str
 		},
 	}
 	if _, err := puller.Pull(ctx, image); err != nil {
-		return WarmEvent{Image: name, Done: true, Error: err.Error()}
+		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.upstreamTrouble(image.Registry)}
 	}
 	return WarmEvent{Image: name, Done: true}
+}
+
+// upstreamTrouble is what is wrong with the endpoints of a registry now, each
+// after a separator: the answers of the proxy do not say.
+func (a *Agent) upstreamTrouble(registry string) string {
+	var b strings.Builder
+	for _, h := range a.upstream.Health() {
+		if h.Registry == upstream.CanonicalHost(registry) && h.Failures > 0 && h.LastError != "" {
+			b.WriteString("; " + h.LastError)
+		}
+	}
+	return b.String()
 }
 
 // warmStream writes events as lines of JSON.

@@ -269,7 +269,11 @@ func (h *Hosts) report(m *managed, st step, repair bool) {
 		h.log.Warn("host file repaired after a change by someone else", "runtime", m.runtime, "path", path)
 		return
 	}
-	h.log.Info("host file written", "runtime", m.runtime, "path", path, "action", string(st.change.Action))
+	message := "host file written"
+	if st.change.Action == Restore || st.change.Action == Delete {
+		message = "host file given back"
+	}
+	h.log.Info(message, "runtime", m.runtime, "path", path, "action", string(st.change.Action))
 }
 
 // plan compares the files with what they shall be.
