@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -301,7 +300,7 @@ func TestHomesWithCredentials(t *testing.T) {
 func TestNothingShowsASecret(t *testing.T) {
 	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
 		t.Run(string(scheme), func(t *testing.T) {
-			logged := &lockedBuffer{}
+			logged := &syncBuffer{}
 			audit := filepath.Join(t.TempDir(), "audit.jsonl")
 			p := newPrivate(t, scheme, 2, func(c *Config) { c.Audit.File = audit }, WithLogger(slog.New(slog.NewTextHandler(logged, &slog.HandlerOptions{Level: slog.LevelDebug}))))
 			p.expire()
@@ -407,24 +406,6 @@ func (p *private) checkAudit(path string) {
 	if decided["challenged"] > 0 || len(callers) < 4 {
 		p.t.Errorf("decisions %v, callers %v", decided, callers)
 	}
-}
-
-// lockedBuffer is a buffer for several goroutines.
-type lockedBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }
 
 // TestListsAreTheirs: a list that one caller got is served to that caller alone when
