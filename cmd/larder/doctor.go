@@ -296,14 +296,14 @@ func canaryFix(findings []hostsconfig.Finding, runtime string) string {
 	return "systemctl restart containerd   # it reads config_path at its start alone, then run larder doctor again"
 }
 
-// canaryRegistry is a registry that the runtime is told to mirror.
+// canaryRegistry is a registry that the runtime is told to mirror: docker.io
+// unless only others are listed.
 func (d *doctor) canaryRegistry() string {
-	for _, r := range d.config.Hosts.Registries {
-		if r == "*" || r == "docker.io" {
-			return "docker.io"
-		}
+	listed := d.config.Hosts.Registries
+	if len(listed) == 0 || slices.Contains(listed, "*") || slices.Contains(listed, "docker.io") {
+		return "docker.io"
 	}
-	return d.config.Hosts.Registries[0]
+	return listed[0]
 }
 
 func printReport(w io.Writer, r doctorReport) {

@@ -144,6 +144,18 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
+// TestDoctorOfNoRegistry: a list without a registry is no mistake where no
+// directory is named, since the agent says which it manages.
+func TestDoctorOfNoRegistry(t *testing.T) {
+	root := nodeRoot(t)
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
+	(&criStandIn{name: "containerd", pull: func(_ context.Context, image string) error { return errors.New("no " + image) }}).serve(t, root)
+	code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin, "--hosts.registries=")
+	if code != exitFailed || errs != "" || !strings.Contains(out, "A pull of docker.io/larder.invalid/canary:") {
+		t.Errorf("exit %d: %s\n%s", code, errs, out)
+	}
+}
+
 // TestDoctorPrivateImages: what CRI-O does with private images is said, and no
 // more once a registry's are the node's own.
 func TestDoctorPrivateImages(t *testing.T) {
