@@ -94,7 +94,7 @@ func Diagnose(opts DoctorOptions) []Finding {
 		d.add(Finding{
 			ID: "nothing-managed", Severity: Broken,
 			What: "Neither hosts.containerd nor hosts.crio is set, so no runtime is pointed at the proxy.",
-			Fix:  "[hosts]\ncontainerd = \"/etc/containerd/certs.d\"",
+			Fix:  "[hosts]\ncontainerd = \"/etc/containerd/certs.d\"    # for containerd\ncrio = \"/etc/containers/registries.conf.d\"    # for CRI-O",
 		})
 	}
 	slices.SortStableFunc(d.findings, func(a, b Finding) int { return rank(a.Severity) - rank(b.Severity) })

@@ -135,9 +135,10 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 			d.find(hostsconfig.Finding{ID: "agent-not-ready", Severity: hostsconfig.Broken, What: fmt.Sprintf("The agent is not ready: %s: %s.", c.Name, c.Reason)})
 		}
 	}
-	if s.Hosts.Containerd == "" && s.Hosts.CRIO == "" {
-		d.find(hostsconfig.Finding{ID: "hosts-not-managed", Severity: hostsconfig.Broken, What: "The agent manages no runtime's configuration, so no runtime is pointed at it.",
-			Fix: "hosts.containerd = \"/etc/containerd/certs.d\"              # for containerd\nhosts.crio = \"/etc/containers/registries.conf.d\"      # for CRI-O"})
+	own := d.config.Hosts
+	if s.Hosts.Containerd == "" && s.Hosts.CRIO == "" && own.Containerd+own.CRIO != "" { // else it is found below
+		d.find(hostsconfig.Finding{ID: "hosts-not-managed", Severity: hostsconfig.Broken, What: "The agent manages no runtime's configuration, although this command's names one.",
+			Fix: "larder agent --hosts.containerd /etc/containerd/certs.d    # or --hosts.crio, or the file that --config names here"})
 	}
 	return &s
 }

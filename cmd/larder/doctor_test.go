@@ -183,8 +183,11 @@ func TestDoctorPrivateImages(t *testing.T) {
 func TestDoctorWithoutRuntime(t *testing.T) {
 	n := startNode(t, nil)
 	code, out, _ := larder(t, "doctor", "--root", shortDir(t), "--admin", n.admin)
-	if code != exitFailed || !strings.Contains(out, "No runtime's CRI socket was found") || !strings.Contains(out, `hosts.containerd = "/etc/containerd/certs.d"`) {
+	if code != exitFailed || !strings.Contains(out, "No runtime's CRI socket was found") || strings.Count(out, `containerd = "/etc/containerd/certs.d"`) != 1 {
 		t.Errorf("exit %d\n%s", code, out)
+	}
+	if _, out, _ := larder(t, "doctor", "--root", shortDir(t), "--admin", n.admin, "--hosts.containerd", "/etc/containerd/certs.d"); !strings.Contains(out, "The agent manages no runtime's configuration") {
+		t.Errorf("with a directory that the agent does not manage:\n%s", out)
 	}
 	code, out, _ = larder(t, "doctor", "--root", shortDir(t), "--socket", "/nonexistent.sock", "--admin", n.admin)
 	if code != exitFailed || !strings.Contains(out, "cannot be asked") {
