@@ -38,7 +38,7 @@ report each blob and where it came from.`,
 				}
 			}
 			err = warm(cmd.Context(), api, cmd.OutOrStdout(), agent.WarmRequest{Images: args, Platform: platform})
-			if cmd.Context().Err() != nil {
+			if err != nil && cmd.Context().Err() != nil {
 				return errWarmInterrupted
 			}
 			return err
