@@ -44,6 +44,7 @@ const (
 type gossip struct {
 	s     *Swarm
 	list  *memberlist.Memberlist
+	net   *gossipNet
 	queue *memberlist.TransmitLimitedQueue
 	lines *slogWriter
 	inbox chan []byte
@@ -75,29 +76,32 @@ func newGossip(s *Swarm) *gossip {
 // eight. Small clusters can afford the 8 of a large one.
 func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 1000) }
 
-// start binds the gossip port and starts memberlist, which has no way to do the
-// one without the other.
+// start binds the gossip port and starts memberlist on it.
 func (g *gossip) start() error {
-	cfg, err := g.config()
+	host, port, err := splitAddr(g.s.cfg.Gossip, 0)
+	if err != nil {
+		return fmt.Errorf("gossip address %q: %w", g.s.cfg.Gossip, err)
+	}
+	cfg, err := g.config(host)
 	if err != nil {
 		return err
 	}
+	if g.net, err = newGossipNet(host, port); err != nil {
+		return fmt.Errorf("listen for gossip: %w", err)
+	}
+	cfg.Transport, cfg.BindPort = g.net, g.net.port()
 	if g.list, err = memberlist.Create(cfg); err != nil {
+		_ = g.net.Shutdown() // never fails
 		return fmt.Errorf("start gossip on %s: %w", g.s.cfg.Gossip, err)
 	}
 	return nil
 }
 
-func (g *gossip) config() (*memberlist.Config, error) {
+func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	s := g.s
-	ip, port, err := splitAddr(s.cfg.Gossip, 0)
-	if err != nil {
-		return nil, fmt.Errorf("gossip address %q: %w", s.cfg.Gossip, err)
-	}
-	c := memberlist.DefaultLANConfig()
+	c = memberlist.DefaultLANConfig()
 	c.Name = s.self.Name
-	c.BindAddr, c.BindPort, c.AdvertisePort = ip, port, port
-	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, ip); err != nil {
+	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, bound); err != nil {
 		return nil, err
 	}
 	c.Label = gossipLabel

@@ -1,0 +1,78 @@
+package peer
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+)
+
+// TestGossipNet sends a packet and a stream from one port to another: a packet
+// takes no more memory than it has bytes, and all bytes count on both sides.
+func TestGossipNet(t *testing.T) {
+	nets := make([]*gossipNet, 2)
+	for i := range nets {
+		n, err := newGossipNet("127.0.0.1", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = n.Shutdown() })
+		nets[i] = n
+	}
+	from, to := nets[0], nets[1]
+	addr := memberlist.Address{Addr: to.tcp.Addr().String()}
+
+	if _, err := from.WriteToAddress([]byte("packet"), addr); err != nil {
+		t.Fatal(err)
+	}
+	p := <-to.PacketCh()
+	if string(p.Buf) != "packet" || cap(p.Buf) > 16 || p.From.String() != from.udp.LocalAddr().String() {
+		t.Errorf("packet %q in %d bytes from %v", p.Buf, cap(p.Buf), p.From)
+	}
+
+	out, err := from.DialAddressTimeout(addr, time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := <-to.StreamCh()
+	long := bytes.Repeat([]byte{1}, 1<<20)
+	go func() { _, _ = out.Write(long); out.Close() }() // the reader sees what is missing
+	if got, err := io.ReadAll(in); err != nil || !bytes.Equal(got, long) {
+		t.Errorf("%d bytes of the stream, %v", len(got), err)
+	}
+	in.Close()
+	waitFor(t, func() bool { return from.sent.Load() == 6+1<<20 && to.received.Load() == 6+1<<20 })
+
+	ip, port, err := to.FinalAdvertiseAddr("::ffff:10.0.0.1", 0)
+	if err != nil || !ip.Equal(net.IPv4(10, 0, 0, 1)) || len(ip) != net.IPv4len || port != to.port() {
+		t.Errorf("others are told %v port %d, %v", ip, port, err)
+	}
+}
+
+// TestGossipNetStops ends a transport of which nobody takes what came.
+func TestGossipNetStops(t *testing.T) {
+	n, err := newGossipNet("127.0.0.1", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.WriteTo([]byte("to itself"), n.tcp.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("tcp", n.tcp.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	waitFor(t, func() bool { return n.received.Load() > 0 })
+	for range 2 {
+		if err := n.Shutdown(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := newGossipNet("127.0.0.1.nip", 0); err == nil {
+		t.Error("a name was taken for an address")
+	}
+}
