@@ -108,6 +108,20 @@ func TestTrafficIsBounded(t *testing.T) {
 	}
 }
 
+// TestFewMeetAtOnce: in a small cluster a node tells all members of itself, also
+// where no packet arrives that would tell them.
+func TestFewMeetAtOnce(t *testing.T) {
+	w := newTestWorld()
+	nodes := []*testNode{w.node(t, "node-0", gossiping())}
+	for i := range 5 {
+		nodes[i].gossipAddr()
+		nodes[i].s.gossip.net.udp.Close()
+		nodes = append(nodes, w.node(t, fmt.Sprint("node-", i+1), gossiping(nodes[0])))
+		wantMembers(t, i+2, nodes[i+1])
+	}
+	wantMembers(t, len(nodes), nodes...)
+}
+
 // TestIndexByGossip: what one node announces others find, and no longer find
 // once it is withdrawn or the node has left.
 func TestIndexByGossip(t *testing.T) {

@@ -26,10 +26,10 @@ const (
 	rejoinFirst   = time.Second      // doubling up to rejoinEvery
 	rejoinAtOnce  = 2                // unknown addresses tried each time
 	leaveTimeout  = time.Second
-	// retransmits is twice memberlist's number: with that, each of nine nodes tells
-	// four others of one that joins, one time in ten somebody is not among them,
-	// and does not hear of it until a full exchange up to 30 s later.
-	retransmits   = 8
+	// Gossip among fewer than fewMembers tells of one that joins so few times that, one
+	// time in ten, somebody would not hear of it until a full exchange up to 30 s later.
+	fewMembers    = 10
+	greetRounds   = 2    // of rejoin, in which a node tells the few itself
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
 	maxQueued     = 512  // index messages not yet passed on
 	lookupTimeout = 5 * time.Second
@@ -107,7 +107,6 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	c.Label = gossipLabel
 	c.TCPTimeout = gossipTimeout
 	c.DeadNodeReclaimTime = reclaimAfter
-	c.RetransmitMult = retransmits
 	c.EnableCompression = false // our messages are digests: LZW only costs
 	c.Delegate, c.Events = g, g
 	c.Logger = log.New(g.lines, "", 0)
@@ -223,18 +222,22 @@ func (g *gossip) settle() {
 // a healed partition stays split unless somebody knocks.
 func (g *gossip) rejoin(ctx context.Context) {
 	pause := rejoinFirst
-	for ctx.Err() == nil {
-		g.knock(ctx)
+	for round := 0; ctx.Err() == nil; round++ {
+		addrs := g.unknown(g.s.resolve(ctx))
+		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+		g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
 		g.once.Do(func() { close(g.tried) })
+		if round < greetRounds {
+			g.knock(ctx, g.few())
+		}
 		wait(ctx, pause+rand.N(pause))
 		pause = min(2*pause, rejoinEvery)
 	}
 }
 
-func (g *gossip) knock(ctx context.Context) {
-	addrs := g.unknown(g.s.resolve(ctx))
-	rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
-	for _, a := range addrs[:min(len(addrs), rejoinAtOnce)] {
+// knock exchanges all that is known of the members with each address.
+func (g *gossip) knock(ctx context.Context, addrs []string) {
+	for _, a := range addrs {
 		if ctx.Err() != nil {
 			return
 		}
@@ -242,6 +245,20 @@ func (g *gossip) knock(ctx context.Context) {
 			g.s.log.Debug("nobody joined", "peer", a, "err", err)
 		}
 	}
+}
+
+// few is the addresses of the other members, if they are few.
+func (g *gossip) few() (addrs []string) {
+	all := g.list.Members()
+	if len(all) >= fewMembers {
+		return nil
+	}
+	for _, n := range all {
+		if n.Name != g.s.self.Name {
+			addrs = append(addrs, n.Address())
+		}
+	}
+	return addrs
 }
 
 // unknown leaves out addresses of members.
