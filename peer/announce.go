@@ -327,11 +327,14 @@ func (x *index) chase(now time.Time) {
 		if s.name == "" || s.known <= s.seq {
 			continue
 		}
-		total++
 		if s.asked.IsZero() {
 			s.asked = now // wait once before asking
 		}
-		if now.Sub(s.asked) > deltaPause+rand.N(deltaPause) && len(late) < deltasAtOnce {
+		if now.Sub(s.asked) <= deltaPause+rand.N(deltaPause) {
+			continue
+		}
+		total++
+		if len(late) < deltasAtOnce {
 			s.asked = now
 			late = append(late, s.name)
 		}
