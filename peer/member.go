@@ -89,15 +89,15 @@ type fallenMember struct {
 	at time.Time
 }
 
-// view is immutable.
+// view is immutable. Each change of the members copies it, so it is one list: ten
+// thousand members join in ten thousand copies.
 type view struct {
-	byName map[string]*Member
-	all    []*Member // sorted by name
+	all []*Member // sorted by name
 }
 
 func newRoster() *roster {
 	r := &roster{fallen: make(map[string]fallenMember), down: make(map[string]time.Time)}
-	r.view.Store(&view{byName: map[string]*Member{}})
+	r.view.Store(&view{})
 	return r
 }
 
@@ -111,7 +111,7 @@ const (
 func (r *roster) set(ms ...Member) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := r.view.Load().clone()
+	v := &view{slices.Clone(r.view.Load().all)}
 	for _, m := range ms {
 		m.rank = hash64(m.Node)
 		v.put(&m)
@@ -125,7 +125,7 @@ func (r *roster) remove(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	old := r.view.Load()
-	m, ok := old.byName[name]
+	i, ok := old.find(name)
 	if !ok {
 		return
 	}
@@ -135,36 +135,33 @@ func (r *roster) remove(name string) {
 		}
 	}
 	if len(r.fallen) < maxFallen {
-		r.fallen[name] = fallenMember{*m, time.Now()}
+		r.fallen[name] = fallenMember{*old.all[i], time.Now()}
 	}
 	delete(r.down, name)
-	v := old.clone()
-	delete(v.byName, name)
-	v.all = slices.DeleteFunc(v.all, func(m *Member) bool { return m.Name == name })
-	r.view.Store(v)
+	r.view.Store(&view{slices.Delete(slices.Clone(old.all), i, i+1)})
 }
 
-func (v *view) clone() *view {
-	c := &view{byName: make(map[string]*Member, len(v.byName)+1), all: slices.Clone(v.all)}
-	for n, m := range v.byName {
-		c.byName[n] = m
-	}
-	return c
+func (v *view) find(name string) (at int, found bool) {
+	return slices.BinarySearchFunc(v.all, name, func(m *Member, name string) int { return cmp.Compare(m.Name, name) })
 }
 
+// put adds or replaces a member of a view that nobody sees yet.
 func (v *view) put(m *Member) {
-	i, found := slices.BinarySearchFunc(v.all, m.Name, func(a *Member, name string) int { return cmp.Compare(a.Name, name) })
+	i, found := v.find(m.Name)
 	if found {
 		v.all[i] = m
-	} else {
-		v.all = slices.Insert(v.all, i, m)
+		return
 	}
-	v.byName[m.Name] = m
+	v.all = slices.Insert(v.all, i, m)
 }
 
 func (r *roster) get(name string) (*Member, bool) {
-	m, ok := r.view.Load().byName[name]
-	return m, ok
+	v := r.view.Load()
+	i, ok := v.find(name)
+	if !ok {
+		return nil, false
+	}
+	return v.all[i], true
 }
 
 // key returns the signing key of a member that lives or fell lately.
