@@ -28,6 +28,7 @@ const (
 	vectorEntry   = 12
 	deltaPause    = 3 * time.Second // gossip mostly closes a gap by itself
 	deltasAtOnce  = 4
+	maxPatience   = 4               // times deltaPause
 	lookOver      = 5 * time.Minute // after which blobs with few known holders are announced after all
 	indexMessage  = 1               // type bytes
 	indexVector   = 2
@@ -317,28 +318,32 @@ func (x *index) compare(p []byte) {
 	}
 }
 
-// chase fetches deltas from members that this node missed something of.
+// chase fetches deltas from members that this node missed something of. While it
+// is behind many, gossip is in full flow and will close most of the gaps.
 func (x *index) chase(now time.Time) {
 	x.mu.Lock()
 	var late []string
-	total := 0
+	behind, total := 0, 0
+	patience := time.Duration(min(1+x.behind/manyLate, maxPatience))
 	for i := range x.slots {
 		s := &x.slots[i]
 		if s.name == "" || s.known <= s.seq {
 			continue
 		}
+		behind++
 		if s.asked.IsZero() {
 			s.asked = now // wait once before asking
 		}
-		if now.Sub(s.asked) <= deltaPause+rand.N(deltaPause) {
-			continue
+		pause := deltaPause + rand.N(deltaPause)
+		if now.Sub(s.asked) > pause {
+			total++
 		}
-		total++
-		if len(late) < deltasAtOnce {
+		if now.Sub(s.asked) > patience*pause && len(late) < deltasAtOnce {
 			s.asked = now
 			late = append(late, s.name)
 		}
 	}
+	x.behind = behind
 	x.mu.Unlock()
 	if x.bootstrap(now, total) {
 		return

@@ -41,6 +41,7 @@ type index struct {
 	byID     map[uint64]uint16 // member id to slot
 	sweep    int               // next shard to sweep
 	sweeping map[uint16]bool   // whose postings the sweep under way drops
+	behind   int               // members that more was heard of than is known
 	adopted  time.Time         // last snapshot; only run touches it
 
 	own own
