@@ -56,6 +56,11 @@ type Config struct {
 	Network   Network
 	PieceSize func(size int64) int64
 	Seed      uint64
+
+	// probe is how often gossip looks whether a member lives, memberlist's second if
+	// zero. Tests with hundreds of members on a few processors cannot tell who is
+	// dead from who waits for its turn.
+	probe time.Duration
 }
 
 // Network is where links run. The package lays mutual TLS over what it returns

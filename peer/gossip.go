@@ -108,6 +108,9 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	c.TCPTimeout = gossipTimeout
 	c.DeadNodeReclaimTime = reclaimAfter
 	c.EnableCompression = false // our messages are digests: LZW only costs
+	if s.cfg.probe > 0 {
+		c.ProbeInterval, c.ProbeTimeout = s.cfg.probe, s.cfg.probe/2
+	}
 	c.Delegate, c.Events = g, g
 	c.Logger = log.New(g.lines, "", 0)
 	if s.trust != nil {
