@@ -64,21 +64,24 @@ var errBusy = errors.New("peer answers too many questions already")
 
 // ask calls a method whose answer is one JSON value.
 func (l *link) ask(ctx context.Context, method byte, q, a any) error {
-	return l.call(ctx, method, marshal(q), func(c call) error {
-		switch c.method {
-		case statusOK:
-			return json.Unmarshal(c.body, a)
-		case statusBusy:
-			return errBusy
-		case statusRefused:
-			refusal := new(Refusal)
-			if err := json.Unmarshal(c.body, refusal); err != nil {
-				return err
-			}
-			return refusal
+	return l.call(ctx, method, marshal(q), func(c call) error { return c.into(a, l.node) })
+}
+
+// into reads an answer of a node.
+func (m call) into(a any, node string) error {
+	switch m.method {
+	case statusOK:
+		return json.Unmarshal(m.body, a)
+	case statusBusy:
+		return errBusy
+	case statusRefused:
+		refusal := new(Refusal)
+		if err := json.Unmarshal(m.body, refusal); err != nil {
+			return err
 		}
-		return &remoteError{fmt.Sprintf("peer %s: %s", l.node, truncate(string(c.body), maxStatusLen))}
-	})
+		return refusal
+	}
+	return &remoteError{fmt.Sprintf("peer %s: %s", node, truncate(string(m.body), maxStatusLen))}
 }
 
 // askMember links with a member and asks it. Two nodes that dial each other at

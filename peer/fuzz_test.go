@@ -2,8 +2,15 @@ package peer
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"io"
 	"net/netip"
 	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // FuzzFrames feeds every parser of link frames; what parses must survive a
@@ -76,18 +83,9 @@ func FuzzLink(f *testing.F) {
 	s = call{id: 1, method: methodJoin, body: marshal(joinAsk{Digest: "sha256:00"})}.append(s, frameCall)
 	s = answer{id: 1}.append(s, frameBusy)
 	f.Add(s)
-	w := newTestWorld()
-	n := &testNode{world: w}
-	sw, err := New(Config{Name: "x", Data: "127.0.0.1:0", Store: n, Origin: n})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Cleanup(func() { sw.Close() })
+	_, sw := fuzzNode(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
-		sim := newSimNet(0, 1)
-		ours, _ := sim.pipe(sim.host("a", 1e9, 1e9), sim.host("b", 1e9, 1e9))
-		ours.in.buf, ours.in.closed = bytes.Clone(in), true
-		l := newLink(sw, ours, Member{Name: "peer~00000000000", Node: "peer"}, false)
+		l := fuzzLink(sw, in)
 		if err := l.read(); err == nil {
 			t.Error("a connection that ended goes on")
 		}
@@ -102,11 +100,156 @@ func FuzzLink(f *testing.F) {
 	})
 }
 
+// fuzzNode is a node that does not run, with a registry that is down.
+func fuzzNode(f *testing.F) (*testNode, *Swarm) {
+	n := &testNode{world: newTestWorld(), blobs: make(map[digest.Digest]*memBlob), refuse: errRegistryDown}
+	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", TagTTL: time.Minute, Store: n, Origin: n})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { s.Close() })
+	return n, s
+}
+
+// fuzzLink is a link with a peer that said in and hung up.
+func fuzzLink(s *Swarm, in []byte) *link {
+	sim := newSimNet(0, 1)
+	ours, _ := sim.pipe(sim.host("a", 1e9, 1e9), sim.host("b", 1e9, 1e9))
+	ours.in.buf, ours.in.closed = bytes.Clone(in), true
+	return newLink(s, ours, Member{Name: "peer~00000000000", Node: "peer"}, false)
+}
+
+// FuzzQuestions asks a node anything; what it answers it could read itself.
+func FuzzQuestions(f *testing.F) {
+	n, s := fuzzNode(f)
+	held := n.world.add(1000, 1)
+	n.give(held)
+	missed := digest.FromString("missed")
+	for _, d := range []digest.Digest{held, missed, "sha256:00"} {
+		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Registry: "r", Repository: "a", Have: 3, Pass: true}))
+		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Peek: true, Stalled: true, Manifest: true, Zone: "z"}))
+		f.Add(methodPermit, marshal(permitAsk{Digest: d.String()}))
+	}
+	f.Add(methodResolve, marshal(Reference{Registry: "r", Repository: "a", Tag: "v1", Accept: []string{"x"}}))
+	f.Add(methodMay, marshal(Reference{Registry: "r", Repository: "a", Tag: held.String(), Blob: true, Node: true}))
+	f.Add(methodDelta, make([]byte, 12))
+	f.Add(methodSnapshot, pageAsk{pageMembers, 0}.append(nil))
+	f.Add(methodSnapshot, pageAsk{pageShards, 3}.append(nil))
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // nobody waits
+	s.index.say(1)
+	f.Fuzz(func(t *testing.T, method byte, body []byte) {
+		l := fuzzLink(s, nil)
+		defer l.close(errLinkClosed)
+		got, err := s.answer(ctx, l, call{method: method, body: body})
+		if err == nil && !readable(method, body, got) {
+			t.Errorf("%q to method %d is answered %q", body, method, got)
+		}
+		for _, b := range s.allBlobs() {
+			b.left(l)
+		}
+		clear(s.blobs)
+		clear(s.answers.byKey)
+	})
+}
+
+// readable reports whether an asker understands an answer.
+func readable(method byte, question, got []byte) bool {
+	var err error
+	switch method {
+	case methodJoin:
+		err = call{body: got}.into(&joinReply{}, "")
+	case methodPermit:
+		err = call{body: got}.into(&permitReply{}, "")
+	case methodResolve:
+		err = call{body: got}.into(&Descriptor{}, "")
+	case methodDelta:
+		_, err = parseDelta(got)
+	case methodSnapshot:
+		if question[0] == pageMembers {
+			_, _, err = parseMembersPage(got)
+		} else {
+			_, _, err = parseShardsPage(got)
+		}
+	}
+	return err == nil && len(got) <= maxPayload-64
+}
+
+// FuzzAnswers has a home answer a node that fetches with anything. Its fill gets
+// no byte that is not of the blob.
+func FuzzAnswers(f *testing.F) {
+	_, s := fuzzNode(f)
+	blob := []byte("blob")
+	k := key(sha256.Sum256(blob))
+	f.Add(statusOK, marshal(joinReply{Size: 4, Body: blob, Pass: make([]byte, 64)}))
+	f.Add(statusOK, marshal(joinReply{Size: 4, Body: []byte("glob")}))
+	f.Add(statusOK, marshal(joinReply{Size: 1 << 40, Meet: []string{"a~00000000000", "x"}, Vouch: []string{"b~00000000000"}, Stay: true, Moving: true}))
+	f.Add(statusOK, marshal(joinReply{Refused: "no"}))
+	f.Add(statusOK, marshal(permitReply{Granted: true}))
+	f.Add(statusOK, marshal(Descriptor{MediaType: "m", Digest: digest.FromBytes(blob), Size: 4}))
+	f.Add(statusRefused, marshal(Refusal{Status: 401, Text: "no", Challenge: []string{"Basic"}}))
+	f.Add(statusFailed, []byte("why"))
+	f.Fuzz(func(t *testing.T, status byte, body []byte) {
+		answer := call{method: status, body: body}
+		_ = answer.into(&permitReply{}, "peer") // an error is as good as a value
+		_ = answer.into(&Descriptor{}, "peer")
+		var reply joinReply
+		if answer.into(&reply, "peer") != nil {
+			return
+		}
+		l := fuzzLink(s, nil)
+		defer l.close(errLinkClosed)
+		fill := &hollowFill{want: blob, size: -1}
+		m := &Member{Name: l.peer, Node: l.node}
+		x := &fetch{s: s, b: newBlob(s, k, s.newRandLocked()), w: Want{Registry: "r"}, f: fill}
+		x.takePass(m, reply.Pass)
+		err := x.accept(t.Context(), m, l, reply)
+		if fill.wrong {
+			t.Errorf("%q brought wrong bytes", body)
+		}
+		if err == nil && len(x.b.vouched()) > maxSigners+1 {
+			t.Errorf("%d members may sign", len(x.b.vouched()))
+		}
+		x.b.left(l)
+		clear(s.bans.until)
+	})
+}
+
+// hollowFill knows its size and what it should get, and holds nothing.
+type hollowFill struct {
+	want  []byte
+	size  int64
+	wrong bool
+}
+
+func (h *hollowFill) Size() int64                         { return h.size }
+func (h *hollowFill) Has(int) bool                        { return false }
+func (h *hollowFill) ReadAt([]byte, int64) (int, error)   { return 0, io.EOF }
+func (h *hollowFill) Changed() <-chan struct{}            { return nil }
+func (h *hollowFill) SetSize(n int64) error               { h.size = n; return nil }
+func (h *hollowFill) Missing(int64) (a, b int64, ok bool) { return 0, h.size, true }
+func (h *hollowFill) Wanted() int64                       { return 0 }
+func (h *hollowFill) From(string) io.WriterAt             { return h }
+
+func (h *hollowFill) WriteAt(p []byte, off int64) (int, error) {
+	if off != 0 || !bytes.Equal(p, h.want) {
+		h.wrong = true
+	}
+	return len(p), nil
+}
+
 // FuzzGossip feeds what comes by gossip and as answers about the index.
 func FuzzGossip(f *testing.F) {
 	f.Add(appendMessage(nil, 1, 0, []op{{true, 2}}))
 	f.Add(delta{whole: true, seq: 3, ops: []op{{true, 1}}}.append(nil))
 	f.Add(pageAsk{pageShards, 3}.append(nil))
+	full, _ := bareIndex(3)
+	full.postLocked(7, 0, true)
+	full.postLocked(7, 2, true)
+	f.Add(full.page(pageAsk{pageMembers, 0}))
+	f.Add(full.page(pageAsk{pageShards, 0}))
+	f.Add(full.vector())
+	f.Add(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64([]byte{indexVector}, 1), 9))
 	f.Add(Member{Addr: "1.2.3.4:5", Home: true, Zone: "z", Key: make([]byte, 32)}.meta())
 	f.Fuzz(func(t *testing.T, p []byte) {
 		s := &Swarm{self: Member{Name: "self~00000000000"}}
