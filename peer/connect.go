@@ -52,9 +52,15 @@ func wait(ctx context.Context, d time.Duration) {
 // helloTime to do so.
 const maxStrangers = 512
 
+var errGaveUp = errors.New("who dialed did not wait")
+
 // welcome finds out who dialed and serves the link until it ends.
 func (s *Swarm) welcome(ctx context.Context, raw net.Conn) {
-	conn, m, err := s.greet(ctx, raw)
+	var m Member
+	conn, err := raw, errGaveUp
+	if !gaveUp(raw) { // else a home that is late would be later for those who still wait
+		conn, m, err = s.greet(ctx, raw)
+	}
 	<-s.strangers
 	if err != nil {
 		raw.Close()

