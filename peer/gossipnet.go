@@ -85,6 +85,9 @@ func (n *gossipNet) listenUDP() {
 			n.pause()
 			continue
 		}
+		if size == 0 {
+			continue // memberlist expects a byte
+		}
 		n.received.Add(int64(size))
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		p := &memberlist.Packet{Buf: append([]byte(nil), buf[:size]...), From: net.UDPAddrFromAddrPort(from), Timestamp: at}

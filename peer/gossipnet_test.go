@@ -25,8 +25,10 @@ func TestGossipNet(t *testing.T) {
 	from, to := nets[0], nets[1]
 	addr := memberlist.Address{Addr: to.tcp.Addr().String()}
 
-	if _, err := from.WriteToAddress([]byte("packet"), addr); err != nil {
-		t.Fatal(err)
+	for _, p := range []string{"", "packet"} { // what is empty is not handed on
+		if _, err := from.WriteToAddress([]byte(p), addr); err != nil {
+			t.Fatal(err)
+		}
 	}
 	p := <-to.PacketCh()
 	if string(p.Buf) != "packet" || cap(p.Buf) > 16 || p.From.String() != from.udp.LocalAddr().String() {
