@@ -256,6 +256,15 @@ func (f swarmFill) From(node string) io.WriterAt {
 	return f.Writer(cache.Origin{Kind: cache.FromPeer, Name: node})
 }
 
+// WritePiece takes a member's piece that the cache finds right.
+func (f swarmFill) WritePiece(node string, piece int, p []byte, from, to [sha256.Size]byte) error {
+	err := f.Writer(cache.Origin{Kind: cache.FromPeer, Name: node}).WritePiece(piece, p, from, to)
+	if errors.Is(err, cache.ErrLink) {
+		err = fmt.Errorf("%w: %w", peer.ErrWrongPiece, err)
+	}
+	return err
+}
+
 // announce and withdraw tell the swarm what comes and goes. A blob that the
 // cache and the runtime both hold is withdrawn when the last of them loses it.
 func (a *Agent) announce(d digest.Digest, _ int64) {

@@ -54,6 +54,7 @@ type blob struct {
 	have      bitmap // here, and the digest is known: can be given
 	haveN     int
 	sums      []*batch // by piece
+	bare      []int    // pieces that came here without a digest; some have one since
 	given     []uint16
 	fresh     int               // pieces of have never given
 	hinted    map[int]time.Time // never given, but somebody was pointed to it
@@ -95,6 +96,7 @@ type neighbour struct {
 	busy      time.Time // turned away, ask again then
 	load      byte
 	took      time.Duration // smoothed time of a piece
+	since     time.Time     // of the last piece, or of the request, when something is under way
 	last      time.Time     // a piece came
 }
 
@@ -420,27 +422,41 @@ func (b *blob) received(r *request) {
 	defer b.s.buffers.put(r.buf)
 	now := time.Now()
 	b.mu.Lock()
-	sum, known := b.sumLocked(r.piece)
+	by, known := b.proofLocked(r.piece)
 	f, done := b.fill, b.here.has(r.piece)
 	b.mu.Unlock()
 	switch {
 	case f == nil || done:
 	case !known:
 		b.s.log.Debug("piece came without a digest that counts", "digest", b.d, "peer", r.nb.l.node)
-	case sha256.Sum256(r.buf) != [32]byte(sum):
-		b.s.ban(r.nb.l, banDigest)
 	default:
-		_, err := f.From(r.nb.l.node).WriteAt(r.buf, int64(r.piece)*b.pieceSize)
+		err := b.write(f, r, by)
 		if err == nil {
 			b.took(r, now)
 			return
 		}
-		b.s.log.Warn("piece was not taken", "digest", b.d, "err", err)
+		if errors.Is(err, ErrWrongPiece) {
+			b.s.ban(r.nb.l, banDigest)
+		} else {
+			b.s.log.Warn("piece was not taken", "digest", b.d, "err", err)
+		}
 	}
 	b.mu.Lock()
 	b.giveUpLocked(r)
 	b.mu.Unlock()
 	b.poke()
+}
+
+// write gives a piece to the fill if it is right.
+func (b *blob) write(f Fill, r *request, by proof) error {
+	if by.linked {
+		return f.WritePiece(r.nb.l.node, r.piece, r.buf, by.from, by.to)
+	}
+	if sha256.Sum256(r.buf) != by.to {
+		return ErrWrongPiece
+	}
+	_, err := f.From(r.nb.l.node).WriteAt(r.buf, int64(r.piece)*b.pieceSize)
+	return err
 }
 
 // took notes that a piece is written.
@@ -452,6 +468,7 @@ func (b *blob) took(r *request, now time.Time) {
 		nb.took = d
 	}
 	nb.took += (d - nb.took) / 4
+	nb.since = now
 	nb.last, b.progress = now, now
 	b.sources[nb.l.node] += int64(r.size)
 	b.pace.add(r.size, now)
@@ -475,6 +492,8 @@ func (b *blob) gotLocked(i int) {
 	b.grownCh = make(chan struct{})
 	if b.sums[i] != nil || b.n == 1 {
 		b.offerLocked(i)
+	} else {
+		b.bare = append(b.bare, i)
 	}
 }
 
@@ -517,22 +536,6 @@ func (b *blob) flush() {
 			nb.l.send(have{blob: b.k, load: load, runs: runs}.append)
 		}
 	}
-}
-
-// sumLocked is the digest of a piece.
-func (b *blob) sumLocked(i int) (key, bool) {
-	if b.n == 1 {
-		return b.k, true
-	}
-	if i >= len(b.sums) || b.sums[i] == nil {
-		return key{}, false
-	}
-	for _, p := range b.sums[i].pieces {
-		if int(p.piece) == i {
-			return p.sum, true
-		}
-	}
-	return key{}, false
 }
 
 var _ io.ReaderAt = (*handle)(nil)

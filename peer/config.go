@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"log/slog"
@@ -97,6 +98,13 @@ type Fill interface {
 	// From returns the way in for trusted bytes, by where they came from: a
 	// member's node name, or "" for upstream.
 	From(node string) io.WriterAt
+	// WritePiece takes all of a piece from a member, if its bytes lead SHA-256 from
+	// one chaining value to another; those of the last piece must lead to the
+	// blob's digest instead. Else it returns an error that is ErrWrongPiece.
+	WritePiece(node string, piece int, p []byte, from, to [sha256.Size]byte) error
+	// Chain returns the chaining value at the start of a piece, once all bytes
+	// before it are here and hashed. Changed covers it too.
+	Chain(piece int) (v [sha256.Size]byte, ok bool)
 }
 
 // Store is this node's cache as peers may see it.
@@ -197,6 +205,8 @@ type Sink interface {
 type Upstream func(ctx context.Context, into Sink) error
 
 var (
+	// ErrWrongPiece means that a piece is not what its digest says.
+	ErrWrongPiece = errors.New("piece does not match its digest")
 	// ErrUnsupported means that the swarm cannot carry this blob.
 	ErrUnsupported = errors.New("blob cannot be swarmed")
 	// ErrDistrusted means that the swarm gave a wrong blob under this digest lately

@@ -3,9 +3,12 @@ package peer
 import (
 	"crypto/ed25519"
 	"crypto/sha256"
+	"encoding"
 	"errors"
+	"fmt"
 	"hash"
 	"io"
+	"slices"
 )
 
 // verifyFirst is the size up to which a node that holds a whole blob, but not
@@ -15,6 +18,39 @@ import (
 const verifyFirst = 512 << 20
 
 const maxSigners = 32
+
+// proof is what a piece is checked by: where SHA-256 has to arrive. It sets out
+// at the start of the piece from what it carries there from the pieces before
+// (linked), or from nothing.
+type proof struct {
+	linked   bool
+	from, to key
+}
+
+// chainStart is SHA-256's initial value.
+var chainStart = chainValue(sha256.New())
+
+// chainValue is what SHA-256 carries on from the whole blocks that h has taken.
+// Go marshals it after four bytes of magic; the cache's TestChainValue holds it
+// to the standard.
+func chainValue(h hash.Hash) key {
+	state, err := h.(encoding.BinaryAppender).AppendBinary(nil)
+	if err != nil || len(state) < 4+len(key{}) {
+		panic(fmt.Sprintf("peer: SHA-256 with a state of %d bytes: %v", len(state), err)) // not this Go's
+	}
+	return key(state[4:])
+}
+
+// proofLocked is what a piece is to be checked by, if that is known.
+func (b *blob) proofLocked(i int) (p proof, ok bool) {
+	switch {
+	case b.n == 1:
+		return proof{linked: true, from: chainStart, to: b.k}, true
+	case i >= len(b.sums) || b.sums[i] == nil:
+		return p, false
+	}
+	return b.sums[i].proof(i)
+}
 
 var errWrongBlob = errors.New("blob does not match its digest")
 
@@ -76,40 +112,96 @@ func (b *blob) vouch(names []string) {
 
 // scan notes which pieces have come by other roads than neighbours (upstream,
 // or an earlier start), and signs their digests if this node may.
-func (b *blob) scan(src Blob) error {
-	if size := src.Size(); size > 0 {
+func (b *blob) scan(f Fill) error {
+	if size := f.Size(); size > 0 {
 		b.setSize(size)
 	}
+	if b.find(f) {
+		b.poke()
+	}
 	for {
-		news, sign := b.scanLocked(src)
-		if len(news) == 0 {
+		next, loose := b.toSign()
+		if t := b.link(f, next); t != nil {
+			b.publish([]*batch{t})
+			continue
+		}
+		if len(loose) == 0 {
 			return nil
 		}
-		if sign {
-			if err := b.sign(news); err != nil {
-				return err
-			}
+		switch err := b.sign(loose); {
+		case errors.Is(err, errNotHere):
+			return nil // a blob that is not kept cannot be given either
+		case err != nil:
+			return err
 		}
-		b.mu.Lock()
-		for _, i := range news {
-			b.gotLocked(i)
-		}
-		b.progress = b.s.now()
-		b.mu.Unlock()
-		b.poke()
 	}
 }
 
-// scanLocked returns up to a batch of pieces that are newly here.
-func (b *blob) scanLocked(src Blob) (news []int, sign bool) {
+// find notes the pieces that are newly here, and reports whether there are any.
+func (b *blob) find(f Fill) (news bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i := 0; i < b.n && len(news) < maxBatch; i++ {
-		if !b.here.has(i) && src.Has(i) {
-			news = append(news, i)
+	for i := range b.n {
+		if !b.here.has(i) && f.Has(i) {
+			b.gotLocked(i)
+			news = true
 		}
 	}
-	return news, b.authority
+	if news {
+		b.progress = b.s.now()
+	}
+	return news
+}
+
+// toSign lists pieces whose digests this node has to sign: the next ones of
+// those before which nothing is missing, for which the fill has, or will have,
+// chaining values; and some that are loose.
+func (b *blob) toSign() (next, loose []int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.authority {
+		return nil, nil
+	}
+	b.bare = slices.DeleteFunc(b.bare, func(i int) bool { return b.sums[i] != nil })
+	slices.Sort(b.bare)
+	gap := b.n
+	if b.missing > 0 {
+		gap = b.firstMissing(0)
+	}
+	for _, i := range b.bare {
+		switch {
+		case i > gap && len(loose) < maxBatch:
+			loose = append(loose, i)
+		case i < gap && len(next) < maxBatch && (len(next) == 0 || next[len(next)-1] == i-1):
+			next = append(next, i)
+		}
+	}
+	return next, loose
+}
+
+// link makes a batch of those of the pieces, which follow each other, that the
+// fill's digest has passed; nil if that are none.
+func (b *blob) link(f Fill, pieces []int) *batch {
+	if len(pieces) == 0 {
+		return nil
+	}
+	t := b.newBatch()
+	from, ok := f.Chain(pieces[0])
+	t.linked, t.from = true, from
+	for _, i := range pieces {
+		end := [sha256.Size]byte(b.k)
+		if i < b.n-1 && ok {
+			end, ok = f.Chain(i + 1)
+		}
+		if !ok {
+			break
+		}
+		t.pieces = append(t.pieces, pieceDigest{uint32(i), end})
+	}
+	if len(t.pieces) == 0 {
+		return nil
+	}
+	return t
 }
 
 // sign reads pieces back from the store, so that what is signed is what will be
@@ -117,10 +209,10 @@ func (b *blob) scanLocked(src Blob) (news []int, sign bool) {
 func (b *blob) sign(pieces []int) error {
 	h, err := b.acquire()
 	if err != nil {
-		return nil // a blob that is not kept cannot be given either
+		return err
 	}
 	defer b.release(h)
-	t := &batch{blob: b.k, pieceSize: uint32(b.pieceSize), signer: b.s.self.Name}
+	t := b.newBatch()
 	for _, i := range pieces {
 		sum := sha256.New()
 		if err := b.hashPiece(h, i, sum); err != nil {
@@ -174,12 +266,12 @@ func (b *blob) unsigned() (todo []int) {
 	return todo
 }
 
-// signWhole hashes the blob from end to end: every piece, and the whole.
+// signWhole hashes the blob from end to end.
 func (b *blob) signWhole(h *handle) error {
 	whole := sha256.New()
 	var pending []*batch
 	offered := 0
-	t := b.newBatch()
+	t := b.newLinks(whole)
 	for i := range b.n {
 		if err := b.hashInto(h, i, whole, t); err != nil {
 			return err
@@ -188,7 +280,7 @@ func (b *blob) signWhole(h *handle) error {
 			continue
 		}
 		pending = append(pending, t)
-		t = b.newBatch()
+		t = b.newLinks(whole)
 		if b.size > verifyFirst && i < b.n-1 {
 			b.publish(pending)
 			b.offer(offered, i+1)
@@ -208,12 +300,23 @@ func (b *blob) newBatch() *batch {
 	return &batch{blob: b.k, pieceSize: uint32(b.pieceSize), signer: b.s.self.Name}
 }
 
+// newLinks begins a batch of linked pieces where whole has arrived.
+func (b *blob) newLinks(whole hash.Hash) *batch {
+	t := b.newBatch()
+	t.linked, t.from = true, chainValue(whole)
+	return t
+}
+
+// hashInto adds the next piece to whole, and to t.
 func (b *blob) hashInto(r io.ReaderAt, i int, whole hash.Hash, t *batch) error {
-	one := sha256.New()
-	if err := b.hashPiece(r, i, io.MultiWriter(whole, one)); err != nil {
+	if err := b.hashPiece(r, i, whole); err != nil {
 		return err
 	}
-	t.pieces = append(t.pieces, pieceDigest{uint32(i), key(one.Sum(nil))})
+	end := b.k
+	if i < b.n-1 {
+		end = chainValue(whole)
+	}
+	t.pieces = append(t.pieces, pieceDigest{uint32(i), end})
 	return nil
 }
 

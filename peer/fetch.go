@@ -97,7 +97,7 @@ func (b *blob) begin(f Fill) error {
 	clear(b.sources)
 	if b.size != 0 {
 		b.here, b.have, b.missing, b.haveN = newBitmap(b.n), newBitmap(b.n), b.n, 0
-		b.cursor, b.fresh = 0, 0
+		b.cursor, b.fresh, b.bare = 0, 0, nil
 	}
 	return nil
 }

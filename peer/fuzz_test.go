@@ -238,6 +238,9 @@ func (h *hollowFill) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+func (h *hollowFill) WritePiece(string, int, []byte, [32]byte, [32]byte) error { return ErrWrongPiece }
+func (h *hollowFill) Chain(int) (v [32]byte, ok bool)                          { return v, false }
+
 // FuzzGossip feeds what comes by gossip and as answers about the index.
 func FuzzGossip(f *testing.F) {
 	f.Add(appendMessage(nil, 1, 0, []op{{true, 2}}))

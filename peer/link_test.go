@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"math/rand/v2"
 	"sync"
@@ -83,6 +86,7 @@ type memBlob struct {
 	from    map[string]int64
 	changed chan struct{}
 	bad     error
+	chain   []key // chaining values at the starts of pieces
 }
 
 func newMemBlob(d digest.Digest) *memBlob {
@@ -160,6 +164,52 @@ func (b *memBlob) Wanted() int64 {
 		return max(b.Size(), 0)
 	}
 	return start
+}
+
+// resume is a SHA-256 that took off bytes, whole blocks, and carries v.
+func resume(v key, off int64) hash.Hash {
+	h := sha256.New()
+	state := append(append([]byte("sha\x03"), v[:]...), make([]byte, sha256.BlockSize)...)
+	if err := h.(encoding.BinaryUnmarshaler).UnmarshalBinary(binary.BigEndian.AppendUint64(state, uint64(off))); err != nil {
+		panic(err)
+	}
+	return h
+}
+
+func (b *memBlob) WritePiece(node string, i int, p []byte, from, to [sha256.Size]byte) error {
+	if b.Size() < 0 {
+		return errors.New("a piece before the size")
+	}
+	off := int64(i) * b.pieceSize()
+	h := resume(from, off)
+	h.Write(p)
+	right := chainValue(h) == to
+	if off+int64(len(p)) == b.Size() {
+		right = digest.NewDigest(digest.SHA256, h) == b.d
+	}
+	if !right {
+		return ErrWrongPiece
+	}
+	_, err := b.From(node).WriteAt(p, off)
+	return err
+}
+
+func (b *memBlob) Chain(i int) (v [sha256.Size]byte, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.chain) == 0 {
+		b.chain = []key{chainStart}
+	}
+	for n := len(b.chain); n <= i && n < len(b.got) && b.got[n-1] == b.lenOf(n-1); n++ {
+		ps := b.pieceSize()
+		h := resume(b.chain[n-1], int64(n-1)*ps)
+		h.Write(b.data[int64(n-1)*ps : int64(n)*ps])
+		b.chain = append(b.chain, chainValue(h))
+	}
+	if i >= len(b.chain) {
+		return v, false
+	}
+	return b.chain[i], true
 }
 
 type memWriter struct {

@@ -119,7 +119,7 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 		if nb == except || !nb.have.has(piece) {
 			continue
 		}
-		if cost := b.cost(nb); best == nil || cost < bestCost {
+		if cost := b.cost(nb, now); best == nil || cost < bestCost {
 			best, bestCost = nb, cost
 		}
 	}
@@ -129,11 +129,13 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 	}
 	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
 	r.moved.Store(now.UnixNano())
-	_, known := b.sumLocked(piece)
+	_, known := b.proofLocked(piece)
 	if !best.l.request(r, want{blob: b.k, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
 		return false
 	}
-	best.flying++
+	if best.flying++; best.flying == 1 {
+		best.since = now
+	}
 	b.flying++
 	b.s.flying.Add(size)
 	b.wants[piece] = append(b.wants[piece], r)
@@ -145,8 +147,8 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 
 // cost estimates how long a neighbour takes: what is under way there (ours, and
 // by its own word others'), times how long it took before.
-func (b *blob) cost(nb *neighbour) float64 {
-	took := nb.took.Seconds()
+func (b *blob) cost(nb *neighbour, now time.Time) float64 {
+	took := nb.takes(now).Seconds()
 	if took == 0 {
 		took = 0.02
 	}
@@ -155,6 +157,15 @@ func (b *blob) cost(nb *neighbour) float64 {
 		c *= 4
 	}
 	return c * (1 + b.rng.Float64()/2)
+}
+
+// takes is how long a piece takes from the neighbour: as smoothed, or, if that
+// is longer already, what is under way there. 0 = not known.
+func (nb *neighbour) takes(now time.Time) time.Duration {
+	if nb.flying > 0 {
+		return max(nb.took, now.Sub(nb.since))
+	}
+	return nb.took
 }
 
 // queueTime is how long a piece may wait at a neighbour behind as many others

@@ -26,6 +26,7 @@ import (
 type sim struct {
 	nodes   int
 	pieces  int
+	layers  []int // pieces of further blobs, fetched at the same time
 	seed    uint64
 	rate    float64       // bytes per second, both ways
 	origin  float64       // of the registry
@@ -67,37 +68,61 @@ type simWorld struct {
 	sim
 	net     *simNet
 	rng     *rand.Rand
-	content []byte
-	digest  digest.Digest
+	images  []*simImage // the first has pieces, the others are layers
 	nodes   []*simNode
 	src     *simHost // the registry
 	fetched atomic.Int64
 	asks    atomic.Int64
 }
 
+// simImage is what a blob's bytes are.
+type simImage struct {
+	content []byte
+	digest  digest.Digest
+	chain   []key // chaining values at the starts of pieces
+}
+
+func newSimImage(pieces int, rng *rand.Rand) *simImage {
+	x := &simImage{content: make([]byte, pieces*simPiece-100)}
+	for i := range x.content {
+		x.content[i] = byte(rng.Uint32())
+	}
+	x.digest = digest.FromBytes(x.content)
+	h := sha256.New()
+	for off := 0; off < len(x.content); off += simPiece {
+		x.chain = append(x.chain, chainValue(h))
+		h.Write(x.content[off:min(off+simPiece, len(x.content))])
+	}
+	return x
+}
+
 type simNode struct {
 	w      *simWorld
 	s      *Swarm
 	host   *simHost
-	blob   *simBlob
+	blobs  map[digest.Digest]*simBlob
 	cancel context.CancelFunc
 	slow   bool
 	dies   bool
 	seeded bool
 	once   sync.Once
-	took   time.Duration
-	err    error
-	done   chan struct{}
+	took   time.Duration // of all blobs
+	done   sync.WaitGroup
 	began  time.Time
+
+	mu  sync.Mutex // guards err
+	err error
 }
 
 // simBlob is a node's store and fill in one; the bytes are shared by all nodes
 // and only whether a node has them is its own.
 type simBlob struct {
-	w       *simWorld
+	*simImage
+	once    sync.Once // starts the fetch
 	mu      sync.Mutex
 	size    int64
 	got     []int // bytes of each piece
+	prefix  int   // pieces from the start
 	changed chan struct{}
 }
 
@@ -118,10 +143,10 @@ func (b *simBlob) hasLocked(i int) bool {
 }
 
 func (b *simBlob) ReadAt(p []byte, off int64) (int, error) {
-	if off >= int64(len(b.w.content)) {
+	if off >= int64(len(b.content)) {
 		return 0, io.EOF
 	}
-	return copy(p, b.w.content[off:]), nil
+	return copy(p, b.content[off:]), nil
 }
 
 func (b *simBlob) Changed() <-chan struct{} {
@@ -183,7 +208,7 @@ type simWriter struct{ b *simBlob }
 
 func (w simWriter) WriteAt(p []byte, off int64) (int, error) {
 	b := w.b
-	if string(b.w.content[off:off+int64(len(p))]) != string(p) {
+	if string(b.content[off:off+int64(len(p))]) != string(p) {
 		return 0, errors.New("wrong bytes were taken")
 	}
 	b.mu.Lock()
@@ -195,10 +220,31 @@ func (w simWriter) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (b *simBlob) From(string) io.WriterAt { return simWriter{b} }
-func (b *simBlob) Close() error            { return nil }
+
+func (b *simBlob) WritePiece(_ string, i int, p []byte, from, to [sha256.Size]byte) error {
+	if from != b.chain[i] || i+1 < len(b.chain) && to != b.chain[i+1] {
+		return ErrWrongPiece
+	}
+	_, err := simWriter{b}.WriteAt(p, int64(i)*simPiece)
+	return err
+}
+
+func (b *simBlob) Chain(i int) (v [sha256.Size]byte, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.prefix < len(b.got) && b.hasLocked(b.prefix) {
+		b.prefix++
+	}
+	if i > b.prefix || i >= len(b.chain) {
+		return v, false
+	}
+	return b.chain[i], true
+}
+func (b *simBlob) Close() error { return nil }
 
 func (n *simNode) Lookup(d digest.Digest) (StoredBlob, bool) {
-	return n.blob, d == n.w.digest
+	b, ok := n.blobs[d]
+	return b, ok
 }
 
 func (n *simNode) Fill(_ context.Context, w Want) error {
@@ -214,16 +260,21 @@ func (n *simNode) May(context.Context, Reference) error { return errors.ErrUnsup
 func (n *simNode) Admit(context.Context, Want) error    { return nil }
 func (n *simNode) Gives(digest.Digest, string) bool     { return true }
 
-// start fetches the blob, once, as the node's cache would.
+// start fetches a blob, once, as the node's cache would.
 func (n *simNode) start(w Want) {
 	if n.seeded {
 		return
 	}
-	n.once.Do(func() {
-		n.began = time.Now()
+	n.once.Do(func() { n.began = time.Now() })
+	b := n.blobs[w.Digest]
+	b.once.Do(func() {
 		go func() {
-			defer close(n.done)
-			n.err = n.s.Fetch(context.Background(), w, n.blob, n.upstream)
+			defer n.done.Done()
+			up := func(ctx context.Context, into Sink) error { return n.upstream(ctx, b, into) }
+			err := n.s.Fetch(context.Background(), w, b, up)
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.err = errors.Join(n.err, err)
 			n.took = time.Since(n.began)
 		}()
 	})
@@ -231,13 +282,13 @@ func (n *simNode) start(w Want) {
 
 // upstream is a registry client: one stream, bounded by the registry's uplink
 // and the node's downlink.
-func (n *simNode) upstream(ctx context.Context, into Sink) error {
+func (n *simNode) upstream(ctx context.Context, b *simBlob, into Sink) error {
 	n.w.asks.Add(1)
 	if n.w.seeded {
 		return errors.New("registry is down")
 	}
 	wait(ctx, 2*n.w.latency)
-	if err := into.SetSize(int64(len(n.w.content))); err != nil {
+	if err := into.SetSize(int64(len(b.content))); err != nil {
 		return err
 	}
 	for off := int64(0); ctx.Err() == nil; {
@@ -249,7 +300,7 @@ func (n *simNode) upstream(ctx context.Context, into Sink) error {
 		cost := (end - start) * n.w.net.scale
 		n.w.fetched.Add(cost)
 		wait(ctx, max(n.w.src.charge(cost, true), n.host.charge(cost, false)))
-		if _, err := into.WriteAt(n.w.content[start:end], start); err != nil {
+		if _, err := into.WriteAt(b.content[start:end], start); err != nil {
 			return err
 		}
 		off = end
@@ -266,11 +317,9 @@ func (c sim) run(t testing.TB) (r simResult) {
 
 func (c sim) world(t *testing.T) *simWorld {
 	w := &simWorld{sim: c, net: newSimNet(c.latency, simRealPiece/simPiece), rng: rand.New(rand.NewPCG(c.seed, 1))}
-	w.content = make([]byte, c.pieces*simPiece-100)
-	for i := range w.content {
-		w.content[i] = byte(w.rng.Uint32())
+	for _, n := range append([]int{c.pieces}, c.layers...) {
+		w.images = append(w.images, newSimImage(n, w.rng))
 	}
-	w.digest = digest.NewDigestFromBytes(digest.SHA256, sum(w.content))
 	w.src = w.net.host("registry", c.origin, c.origin)
 	var members []Member
 	for i := range c.nodes {
@@ -286,8 +335,10 @@ func (c sim) world(t *testing.T) *simWorld {
 		n.s.roster.set(others...)
 		n.s.index.joined(others)
 		if c.seeded {
-			k, _ := parseKey(w.digest.String())
-			n.s.index.heard(appendMessage(nil, memberID(members[c.nodes-1].Name), 0, []op{{true, prefixOf(k)}}))
+			for i, x := range w.images {
+				k, _ := parseKey(x.digest.String())
+				n.s.index.heard(appendMessage(nil, memberID(members[c.nodes-1].Name), uint32(i), []op{{true, prefixOf(k)}}))
+			}
 		}
 	}
 	return w
@@ -297,21 +348,22 @@ func (c sim) world(t *testing.T) *simWorld {
 // say.
 func (w *simWorld) plant() {
 	n := w.nodes[len(w.nodes)-1]
-	_ = n.blob.SetSize(int64(len(w.content))) // the first is never refused
-	for i := range n.blob.got {
-		n.blob.got[i] = int(min(simPiece, n.blob.size-int64(i)*simPiece))
+	for _, b := range n.blobs {
+		_ = b.SetSize(int64(len(b.content))) // the first is never refused
+		for i := range b.got {
+			b.got[i] = int(min(simPiece, b.size-int64(i)*simPiece))
+		}
+		n.done.Done()
 	}
 	n.seeded = true
-	close(n.done)
-}
-
-func sum(b []byte) []byte {
-	s := sha256.Sum256(b)
-	return s[:]
 }
 
 func (w *simWorld) node(t *testing.T, i int) *simNode {
-	n := &simNode{w: w, done: make(chan struct{}), blob: &simBlob{w: w, size: -1, changed: make(chan struct{})}}
+	n := &simNode{w: w, blobs: make(map[digest.Digest]*simBlob)}
+	for _, x := range w.images {
+		n.blobs[x.digest] = &simBlob{simImage: x, size: -1, changed: make(chan struct{})}
+		n.done.Add(1)
+	}
 	rate := w.rate
 	if n.slow = w.rng.Float64() < w.slow; n.slow {
 		rate /= 10
@@ -341,15 +393,16 @@ func (w *simWorld) play(t *testing.T) simResult {
 		})
 	}
 	synctest.Wait()
-	want := Want{Digest: w.digest, Registry: "registry.test", Repository: "app"}
-	expect := time.Duration(float64(w.pieces*simRealPiece) / w.rate * float64(time.Second))
+	expect := time.Duration(w.size() / w.rate * float64(time.Second))
 	for _, n := range w.nodes {
 		start := time.Duration(0)
 		if w.stagger > 0 {
 			start = time.Duration(w.rng.Int64N(int64(w.stagger)))
 		}
 		die := start + time.Duration(w.rng.Float64()*float64(expect))
-		time.AfterFunc(start, func() { n.start(want) })
+		for _, x := range w.images {
+			time.AfterFunc(start, func() { n.start(Want{Digest: x.digest, Registry: "registry.test", Repository: "app"}) })
+		}
 		if n.dies {
 			time.AfterFunc(die, func() { n.cancel(); n.host.kill() })
 		}
@@ -360,7 +413,7 @@ func (w *simWorld) play(t *testing.T) simResult {
 		time.AfterFunc(w.killTop, func() { top.cancel(); top.host.kill() })
 	}
 	for _, n := range w.nodes {
-		<-n.done
+		n.done.Wait()
 	}
 	r := w.result()
 	for _, n := range w.nodes {
@@ -372,14 +425,22 @@ func (w *simWorld) play(t *testing.T) simResult {
 
 // top is the blob's first home.
 func (w *simWorld) top() *simNode {
-	k, _ := parseKey(w.digest.String())
+	k, _ := parseKey(w.images[0].digest.String())
 	name := w.nodes[0].s.roster.view.Load().homes(k, "", false, nil)[0].Name
 	i := slices.IndexFunc(w.nodes, func(n *simNode) bool { return n.s.self.Name == name })
 	return w.nodes[i]
 }
 
+// size of all blobs, as charged.
+func (w *simWorld) size() (bytes float64) {
+	for _, x := range w.images {
+		bytes += float64((len(x.content) + simPiece - 1) / simPiece * simRealPiece)
+	}
+	return bytes
+}
+
 func (w *simWorld) result() simResult {
-	size := float64(w.pieces * simRealPiece)
+	size := w.size()
 	var fast, slow []time.Duration
 	var failed []error
 	sumUp, minDown, n := 0.0, w.rate, 0.0
@@ -454,12 +515,13 @@ func TestStormOfTroubles(t *testing.T) {
 		ratio  float64
 		copies float64
 	}{
-		{"one seed, registry down", func(c *sim) { c.seeded = true }, 1.5, 0},
+		{"one seed, registry down", func(c *sim) { c.seeded = true }, 1.7, 0},
 		{"staggered starts", func(c *sim) { c.stagger = 2 * time.Second }, 2.2, 1.02},
 		{"10 % slow nodes", func(c *sim) { c.slow = 0.1 }, 2, 1.05},
 		{"20 % die", func(c *sim) { c.die = 0.2 }, 2, 2},
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
-		{"four zones", func(c *sim) { c.zones = 4 }, 2.2, 1.02},
+		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
+		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

@@ -159,18 +159,19 @@ func (h *simHalf) write(p []byte) (int, error) {
 		h.data++
 	}
 	h.mu.Unlock()
-	if !seg.data {
-		h.net.frames.Add(1)
-		h.net.control.Add(int64(len(p)))
-		h.from.charge(int64(len(p)), true)
-		time.AfterFunc(h.net.latency, func() { h.arrive(seg) })
-		return len(p), nil
-	}
 	const head = frameHeader + dataHead
-	n := int64(len(p)-head)*h.net.scale + head
-	h.net.data.Add(n)
-	sent := h.from.charge(n, true)
-	time.AfterFunc(sent+h.net.latency, func() {
+	n := int64(len(p))
+	if seg.data {
+		n = int64(len(p)-head)*h.net.scale + head
+		h.net.data.Add(n)
+	} else {
+		h.net.frames.Add(1)
+		h.net.control.Add(n)
+	}
+	// Control frames wait behind piece bytes on both links: what queues in a
+	// kernel or a switch is not asked what it is.
+	through := h.from.charge(n, true)
+	time.AfterFunc(through+h.net.latency, func() {
 		time.AfterFunc(h.to.charge(n, false), func() { h.arrive(seg) })
 	})
 	return len(p), nil

@@ -35,7 +35,7 @@ const (
 	frameCancel            // request id
 	frameBusy              // request id, milliseconds after which to ask again
 	frameGone              // request id: not here (any more)
-	frameDigests           // digest, signed batch of piece digests
+	frameDigests           // signed batch of piece digests
 	frameData              // request id, offset in the piece, bytes
 	frameCall              // call id, method, body
 	frameReply             // call id, status, more?, body
@@ -333,8 +333,13 @@ type batch struct {
 	blob      key
 	pieceSize uint32
 	signer    string
-	pieces    []pieceDigest
-	sig       [ed25519.SignatureSize]byte
+	// linked: the pieces follow each other, and their sums are SHA-256's chaining
+	// values at their ends, on the way from the value from at the first one's start
+	// to the blob's digest. Else each sum is its piece's own SHA-256.
+	linked bool
+	from   key
+	pieces []pieceDigest
+	sig    [ed25519.SignatureSize]byte
 }
 
 type pieceDigest struct {
@@ -344,9 +349,16 @@ type pieceDigest struct {
 
 // signed returns the bytes under the signature.
 func (t *batch) signed() []byte {
-	b := append([]byte("larder piece digests 1\x00"), t.blob[:]...)
+	return t.appendBody([]byte("larder piece digests 2\x00"))
+}
+
+func (t *batch) appendBody(b []byte) []byte {
+	b = append(b, t.blob[:]...)
 	b = binary.BigEndian.AppendUint32(b, t.pieceSize)
-	b = appendStr(b, t.signer)
+	b = append(appendStr(b, t.signer), flag(t.linked, 1))
+	if t.linked {
+		b = append(b, t.from[:]...)
+	}
 	for _, p := range t.pieces {
 		b = append(binary.BigEndian.AppendUint32(b, p.piece), p.sum[:]...)
 	}
@@ -354,16 +366,7 @@ func (t *batch) signed() []byte {
 }
 
 func (t *batch) append(b []byte) []byte {
-	return appendFrame(b, frameDigests, func(b []byte) []byte {
-		b = append(b, t.sig[:]...)
-		b = append(b, t.blob[:]...)
-		b = binary.BigEndian.AppendUint32(b, t.pieceSize)
-		b = appendStr(b, t.signer)
-		for _, p := range t.pieces {
-			b = append(binary.BigEndian.AppendUint32(b, p.piece), p.sum[:]...)
-		}
-		return b
-	})
+	return appendFrame(b, frameDigests, func(b []byte) []byte { return t.appendBody(append(b, t.sig[:]...)) })
 }
 
 func parseBatch(p []byte) (*batch, error) {
@@ -371,18 +374,37 @@ func parseBatch(p []byte) (*batch, error) {
 	t := &batch{}
 	copy(t.sig[:], c.take(len(t.sig)))
 	t.blob, t.pieceSize, t.signer = c.key(), c.u32(), c.str()
-	if c.bad || len(c.b) == 0 || len(c.b)%36 != 0 || len(c.b)/36 > maxBatch {
+	kind := c.u8()
+	if t.linked = kind == 1; t.linked {
+		t.from = c.key()
+	}
+	if c.bad || kind > 1 || len(c.b) == 0 || len(c.b)%36 != 0 || len(c.b)/36 > maxBatch {
 		return nil, errWire
 	}
 	t.pieces = make([]pieceDigest, 0, len(c.b)/36)
 	for len(c.b) > 0 {
 		d := pieceDigest{piece: c.u32(), sum: c.key()}
-		if d.piece >= maxPieces {
+		if n := len(t.pieces); d.piece >= maxPieces || t.linked && n > 0 && d.piece != t.pieces[n-1].piece+1 {
 			return nil, errWire
 		}
 		t.pieces = append(t.pieces, d)
 	}
 	return t, c.done()
+}
+
+// proof of a piece; the batch must list it.
+func (t *batch) proof(piece int) (p proof, ok bool) {
+	for i, d := range t.pieces {
+		if int(d.piece) != piece {
+			continue
+		}
+		p = proof{linked: t.linked, from: t.from, to: d.sum}
+		if i > 0 {
+			p.from = t.pieces[i-1].sum
+		}
+		return p, true
+	}
+	return p, false
 }
 
 // dataHead precedes the bytes of a frameData.

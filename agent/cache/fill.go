@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
@@ -43,12 +44,15 @@ type fill struct {
 	record  *pieceMap  // nil when the map cannot be written
 	busy    map[int]struct{}
 	origins map[Origin]int64
-	first   Origin // whose bytes came first
-	asked   bool   // the source has been called
-	torn    bool   // since then, a claimed piece turned out to be missing
-	good    bool   // the whole digest matched: the last piece may be shown
-	err     error  // why the fill ended without the blob
-	unkept  error  // why a verified blob was not committed
+	first   Origin              // whose bytes came first
+	asked   bool                // the source has been called
+	torn    bool                // since then, a claimed piece turned out to be missing
+	good    bool                // the whole digest matched: the last piece may be shown
+	links   map[int]link        // of whole pieces that the digest has not come to yet
+	chain   [][sha256.Size]byte // chaining values at the starts of pieces, as far as the digest has come
+	watched bool                // somebody asks for chain
+	err     error               // why the fill ended without the blob
+	unkept  error               // why a verified blob was not committed
 	stop    context.CancelFunc
 	readers map[*Reader]struct{}
 	waiters map[*waiter]struct{}
@@ -69,7 +73,7 @@ func newFill(c *Cache, d digest.Digest, src Source, suspect bool) *fill {
 	f := &fill{
 		c: c, digest: d, src: src, giver: giverOf(src), suspect: suspect, started: time.Now(), refs: 1,
 		sized: make(chan struct{}), broken: make(chan struct{}), done: make(chan struct{}),
-		busy: map[int]struct{}{}, origins: map[Origin]int64{},
+		busy: map[int]struct{}{}, origins: map[Origin]int64{}, links: map[int]link{},
 		readers: map[*Reader]struct{}{}, waiters: map[*waiter]struct{}{},
 	}
 	f.freed = sync.NewCond(&f.mu)
@@ -389,7 +393,7 @@ func (f *fill) wanted() int64 {
 func (f *fill) write(p []byte, off int64, from Origin) (int, error) {
 	written := 0
 	for {
-		n, err := f.writePiece(p[written:], off+int64(written), from)
+		n, err := f.writePiece(p[written:], off+int64(written), from, nil)
 		written += n
 		if err != nil || written == len(p) {
 			return written, err
@@ -397,8 +401,9 @@ func (f *fill) write(p []byte, off int64, from Origin) (int, error) {
 	}
 }
 
-// writePiece writes the part of p that belongs to off's piece.
-func (f *fill) writePiece(p []byte, off int64, from Origin) (int, error) {
+// writePiece writes the part of p that belongs to off's piece. l, if any, is
+// what p was checked by.
+func (f *fill) writePiece(p []byte, off int64, from Origin, l *link) (int, error) {
 	g, err := f.grab(p, off)
 	if err != nil || len(g.data) == 0 {
 		return g.skip, f.reject(err)
@@ -408,7 +413,7 @@ func (f *fill) writePiece(p []byte, off int64, from Origin) (int, error) {
 	if err == nil && g.full && g.record != nil {
 		g.record.put(g.piece, sum)
 	}
-	f.settleWrite(g, sum, from, err)
+	f.settleWrite(g, sum, from, l, err)
 	if err != nil {
 		return g.skip, f.reject(err)
 	}
@@ -488,7 +493,7 @@ func (f *fill) writable(n int, off int64) error {
 }
 
 // settleWrite gives the piece back and shows what was written.
-func (f *fill) settleWrite(g grabbed, sum uint32, from Origin, err error) {
+func (f *fill) settleWrite(g grabbed, sum uint32, from Origin, l *link, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.busy, g.piece)
@@ -500,6 +505,9 @@ func (f *fill) settleWrite(g grabbed, sum uint32, from Origin, err error) {
 		f.first = from
 	}
 	f.credit(from, int64(len(g.data)))
+	if l != nil && int64(len(g.data)) == f.pieces.length(g.piece) { // else other bytes are in it than were checked
+		f.links[g.piece] = *l
+	}
 	complete := f.pieces.grow(g.piece, int64(len(g.data)), sum)
 	f.wake(g.off, g.off+int64(len(g.data)))
 	if complete {
@@ -518,28 +526,27 @@ func (f *fill) credit(from Origin, n int64) {
 	f.origins[from] += n
 }
 
-// verify hashes the contiguous prefix as it grows, reading back what is still
-// in the page cache, and returns nil when the whole digest matched.
+// verify follows the digest along the contiguous prefix as it grows, reading
+// back what was not checked by links from what is still in the page cache, and
+// returns nil when the whole digest matched.
 func (f *fill) verify() error {
 	select {
 	case <-f.sized:
 	case <-f.broken:
 	}
-	h := f.digest.Algorithm().Hash()
-	buf := make([]byte, readBlock)
-	for off := int64(0); ; {
-		n, err := f.waitPrefix(off)
+	p := newPrefix(f)
+	for {
+		n, err := f.waitPrefix(p.off)
 		if err != nil {
 			return err
 		}
 		if n == 0 {
-			return f.judge(h)
+			return f.judge(p.matches())
 		}
-		if err := hashRange(h, f.file, buf, off, n); err != nil {
+		if err := p.advance(p.off + n); err != nil {
 			f.fail(fmt.Errorf("read back: %w", errors.Join(ErrNoRoom, err)))
 			return f.failure()
 		}
-		off += n
 	}
 }
 
@@ -552,9 +559,9 @@ func hashRange(h hash.Hash, file io.ReaderAt, buf []byte, off, n int64) error {
 	return err
 }
 
-// judge compares the whole digest. Only after it does the last piece show.
-func (f *fill) judge(h hash.Hash) error {
-	if digest.NewDigest(f.digest.Algorithm(), h) != f.digest {
+// judge ends the fill by its whole digest. Only then does the last piece show.
+func (f *fill) judge(matches bool) error {
+	if !matches {
 		f.fail(ErrDigestMismatch)
 		return f.failure()
 	}
