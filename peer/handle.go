@@ -64,23 +64,29 @@ func (s *Swarm) opened(l *link, o open) error {
 	if s.good(o.pass, o.blob, l.peer) {
 		b.admit(l.peer, o.pass.registry)
 	}
+	if !s.takesPart(b, l.peer) {
+		// It would ask in vain; let it look elsewhere now. An open that is turned
+		// away gets no open in return: two nodes that have nothing for each other
+		// would go on like that for ever.
+		b.left(l)
+		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		return nil
+	}
 	b.opened(l, o)
 	if o.have.count() > 0 {
 		b.adopt(l)
 	}
-	if !b.active() && b.offered() == 0 {
-		if s.seedFromStore(b) != nil && !b.active() && b.offered() == 0 && !b.isHome() {
-			b.left(l)
-			l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
-			return nil
-		}
-	}
-	if !b.active() && !b.isHome() && !b.lets(l.peer) {
-		// It would ask in vain; let it look elsewhere now.
-		b.left(l)
-		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
-	}
 	return nil
+}
+
+// takesPart reports whether this node has a reason to be a member's neighbour: it
+// fetches the blob, others meet here for it, or it has something to give.
+func (s *Swarm) takesPart(b *blob, member string) bool {
+	if b.active() {
+		return true
+	}
+	there := b.offered() > 0 || s.seedFromStore(b) == nil
+	return b.isHome() || b.active() || there && b.lets(member)
 }
 
 func (s *Swarm) asked(l *link, w want) error {

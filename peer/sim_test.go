@@ -180,6 +180,9 @@ func (b *simBlob) Missing(off int64) (int64, int64, bool) {
 	if b.size < 0 {
 		return 0, 0, true
 	}
+	if off >= b.size {
+		return 0, 0, false
+	}
 	for i := int(off / simPiece); i < len(b.got); i++ {
 		if !b.hasLocked(i) {
 			j := i
@@ -214,6 +217,9 @@ func (w simWriter) WriteAt(p []byte, off int64) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	i := int(off / simPiece)
+	if i >= len(b.got) {
+		return 0, errors.New("written before the size is known")
+	}
 	b.got[i] = max(b.got[i], int(off)%simPiece+len(p))
 	b.changeLocked()
 	return len(p), nil
@@ -315,12 +321,18 @@ func (c sim) run(t testing.TB) (r simResult) {
 	return r
 }
 
-func (c sim) world(t *testing.T) *simWorld {
+// emptyWorld has a registry and no nodes yet.
+func (c sim) emptyWorld() *simWorld {
 	w := &simWorld{sim: c, net: newSimNet(c.latency, simRealPiece/simPiece), rng: rand.New(rand.NewPCG(c.seed, 1))}
 	for _, n := range append([]int{c.pieces}, c.layers...) {
 		w.images = append(w.images, newSimImage(n, w.rng))
 	}
 	w.src = w.net.host("registry", c.origin, c.origin)
+	return w
+}
+
+func (c sim) world(t *testing.T) *simWorld {
+	w := c.emptyWorld()
 	var members []Member
 	for i := range c.nodes {
 		n := w.node(t, i)

@@ -1,0 +1,222 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// restNode is a simNode with a store like the cache: it loses blobs, may have no
+// room for them, and counts what is open.
+type restNode struct {
+	*simNode
+	full   bool          // fills fail when they hear the size
+	broken bool          // fills are not kept
+	commit time.Duration // that a fill takes after its last byte
+	open   atomic.Int64
+	fills  sync.WaitGroup
+
+	mu   sync.Mutex // guards the following
+	fill *simBlob   // under way
+	kept *simBlob
+}
+
+type restBlob struct {
+	*simBlob
+	n *restNode
+}
+
+func (b restBlob) Close() error {
+	b.n.open.Add(-1)
+	return nil
+}
+
+func (n *restNode) Lookup(digest.Digest) (StoredBlob, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	b := n.kept
+	if b == nil && n.fill != nil && n.fill.Size() >= 0 {
+		b = n.fill
+	}
+	if b == nil {
+		return nil, false
+	}
+	n.open.Add(1)
+	return restBlob{b, n}, true
+}
+
+func (n *restNode) Fill(_ context.Context, w Want) error {
+	n.start(w)
+	return nil
+}
+
+// start fills the blob, unless it is here or on its way.
+func (n *restNode) start(w Want) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.fill != nil || n.kept != nil {
+		return
+	}
+	b := &simBlob{simImage: n.w.images[0], size: -1, changed: make(chan struct{})}
+	n.fill = b
+	n.fills.Go(func() {
+		err := n.fetch(w, b)
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.fill = nil
+		if err == nil && !n.broken {
+			n.kept = b
+		}
+	})
+}
+
+func (n *restNode) fetch(w Want, b *simBlob) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	up := func(ctx context.Context, into Sink) error { return n.upstream(ctx, b, into) }
+	err := n.s.Fetch(ctx, w, restFill{b, n, cancel}, up)
+	wait(ctx, n.commit)
+	return err
+}
+
+func (n *restNode) lose(d digest.Digest) {
+	n.s.Withdraw(d)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.kept = nil
+}
+
+type restFill struct {
+	*simBlob
+	n    *restNode
+	stop context.CancelFunc
+}
+
+func (f restFill) SetSize(size int64) error {
+	if f.n.full {
+		f.stop()
+		return errors.New("no room")
+	}
+	return f.simBlob.SetSize(size)
+}
+
+func restWorld(t *testing.T, c sim) (*simWorld, []*restNode) {
+	w := c.emptyWorld()
+	var nodes []*restNode
+	for i := range c.nodes {
+		n := &restNode{simNode: &simNode{w: w}}
+		n.host = w.net.host(fmt.Sprintf("10.0.0.%d:1", i), w.rate, w.rate)
+		s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Home: true, Store: n, Origin: n, Network: n.host, Seed: c.seed,
+			PieceSize: func(int64) int64 { return simPiece }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.chunk = simPiece / 4
+		n.s = s
+		nodes = append(nodes, n)
+		w.nodes = append(w.nodes, n.simNode)
+	}
+	for _, n := range nodes {
+		for _, o := range nodes {
+			if o != n {
+				n.s.roster.set(o.s.self)
+			}
+		}
+	}
+	return w, nodes
+}
+
+// running runs nodes until the function that it returns is called.
+func running(t *testing.T, nodes []*restNode) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for _, n := range nodes {
+		all.Go(func() {
+			if err := n.s.Run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	synctest.Wait()
+	return func() { cancel(); all.Wait() }
+}
+
+// TestNothingIsKept: while a home has no room, and others lose the blob and fetch it
+// again, files are opened and links made; a while after the last fetch all
+// of them are closed.
+func TestNothingIsKept(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			c := baseSim(6, 40)
+			c.seed, c.origin = seed, 100*mbit
+			w, nodes := restWorld(t, c)
+			stop := running(t, nodes)
+			before := runtime.NumGoroutine()
+			for _, n := range nodes {
+				n.commit, n.broken = time.Duration(w.rng.Int64N(int64(3*time.Second))), w.rng.IntN(4) == 0
+				n.full = n.simNode == w.top() || w.rng.IntN(6) == 0
+			}
+			const busy = 90 * time.Second
+			within := func(d time.Duration, f func()) { time.AfterFunc(time.Duration(w.rng.Int64N(int64(d))), f) }
+			want := Want{Digest: w.images[0].digest, Registry: "registry.test", Repository: "app"}
+			for _, n := range nodes {
+				within(time.Second, func() { n.start(want) })
+				for range 20 {
+					within(busy, func() { n.start(want) })
+					within(busy, func() { n.lose(w.images[0].digest) })
+				}
+			}
+			wait(t.Context(), busy)
+			for _, n := range nodes {
+				n.fills.Wait()
+			}
+			wait(t.Context(), lease+2*idleLink+time.Minute) // settle takes no longer than that
+			for _, n := range nodes {
+				if files, links := n.open.Load(), len(n.s.allLinks()); files != 0 || links != 0 {
+					t.Errorf("seed %d: %s has %d files open and %d links", seed, n.s.self.Node, files, links)
+				}
+			}
+			if got := runtime.NumGoroutine(); got > before {
+				t.Errorf("seed %d: %d goroutines, %d before", seed, got, before)
+			}
+			stop()
+		})
+	}
+}
+
+// TestNothingForEachOther pins that two nodes that have nothing of a blob stop
+// talking of it, also when one of them gave up before the other answered.
+func TestNothingForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(2, 40))
+		stop := running(t, nodes)
+		k, err := parseKey(w.images[0].digest.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		other := nodes[1].s.self
+		l, err := nodes[0].s.connect(t.Context(), &other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := nodes[0].s.blob(k)
+		b.meet(l)
+		b.withdraw()
+		wait(t.Context(), time.Second)
+		before := w.net.frames.Load()
+		const quiet = 10 * time.Second
+		wait(t.Context(), quiet)
+		if got, most := w.net.frames.Load()-before, int64(2*quiet/pingEvery); got > most {
+			t.Errorf("%d frames in %v, want at most %d pings", got, quiet, most)
+		}
+		stop()
+	})
+}
