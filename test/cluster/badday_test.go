@@ -155,6 +155,40 @@ func TestDiskFullInTheMiddle(t *testing.T) {
 	c.finish()
 }
 
+// TestDiskFullFromTheStart is a home whose disk takes nothing more before anybody
+// asks it.
+func TestDiskFullFromTheStart(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	c := newCluster(t, options{smallDisks: "64m"})
+	home := c.beginAgain()
+	for _, n := range c.nodes {
+		n.up()
+	}
+	c.awaitMembers()
+	fillDisk(t, home.cache())
+	c.pull(c.nodes...).wait(1)
+	if home.has(c.layer()) {
+		t.Error("the home found room; nothing was tested")
+	}
+	c.finish()
+}
+
+// beginAgain pulls once to find out who is the large layer's home, and stops all
+// agents and has them forget it. Names decide, so it will be the home again.
+func (c *cluster) beginAgain() (home *node) {
+	c.t.Helper()
+	s := c.pull(c.nodes...)
+	home = c.awaitHome()
+	s.wait(1)
+	for _, n := range c.nodes {
+		n.stop()
+		n.forget()
+	}
+	c.reg.ResetCounts()
+	return home
+}
+
 // fillDisk writes to dir until nothing more fits.
 func fillDisk(t *testing.T, dir string) {
 	t.Helper()
@@ -182,14 +216,7 @@ func (zeroes) Read(p []byte) (int, error) {
 func TestNoRoomOnTheHome(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, options{})
-	s := c.pull(c.nodes...)
-	home := c.awaitHome() // names decide, so it will be the home again
-	s.wait(1)
-	for _, n := range c.nodes {
-		n.stop()
-		n.forget()
-	}
-	c.reg.ResetCounts()
+	home := c.beginAgain()
 	home.flags = append(home.flags, "--cache.max_bytes=4MiB")
 	for _, n := range c.nodes {
 		n.up()

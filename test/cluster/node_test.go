@@ -103,7 +103,11 @@ func (n *node) has(d digest.Digest) bool {
 // forget loses what the node has pulled. Its agent must be down.
 func (n *node) forget() {
 	n.t.Helper()
-	if err := errors.Join(os.RemoveAll(n.cache()), n.containerd().Wipe()); err != nil {
+	kept, err := filepath.Glob(filepath.Join(n.cache(), "*")) // the directory may be a mount point
+	for _, name := range kept {
+		err = errors.Join(err, os.RemoveAll(name))
+	}
+	if err := errors.Join(err, n.containerd().Wipe()); err != nil {
 		n.t.Fatal(err)
 	}
 }
