@@ -431,3 +431,53 @@ func TestListsAreTheirs(t *testing.T) {
 		}
 	}
 }
+
+// TestTagsThatNoHomeKnows: a node that was alone has pulled images; then others come,
+// which become the homes of most of these repositories, and the registry goes. The
+// others pull by tag what one node remembers, and the registry showed to anyone.
+func TestTagsThatNoHomeKnows(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 1, nil)
+	repos := []string{repoC}
+	for i := range 7 { // the first node is a home of some, but hardly of all
+		repo := fmt.Sprintf("open/more%d", i)
+		p.images[repo] = registrytest.OCIImage(registrytest.ImageSpec{Seed: 60 + uint64(i), Layers: []int64{10 << 10, 1 << 10}, Opaque: true})
+		p.reg.Put(repo, p.images[repo], "v1")
+		repos = append(repos, repo)
+	}
+	known := 0
+	for _, repo := range repos {
+		p.pull(0, nobody, repo)
+		known += 2 + len(p.images[repo].Layers) // the tag and the manifest, and what pull asks for
+	}
+	p.pull(0, ann, repoA)
+	for range 7 {
+		p.nodes = append(p.nodes, start(t, p.config()))
+	}
+	for _, n := range p.nodes {
+		n.awaitMembers(t, len(p.nodes))
+	}
+	for _, n := range p.nodes[1:] {
+		eventually(t, "knows what the first has", func() error {
+			if got := n.indexStatus().Blobs; got < known {
+				return fmt.Errorf("%d of %d", got, known)
+			}
+			return nil
+		})
+	}
+	p.reg.Down()
+	for i, repo := range repos {
+		for _, q := range content(repo, p.images[repo]) {
+			if q.name == "HEAD blob" {
+				continue // no runtime asks for the size of what it lacks; the registry alone can tell
+			}
+			if r := p.ask(p.at(1+i%7), q, ""); !r.ok() {
+				t.Errorf("%s of %s at %s: %v", q.name, repo, p.nodes[1+i%7].config.Peer.Name, r)
+			}
+		}
+	}
+	for _, who := range []caller{nobody, guesser, bob, ann} {
+		if r := p.ask(p.at(3), content(repoA, p.images[repoA])[0], who.auth(p, repoA)); r.ok() {
+			t.Errorf("%s got a private tag from a node that has not let him in: %v", who.name, r)
+		}
+	}
+}

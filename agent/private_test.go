@@ -51,7 +51,7 @@ func newPrivate(t *testing.T, scheme registrytest.Scheme, n int, change func(*Co
 	p := &private{t: t, scheme: scheme, change: change, images: map[string]*registrytest.Image{}, tokens: map[string]string{}}
 	p.reg = registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{
 		Scheme: scheme, Users: map[string]string{"ann": "HUSH-ann", "bob": "HUSH-bob"},
-		Access: map[string][]string{"ann": {repoA}, "bob": {repoB}}, Anonymous: []string{repoC},
+		Access: map[string][]string{"ann": {repoA}, "bob": {repoB}}, Anonymous: []string{"open/*"},
 		TokenLife: time.Hour, // longer than a verdict holds
 	}})
 	for i, repo := range []string{repoA, repoB, repoC} {

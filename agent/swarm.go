@@ -76,7 +76,7 @@ func shortZone(zone string) string {
 	return zone[:gossipZone-len(end)] + end
 }
 
-// Run serves peers, after telling them of every blob that is here already.
+// Run serves peers, after telling them of every blob and tag that is known here already.
 func (s *swarm) Run(ctx context.Context) error {
 	s.agent.cache.Walk(func(i cache.Info) bool {
 		s.Announce(i.Digest)
@@ -88,6 +88,7 @@ func (s *swarm) Run(ctx context.Context) error {
 			return ctx.Err() == nil
 		})
 	}
+	s.agent.proxy.RememberTags(ctx)
 	return s.Swarm.Run(ctx)
 }
 
@@ -128,6 +129,14 @@ func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) er
 	}))
 }
 
+// Remember says that this node knows what a tag stood for, and Forget that it does not.
+func (s *swarm) Remember(t upstream.Target, tag string) { s.Swarm.Remember(tagOf(t, tag)) }
+func (s *swarm) Forget(t upstream.Target, tag string)   { s.Swarm.Forget(tagOf(t, tag)) }
+
+func tagOf(t upstream.Target, tag string) peer.Reference {
+	return peer.Reference{Registry: t.Registry, Repository: t.Repository, Tag: tag}
+}
+
 // answerOf makes of a home's refusal the registry's own again.
 func answerOf(t upstream.Target, op string, err error) error {
 	if r, ok := errors.AsType[*peer.Refusal](err); ok {
@@ -165,6 +174,10 @@ func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
 // it says what this node knows.
 func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descriptor, error) {
 	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
+	if r.Memory {
+		d, err := o.agent.proxy.RememberedFor(t, r.Tag, r.Accept)
+		return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Stale: true}, refusalOf(err)
+	}
 	d, stale, err := o.agent.proxy.ResolveFor(ctx, t, r.Tag, r.Accept)
 	return peer.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Stale: stale}, refusalOf(err)
 }
@@ -172,7 +185,11 @@ func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descri
 // May asks the registry whether it lets the asker read what r names.
 func (o swarmOrigin) May(ctx context.Context, r peer.Reference) error {
 	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
-	return refusalOf(o.agent.proxy.MayFor(ctx, t, proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known}))
+	q := proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known}
+	if r.Memory {
+		return refusalOf(o.agent.proxy.MayByMemory(t, q))
+	}
+	return refusalOf(o.agent.proxy.MayFor(ctx, t, q))
 }
 
 // Admit asks whether another node's caller may have the blob.

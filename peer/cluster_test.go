@@ -9,7 +9,9 @@ import (
 	"io"
 	"maps"
 	"net"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -405,6 +407,45 @@ func TestResolveAsksTheNextHome(t *testing.T) {
 				t.Errorf("%d homes asked upstream, want %d", asked, tt.asked)
 			}
 		})
+	}
+}
+
+// TestResolveByMemory: while upstream is down, the homes of a tag that none of them
+// knows ask a member that remembers it, by what the index says. However many
+// nodes want to know, that member is asked by each home once.
+func TestResolveByMemory(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 9)
+	r := Reference{Registry: "r", Repository: "app", Tag: "v1"}
+	homes := nodes[0].s.roster.homes(r.home(), "", false)
+	isHome := func(n *testNode) bool {
+		return slices.ContainsFunc(homes, func(m *Member) bool { return m.Name == n.s.self.Name })
+	}
+	witness := nodes[slices.IndexFunc(nodes, func(n *testNode) bool { return !isHome(n) })]
+	want := Descriptor{Digest: digest.FromString("v1"), Stale: true}
+	k, err := parseKey(r.entry().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		n.tag = func() (Descriptor, error) { return Descriptor{}, errRegistryDown }
+		if n != witness {
+			n.s.index.joined([]Member{witness.s.self})
+			n.s.index.heard(appendMessage(nil, memberID(witness.s.self.Name), 0, []op{{true, prefixOf(k)}}))
+		}
+	}
+	witness.tag = func() (Descriptor, error) { return want, nil }
+	var asking sync.WaitGroup
+	for _, n := range nodes {
+		asking.Go(func() {
+			if got, err := n.s.Resolve(t.Context(), r); err != nil || got != want {
+				t.Errorf("%s: %v, %v", n.s.self.Node, got, err)
+			}
+		})
+	}
+	asking.Wait()
+	if got := w.memories.Load(); got < 1 || got > homesPerBlob {
+		t.Errorf("the member was asked %d times", got)
 	}
 }
 

@@ -152,7 +152,9 @@ type Reference struct {
 	Tag                  string // or a digest
 	Blob                 bool   // Tag is a blob's digest
 	// Known: that it belongs to the repository need not be found out.
-	Known         bool
+	Known bool
+	// Memory: only what this node remembers counts; it is not the one to ask upstream.
+	Memory        bool
 	Accept        []string
 	Authorization string
 	Node          bool
@@ -180,7 +182,8 @@ type Origin interface {
 	// the home. An error (no room, denied) makes the asker try the next home.
 	Fill(ctx context.Context, w Want) error
 	// Resolve asks upstream what a tag stands for, or says what this node knows
-	// of it (Stale) if upstream cannot be asked.
+	// of it (Stale) if upstream cannot be asked. It, and May, ask nobody for a
+	// Reference with Memory, and fail if this node does not know or must not tell.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
 	// May returns nil if upstream lets the asker read what r names, a *Refusal if
 	// not. Other errors mean that nobody knows now.

@@ -49,6 +49,7 @@ type testWorld struct {
 	fetched  atomic.Int64
 	requests atomic.Int64
 	resolves atomic.Int64
+	memories atomic.Int64  // questions about what a node remembers
 	delay    time.Duration // per chunk
 	failFrom int64         // bytes after which the registry is down; 0 = never
 	chunk    int
@@ -346,7 +347,11 @@ func (n *testNode) Fill(_ context.Context, w Want) error {
 }
 
 func (n *testNode) Resolve(_ context.Context, r Reference) (Descriptor, error) {
-	n.world.resolves.Add(1)
+	if r.Memory {
+		n.world.memories.Add(1)
+	} else {
+		n.world.resolves.Add(1)
+	}
 	if n.tag != nil {
 		return n.tag()
 	}

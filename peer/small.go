@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // What is too small for a swarm still counts against a registry's rate limit:
@@ -19,6 +21,9 @@ import (
 
 const (
 	questionTime = 4 * time.Second // a home may take so long; then the next one is asked
+	originTime   = 2 * time.Second // of it upstream may take, if somebody may remember the answer
+	betterTime   = time.Second     // other homes may take, once one has said what it remembers
+	witnessMost  = 3               // members that are asked what they remember
 	errorMemory  = time.Second     // a failure, a verdict or what is stale is told to those who ask at the same time
 	maxAnswers   = 16384
 )
@@ -53,8 +58,24 @@ func (s *Swarm) May(ctx context.Context, r Reference) error {
 func (r Reference) subject(method byte) key {
 	return sha256.Sum256([]byte(strings.Join([]string{
 		string(rune(method)), r.Registry, r.Repository, r.Tag, strings.Join(r.Accept, ","), r.Authorization,
-		strconv.FormatBool(r.Node), strconv.FormatBool(r.Blob), strconv.FormatBool(r.Known)}, "\x00")))
+		strconv.FormatBool(r.Node), strconv.FormatBool(r.Blob), strconv.FormatBool(r.Known), strconv.FormatBool(r.Memory)}, "\x00")))
 }
+
+// entry is the digest under which the index knows who has what r names, or
+// remembers the tag.
+func (r Reference) entry() digest.Digest {
+	if d, err := digest.Parse(r.Tag); err == nil {
+		return d
+	}
+	return digest.FromString("larder tag\x00" + r.Registry + "\x00" + r.Repository + "\x00" + r.Tag)
+}
+
+// Remember says that this node knows what a tag stood for: homes ask it while
+// upstream cannot be asked. Like a blob it is told to others by the index.
+func (s *Swarm) Remember(r Reference) { s.Announce(r.entry()) }
+
+// Forget takes Remember back.
+func (s *Swarm) Forget(r Reference) { s.Withdraw(r.entry()) }
 
 // home is what decides a question's homes: one for all that concerns a
 // repository, so that the answer that resolved a tag is also the one that lets the
@@ -84,10 +105,15 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 			if enough, err := take(b); enough || err != nil {
 				return err
 			}
-			taken = true
+			if !taken { // the caller can go on with that; the others may not take as long again
+				taken = true
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, betterTime)
+				defer cancel()
+			}
 			continue
 		}
-		if refused(err) || ctx.Err() != nil {
+		if refused(err) || ctx.Err() != nil && !taken {
 			return err
 		}
 		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
@@ -160,7 +186,7 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 			ctx, cancel := context.WithTimeout(ctx, questionTime)
 			defer cancel()
 			var ttl time.Duration
-			a.body, ttl, a.err = s.askUpstream(ctx, method, r)
+			a.body, ttl, a.err = s.find(ctx, method, r)
 			a.until = time.Now().Add(ttl)
 			close(a.done)
 		})
@@ -173,7 +199,45 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 	}
 }
 
-// askUpstream also says how long to remember the answer.
+// find asks upstream, and if that cannot be asked those who may remember. It
+// also says how long to remember the answer.
+func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
+	witnesses := s.witnesses(r)
+	octx, cancel := ctx, context.CancelFunc(func() {})
+	if len(witnesses) > 0 {
+		octx, cancel = context.WithTimeout(ctx, originTime)
+	}
+	defer cancel()
+	body, ttl, err := s.askUpstream(octx, method, r)
+	if err == nil || refused(err) {
+		return body, ttl, err
+	}
+	r.Memory = true
+	for _, m := range witnesses {
+		b, werr := s.put(ctx, m, method, r)
+		if werr == nil || refused(werr) {
+			return b, errorMemory, werr
+		}
+		s.log.Debug("member remembers nothing", "peer", m.Node, "err", werr)
+	}
+	return body, ttl, err
+}
+
+// witnesses are members that, by the index, have what r names or remember the
+// tag. The homes of a repository need not be among them: members come and go.
+func (s *Swarm) witnesses(r Reference) (out []*Member) {
+	k, err := parseKey(r.entry().String())
+	if r.Memory || err != nil {
+		return nil
+	}
+	for _, name := range s.index.holders(prefixOf(k), s.cfg.Zone, witnessMost) {
+		if m, ok := s.roster.get(name); ok && !s.roster.isDown(name) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
 func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
 	if method == methodMay { // the node itself knows for how long to remember it
 		return marshal(struct{}{}), errorMemory, s.cfg.Origin.May(ctx, r)

@@ -221,6 +221,20 @@ func (db *database) get(b bucket, k []byte) (v []byte, ok bool) {
 	return v, ok
 }
 
+// walk calls f with the keys that are in the file, until it returns false.
+func (db *database) walk(b bucket, f func(k []byte) bool) {
+	_ = db.run(func(opened *bolt.DB) error {
+		return opened.View(func(tx *bolt.Tx) error {
+			c := tx.Bucket([]byte(b)).Cursor()
+			k, _ := c.First()
+			for k != nil && f(k) {
+				k, _ = c.Next()
+			}
+			return nil
+		})
+	})
+}
+
 // recent returns what was put or deleted and is not in the file yet.
 func (db *database) recent(b bucket, k []byte) (v []byte, known bool) {
 	db.mu.Lock()

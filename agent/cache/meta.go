@@ -79,6 +79,15 @@ func (m *Meta) SetTag(r Repository, tag string, t Tag) {
 	m.encode(bucketTags, key(r.Registry, r.Name, tag), t)
 }
 
+// WalkTags calls f with every tag that is remembered, until it returns false; what
+// was remembered in the last seconds may be left out.
+func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
+	m.db.walk(bucketTags, func(k []byte) bool {
+		parts := strings.Split(string(k), "\x00")
+		return len(parts) != 3 || f(Repository{Registry: parts[0], Name: parts[1]}, parts[2])
+	})
+}
+
 // DeleteTag forgets a tag that upstream no longer has.
 func (m *Meta) DeleteTag(r Repository, tag string) {
 	m.db.delete(bucketTags, key(r.Registry, r.Name, tag))

@@ -25,8 +25,9 @@ const (
 )
 
 var (
-	errDeniedHere = errors.New("this repository is denied here")
-	errNotNode    = errors.New("this node has no credentials of its own for this repository")
+	errDeniedHere   = errors.New("this repository is denied here")
+	errNotKnownHere = errors.New("this is not known here")
+	errNotNode      = errors.New("this node has no credentials of its own for this repository")
 )
 
 // homeAccess is what is known of the caller for whom another node asks this one,
@@ -85,6 +86,33 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 		p.auth.enlist(t, desc)
 	}
 	return desc, false, err
+}
+
+// RememberedFor says what this node knows of a tag, to a home whose caller would be
+// told here. It asks nobody.
+func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
+	acc, err := p.homeAccess(t)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	last, known := p.lastKnown(tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)})
+	if _, in := p.auth.stands(acc); !in || !known || !acceptable(accept, last.desc.MediaType) {
+		return ocispec.Descriptor{}, errNotKnownHere
+	}
+	return last.desc, nil
+}
+
+// MayByMemory is MayFor by what is known here alone: that the repository was public.
+// A verdict on a credential is not passed on from node to node, or it would never end.
+func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
+	acc, err := p.homeAccess(t)
+	switch {
+	case err != nil:
+		return err
+	case !p.auth.wasPublic(acc.repository()), !q.Known && !p.auth.belongsTo(t, q):
+		return errNotKnownHere
+	}
+	return nil
 }
 
 // MayFor asks the registry whether another node's caller may read what q is

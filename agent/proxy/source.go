@@ -53,6 +53,10 @@ type Swarm interface {
 	// is an *upstream.Error with the registry's challenge; other errors mean that
 	// nobody knows.
 	May(ctx context.Context, t upstream.Target, q Question) error
+	// Remember says that this node knows what a tag stood for, which other nodes may
+	// want to know while the registry cannot be asked; Forget, that it does not.
+	Remember(t upstream.Target, tag string)
+	Forget(t upstream.Target, tag string)
 }
 
 // open is the one chain of sources: this cache, the runtime's store, a fill.

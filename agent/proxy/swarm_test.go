@@ -45,6 +45,9 @@ func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error 
 	return s.may(t, q)
 }
 
+func (s *swarmFunc) Remember(upstream.Target, string) {}
+func (s *swarmFunc) Forget(upstream.Target, string)   {}
+
 func (n *node) target() upstream.Target { return upstream.Target{Registry: host, Repository: repo} }
 
 // give writes a whole body into a fill, as a peer's bytes.

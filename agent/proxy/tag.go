@@ -148,7 +148,7 @@ func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor)
 		desc.MediaType = "" // the manifest's own bytes say it better
 	}
 	if key.accept == "" {
-		p.cache.Meta().SetTag(key.place(), key.stored(), cache.Tag{Descriptor: desc, Checked: time.Now()})
+		p.keepTag(key, cache.Tag{Descriptor: desc, Checked: time.Now()})
 	}
 	found := resolved{desc: desc}
 	p.fresh.put(key, found, p.tagTTL(key.registry))
@@ -167,7 +167,7 @@ func (e *StaleTag) Error() string {
 // known here, in case that node goes too.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if key.accept == "" {
-		p.cache.Meta().SetTag(key.place(), key.stored(), cache.Tag{Descriptor: desc})
+		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
 	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, desc)
 	found := resolved{desc: desc, stale: true}
@@ -204,7 +204,35 @@ func (p *Proxy) forgetTag(key tagKey) {
 	p.fresh.forget(key)
 	if key.accept == "" {
 		p.cache.Meta().DeleteTag(key.place(), key.stored())
+		if _, known := p.lastKnown(key.other()); !known && p.swarm != nil {
+			p.swarm.Forget(key.target(), key.tag)
+		}
 	}
+}
+
+func (p *Proxy) keepTag(key tagKey, tag cache.Tag) {
+	p.cache.Meta().SetTag(key.place(), key.stored(), tag)
+	if p.swarm != nil {
+		p.swarm.Remember(key.target(), key.tag)
+	}
+}
+
+// RememberTags tells the swarm of all tags that are known here, at the start.
+func (p *Proxy) RememberTags(ctx context.Context) {
+	p.cache.Meta().WalkTags(func(r cache.Repository, tag string) bool {
+		p.swarm.Remember(upstream.Target{Registry: r.Registry, Repository: r.Name}, strings.TrimSuffix(tag, notListed))
+		return ctx.Err() == nil
+	})
+}
+
+func (k tagKey) target() upstream.Target {
+	return upstream.Target{Registry: k.registry, Repository: k.repository}
+}
+
+// other is the other answer that the tag can have.
+func (k tagKey) other() tagKey {
+	k.lists = !k.lists
+	return k
 }
 
 func (k tagKey) place() cache.Repository {

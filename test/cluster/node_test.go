@@ -221,7 +221,7 @@ func (n *node) status() (s agent.Status) {
 	return s
 }
 
-// awaitIndexed waits until the node knows of so many blobs that others hold: the
+// awaitIndexed waits until the node knows of so many blobs and tags that others hold: the
 // index is gossip, and late.
 func (n *node) awaitIndexed(blobs int) {
 	n.t.Helper()
