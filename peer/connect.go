@@ -211,7 +211,7 @@ func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {
 // for the other side's hello: the certificate says enough.
 func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 	tctx, cancel := context.WithTimeout(ctx, connectTime)
-	raw, err := s.cfg.Network.DialContext(tctx, m.Addr)
+	raw, err := dialAnew(tctx, s.cfg.Network, m.Addr)
 	cancel()
 	if err != nil {
 		return nil, fmt.Errorf("link with %s: %w", m.Node, err)

@@ -17,8 +17,8 @@ const (
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
 	permitWait  = time.Second
-	peekTime    = 500 * time.Millisecond // a home waits so long for the others before it goes upstream
-	giveUpAfter = 20 * time.Second       // without progress and without a permit
+	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
+	giveUpAfter = 20 * time.Second        // without progress and without a permit
 	distrustFor = 10 * time.Minute
 )
 

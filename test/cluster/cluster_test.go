@@ -43,8 +43,9 @@ type options struct {
 	uplink int64 // bytes per second of the registry
 	flags  []string
 	auth   registrytest.Auth
-	net    *network // nil: loopback
-	sent   float64  // copies that the registry may send, if not copiesMost; -1 = any number
+	net    *network      // nil: loopback
+	try    time.Duration // after which a pull is ended and tried again; 0 = patience
+	sent   float64       // copies that the registry may send, if not copiesMost; -1 = any number
 	// smallDisks, if set, gives each cache a file system of that size.
 	smallDisks string
 	short      bool // also with -short
@@ -149,7 +150,7 @@ func (c *cluster) add() *node {
 	n := &node{
 		t: c.t, name: fmt.Sprintf("node-%d", i), dir: filepath.Join(c.dir, fmt.Sprintf("node-%d", i)),
 		key: filepath.Join(c.dir, "key"), flags: slices.Clone(c.opts.flags),
-		program: cmp.Or(c.opts.program, larder),
+		program: cmp.Or(c.opts.program, larder), try: c.opts.try,
 	}
 	if i <= len(c.opts.env) {
 		n.env = c.opts.env[i-1]
@@ -322,7 +323,9 @@ const retryPull = 500 * time.Millisecond
 func (p *pulling) run(ctx context.Context, n *node, ref string) {
 	for tries := 1; ; tries++ {
 		p.tries = max(p.tries, tries)
-		r, err := n.containerd().Pull(ctx, ref, nil)
+		tctx, stop := context.WithTimeout(ctx, cmp.Or(n.try, patience))
+		r, err := n.containerd().Pull(tctx, ref, nil)
+		stop()
 		if p.err = err; err == nil {
 			p.bytes += r.Bytes
 			return

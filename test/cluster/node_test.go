@@ -40,7 +40,8 @@ type node struct {
 	flags   []string
 	env     []string // beside the test's own
 	program string
-	local   string // ip of the proxy and admin API
+	try     time.Duration // of a pull
+	local   string        // ip of the proxy and admin API
 
 	admin  *http.Client
 	cmd    *exec.Cmd

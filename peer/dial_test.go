@@ -1,0 +1,76 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// losing is a Network that loses the first tries to connect.
+type losing struct {
+	*simHost
+	lost  int32
+	tries atomic.Int32
+	open  atomic.Int32
+}
+
+type openConn struct {
+	net.Conn
+	open *atomic.Int32
+}
+
+func (c openConn) Close() error { c.open.Add(-1); return nil }
+
+func (n *losing) DialContext(ctx context.Context, addr string) (net.Conn, error) {
+	if n.tries.Add(1) <= n.lost {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	if addr == "refuses" {
+		return nil, errRefused
+	}
+	n.open.Add(1)
+	return openConn{open: &n.open}, nil
+}
+
+// TestDialAnew pins that a lost packet does not make a member seem dead, and that
+// neither a refusal nor a member that is really gone costs more time than it did.
+func TestDialAnew(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		lost  int32
+		addr  string
+		took  time.Duration
+		tries int32
+		err   error
+	}{
+		{"at once", 0, "there", 0, 1, nil},
+		{"one lost", 1, "there", dialAgain, 2, nil},
+		{"two lost", 2, "there", 2 * dialAgain, 3, nil},
+		{"refused", 0, "refuses", 0, 1, errRefused},
+		{"gone", 99, "there", connectTime, dialTries, context.DeadlineExceeded},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := &losing{lost: tt.lost}
+				ctx, cancel := context.WithTimeout(t.Context(), connectTime)
+				defer cancel()
+				begun := time.Now()
+				conn, err := dialAnew(ctx, n, tt.addr)
+				if took := time.Since(begun); took != tt.took || !errors.Is(err, tt.err) {
+					t.Errorf("%v after %v, want %v after %v", err, took, tt.err, tt.took)
+				}
+				if conn != nil {
+					conn.Close()
+				}
+				if n.tries.Load() != tt.tries || n.open.Load() != 0 {
+					t.Errorf("%d tries, %d connections left; want %d, 0", n.tries.Load(), n.open.Load(), tt.tries)
+				}
+			})
+		})
+	}
+}
