@@ -21,7 +21,7 @@ import (
 
 const (
 	questionTime = 4 * time.Second // a home may take so long; then the next one is asked
-	originTime   = 2 * time.Second // of it upstream may take, if somebody may remember the answer
+	originTime   = 2 * time.Second // of it upstream may take for anyone's question, if somebody may remember the answer
 	betterTime   = time.Second     // other homes may take, once one has said what it remembers
 	witnessMost  = 3               // members that are asked what they remember
 	errorMemory  = time.Second     // a failure, a verdict or what is stale is told to those who ask at the same time
@@ -116,6 +116,9 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 		if refused(err) || ctx.Err() != nil && !taken {
 			return err
 		}
+		if ctx.Err() != nil {
+			break
+		}
 		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
 		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
@@ -204,7 +207,7 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
 	witnesses := s.witnesses(r)
 	octx, cancel := ctx, context.CancelFunc(func() {})
-	if len(witnesses) > 0 {
+	if len(witnesses) > 0 && r.Authorization == "" && !r.Node { // a credential is hardly ever remembered elsewhere
 		octx, cancel = context.WithTimeout(ctx, originTime)
 	}
 	defer cancel()
