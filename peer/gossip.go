@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -54,8 +55,9 @@ type gossip struct {
 	// abrupt makes the node end without a word, as a killed one does.
 	abrupt bool
 
-	mu    sync.Mutex // guards notes
+	mu    sync.Mutex // guards the following
 	notes []note
+	addrs map[string]string // of gossip, by member name, this node's included
 	wake  chan struct{}
 }
 
@@ -66,7 +68,8 @@ type note struct {
 }
 
 func newGossip(s *Swarm) *gossip {
-	g := &gossip{s: s, lines: &slogWriter{log: s.log}, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{})}
+	g := &gossip{s: s, lines: &slogWriter{log: s.log}, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{}),
+		addrs: make(map[string]string)}
 	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: g.audience, RetransmitMult: 2}
 	return g
 }
@@ -252,13 +255,14 @@ func (g *gossip) knock(ctx context.Context, addrs []string) {
 
 // few is the addresses of the other members, if they are few.
 func (g *gossip) few() (addrs []string) {
-	all := g.list.Members()
-	if len(all) >= fewMembers {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.addrs) >= fewMembers {
 		return nil
 	}
-	for _, n := range all {
-		if n.Name != g.s.self.Name {
-			addrs = append(addrs, n.Address())
+	for name, a := range g.addrs {
+		if name != g.s.self.Name {
+			addrs = append(addrs, a)
 		}
 	}
 	return addrs
@@ -266,11 +270,10 @@ func (g *gossip) few() (addrs []string) {
 
 // unknown leaves out addresses of members.
 func (g *gossip) unknown(addrs []string) []string {
-	known := make(map[string]bool)
-	for _, n := range g.list.Members() {
-		known[n.Address()] = true
-	}
-	return slices.DeleteFunc(addrs, func(a string) bool { return known[a] })
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	known := slices.Collect(maps.Values(g.addrs))
+	return slices.DeleteFunc(addrs, func(a string) bool { return slices.Contains(known, a) })
 }
 
 // resolve turns Join into addresses.
@@ -335,7 +338,10 @@ func (g *gossip) NotifyUpdate(n *memberlist.Node) { g.note(n, false) }
 // NotifyLeave implements memberlist.EventDelegate.
 func (g *gossip) NotifyLeave(n *memberlist.Node) { g.note(n, true) }
 
+// note leaves word of a change. memberlist writes to its Nodes at any time, and
+// only here, in its callbacks, may they be read.
 func (g *gossip) note(n *memberlist.Node, left bool) {
+	g.locate(n, left)
 	if n.Name == g.s.self.Name {
 		return
 	}
@@ -351,6 +357,16 @@ func (g *gossip) note(n *memberlist.Node, left bool) {
 	select {
 	case g.wake <- struct{}{}:
 	default:
+	}
+}
+
+func (g *gossip) locate(n *memberlist.Node, left bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if left {
+		delete(g.addrs, n.Name)
+	} else {
+		g.addrs[n.Name] = n.Address()
 	}
 }
 
