@@ -89,7 +89,7 @@ func (l *lab) mount(ctx context.Context) error {
 	if l.dir, err = os.MkdirTemp("", "larder-storm-"); err != nil {
 		return err
 	}
-	err = commands(ctx, "mount -t tmpfs -o size=75%"+os.Getenv("HUGE")+" storm "+l.dir)
+	err = commands(ctx, "mount -t tmpfs -o size=75% storm "+l.dir)
 	l.mounted = err == nil
 	return err
 }
@@ -227,16 +227,6 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 	finish, err := l.startProfiles(ctx)
 	if err != nil {
 		return outcome{}, err
-	}
-	if hook := os.Getenv("STORM_PRE"); hook != "" { // TEMPORARY
-		fmt.Println(exec.Command("bash", "-c", hook).Run())
-	}
-	if hook := os.Getenv("STORM_HOOK"); hook != "" { // TEMPORARY
-		cmd := exec.Command("bash", "-c", hook)
-		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
-		_ = cmd.Start()
-		time.Sleep(500 * time.Millisecond)
-		defer func() { _ = cmd.Wait() }()
 	}
 	before := l.used()
 	reports, err := l.pull(ctx, first, l.s.nodes)

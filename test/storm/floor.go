@@ -15,7 +15,6 @@ import (
 	"math/big"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"time"
@@ -215,5 +214,3 @@ func floorConfig() (*tls.Config, error) {
 		DynamicRecordSizingDisabled: true,
 	}, nil
 }
-
-var _ = exec.Command
