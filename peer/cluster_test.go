@@ -124,6 +124,26 @@ func TestFewMeetAtOnce(t *testing.T) {
 	wantMembers(t, len(nodes), nodes...)
 }
 
+// TestGreet: a node that starts exchanges with all of few members, with some of
+// many, and never with itself.
+func TestGreet(t *testing.T) {
+	g := newTestWorld().node(t, "node-0", gossiping()).s.gossip
+	for n, want := range map[int]int{1: 0, 5: 4, fewMembers - 1: fewMembers - 2, fewMembers: greetAtOnce, 500: greetAtOnce} {
+		g.mu.Lock()
+		clear(g.addrs)
+		g.addrs[g.s.self.Name] = "self"
+		for i := range n - 1 {
+			g.addrs[fmt.Sprint("other-", i)] = fmt.Sprint(i)
+		}
+		g.mu.Unlock()
+		got := g.greet()
+		slices.Sort(got)
+		if len(slices.Compact(got)) != want || slices.Contains(got, "self") {
+			t.Errorf("of %d: %q, want %d others", n, got, want)
+		}
+	}
+}
+
 // TestIndexByGossip: what one node announces others find, and no longer find
 // once it is withdrawn or the node has left.
 func TestIndexByGossip(t *testing.T) {

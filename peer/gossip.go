@@ -27,10 +27,13 @@ const (
 	rejoinFirst   = time.Second      // doubling up to rejoinEvery
 	rejoinAtOnce  = 2                // unknown addresses tried each time
 	leaveTimeout  = time.Second
-	// Gossip among fewer than fewMembers tells of one that joins so few times that, one
-	// time in ten, somebody would not hear of it until a full exchange up to 30 s later.
+	// How often gossip tells of a member follows from how many are known, so of those that
+	// start together somebody may not hear until a full exchange up to 30 s later: one time in
+	// ten in a cluster of fewer than fewMembers, and 1 of 20 that started at once. So a node
+	// exchanges all it knows in its first rounds, with each of the few or with some of the many.
 	fewMembers    = 10
-	greetRounds   = 2    // of rejoin, in which a node tells the few itself
+	greetAtOnce   = 2    // of the many
+	greetRounds   = 3    // of rejoin; the third is 3 to 6 s after the start
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
 	maxQueued     = 512  // index messages not yet passed on
 	lookupTimeout = 5 * time.Second
@@ -234,7 +237,7 @@ func (g *gossip) rejoin(ctx context.Context) {
 		g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
 		g.once.Do(func() { close(g.tried) })
 		if round < greetRounds {
-			g.knock(ctx, g.few())
+			g.knock(ctx, g.greet())
 		}
 		wait(ctx, pause+rand.N(pause))
 		pause = min(2*pause, rejoinEvery)
@@ -253,14 +256,14 @@ func (g *gossip) knock(ctx context.Context, addrs []string) {
 	}
 }
 
-// few is the addresses of the other members, if they are few.
-func (g *gossip) few() (addrs []string) {
+// greet is the addresses of all other members, if they are few, or of some.
+func (g *gossip) greet() (addrs []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.addrs) >= fewMembers {
-		return nil
-	}
-	for name, a := range g.addrs {
+	for name, a := range g.addrs { // in an order of chance
+		if len(g.addrs) >= fewMembers && len(addrs) == greetAtOnce {
+			break
+		}
 		if name != g.s.self.Name {
 			addrs = append(addrs, a)
 		}
