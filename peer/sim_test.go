@@ -32,6 +32,7 @@ type sim struct {
 	origin  float64       // of the registry
 	latency time.Duration // one way
 	zones   int
+	fifo    bool // see simNet
 
 	slow    float64       // share of nodes with a tenth of the rate
 	die     float64       // share of nodes killed while they fetch
@@ -324,6 +325,7 @@ func (c sim) run(t testing.TB) (r simResult) {
 // emptyWorld has a registry and no nodes yet.
 func (c sim) emptyWorld() *simWorld {
 	w := &simWorld{sim: c, net: newSimNet(c.latency, simRealPiece/simPiece), rng: rand.New(rand.NewPCG(c.seed, 1))}
+	w.net.fifo = c.fifo
 	for _, n := range append([]int{c.pieces}, c.layers...) {
 		w.images = append(w.images, newSimImage(n, w.rng))
 	}
@@ -532,6 +534,7 @@ func TestStormOfTroubles(t *testing.T) {
 		{"10 % slow nodes", func(c *sim) { c.slow = 0.1 }, 2, 1.05},
 		{"20 % die", func(c *sim) { c.die = 0.2 }, 2, 2},
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
+		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
 		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
 		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}

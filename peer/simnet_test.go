@@ -17,6 +17,7 @@ import (
 type simNet struct {
 	latency time.Duration
 	scale   int64
+	fifo    bool // uplinks are first in, first out as well
 
 	mu    sync.Mutex
 	hosts map[string]*simHost
@@ -168,9 +169,13 @@ func (h *simHalf) write(p []byte) (int, error) {
 		h.net.frames.Add(1)
 		h.net.control.Add(n)
 	}
-	// Control frames wait behind piece bytes on both links: what queues in a
-	// kernel or a switch is not asked what it is.
+	// The sender's uplink has a fair queue, as Linux hosts have where systemd sets
+	// fq_codel: a few control frames need not wait for other connections' piece
+	// bytes. The receiver's downlink is a switch's port: first in, first out.
 	through := h.from.charge(n, true)
+	if !seg.data && !h.net.fifo {
+		through = 0
+	}
 	time.AfterFunc(through+h.net.latency, func() {
 		time.AfterFunc(h.to.charge(n, false), func() { h.arrive(seg) })
 	})
