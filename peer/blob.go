@@ -249,7 +249,7 @@ func (b *blob) meetLocked(l *link) *neighbour {
 	if nb, ok := b.nbrs[l.peer]; ok && nb.l == l {
 		return nb
 	}
-	if len(b.nbrs) >= maxNeighbours {
+	if len(b.nbrs) >= maxNeighbours || l.over() { // the end of a link is told once, before which it must be here
 		return nil
 	}
 	if old, ok := b.nbrs[l.peer]; ok {

@@ -220,3 +220,18 @@ func TestNothingForEachOther(t *testing.T) {
 		stop()
 	})
 }
+
+// TestNoNeighbourByADeadLink: that a link ended is told once; a neighbour met
+// after that would stay for ever.
+func TestNoNeighbourByADeadLink(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	l := fuzzLink(n.s, nil)
+	b := n.s.blob(key{1})
+	if !b.meet(l) || !b.left(l) {
+		t.Error("not a neighbour while the link lives")
+	}
+	l.close(errIdle)
+	if b.meet(l) {
+		t.Error("a neighbour by a link that has ended")
+	}
+}
