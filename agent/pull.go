@@ -90,7 +90,7 @@ type Puller struct {
 
 // Pull reads the whole image and says where each part came from.
 func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
-	run := pull{Puller: p, image: image}
+	run := pull{Puller: p, image: image, seen: make(map[digest.Digest]bool)}
 	run.Client = cmp.Or(p.Client, http.DefaultClient)
 	d, err := run.resolve(ctx)
 	if err != nil {
@@ -106,6 +106,7 @@ func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 type pull struct {
 	Puller
 	image Image
+	seen  map[digest.Digest]bool // manifests and blobs that were asked for; only manifest and children use it
 
 	mu  sync.Mutex // guards got
 	got []Pulled
@@ -176,8 +177,12 @@ func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
 	return d, nil
 }
 
-// manifest pulls a manifest or index and everything below it.
+// manifest pulls a manifest or index and everything below it, each part once:
+// platforms share layers, and indexes of indexes could name one another without end.
 func (p *pull) manifest(ctx context.Context, d digest.Digest) error {
+	if !p.first(d) {
+		return nil
+	}
 	started := time.Now()
 	resp, err := p.request(ctx, http.MethodGet, "manifests", d.String())
 	if err != nil {
@@ -215,9 +220,17 @@ func (p *pull) children(ctx context.Context, m manifest) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(pullStreams)
 	for _, b := range m.blobs() {
-		group.Go(func() error { return p.blob(ctx, b) })
+		if p.first(b.Digest) {
+			group.Go(func() error { return p.blob(ctx, b) })
+		}
 	}
 	return group.Wait()
+}
+
+func (p *pull) first(d digest.Digest) bool {
+	first := !p.seen[d]
+	p.seen[d] = true
+	return first
 }
 
 func (p *pull) blob(ctx context.Context, b blob) error {

@@ -1,11 +1,15 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"path"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
@@ -111,4 +115,31 @@ func FuzzManifest(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestWarmIndexesOfIndexes: what 64 indexes list twice each is pulled once.
+func TestWarmIndexesOfIndexes(t *testing.T) {
+	bodies := map[string][]byte{"v1": nil}
+	put := func(body []byte) digest.Digest {
+		d := digest.FromBytes(body)
+		bodies[d.String()], bodies["v1"] = body, body
+		return d
+	}
+	config := put([]byte("{}"))
+	d := put(fmt.Appendf(nil, `{"schemaVersion":2,"config":{"digest":%q,"size":2}}`, config))
+	for range 64 {
+		d = put(fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q,"size":1},{"digest":%q,"size":1}]}`, d, d))
+	}
+	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body := bodies[path.Base(r.URL.Path)]
+		w.Header().Set("Docker-Content-Digest", digest.FromBytes(body).String())
+		_, _ = w.Write(body) // the client says what it lacks
+	}))
+	defer registry.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	got, err := Puller{Proxy: registry.URL, Platform: "all"}.Pull(ctx, Image{Registry: testRegistry, Repository: "team/app", Reference: "v1"})
+	if err != nil || len(got) != 66 {
+		t.Errorf("%d parts, want 66; %v", len(got), err)
+	}
 }
