@@ -3,6 +3,8 @@
 // own client code that pulls through each agent's hosts.toml.
 //
 // Each day defends the same four things: pulls finish, no wrong byte completes,
-// the registry gives no more than two copies, and nothing is left behind in an
-// agent. Peers that lie are tested in package peer, where a test can be one.
+// the registry gives no more than two copies (TestCorruptMiddle says why not there),
+// and nothing is left behind in an agent. Peers that break the protocol are tested in
+// package peer, where a test can be one; here a peer gives wrong bytes because its
+// disk or its registry does.
 package cluster
