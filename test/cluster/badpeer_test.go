@@ -8,13 +8,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
-// A test cannot make a real agent lie, but it can give it a disk or a registry that
-// makes it a bad peer.
+// A test cannot make a real agent lie, but it can give it a disk, a registry or a
+// link that makes it a bad peer.
 
 // oneRequest is layers that a home asks its registry for in one request each.
 var oneRequest = []int64{12 * mb, 4 * mb}
@@ -180,4 +181,34 @@ func (c *cluster) pullOnce() []error {
 	}
 	pulls.Wait()
 	return errs
+}
+
+// TestSlowHolder is a holder that gives right bytes, but so slowly that the large layer
+// takes three minutes; another has the image too, and the registry is down.
+func TestSlowHolder(t *testing.T) {
+	t.Parallel()
+	const rate = "64KiB" // more than a link needs that is not taken for dead
+	// What is asked of the slow one before anybody knows takes longer than this.
+	const most = 20 * time.Second
+	c := newCluster(t, options{layers: oneRequest})
+	slow := c.seedHome()
+	fast := c.but(slow)[0]
+	c.pull(fast).wait(1)
+	slow.stop()
+	slow.flags = append(slow.flags, "--peer.max_upload_bytes_per_second="+rate)
+	slow.up()
+	c.awaitMembers()
+	others := c.but(slow, fast)
+	c.withoutRegistry(others)
+	s := c.pull(others...)
+	s.wait(1)
+	for n, p := range s.pulls {
+		if p.took > most {
+			t.Errorf("%s took %v: it waited for the slow one", n.name, p.took)
+		}
+	}
+	if slow.status().Uploaded == 0 {
+		t.Error("nobody asked the slow one; nothing was tested")
+	}
+	c.finish()
 }
