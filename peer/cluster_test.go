@@ -110,6 +110,33 @@ func TestTrafficIsBounded(t *testing.T) {
 	}
 }
 
+// TestIPv6: nodes that have no other addresses find each other and exchange.
+func TestIPv6(t *testing.T) {
+	w := newTestWorld()
+	six := func(join ...*testNode) func(*Config) {
+		return func(c *Config) {
+			gossiping(join...)(c)
+			c.Gossip, c.Data = "[::1]:0", "[::1]:0"
+		}
+	}
+	nodes := []*testNode{w.node(t, "node-0", six())}
+	nodes = append(nodes, w.node(t, "node-1", six(nodes[0])), w.node(t, "node-2", six(nodes[0])))
+	wantMembers(t, len(nodes), nodes...)
+	d := w.add(3<<20, 6)
+	var fills []*testFill
+	for _, n := range nodes {
+		fills = append(fills, n.start(d))
+	}
+	for _, f := range fills {
+		if <-f.done; f.err != nil {
+			t.Error(f.err)
+		}
+	}
+	if got := w.fetched.Load(); got != 3<<20 {
+		t.Errorf("%d bytes from upstream", got)
+	}
+}
+
 // TestFewMeetAtOnce: in a small cluster a node tells all members of itself, also
 // where no packet arrives that would tell them.
 func TestFewMeetAtOnce(t *testing.T) {

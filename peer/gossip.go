@@ -127,7 +127,7 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	return c, nil
 }
 
-// splitAddr splits a listen address. No host means every address.
+// splitAddr splits a listen address. No host means every address, of IPv6 too.
 func splitAddr(addr string, port int) (string, int, error) {
 	host, p, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -138,17 +138,14 @@ func splitAddr(addr string, port int) (string, int, error) {
 			return "", 0, err
 		}
 	}
-	switch host {
-	case "":
-		host = "0.0.0.0"
-	case "localhost":
+	if host == "localhost" {
 		host = "127.0.0.1"
 	}
 	return host, port, nil
 }
 
-// advertised is the address others use: as configured, or the one bound, or the
-// first that is not loopback.
+// advertised is the address others use: as configured, or the one bound, or one
+// that is not loopback, of IPv4 if there is one.
 func advertised(want, bound string) (string, error) {
 	if want != "" {
 		return want, nil
@@ -160,12 +157,18 @@ func advertised(want, bound string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("list addresses: %w", err)
 	}
+	found := "127.0.0.1"
 	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() && n.IP.To4() != nil {
+		n, ok := a.(*net.IPNet)
+		switch {
+		case !ok || !n.IP.IsGlobalUnicast():
+		case n.IP.To4() != nil:
 			return n.IP.String(), nil
+		default:
+			found = n.IP.String()
 		}
 	}
-	return "127.0.0.1", nil
+	return found, nil
 }
 
 // run keeps the membership until ctx ends.

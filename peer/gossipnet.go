@@ -36,7 +36,8 @@ type gossipNet struct {
 
 var _ memberlist.NodeAwareTransport = (*gossipNet)(nil)
 
-// newGossipNet binds a port, any if it is zero, and begins to listen.
+// newGossipNet binds a port, any if it is zero, on host or, if that is empty, on
+// every address of IPv4 and IPv6; and begins to listen.
 func newGossipNet(host string, port int) (*gossipNet, error) {
 	n := &gossipNet{packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), done: make(chan struct{})}
 	tries := 1
@@ -56,7 +57,7 @@ func newGossipNet(host string, port int) (*gossipNet, error) {
 
 func (n *gossipNet) bind(host string, port int) error {
 	ip := net.ParseIP(host)
-	if ip == nil {
+	if ip == nil && host != "" {
 		return fmt.Errorf("%q is not an IP address", host)
 	}
 	var err error

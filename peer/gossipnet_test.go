@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"strconv"
 	"testing"
 	"time"
 
@@ -51,6 +52,35 @@ func TestGossipNet(t *testing.T) {
 	ip, port, err := to.FinalAdvertiseAddr("::ffff:10.0.0.1", 0)
 	if err != nil || !ip.Equal(net.IPv4(10, 0, 0, 1)) || len(ip) != net.IPv4len || port != to.port() {
 		t.Errorf("others are told %v port %d, %v", ip, port, err)
+	}
+}
+
+// TestGossipNetEverywhere: without a host both families reach the node, and it them.
+func TestGossipNetEverywhere(t *testing.T) {
+	n, err := newGossipNet("", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = n.Shutdown() })
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		other, err := newGossipNet(host, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = other.Shutdown() })
+		if _, err := other.WriteTo([]byte("there"), net.JoinHostPort(host, strconv.Itoa(n.port()))); err != nil {
+			t.Fatal(err)
+		}
+		p := <-n.PacketCh()
+		if got := p.From.String(); got != other.udp.LocalAddr().String() {
+			t.Errorf("packet of %s comes from %s", other.udp.LocalAddr(), got)
+		}
+		if _, err := n.WriteTo([]byte("back"), p.From.String()); err != nil {
+			t.Fatal(err)
+		}
+		if p := <-other.PacketCh(); string(p.Buf) != "back" {
+			t.Errorf("%s gets %q", host, p.Buf)
+		}
 	}
 }
 
