@@ -344,9 +344,13 @@ func (b *blob) awaitSize(ctx context.Context, atMost time.Duration) {
 
 // awaitWhole waits until every piece can be given.
 func (b *blob) awaitWhole(ctx context.Context) {
-	for !b.whole() {
+	for {
+		grown := b.grown() // before the look: the piece may come in between
+		if b.whole() {
+			return
+		}
 		select {
-		case <-b.grown():
+		case <-grown:
 		case <-ctx.Done():
 			return
 		}
