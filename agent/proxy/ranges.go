@@ -46,7 +46,7 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 		if length < 0 {
 			continue
 		}
-		if !ok {
+		if !ok && length > 0 { // the last zero bytes are a range to net/http, but no byte is sent
 			off, ok = start, true
 		}
 		sum += length
