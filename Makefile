@@ -53,8 +53,7 @@ lint: ## gofmt, vet and golangci-lint
 
 .PHONY: test
 test: export LARDER_E2E_RACE := 1
-test: FUZZTIME = 5s
-test: deps lint unit race fuzz deploy-test page-test e2e e2e-k8s ## Everything: installs what it needs (as root), then all tests
+test: deps lint unit race deploy-test page-test e2e e2e-k8s ## Everything: installs what it needs (as root), then all tests
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
