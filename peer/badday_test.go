@@ -259,6 +259,26 @@ func TestSilentHome(t *testing.T) {
 	w.within(t, d, 2)
 }
 
+// TestCorruptUpstream: a home whose upstream gives a wrong byte has passed on what
+// it got: the caches' digests find that out, and nobody bans another for it.
+func TestCorruptUpstream(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 4)
+	d := w.add(3<<20, 21)
+	w.mu.Lock()
+	w.content[d][1<<20] ^= 1
+	w.mu.Unlock()
+	for _, n := range nodes {
+		n.start(d)
+	}
+	for _, n := range nodes {
+		<-n.start(d).done
+		if bans := testutil.ToFloat64(n.s.metrics.bans.WithLabelValues(string(banDigest))); bans != 0 {
+			t.Errorf("%s banned %v nodes", n.s.self.Name, bans)
+		}
+	}
+}
+
 // TestFullDiskAtHome: a home that cannot take the blob sends askers on.
 func TestFullDiskAtHome(t *testing.T) {
 	w := newTestWorld()

@@ -155,7 +155,9 @@ func (b *blob) find(f Fill) (news bool) {
 
 // toSign lists pieces whose digests this node has to sign: the next ones of
 // those before which nothing is missing, for which the fill has, or will have,
-// chaining values; and some that are loose.
+// chaining values; and some that are loose. The last piece is always loose: linked,
+// it has to lead to the blob's digest, and if upstream's bytes are wrong anywhere
+// before, everybody would take this node's last piece for a lie and ban it.
 func (b *blob) toSign() (next, loose []int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -170,17 +172,17 @@ func (b *blob) toSign() (next, loose []int) {
 	}
 	for _, i := range b.bare {
 		switch {
-		case i > gap && len(loose) < maxBatch:
+		case (i > gap || i == b.n-1) && len(loose) < maxBatch:
 			loose = append(loose, i)
-		case i < gap && len(next) < maxBatch && (len(next) == 0 || next[len(next)-1] == i-1):
+		case i < gap && i < b.n-1 && len(next) < maxBatch && (len(next) == 0 || next[len(next)-1] == i-1):
 			next = append(next, i)
 		}
 	}
 	return next, loose
 }
 
-// link makes a batch of those of the pieces, which follow each other, that the
-// fill's digest has passed; nil if that are none.
+// link makes a batch of those of the pieces, which follow each other and of which
+// none is the last, that the fill's digest has passed; nil if that are none.
 func (b *blob) link(f Fill, pieces []int) *batch {
 	if len(pieces) == 0 {
 		return nil
@@ -189,11 +191,8 @@ func (b *blob) link(f Fill, pieces []int) *batch {
 	from, ok := f.Chain(pieces[0])
 	t.linked, t.from = true, from
 	for _, i := range pieces {
-		end := [sha256.Size]byte(b.k)
-		if i < b.n-1 && ok {
-			end, ok = f.Chain(i + 1)
-		}
-		if !ok {
+		end, passed := f.Chain(i + 1)
+		if !ok || !passed {
 			break
 		}
 		t.pieces = append(t.pieces, pieceDigest{uint32(i), end})
