@@ -240,13 +240,13 @@ func (x *fetch) run(ctx context.Context) error {
 	if size := x.f.Size(); size >= 0 {
 		x.b.setSize(size)
 	}
-	for ctx.Err() == nil {
-		if x.whole() {
-			return nil
-		}
-		if err := x.step(ctx); err != nil {
+	for ctx.Err() == nil && !x.whole() {
+		if err := x.step(ctx); err != nil && !x.whole() {
 			return err
 		}
+	}
+	if x.whole() {
+		return nil // even if the fill, which has its last byte, ended ctx before this was noticed
 	}
 	return ctx.Err()
 }

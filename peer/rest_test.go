@@ -2,8 +2,10 @@ package peer
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -108,6 +110,30 @@ func (f restFill) SetSize(size int64) error {
 	return f.simBlob.SetSize(size)
 }
 
+// From and WritePiece end the fill's context with its last byte, as the cache does.
+func (f restFill) From(node string) io.WriterAt { return restWriter{f, f.simBlob.From(node)} }
+
+func (f restFill) WritePiece(node string, i int, p []byte, from, to [sha256.Size]byte) error {
+	defer f.stopIfWhole()
+	return f.simBlob.WritePiece(node, i, p, from, to)
+}
+
+func (f restFill) stopIfWhole() {
+	if _, _, missing := f.Missing(0); !missing {
+		f.stop()
+	}
+}
+
+type restWriter struct {
+	f  restFill
+	to io.WriterAt
+}
+
+func (w restWriter) WriteAt(p []byte, off int64) (int, error) {
+	defer w.f.stopIfWhole()
+	return w.to.WriteAt(p, off)
+}
+
 func restWorld(t *testing.T, c sim) (*simWorld, []*restNode) {
 	w := c.emptyWorld()
 	var nodes []*restNode
@@ -190,6 +216,33 @@ func TestNothingIsKept(t *testing.T) {
 			stop()
 		})
 	}
+}
+
+// TestWholeIsOffered: who has got a blob gives it from then on, although the fill
+// ends its context with the last byte, and need not read it again for that.
+func TestWholeIsOffered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(4, 20))
+		stop := running(t, nodes)
+		d := w.images[0].digest
+		for _, n := range nodes {
+			n.start(Want{Digest: d, Registry: "registry.test", Repository: "app"})
+		}
+		for _, n := range nodes {
+			n.fills.Wait()
+		}
+		synctest.Wait()
+		for _, n := range nodes {
+			k, err := parseKey(d.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b := n.s.blob(k); !b.whole() {
+				t.Errorf("%s offers %d of 20 pieces", n.s.self.Node, b.offered())
+			}
+		}
+		stop()
+	})
 }
 
 // TestNothingForEachOther pins that two nodes that have nothing of a blob stop
