@@ -102,11 +102,20 @@ func (b *blob) knowLocked(t *batch) {
 // vouch makes the batches of these members count.
 func (b *blob) vouch(names []string) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	for _, n := range names {
 		if len(b.signers) < maxSigners {
 			b.signers[n] = true
 		}
+	}
+	var links []*link
+	if b.size == 0 {
+		for _, nb := range b.nbrs {
+			links = append(links, nb.l)
+		}
+	}
+	b.mu.Unlock()
+	for _, l := range links {
+		b.adopt(l) // what it told before it counted
 	}
 }
 

@@ -470,13 +470,21 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
 	holders = append(holders, named...)
-	for ctx.Err() == nil && !x.whole() {
+	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); x.rest(ctx, lookAgain) {
 		// The index names the dead until gossip has noticed; the links already have.
 		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
-		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 || !source && len(holders) == 0 || x.b.forsaken(begun) {
+		idle, _ := x.b.look(time.Now())
+		if !source && len(holders) == 0 || x.b.forsaken(begun) {
 			return nil
 		}
-		x.rest(ctx, lookAgain)
+		if min(idle, time.Since(peeked)) <= stallRejoin/2 {
+			continue
+		}
+		if !source || idle > stallFetch {
+			return nil
+		}
+		source, _ = x.peek(ctx) // it may be hashing what it has, or wait for upstream
+		peeked = time.Now()
 	}
 	return ctx.Err()
 }

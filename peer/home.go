@@ -281,11 +281,12 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	return nil
 }
 
-// source reports whether all of the blob is here or comes here from upstream.
+// source reports whether all of the blob is here, be it still to be hashed, or comes
+// here from upstream.
 func (b *blob) source() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.n > 0 && b.haveN == b.n || b.fill != nil && b.authority
+	return b.n > 0 && b.haveN == b.n || b.scanning || b.fill != nil && b.authority
 }
 
 // waits reports whether all this node has of the blob is hope: it goes upstream

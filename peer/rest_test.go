@@ -23,6 +23,7 @@ type restNode struct {
 	full   bool          // fills fail when they hear the size
 	broken bool          // fills are not kept
 	commit time.Duration // that a fill takes after its last byte
+	disk   time.Duration // that a read of the store takes
 	open   atomic.Int64
 	fills  sync.WaitGroup
 
@@ -34,6 +35,11 @@ type restNode struct {
 type restBlob struct {
 	*simBlob
 	n *restNode
+}
+
+func (b restBlob) ReadAt(p []byte, off int64) (int, error) {
+	wait(context.Background(), b.n.disk)
+	return b.simBlob.ReadAt(p, off)
 }
 
 func (b restBlob) Close() error {
@@ -243,6 +249,56 @@ func TestWholeIsOffered(t *testing.T) {
 		}
 		stop()
 	})
+}
+
+// TestHashedInAnOutage: a node that still has to hash what it holds, for seconds, is
+// waited for while the registry is down, whoever is the blob's home.
+func TestHashedInAnOutage(t *testing.T) {
+	for holder := range 2 {
+		synctest.Test(t, func(t *testing.T) {
+			w, nodes := restWorld(t, baseSim(2, 20))
+			stop := running(t, nodes)
+			d := w.images[0].digest
+			want := Want{Digest: d, Registry: "registry.test", Repository: "app"}
+			n, other := nodes[holder], nodes[1-holder]
+			n.start(want)
+			n.fills.Wait()
+			other.fills.Wait() // perhaps the home
+			other.lose(d)
+			wait(t.Context(), keepBlob+time.Minute)
+			n.disk = 150 * time.Millisecond // 3 s for all
+			w.seeded = true                 // the registry is down
+			other.start(want)
+			other.fills.Wait()
+			if other.kept == nil {
+				t.Errorf("%s did not get what %s has", other.s.self.Node, n.s.self.Node)
+			}
+			stop()
+		})
+	}
+}
+
+// TestSizeToldEarly: a member's word about the size counts as soon as it is vouched
+// for, also if it told it before.
+func TestSizeToldEarly(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	l := fuzzLink(n.s, nil)
+	b := n.s.blob(key{1})
+	if err := b.begin(newMemBlob(b.d)); err != nil {
+		t.Fatal(err)
+	}
+	const size = 3 << 20
+	whole := newBitmap(pieceCount(size, PieceSize(size)))
+	whole.set(0)
+	b.opened(l, open{blob: b.k, size: size, pieceSize: PieceSize(size), have: whole})
+	b.adopt(l)
+	if got := b.sized(); got != 0 {
+		t.Errorf("size %d by hearsay", got)
+	}
+	b.vouch([]string{l.peer})
+	if got := b.sized(); got != size {
+		t.Errorf("size %d, want %d", got, size)
+	}
 }
 
 // TestNothingForEachOther pins that two nodes that have nothing of a blob stop
