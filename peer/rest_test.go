@@ -185,7 +185,11 @@ func running(t *testing.T, nodes []*restNode) (stop func()) {
 // again, files are opened and links made; a while after the last fetch all
 // of them are closed.
 func TestNothingIsKept(t *testing.T) {
-	for seed := range uint64(20) {
+	seeds := uint64(20)
+	if testing.Short() {
+		seeds = 1 // the race detector's own runtime crashed in a third of the runs of all (Go 1.26)
+	}
+	for seed := range seeds {
 		synctest.Test(t, func(t *testing.T) {
 			c := baseSim(6, 40)
 			c.seed, c.origin = seed, 100*mbit
