@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -419,6 +420,36 @@ func TestHostileFrames(t *testing.T) {
 				t.Error("the node does not take links any more")
 			}
 		})
+	}
+}
+
+// TestOpensOfWhatNobodyHas: a member that opens one blob after the other, none of which
+// is here, takes no room from those who join.
+func TestOpensOfWhatNobodyHas(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 3)
+	d := w.add(1<<20, 1)
+	home, others := homeOf(d, nodes)
+	c := hostile(t, home, others[0])
+	const opens = maxBlobs + 1000
+	var frames []byte
+	for i := range uint64(opens) {
+		o := open{}
+		binary.BigEndian.PutUint64(o.blob[:], i)
+		frames = o.append(frames)
+	}
+	go c.Write(frames)
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+	refusal := len(appendClose(nil, key{}))
+	if n, err := io.CopyN(io.Discard, c, int64(opens*refusal)); err != nil {
+		t.Fatalf("after %d bytes of refusals: %v", n, err)
+	}
+	others[1].start(d)
+	others[1].wantOK(d)
+	home.mu.Lock()
+	defer home.mu.Unlock()
+	if home.blobs[d] == nil {
+		t.Error("the home sent away who joined")
 	}
 }
 

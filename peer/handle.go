@@ -3,6 +3,8 @@ package peer
 import (
 	"context"
 	"errors"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // handle takes one frame. An error ends the link.
@@ -56,8 +58,8 @@ func (s *Swarm) ifBlob(k key, f func(*blob)) {
 // opened takes in that a peer takes part in a blob, which may be one that this
 // node holds and has not thought of since.
 func (s *Swarm) opened(l *link, o open) error {
-	b, err := s.guestBlob(o.blob)
-	if err != nil {
+	b := s.blobHere(o.blob)
+	if b == nil {
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 		return nil
 	}
@@ -77,6 +79,25 @@ func (s *Swarm) opened(l *link, o open) error {
 		b.adopt(l)
 	}
 	return nil
+}
+
+// blobHere is the blob if this node has to do with it, or could have: its store
+// holds it. Who opens others leaves no trace, or he could fill the table in which
+// a home needs room for those who join.
+func (s *Swarm) blobHere(k key) *blob {
+	s.mu.Lock()
+	b := s.blobs[k]
+	s.mu.Unlock()
+	if b != nil {
+		return b
+	}
+	stored, ok := s.cfg.Store.Lookup(digest.NewDigestFromBytes(digest.SHA256, k[:]))
+	if !ok {
+		return nil
+	}
+	stored.Close()
+	b, _ = s.guestBlob(k) // nil if there are too many
+	return b
 }
 
 // takesPart reports whether this node has a reason to be a member's neighbour: it
