@@ -453,6 +453,23 @@ func TestOpensOfWhatNobodyHas(t *testing.T) {
 	}
 }
 
+// TestManyNames: blobs that others only name go soon when there are many.
+func TestManyNames(t *testing.T) {
+	n := newTestWorld().node(t, "node")
+	began := time.Now()
+	for i := range uint64(maxBlobs) {
+		var k key
+		binary.BigEndian.PutUint64(k[:], i)
+		if _, err := n.s.guestBlob(k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitFor(t, func() bool { return len(n.s.allBlobs()) <= maxBlobs/2 })
+	if took := time.Since(began); took > idleLink/2 {
+		t.Errorf("it took %v", took)
+	}
+}
+
 // TestOtherVersion: a node of another release is refused and not banned, and
 // others are homes in its place.
 func TestOtherVersion(t *testing.T) {

@@ -24,7 +24,7 @@ func (s *Swarm) tend(ctx context.Context) {
 		}
 		blobs := s.allBlobs()
 		for _, b := range blobs {
-			s.tendBlob(b, now, keepFor(len(blobs)))
+			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0))
 		}
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
@@ -43,9 +43,13 @@ func idleFor(links int) time.Duration {
 	return idleLink
 }
 
-// keepFor is how long the piece digests of an idle blob are kept.
-func keepFor(blobs int) time.Duration {
-	if blobs > maxIdleBlobs {
+// keepFor is how long an idle blob is kept: for its piece digests, if its size is
+// known. Others may name any number of blobs, and the table is not to fill with names.
+func keepFor(blobs int, sized bool) time.Duration {
+	switch {
+	case !sized && blobs > maxBlobs/2:
+		return askHomeFor
+	case !sized || blobs > maxIdleBlobs:
 		return idleLink
 	}
 	return keepBlob
@@ -65,7 +69,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 		b.letGo()
 		b.forgetGiven()
 	}
-	if idle > keep || (idle > idleLink && b.sized() == 0) {
+	if idle > keep {
 		s.mu.Lock()
 		if s.blobs[b.k] == b {
 			delete(s.blobs, b.k)
