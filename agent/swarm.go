@@ -101,7 +101,7 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
 		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t),
 	}
-	return s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry}, func(ctx context.Context, into peer.Sink) error {
+	return s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, s.agent.proxy.Listed(t, f.Digest())}, func(ctx context.Context, into peer.Sink) error {
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
 }
@@ -251,9 +251,19 @@ func (p runtimePieces) Changed() <-chan struct{} { return nil }
 type swarmFill struct {
 	*cache.Fill
 	registry string
+	listed   int64 // size by the manifest; 0 if unknown
 }
 
 var _ peer.Fill = swarmFill{}
+
+// SetSize takes a member's word, but not against the manifest's: a wrong size would
+// end the fill, on every node that believed the same home.
+func (f swarmFill) SetSize(n int64) error {
+	if f.listed > 0 && f.Size() < 0 && n != f.listed {
+		return fmt.Errorf("%d bytes, not %d as listed: %w", n, f.listed, cache.ErrSizeMismatch)
+	}
+	return f.Fill.SetSize(n)
+}
 
 // homeSink is the swarm's view of a fill as upstream wants it.
 type homeSink struct {
@@ -264,6 +274,14 @@ type homeSink struct {
 var _ upstream.Sink = homeSink{}
 
 func (s homeSink) PieceSize() int64 { return s.fill.PieceSize() }
+
+// SetSize takes the registry's word, whatever the manifest says.
+func (s homeSink) SetSize(n int64) error {
+	if err := s.fill.SetSize(n); err != nil {
+		return err
+	}
+	return s.Sink.SetSize(n)
+}
 
 // From labels bytes with the node they came from; "" is the registry.
 func (f swarmFill) From(node string) io.WriterAt {

@@ -88,7 +88,7 @@ type Blob interface {
 type Fill interface {
 	Blob
 	// SetSize decides the size; a different one later is an error that ends the
-	// fill.
+	// fill. A size that the node knows to be wrong is refused and changes nothing.
 	SetSize(int64) error
 	// Missing returns the first missing run at or after off.
 	Missing(off int64) (start, end int64, ok bool)

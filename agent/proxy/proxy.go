@@ -117,6 +117,7 @@ type Proxy struct {
 	undelivered *recent[blobKey, struct{}]      // of path-encoded clients; see I5
 	deliverable *recent[blobKey, struct{}]      // upstream said it has them
 	learned     *recent[blobKey, struct{}]      // manifests whose children are recorded
+	listed      *recent[blobKey, int64]         // sizes by what lists them
 	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
 	canaries    *recent[string, Canary]
 
@@ -156,6 +157,7 @@ func New(opts Options) (*Proxy, error) {
 		undelivered: newRecent[blobKey, struct{}](maxRemembered),
 		deliverable: newRecent[blobKey, struct{}](maxRemembered),
 		learned:     newRecent[blobKey, struct{}](maxRemembered),
+		listed:      newRecent[blobKey, int64](maxRemembered),
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
 		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},

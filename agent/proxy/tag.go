@@ -143,6 +143,7 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 // remember keeps what upstream says that a tag stands for.
 func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor) resolved {
 	p.auth.enlist(t, desc)
+	p.list(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
 	if !known(desc.MediaType) {
 		desc.MediaType = "" // the manifest's own bytes say it better

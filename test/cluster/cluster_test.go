@@ -67,7 +67,9 @@ type cluster struct {
 	dir     string
 	octet   int
 	nodes   []*node
-	calm    func() // gives the token of busy back
+	rogues  []string // members that are no agents
+	joined  int      // how many have been there
+	calm    func()   // gives the token of busy back
 }
 
 // clusters numbers the tests' clusters, so that they can run side by side.

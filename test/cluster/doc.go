@@ -4,7 +4,7 @@
 //
 // Each day defends the same four things: pulls finish, no wrong byte completes,
 // the registry gives no more than two copies (TestCorruptMiddle says why not there),
-// and nothing is left behind in an agent. Peers that break the protocol are tested in
-// package peer, where a test can be one; here a peer gives wrong bytes because its
-// disk or its registry does.
+// and nothing is left behind in an agent. A peer gives wrong bytes
+// here because its disk or its registry does; one that breaks the protocol or lies on
+// purpose is a rogue, a member in the test's own process that is no agent.
 package cluster
