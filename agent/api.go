@@ -156,7 +156,8 @@ type DoctorStatus struct {
 	Findings []hostsconfig.Finding `json:"findings"`
 }
 
-// IndexStatus is what this node knows of the blobs of others.
+// IndexStatus is what this node knows of the blobs of others. A tag that a node
+// remembers counts as a blob.
 type IndexStatus struct {
 	Blobs    int `json:"blobs"`
 	Postings int `json:"postings"` // holders, summed over all blobs

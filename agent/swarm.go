@@ -416,7 +416,7 @@ func (s *swarm) describe(p PeerConfig) string {
 		return "alone (no peer.key_file and no peer.join)"
 	}
 	st := s.Status()
-	line := fmt.Sprintf("%d members, %d links, %d blobs in the index", len(st.Members), len(st.Links), st.Index.Blobs)
+	line := fmt.Sprintf("%d members, %d links, %d blobs and tags in the index", len(st.Members), len(st.Links), st.Index.Blobs)
 	if len(st.Banned) > 0 {
 		line += fmt.Sprintf(", %d banned", len(st.Banned))
 	}

@@ -30,9 +30,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		bans: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "larder_peer_bans_total",
 			Help: "Peers this node stopped using for a while, by reason."}, []string{"reason"}),
 		blobs: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_index_blobs",
-			Help: "Blobs in the index of who holds what."}),
+			Help: "Blobs, and tags that some member remembers, in the index of who holds what."}),
 		holders: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_index_holders",
-			Help: "Postings (a member holds a blob) in the index."}),
+			Help: "Postings (a member holds a blob, or remembers a tag) in the index."}),
 		uploaded: prometheus.NewCounter(prometheus.CounterOpts{Name: "larder_uploaded_bytes_total",
 			Help: "Bytes of blobs sent to peers."}),
 	}

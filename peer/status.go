@@ -43,7 +43,8 @@ type BlobStatus struct {
 	Members      int              // that meet here, if this node is the home
 }
 
-// IndexStatus is the size of the index.
+// IndexStatus is the size of the index. A tag that a member remembers counts as a
+// blob, see Swarm.Remember: members tell each other of both in the same way.
 type IndexStatus struct {
 	Blobs, Postings int
 	Held            int // blobs this node said it holds, or will say

@@ -432,7 +432,7 @@ const showStorage = s => {
     {term: "Disk", text: `${c.free_bytes < 0 ? "cannot be read" : `${size(c.free_bytes)} free`}${c.min_free_bytes ? `, ${size(c.min_free_bytes)} stay free` : ""}`, bad: c.free_bytes < 0},
     {term: "Directory", text: c.dir},
     s.runtime.content_dir && {term: "Runtime's store", text: `${size(s.runtime.bytes)} in ${plural(s.runtime.blobs, "blob")}`},
-    s.members.length > 0 && {term: "Index", text: `${plural(s.index.blobs, "blob")} on other nodes; ${plural(s.index.held, "blob")} told to them`},
+    s.members.length > 0 && {term: "Index", text: `${s.index.blobs.toLocaleString("en")} blobs and tags on other nodes; ${s.index.held.toLocaleString("en")} told to them`},
     {term: "Host files", text: !dirs ? "not managed" : hosts.in_place ? `in place, ${dirs}` : `not in place, ${dirs}`, bad: dirs && !hosts.in_place},
     s.doctor.checked && {term: "Doctor", text: `${s.doctor.findings.length ? plural(s.doctor.findings.length, "finding") : "nothing found"}, ${ago(s.doctor.checked)}`},
   ].filter(Boolean);

@@ -188,7 +188,7 @@ func (d *demo) gather(ctx context.Context, nodes []*demoNode) error {
 func (d *demo) hear(ctx context.Context, n *demoNode) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, gatherTimeout, errors.New("demo: the new node does not hear what the others have"))
 	defer cancel()
-	parts := len(d.spec.layers) + 2 // config, manifest
+	parts := len(d.spec.layers) + 3 // config, manifest, and the tag, which counts as one
 	return until(ctx, func() bool { return n.agent.Status().Index.Blobs >= parts })
 }
 
