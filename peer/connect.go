@@ -173,6 +173,22 @@ func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
 	}
 }
 
+// aheadAfter is how long a home may take before links with those after it are made.
+const aheadAfter = 500 * time.Millisecond
+
+// ahead links with the members that would be asked next if the one that is asked now
+// has not answered by then: whether they can be reached is known when it matters.
+func (s *Swarm) ahead(next []*Member) (stop func()) {
+	t := time.AfterFunc(aheadAfter, func() {
+		for _, m := range next {
+			if m.Name != s.self.Name {
+				s.spawn(func(ctx context.Context) { _, _ = s.connect(ctx, m) }) // noted in the roster
+			}
+		}
+	})
+	return func() { t.Stop() }
+}
+
 // dial makes a link and serves it until it ends.
 func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	l, err := s.reach(ctx, m)

@@ -257,7 +257,9 @@ func (x *fetch) step(ctx context.Context) error {
 		if m.Name == x.s.self.Name {
 			return x.asHome(ctx)
 		}
+		stop := x.s.ahead(x.route())
 		err := x.join(ctx, m, false)
+		stop()
 		if err == nil {
 			return x.takePart(ctx)
 		}

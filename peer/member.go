@@ -77,11 +77,19 @@ func cutStart(name string) (node string, epoch uint64, ok bool) {
 
 // roster is the live members. Reads take no lock.
 type roster struct {
+	self string // this node's name
 	view atomic.Pointer[view]
 
-	mu     sync.Mutex // serialises writers; guards fallen and down
+	mu     sync.Mutex // serialises writers; guards the following
 	fallen map[string]fallenMember
 	down   map[string]time.Time // members this node could not reach, until when
+	// When it reaches nobody, the fault is likely on its own side (a firewall, packets
+	// of full size that get lost), and to find that out again for every blob would
+	// cost a pull seconds each time. So it counts as alone for a while.
+	strikes int           // members not reached in a row
+	struck  time.Time     // the last one
+	alone   time.Time     // until when nobody is asked
+	apart   time.Duration // for how long, the last time
 }
 
 type fallenMember struct {
@@ -105,6 +113,11 @@ const (
 	keepFallen = 10 * time.Minute // digests signed by a dead home stay good
 	maxFallen  = 4096
 	keepDown   = 5 * time.Second // an unreachable member is not asked again before
+
+	mostStrikes  = 6           // so many, or all others: this node is alone
+	strikeMemory = time.Minute // with more between them they say nothing
+	leastAlone   = 10 * time.Second
+	mostAlone    = 2 * time.Minute // it is doubled up to this
 )
 
 // set adds or replaces members.
@@ -116,7 +129,7 @@ func (r *roster) set(ms ...Member) {
 		m.rank = hash64(m.Node)
 		v.put(&m)
 		delete(r.fallen, m.Name)
-		delete(r.down, m.Name)
+		r.reachedLocked(m.Name)
 	}
 	r.view.Store(v)
 }
@@ -179,22 +192,44 @@ func (r *roster) key(name string) ed25519.PublicKey {
 func (r *roster) unreachable(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, live := r.get(name); live {
-		r.down[name] = time.Now().Add(keepDown)
+	if _, live := r.get(name); !live {
+		return
+	}
+	now := time.Now()
+	if now.After(r.down[name]) {
+		r.strikeLocked(now)
+	}
+	r.down[name] = now.Add(keepDown)
+}
+
+func (r *roster) strikeLocked(now time.Time) {
+	if now.Sub(r.struck) > strikeMemory && now.Sub(r.alone) > strikeMemory {
+		r.strikes, r.apart = 0, 0
+	}
+	r.strikes, r.struck = r.strikes+1, now
+	if r.strikes >= min(mostStrikes, len(r.view.Load().all)-1) && !now.Before(r.alone) {
+		r.apart = min(max(2*r.apart, leastAlone), mostAlone)
+		r.alone = now.Add(r.apart)
 	}
 }
 
+// reachable says that a member was reached, or reached this node.
 func (r *roster) reachable(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.reachedLocked(name)
+}
+
+func (r *roster) reachedLocked(name string) {
 	delete(r.down, name)
+	r.strikes, r.apart, r.alone = 0, 0, time.Time{}
 }
 
 func (r *roster) isDown(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	until, ok := r.down[name]
-	return ok && time.Now().Before(until)
+	now := time.Now()
+	return now.Before(r.down[name]) || now.Before(r.alone) && name != r.self
 }
 
 // homes is view.homes without those that this node cannot reach now: when all of
@@ -208,13 +243,25 @@ func (r *roster) homes(k key, zone string, zoned bool) []*Member {
 func (r *roster) fallenAway() map[string]bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	now := time.Now()
 	var out map[string]bool
-	for name, until := range r.down {
-		if time.Now().Before(until) {
-			if out == nil {
-				out = make(map[string]bool)
+	add := func(name string) {
+		if out == nil {
+			out = make(map[string]bool)
+		}
+		out[name] = true
+	}
+	if now.Before(r.alone) {
+		for _, m := range r.view.Load().all {
+			if m.Name != r.self {
+				add(m.Name)
 			}
-			out[name] = true
+		}
+		return out
+	}
+	for name, until := range r.down {
+		if now.Before(until) {
+			add(name)
 		}
 	}
 	return out

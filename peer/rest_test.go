@@ -305,6 +305,52 @@ func TestSizeToldEarly(t *testing.T) {
 	}
 }
 
+// TestAlone: a node that reaches nobody asks nobody for a while, and for longer each
+// time; one member that is reached ends that.
+func TestAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, nodes := restWorld(t, baseSim(8, 4))
+		r := nodes[0].s.roster
+		homes := func() int { return len(r.homes(key{}, "", false)) }
+		fail := func(n int) {
+			for _, n := range nodes[1 : 1+n] {
+				r.unreachable(n.s.self.Name)
+				r.unreachable(n.s.self.Name) // counts once
+			}
+		}
+		want := func(n int, when string) {
+			t.Helper()
+			if got := homes(); got != n {
+				t.Errorf("%s: %d homes, want %d", when, got, n)
+			}
+		}
+		fail(mostStrikes - 1)
+		want(3, "some cannot be reached") // the two that are left, and itself
+		wait(t.Context(), keepDown+time.Second)
+		fail(1)
+		want(1, "nobody was reached")
+		if !r.isDown(nodes[7].s.self.Name) || r.isDown(r.self) {
+			t.Error("all others should count as down")
+		}
+		wait(t.Context(), leastAlone)
+		want(3, "after a while")
+		fail(1)
+		wait(t.Context(), leastAlone+time.Second)
+		want(1, "once more, and twice as long")
+		r.reachable(nodes[3].s.self.Name)
+		want(3, "one is reached")
+		fail(mostStrikes - 1)
+		wait(t.Context(), strikeMemory+time.Second)
+		fail(1)
+		want(3, "long ago does not count")
+		for _, n := range nodes {
+			if err := n.s.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
 // TestNothingForEachOther pins that two nodes that have nothing of a blob stop
 // talking of it, also when one of them gave up before the other answered.
 func TestNothingForEachOther(t *testing.T) {

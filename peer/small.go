@@ -97,10 +97,13 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 	var failed error
 	taken, reached := false, false
 	asked := make(map[string]bool)
-	next := func() *Member { return nextOf(s.roster.homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope), asked) }
+	homes := func() []*Member { return s.roster.homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope) }
+	next := func() *Member { return nextOf(homes(), asked) }
 	for m := next(); m != nil; m = next() {
 		asked[m.Name] = true
+		stop := s.ahead(homes())
 		b, err := s.put(ctx, m, method, r)
+		stop()
 		if err == nil {
 			if enough, err := take(b); enough || err != nil {
 				return err

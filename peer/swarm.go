@@ -122,6 +122,7 @@ func (s *Swarm) identify() error {
 		return fmt.Errorf("listen for peers: %w", err)
 	}
 	s.self.Addr = s.listener.Addr().String()
+	s.roster.self = s.self.Name
 	s.roster.set(s.self)
 	s.metrics.members.Set(1)
 	return nil

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 )
@@ -67,6 +68,41 @@ func TestAsymmetricPartition(t *testing.T) {
 	w.healAll(t, c)
 	c.awaitMembers()
 	c.finish()
+}
+
+// TestNobodyReached is a cluster whose members see each other in gossip, and can do
+// nothing with it: a firewall drops what comes to their data ports, or the network
+// loses packets of full size. The first pulls find that out, and later ones do without
+// the others, as they would without Larder.
+func TestNobodyReached(t *testing.T) {
+	for name, rule := range map[string]func(*node) string{
+		"firewall":        func(n *node) string { return "--dport " + strconv.Itoa(n.port+1) },
+		"lost when large": func(*node) string { return "-m length --length 1000:65535" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const nodes = 8
+			w := newNetwork(t)
+			c := newCluster(t, options{nodes: nodes, more: 2, layers: []int64{3 * mb, 1 * mb, 1 * mb, 1 * mb, 1 * mb, 1 * mb},
+				uplink: 100 * mb, net: w, sent: nodes + 0.1})
+			for i, n := range c.nodes {
+				w.filter(t, i+1, "-A INPUT ! -i lo ! -s "+address(0)+" -p tcp "+rule(n)+" -j DROP")
+			}
+			s := c.pull(c.nodes...)
+			s.wait(1)
+			// Three images took 6 to 9 s, and 35 to 63 s where each question to a home
+			// found out for itself.
+			const most = 25 * time.Second
+			for n, p := range s.pulls {
+				if p.took > most {
+					t.Errorf("%s took %v", n.name, p.took)
+				}
+			}
+			w.healAll(t, c)
+			c.awaitMembers()
+			c.finish()
+		})
+	}
 }
 
 // TestPacketLoss drops packets wherever they go, gossip and the registry's
