@@ -189,6 +189,13 @@ func (s *Swarm) ahead(next []*Member) (stop func()) {
 	return func() { t.Stop() }
 }
 
+// unreached notes that a member could not be reached.
+func (s *Swarm) unreached(name string) {
+	if apart := s.roster.unreachable(name); apart > 0 {
+		s.log.Warn("no other node can be reached, so none is asked for now; is peer.data open to them?", "data", s.self.Addr, "pause", apart)
+	}
+}
+
 // dial makes a link and serves it until it ends.
 func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	l, err := s.reach(ctx, m)
@@ -207,7 +214,7 @@ func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 		}
 	}
 	if err != nil && ctx.Err() == nil && !errors.Is(err, errReplaced) {
-		s.roster.unreachable(m.Name)
+		s.unreached(m.Name)
 	}
 	s.dialed(m, d, l, err)
 	if err == nil {
@@ -298,7 +305,7 @@ func (s *Swarm) serve(l *link) {
 	if silent || l.dialed && !l.spoke.Load() && !errors.Is(err, errReplaced) {
 		// One that hangs up without a word speaks another version of the protocol, or
 		// bans this node: others have to be homes in its place.
-		s.roster.unreachable(l.peer)
+		s.unreached(l.peer)
 	}
 	for _, b := range s.allBlobs() {
 		if silent {

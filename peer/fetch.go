@@ -323,7 +323,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
-		x.s.roster.unreachable(m.Name)
+		x.s.unreached(m.Name)
 	}
 	return l, reply, err
 }

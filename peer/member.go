@@ -188,29 +188,33 @@ func (r *roster) key(name string) ed25519.PublicKey {
 }
 
 // unreachable keeps a member from being chosen as home for a while: the data
-// path does not wait for gossip to notice a death.
-func (r *roster) unreachable(name string) {
+// path does not wait for gossip to notice a death. If that makes this node alone,
+// it returns for how long.
+func (r *roster) unreachable(name string) (alone time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if _, live := r.get(name); !live {
-		return
+		return 0
 	}
 	now := time.Now()
 	if now.After(r.down[name]) {
-		r.strikeLocked(now)
+		alone = r.strikeLocked(now)
 	}
 	r.down[name] = now.Add(keepDown)
+	return alone
 }
 
-func (r *roster) strikeLocked(now time.Time) {
+func (r *roster) strikeLocked(now time.Time) (alone time.Duration) {
 	if now.Sub(r.struck) > strikeMemory && now.Sub(r.alone) > strikeMemory {
 		r.strikes, r.apart = 0, 0
 	}
 	r.strikes, r.struck = r.strikes+1, now
-	if r.strikes >= min(mostStrikes, len(r.view.Load().all)-1) && !now.Before(r.alone) {
-		r.apart = min(max(2*r.apart, leastAlone), mostAlone)
-		r.alone = now.Add(r.apart)
+	if r.strikes < min(mostStrikes, len(r.view.Load().all)-1) || now.Before(r.alone) {
+		return 0
 	}
+	r.apart = min(max(2*r.apart, leastAlone), mostAlone)
+	r.alone = now.Add(r.apart)
+	return r.apart
 }
 
 // reachable says that a member was reached, or reached this node.
