@@ -164,7 +164,7 @@ func (a *Agent) openCache() (*cache.Cache, error) {
 		Logger:        a.log,
 		Registerer:    a.registry,
 		Keep:          a.keep,
-		Events:        cache.Events{Committed: a.announce, Removing: a.cacheRemoves},
+		Events:        cache.Events{Committed: a.announce, Mismatched: a.cacheMismatched, Removing: a.cacheRemoves},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cache.dir = %q: %w", a.config.Cache.Dir, err)

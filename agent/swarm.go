@@ -94,16 +94,17 @@ func (s *swarm) Run(ctx context.Context) error {
 
 // Fetch fills f from the swarm: the proxy's way to other nodes.
 func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill) error {
-	if f.Suspect() {
-		return peer.ErrDistrusted // bytes for this digest were wrong a moment ago
-	}
 	want := peer.Want{
 		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
-		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t),
+		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t), Attempt: f.Mismatches(),
 	}
-	return s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, s.agent.proxy.Listed(t, f.Digest())}, func(ctx context.Context, into peer.Sink) error {
+	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, s.agent.proxy.Listed(t, f.Digest())}, func(ctx context.Context, into peer.Sink) error {
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
+	if errors.Is(err, peer.ErrVoid) {
+		err = fmt.Errorf("%w: %w", cache.ErrDigestMismatch, err)
+	}
+	return err
 }
 
 // asNode reports whether t is asked with a node's own credentials.
@@ -291,6 +292,9 @@ func (f swarmFill) From(node string) io.WriterAt {
 	return f.Writer(cache.Origin{Kind: cache.FromPeer, Name: node})
 }
 
+// Attempt counts a mismatch of the fill as the one after those that made earlier attempts void.
+func (f swarmFill) Attempt(n int) { f.RaiseMismatches(n) }
+
 // WritePiece takes a member's piece that the cache finds right.
 func (f swarmFill) WritePiece(node string, piece int, p []byte, from, to [sha256.Size]byte) error {
 	err := f.Writer(cache.Origin{Kind: cache.FromPeer, Name: node}).WritePiece(piece, p, from, to)
@@ -305,6 +309,12 @@ func (f swarmFill) WritePiece(node string, piece int, p []byte, from, to [sha256
 func (a *Agent) announce(d digest.Digest, _ int64) {
 	if a.swarm != nil {
 		a.swarm.Announce(d)
+	}
+}
+
+func (a *Agent) cacheMismatched(d digest.Digest, times int) {
+	if a.swarm != nil {
+		a.swarm.Void(d, times)
 	}
 }
 

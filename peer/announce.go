@@ -93,7 +93,9 @@ func (s *Swarm) Withdraw(d digest.Digest) {
 	if err != nil {
 		return
 	}
-	s.ifBlob(k, func(b *blob) { b.withdraw() })
+	for attempt := range byte(lastAttempt + 1) {
+		s.ifBlob(blobID{k, attempt}, func(b *blob) { b.withdraw() })
+	}
 	x := s.index
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
@@ -103,6 +105,13 @@ func (s *Swarm) Withdraw(d digest.Digest) {
 	if h != nil && h.announced {
 		x.own.sayLocked(op{prefix: p})
 	}
+}
+
+// holds reports whether this node said, or will say, that it holds a blob.
+func (x *index) holds(p uint64) bool {
+	x.own.mu.Lock()
+	defer x.own.mu.Unlock()
+	return x.own.held[p] != nil
 }
 
 // sayLocked numbers an operation and queues it for the next message.

@@ -154,7 +154,7 @@ func TestWrongBytesAreBanned(t *testing.T) {
 	d := w.add(8<<20, 1)
 	home, others := homeOf(d, nodes)
 	home.give(d)
-	b := home.s.blob(sha256Of(d))
+	b := home.s.blob(blobID{key: sha256Of(d)})
 	_ = home.s.seedFromStore(b) // hashes in the background
 	waitFor(t, b.whole)
 	home.mu.Lock()
@@ -263,17 +263,26 @@ func TestSilentHome(t *testing.T) {
 // TestCorruptUpstream: a home whose upstream gives a wrong byte has passed on what
 // it got: the caches' digests find that out, and nobody bans another for it.
 func TestCorruptUpstream(t *testing.T) {
+	for _, size := range []int{3 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) { corruptUpstream(t, size) })
+	}
+}
+
+func corruptUpstream(t *testing.T, size int) {
 	w := newTestWorld()
 	nodes := w.gossipCluster(t, 4)
-	d := w.add(3<<20, 21)
+	d := w.add(size, 21)
 	w.mu.Lock()
-	w.content[d][1<<20] ^= 1
+	w.content[d][size/3] ^= 1
 	w.mu.Unlock()
+	var fills []*testFill
 	for _, n := range nodes {
-		n.start(d)
+		fills = append(fills, n.start(d))
 	}
-	for _, n := range nodes {
-		<-n.start(d).done
+	for i, n := range nodes {
+		if <-fills[i].done; fills[i].err == nil {
+			t.Errorf("%s has wrong bytes", n.s.self.Node)
+		}
 		if bans := testutil.ToFloat64(n.s.metrics.bans.WithLabelValues(string(banDigest))); bans != 0 {
 			t.Errorf("%s banned %v nodes", n.s.self.Name, bans)
 		}
@@ -321,7 +330,7 @@ func TestHomeLiesAboutSize(t *testing.T) {
 	nodes := w.nodes(t, 3)
 	d := w.add(1<<20, 1)
 	home, others := homeOf(d, nodes)
-	home.s.blob(sha256Of(d)).setSize(5 << 20)
+	home.s.blob(blobID{key: sha256Of(d)}).setSize(5 << 20)
 	n := others[0]
 	b := newMemBlob(d)
 	if err := b.SetSize(1 << 20); err != nil {
@@ -392,15 +401,16 @@ func hostile(t *testing.T, target *testNode, as *testNode) net.Conn {
 // its sender; it does not end the node, nor take its memory.
 func TestHostileFrames(t *testing.T) {
 	frames := map[string][]byte{
-		"huge frame":     {byte(frameOpen), 0xff, 0xff, 0xff},
-		"no such type":   {0xee, 0, 0, 1, 0},
-		"short open":     appendFrame(nil, frameOpen, func(b []byte) []byte { return append(b, 1, 2, 3) }),
-		"too many bits":  open{size: maxBlobSize, pieceSize: 1}.append(nil),
-		"piece too far":  want{id: 1, piece: maxPieces}.append(nil),
-		"runs too far":   have{runs: []run{{maxPieces - 1, 2}}}.append(nil),
-		"data, no head":  appendFrame(nil, frameData, func(b []byte) []byte { return append(b, 1) }),
-		"short digests":  appendFrame(nil, frameDigests, func(b []byte) []byte { return append(b, make([]byte, 70)...) }),
-		"short question": appendFrame(nil, frameCall, func(b []byte) []byte { return append(b, 1) }),
+		"huge frame":      {byte(frameOpen), 0xff, 0xff, 0xff},
+		"no such type":    {0xee, 0, 0, 1, 0},
+		"short open":      appendFrame(nil, frameOpen, func(b []byte) []byte { return append(b, 1, 2, 3) }),
+		"too many bits":   open{size: maxBlobSize, pieceSize: 1}.append(nil),
+		"piece too far":   want{id: 1, piece: maxPieces}.append(nil),
+		"runs too far":    have{runs: []run{{maxPieces - 1, 2}}}.append(nil),
+		"data, no head":   appendFrame(nil, frameData, func(b []byte) []byte { return append(b, 1) }),
+		"no such attempt": open{blob: blobID{attempt: lastAttempt + 1}}.append(nil),
+		"short digests":   appendFrame(nil, frameDigests, func(b []byte) []byte { return append(b, make([]byte, 70)...) }),
+		"short question":  appendFrame(nil, frameCall, func(b []byte) []byte { return append(b, 1) }),
 	}
 	for name, frame := range frames {
 		t.Run(name, func(t *testing.T) {
@@ -435,12 +445,12 @@ func TestOpensOfWhatNobodyHas(t *testing.T) {
 	var frames []byte
 	for i := range uint64(opens) {
 		o := open{}
-		binary.BigEndian.PutUint64(o.blob[:], i)
+		binary.BigEndian.PutUint64(o.blob.key[:], i)
 		frames = o.append(frames)
 	}
 	go c.Write(frames)
 	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
-	refusal := len(appendClose(nil, key{}))
+	refusal := len(appendClose(nil, blobID{}))
 	if n, err := io.CopyN(io.Discard, c, int64(opens*refusal)); err != nil {
 		t.Fatalf("after %d bytes of refusals: %v", n, err)
 	}
@@ -458,9 +468,9 @@ func TestManyNames(t *testing.T) {
 	n := newTestWorld().node(t, "node")
 	began := time.Now()
 	for i := range uint64(maxBlobs) {
-		var k key
-		binary.BigEndian.PutUint64(k[:], i)
-		if _, err := n.s.guestBlob(k); err != nil {
+		var id blobID
+		binary.BigEndian.PutUint64(id.key[:], i)
+		if _, err := n.s.guestBlob(id); err != nil {
 			t.Fatal(err)
 		}
 	}

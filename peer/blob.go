@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"io"
@@ -33,9 +34,10 @@ var (
 // mu is never held across I/O or a call into the node. It may be held while
 // taking a link's mu, never the other way round.
 type blob struct {
-	s *Swarm
-	k key
-	d digest.Digest
+	s  *Swarm
+	id blobID
+	k  key // of id
+	d  digest.Digest
 
 	home    meeting // this node as the blob's home
 	served  float64 // guarded by uploads.mu
@@ -72,8 +74,11 @@ type blob struct {
 	pace      pace
 	progress  time.Time // last piece that came, or bytes of one
 	sources   map[string]int64
-	distrust  time.Time // until when the swarm is not used for it
-	failure   error     // of this node as home, for leases that come back
+	stop      context.CancelCauseFunc // of the fetch
+	writing   int                     // pieces on their way into fill
+	complete  bool                    // the last fetch has brought all of it
+	void      bool                    // and upstream had got them wrong, see attempt.go
+	failure   error                   // of this node as home, for leases that come back
 	failedAt  time.Time
 	lastUse   time.Time
 	scanning  bool // a goroutine hashes the blob in the store
@@ -146,9 +151,9 @@ func (p *pace) resume(now time.Time) {
 	}
 }
 
-func newBlob(s *Swarm, k key, rng *rand.Rand) *blob {
+func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	return &blob{
-		s: s, k: k, d: digest.NewDigestFromBytes(digest.SHA256, k[:]),
+		s: s, id: id, k: id.key, d: digest.NewDigestFromBytes(digest.SHA256, id.key[:]),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
 		sources: make(map[string]int64), rng: rng, lastUse: time.Now(),
@@ -234,7 +239,7 @@ func (b *blob) countLocked(nb *neighbour, by int) {
 // tellLocked sends the neighbour what is here.
 func (b *blob) tellLocked(nb *neighbour) {
 	nb.told = true
-	o := open{blob: b.k, size: b.size, pieceSize: b.pieceSize, pass: b.pass, have: b.have}
+	o := open{blob: b.id, size: b.size, pieceSize: b.pieceSize, pass: b.pass, have: b.have}
 	nb.l.send(o.append)
 }
 
@@ -268,7 +273,7 @@ func (b *blob) opened(l *link, o open) {
 	nb := b.meetLocked(l)
 	if nb == nil {
 		b.mu.Unlock()
-		l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		l.send(func(p []byte) []byte { return appendClose(p, b.id) })
 		return
 	}
 	b.countLocked(nb, -1)
@@ -424,7 +429,9 @@ func (b *blob) received(r *request) {
 	b.mu.Lock()
 	by, known := b.proofLocked(r.piece)
 	f, done := b.fill, b.here.has(r.piece)
+	b.writing++
 	b.mu.Unlock()
+	defer b.wrote()
 	switch {
 	case f == nil || done:
 	case !known:
@@ -445,6 +452,12 @@ func (b *blob) received(r *request) {
 	b.giveUpLocked(r)
 	b.mu.Unlock()
 	b.poke()
+}
+
+func (b *blob) wrote() {
+	b.mu.Lock()
+	b.writing--
+	b.mu.Unlock()
 }
 
 // write gives a piece to the fill if it is right.
@@ -533,7 +546,7 @@ func (b *blob) flush() {
 			}
 		}
 		if runs := runsOf(buf); len(runs) > 0 {
-			nb.l.send(have{blob: b.k, load: load, runs: runs}.append)
+			nb.l.send(have{blob: b.id, load: load, runs: runs}.append)
 		}
 	}
 }

@@ -102,6 +102,9 @@ type Fill interface {
 	// one chaining value to another; those of the last piece must lead to the
 	// blob's digest instead. Else it returns an error that is ErrWrongPiece.
 	WritePiece(node string, piece int, p []byte, from, to [sha256.Size]byte) error
+	// Attempt says which attempt the fill is (see Want). It may be a later one than
+	// its Want said, if other nodes have found the bytes of that to be wrong.
+	Attempt(n int)
 	// Chain returns the chaining value at the start of a piece, once all bytes
 	// before it are here and hashed. Changed covers it too.
 	Chain(piece int) (v [sha256.Size]byte, ok bool)
@@ -133,6 +136,10 @@ type Want struct {
 	// Authorization is the client's credential for upstream, "" for none. It is
 	// sent to homes over TLS, kept in memory only, and never logged.
 	Authorization string
+	// Attempt is how many fills of the blob have lately ended, one after the other,
+	// with bytes that did not match its digest. The swarm makes a second attempt
+	// at a blob; after that Fetch returns ErrDistrusted.
+	Attempt int
 	// Node: the repository is one that nodes open with credentials of their own.
 	// A home that has none for it must say no.
 	Node bool
@@ -212,9 +219,12 @@ var (
 	ErrWrongPiece = errors.New("piece does not match its digest")
 	// ErrUnsupported means that the swarm cannot carry this blob.
 	ErrUnsupported = errors.New("blob cannot be swarmed")
-	// ErrDistrusted means that the swarm gave a wrong blob under this digest lately
-	// (see Swarm.Distrust); fetch it from upstream alone.
+	// ErrDistrusted means that the bytes that the swarm gave under this digest lately
+	// were wrong more than once (see Want.Attempt); fetch it from upstream alone.
 	ErrDistrusted = errors.New("swarm is distrusted for this blob")
+	// ErrVoid means that what is in the fill is likely wrong, as were the same bytes
+	// elsewhere: the fill is to fail as one whose digest did not match.
+	ErrVoid = errors.New("bytes of this blob were found to be wrong elsewhere")
 	// ErrNotRunning means that Run has not started or has ended.
 	ErrNotRunning = errors.New("swarm is not running")
 	// ErrRefused means that no home could get the blob and none permits this node

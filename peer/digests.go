@@ -14,7 +14,8 @@ import (
 // verifyFirst is the size up to which a node that holds a whole blob, but not
 // its piece digests, hashes all of it before it signs the first one. Larger
 // blobs are signed as they are read, or the first piece would come seconds
-// late; the last one waits for the whole digest in any case.
+// late; the last one waits for the whole digest in any case. A later attempt, which
+// follows upon wrong bytes, has no such haste.
 const verifyFirst = 512 << 20
 
 const maxSigners = 32
@@ -289,7 +290,7 @@ func (b *blob) signWhole(h *handle) error {
 		}
 		pending = append(pending, t)
 		t = b.newLinks(whole)
-		if b.size > verifyFirst && i < b.n-1 {
+		if b.size > verifyFirst && b.id.attempt == 0 && i < b.n-1 {
 			b.publish(pending)
 			b.offer(offered, i+1)
 			pending, offered = nil, i+1
@@ -305,7 +306,7 @@ func (b *blob) signWhole(h *handle) error {
 }
 
 func (b *blob) newBatch() *batch {
-	return &batch{blob: b.k, pieceSize: uint32(b.pieceSize), signer: b.s.self.Name}
+	return &batch{blob: b.id, pieceSize: uint32(b.pieceSize), signer: b.s.self.Name}
 }
 
 // newLinks begins a batch of linked pieces where whole has arrived.

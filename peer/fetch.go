@@ -19,7 +19,6 @@ const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	giveUpAfter = 20 * time.Second        // without progress and without a permit
-	distrustFor = 10 * time.Minute
 )
 
 // Fetch completes a fill from the swarm. If this node is the blob's home, and
@@ -43,17 +42,37 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	if k == sha256.Sum256(nil) {
 		return f.SetSize(0) // nothing to give, and a size of 0 means unknown on the wire
 	}
-	b := s.blob(k)
-	if err := b.begin(f); err != nil {
+	for {
+		attempt := s.attempt(k, w.Attempt)
+		s.Void(w.Digest, attempt)
+		if attempt > lastAttempt {
+			return ErrDistrusted
+		}
+		w.Attempt = attempt
+		f.Attempt(attempt)
+		if err := s.fetch(ctx, w, s.blob(blobID{k, byte(attempt)}), f, up); !errors.Is(err, errBehind) {
+			return err
+		}
+		w.Attempt++
+	}
+}
+
+// fetch is one attempt.
+func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if err := b.begin(f, cancel); err != nil {
+		cancel(nil)
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
 	var tasks sync.WaitGroup
 	tasks.Go(func() { b.watch(ctx, f) })
 	tasks.Go(func() { b.exchange(ctx, f) })
 	x := &fetch{s: s, b: b, w: w, f: f, up: up, tried: make(map[string]bool)}
-	err = x.run(ctx)
-	cancel()
+	err := x.run(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	cancel(nil)
 	tasks.Wait()
 	b.end(err)
 	if err == nil {
@@ -63,34 +82,18 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	return fmt.Errorf("swarm %s: %w", w.Digest, err)
 }
 
-// Distrust says that a blob that Fetch completed did not match its digest.
-// Until some minutes later Fetch refuses this blob, and what is known of its
-// pieces is forgotten.
-func (s *Swarm) Distrust(w Want) {
-	k, err := parseKey(w.Digest.String())
-	if err != nil {
-		return
-	}
-	b := s.blob(k)
-	b.mu.Lock()
-	b.distrust = time.Now().Add(distrustFor)
-	clear(b.sums)
-	clear(b.signers)
-	b.mu.Unlock()
-	b.withdraw()
-}
-
 // begin makes f the fill of the blob.
-func (b *blob) begin(f Fill) error {
+func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
 	case b.fill != nil:
 		return fmt.Errorf("fetch %s: already under way", b.d)
-	case time.Now().Before(b.distrust):
-		return ErrDistrusted
+	case b.void:
+		return errBehind
 	}
-	b.fill, b.authority, b.rotten = f, false, false
+	b.fill, b.stop, b.complete = f, stop, false
+	b.authority, b.rotten = false, false
 	b.failure = nil
 	b.progress = time.Now()
 	b.pace = pace{}
@@ -110,7 +113,7 @@ func (b *blob) end(err error) {
 			b.giveUpLocked(r)
 		}
 	}
-	b.fill, b.lastUse = nil, time.Now()
+	b.fill, b.stop, b.lastUse, b.complete = nil, nil, time.Now(), err == nil
 	b.mu.Unlock()
 	if err != nil {
 		b.fail(err)
@@ -313,6 +316,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 // a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
+	ask.Attempt = x.w.Attempt
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
 	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
@@ -320,6 +324,9 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
 	x.takePass(m, reply.Pass)
 	switch {
+	case err == nil && reply.Attempt > x.w.Attempt && reply.Attempt <= lastAttempt:
+		x.b.overtaken(true)
+		err = errBehind
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
@@ -598,7 +605,7 @@ func (x *fetch) permit(ctx context.Context) bool {
 		}
 		cctx, cancel := context.WithTimeout(ctx, permitWait)
 		var reply permitReply
-		_, err := x.s.askMember(cctx, m, methodPermit, permitAsk{x.w.Digest.String()}, &reply)
+		_, err := x.s.askMember(cctx, m, methodPermit, permitAsk{x.w.Digest.String(), x.w.Attempt}, &reply)
 		cancel()
 		if err == nil {
 			return reply.Granted

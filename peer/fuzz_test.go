@@ -19,10 +19,13 @@ func FuzzFrames(f *testing.F) {
 	f.Add(byte(frameHello), hello{version: wireVersion, name: "a", zone: "z"}.append(nil)[frameHeader:])
 	f.Add(byte(frameOpen), open{size: 3 << 20, pieceSize: 256 << 10, have: bitmap{0xff, 0xf0}}.append(nil)[frameHeader:])
 	f.Add(byte(frameOpen), open{size: 1, pieceSize: 1, pass: pass{registry: "r", signer: "a"}, have: bitmap{0x80}}.append(nil)[frameHeader:])
+	f.Add(byte(frameOpen), open{blob: blobID{attempt: 1}}.append(nil)[frameHeader:])
+	f.Add(byte(frameClose), appendClose(nil, blobID{attempt: 1})[frameHeader:])
 	f.Add(byte(frameHave), have{load: 3, runs: []run{{0, 4}, {9, 1}}}.append(nil)[frameHeader:])
 	f.Add(byte(frameRequest), want{id: 1, piece: 2, needDigest: true}.append(nil)[frameHeader:])
 	f.Add(byte(frameBusy), answer{id: 1, delay: 2, hint: 3}.append(nil, frameBusy)[frameHeader:])
 	f.Add(byte(frameDigests), (&batch{signer: "a", pieceSize: 1, pieces: []pieceDigest{{piece: 1}}}).append(nil)[frameHeader:])
+	f.Add(byte(frameDigests), (&batch{blob: blobID{attempt: 1}, signer: "a", pieceSize: 1, linked: true, pieces: []pieceDigest{{piece: 1}}}).append(nil)[frameHeader:])
 	f.Add(byte(frameCall), call{id: 1, method: 2, body: []byte("{}")}.append(nil, frameCall)[frameHeader:])
 	f.Fuzz(func(t *testing.T, kind byte, p []byte) {
 		if len(p) > maxPayload {
@@ -54,6 +57,10 @@ func roundTrip(t frameType, p []byte) []byte {
 		if v, err := parseHave(p); err == nil {
 			return v.append(nil)
 		}
+	case frameClose:
+		if v, err := parseClose(p); err == nil {
+			return appendClose(nil, v)
+		}
 	case frameRequest:
 		if v, err := parseWant(p); err == nil {
 			return v.append(nil)
@@ -77,11 +84,13 @@ func roundTrip(t frameType, p []byte) []byte {
 // FuzzLink feeds a whole connection to a node's frame handling.
 func FuzzLink(f *testing.F) {
 	k := key{1}
-	s := open{blob: k, size: 1 << 20, pieceSize: 256 << 10, have: bitmap{0xf0}}.append(nil)
-	s = have{blob: k, runs: []run{{0, 4}}}.append(s)
-	s = want{id: 1, blob: k}.append(s)
+	s := open{blob: blobID{key: k}, size: 1 << 20, pieceSize: 256 << 10, have: bitmap{0xf0}}.append(nil)
+	s = have{blob: blobID{key: k}, runs: []run{{0, 4}}}.append(s)
+	s = want{id: 1, blob: blobID{key: k}}.append(s)
 	s = call{id: 1, method: methodJoin, body: marshal(joinAsk{Digest: "sha256:00"})}.append(s, frameCall)
 	s = answer{id: 1}.append(s, frameBusy)
+	s = open{blob: blobID{k, 1}, size: 1 << 20, pieceSize: 256 << 10, have: bitmap{0xf0}}.append(s)
+	s = appendClose(s, blobID{k, 1})
 	f.Add(s)
 	_, sw := fuzzNode(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -128,7 +137,8 @@ func FuzzQuestions(f *testing.F) {
 	for _, d := range []digest.Digest{held, missed, "sha256:00"} {
 		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Registry: "r", Repository: "a", Have: 3, Pass: true}))
 		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Peek: true, Stalled: true, Manifest: true, Zone: "z"}))
-		f.Add(methodPermit, marshal(permitAsk{Digest: d.String()}))
+		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Attempt: 1}))
+		f.Add(methodPermit, marshal(permitAsk{Digest: d.String(), Attempt: 1}))
 	}
 	f.Add(methodResolve, marshal(Reference{Registry: "r", Repository: "a", Tag: "v1", Accept: []string{"x"}}))
 	f.Add(methodMay, marshal(Reference{Registry: "r", Repository: "a", Tag: held.String(), Blob: true, Node: true}))
@@ -201,7 +211,7 @@ func FuzzAnswers(f *testing.F) {
 		defer l.close(errLinkClosed)
 		fill := &hollowFill{want: blob, size: -1}
 		m := &Member{Name: l.peer, Node: l.node}
-		x := &fetch{s: s, b: newBlob(s, k, s.newRandLocked()), w: Want{Registry: "r"}, f: fill}
+		x := &fetch{s: s, b: newBlob(s, blobID{key: k}, s.newRandLocked()), w: Want{Registry: "r"}, f: fill}
 		x.takePass(m, reply.Pass)
 		err := x.accept(t.Context(), m, l, reply)
 		if fill.wrong {
@@ -223,6 +233,7 @@ type hollowFill struct {
 }
 
 func (h *hollowFill) Size() int64                         { return h.size }
+func (h *hollowFill) Attempt(int)                         {}
 func (h *hollowFill) Has(int) bool                        { return false }
 func (h *hollowFill) ReadAt([]byte, int64) (int, error)   { return 0, io.EOF }
 func (h *hollowFill) Changed() <-chan struct{}            { return nil }

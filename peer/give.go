@@ -29,7 +29,7 @@ func (b *blob) grant(l *link, w want) *upload {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	i := int(w.piece)
-	if b.size == 0 || i >= b.n || !b.have.has(i) {
+	if b.void || b.size == 0 || i >= b.n || !b.have.has(i) {
 		return nil
 	}
 	u := &upload{l: l, blob: b, id: w.id, piece: i, size: b.pieceLen(i), given: int(b.given[i]), hint: noHint, spare: spare}

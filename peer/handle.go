@@ -17,11 +17,7 @@ func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 	case frameHave:
 		return handleAs(parseHave, p, func(h have) error { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h); b.adopt(l) }); return nil })
 	case frameClose:
-		if len(p) != len(key{}) {
-			return errWire
-		}
-		s.ifBlob(key(p), func(b *blob) { b.turnedAwayBy(l) })
-		return nil
+		return handleAs(parseClose, p, func(id blobID) error { s.ifBlob(id, func(b *blob) { b.turnedAwayBy(l) }); return nil })
 	case frameRequest:
 		return handleAs(parseWant, p, func(w want) error { return s.asked(l, w) })
 	case frameCancel:
@@ -46,9 +42,9 @@ func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T) error) e
 	return f(v)
 }
 
-func (s *Swarm) ifBlob(k key, f func(*blob)) {
+func (s *Swarm) ifBlob(id blobID, f func(*blob)) {
 	s.mu.Lock()
-	b := s.blobs[k]
+	b := s.blobs[id]
 	s.mu.Unlock()
 	if b != nil {
 		f(b)
@@ -61,9 +57,10 @@ func (s *Swarm) opened(l *link, o open) error {
 	b := s.blobHere(o.blob)
 	if b == nil {
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		s.pointedOn(l, o)
 		return nil
 	}
-	if s.good(o.pass, o.blob, l.peer) {
+	if s.good(o.pass, o.blob.key, l.peer) {
 		b.admit(l.peer, o.pass.registry)
 	}
 	if !s.takesPart(b, l.peer) {
@@ -72,6 +69,8 @@ func (s *Swarm) opened(l *link, o open) error {
 		// would go on like that for ever.
 		b.left(l)
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
+		s.pointOn(l, o)
+		s.pointedOn(l, o)
 		return nil
 	}
 	b.opened(l, o)
@@ -84,25 +83,28 @@ func (s *Swarm) opened(l *link, o open) error {
 // blobHere is the blob if this node has to do with it, or could have: its store
 // holds it. Who opens others leaves no trace, or he could fill the table in which
 // a home needs room for those who join.
-func (s *Swarm) blobHere(k key) *blob {
+func (s *Swarm) blobHere(id blobID) *blob {
 	s.mu.Lock()
-	b := s.blobs[k]
+	b := s.blobs[id]
 	s.mu.Unlock()
 	if b != nil {
 		return b
 	}
-	stored, ok := s.cfg.Store.Lookup(digest.NewDigestFromBytes(digest.SHA256, k[:]))
+	stored, ok := s.cfg.Store.Lookup(digest.NewDigestFromBytes(digest.SHA256, id.key[:]))
 	if !ok {
 		return nil
 	}
 	stored.Close()
-	b, _ = s.guestBlob(k) // nil if there are too many
+	b, _ = s.guestBlob(id) // nil if there are too many
 	return b
 }
 
 // takesPart reports whether this node has a reason to be a member's neighbour: it
 // fetches the blob, others meet here for it, or it has something to give.
 func (s *Swarm) takesPart(b *blob, member string) bool {
+	if b.isVoid() {
+		return false
+	}
 	if b.active() {
 		return true
 	}

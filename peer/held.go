@@ -9,6 +9,10 @@ type handle struct {
 // acquire opens the blob in the store for an upload.
 func (b *blob) acquire() (*handle, error) {
 	b.mu.Lock()
+	if b.void { // what the store has now may be of the next attempt
+		b.mu.Unlock()
+		return nil, errNotHere
+	}
 	if h := b.src; h != nil {
 		h.refs++
 		b.mu.Unlock()
@@ -57,12 +61,12 @@ func (b *blob) letGo() {
 func (b *blob) withdraw() {
 	b.mu.Lock()
 	for _, nb := range b.nbrs {
-		nb.l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		nb.l.send(func(p []byte) []byte { return appendClose(p, b.id) })
 		b.partLocked(nb)
 	}
 	if b.size != 0 && b.fill == nil {
 		b.here, b.have = newBitmap(b.n), newBitmap(b.n)
-		b.missing, b.haveN, b.authority = b.n, 0, false
+		b.missing, b.haveN, b.authority, b.complete = b.n, 0, false, false
 		b.fresh = 0
 	}
 	b.mu.Unlock()

@@ -156,6 +156,7 @@ type joinAsk struct {
 	Pass          bool   `json:",omitempty"` // wanted: it has none of this home
 	Manifest      bool   `json:",omitempty"`
 	Zone          string `json:",omitempty"`
+	Attempt       int    `json:",omitempty"`
 	Have          int    `json:",omitempty"` // pieces
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
@@ -172,6 +173,7 @@ type joinReply struct {
 	Moving  bool     `json:",omitempty"` // the home itself got bytes lately
 	Source  bool     `json:",omitempty"` // the home goes upstream itself, or has all of it
 	Holders []string `json:",omitempty"` // to a peek: who of Meet should have all of it
+	Attempt int      `json:",omitempty"` // more than that of the question: come back with this one
 	Refused string   `json:",omitempty"` // ask the next home: why
 	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
 }
@@ -182,16 +184,22 @@ func (a joinAsk) want(b *blob) Want {
 
 // joined answers a node that misses a blob.
 func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, error) {
-	k, err := parseKey(ask.Digest)
+	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {
 		return joinReply{}, err
 	}
-	b, err := s.guestBlob(k)
+	b, err := s.guestBlob(id)
 	if err != nil {
 		return joinReply{}, err
 	}
 	if err := s.cfg.Origin.Admit(ctx, ask.want(b)); err != nil {
 		return joinReply{Refused: truncate(err.Error(), maxStatusLen)}, nil
+	}
+	if err := s.supersede(ctx, id); err != nil {
+		return joinReply{Refused: truncate(err.Error(), maxStatusLen)}, nil
+	}
+	if b.isVoid() {
+		return b.over(), nil
 	}
 	b.admit(l.peer, ask.Registry)
 	b.note(l, ask)
@@ -200,7 +208,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		p := s.sign(b.k, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
 	}
-	holders := s.holders(k, l.zone)
+	holders := s.holders(b.k, l.zone)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
 		if errors.Is(err, errForeign) {
@@ -229,6 +237,14 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		reply.Stay = b.stay(l)
 	}
 	return reply, nil
+}
+
+// over answers who comes to a home with an attempt that is void there.
+func (b *blob) over() joinReply {
+	if next := b.s.attempt(b.k, int(b.id.attempt)); next <= lastAttempt {
+		return joinReply{Attempt: next}
+	}
+	return joinReply{Refused: errNoMore.Error()}
 }
 
 // note keeps what an asker tells of the swarm's past.
@@ -406,16 +422,19 @@ func truncate(s string, n int) string { return s[:min(len(s), n)] }
 
 // permitAsk asks a home whether this node may fetch from upstream although it
 // is not the home.
-type permitAsk struct{ Digest string }
+type permitAsk struct {
+	Digest  string
+	Attempt int `json:",omitempty"`
+}
 
 type permitReply struct{ Granted bool }
 
 func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
-	k, err := parseKey(ask.Digest)
+	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {
 		return permitReply{}, err
 	}
-	b, err := s.guestBlob(k)
+	b, err := s.guestBlob(id)
 	if err != nil {
 		return permitReply{}, err
 	}

@@ -30,6 +30,7 @@ type testNode struct {
 	mu     sync.Mutex // guards the following
 	blobs  map[digest.Digest]*memBlob
 	fills  map[digest.Digest]*testFill
+	wrong  map[digest.Digest]int                      // fills in a row whose bytes did not match
 	refuse error                                      // of Fill, as a node without room
 	tag    func() (Descriptor, error)                 // what Resolve says; nil = the tag's own digest
 	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
@@ -52,6 +53,7 @@ type testWorld struct {
 	memories atomic.Int64  // questions about what a node remembers
 	delay    time.Duration // per chunk
 	failFrom int64         // bytes after which the registry is down; 0 = never
+	corrupt  atomic.Int32  // so many of the next answers have a wrong byte in the middle
 	chunk    int
 }
 
@@ -87,6 +89,7 @@ type memBlob struct {
 	from    map[string]int64
 	changed chan struct{}
 	bad     error
+	attempt int
 	chain   []key // chaining values at the starts of pieces
 }
 
@@ -136,6 +139,8 @@ func (b *memBlob) SetSize(n int64) error {
 	}
 	return nil
 }
+
+func (b *memBlob) Attempt(n int) { b.mu.Lock(); defer b.mu.Unlock(); b.attempt = n }
 
 func (b *memBlob) changeLocked() { close(b.changed); b.changed = make(chan struct{}) }
 
@@ -272,7 +277,7 @@ func (b *memBlob) sources() map[string]int64 {
 var testKey = bytes.Repeat([]byte{7}, keySize)
 
 func (w *testWorld) node(t *testing.T, name string, change ...func(*Config)) *testNode {
-	n := &testNode{t: t, world: w, blobs: make(map[digest.Digest]*memBlob), fills: make(map[digest.Digest]*testFill), gone: make(chan struct{})}
+	n := &testNode{t: t, world: w, blobs: make(map[digest.Digest]*memBlob), fills: make(map[digest.Digest]*testFill), wrong: make(map[digest.Digest]int), gone: make(chan struct{})}
 	cfg := Config{Name: name, Home: true, Keys: [][]byte{testKey}, Data: "127.0.0.1:0", Store: n, Origin: n, TagTTL: time.Minute}
 	for _, f := range change {
 		f(&cfg)
@@ -335,7 +340,10 @@ func (n *testNode) Lookup(d digest.Digest) (StoredBlob, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	b, ok := n.blobs[d]
-	return b, ok
+	if !ok {
+		return nil, false
+	}
+	return b, true
 }
 
 func (n *testNode) Fill(_ context.Context, w Want) error {
@@ -398,7 +406,8 @@ func (n *testNode) taintOf(d digest.Digest) func([]byte, int64) {
 	return func(p []byte, off int64) { f(d, p, off) }
 }
 
-// start fetches a blob as the node's cache would: once.
+// start fetches a blob as the node's cache would: once, and anew after its bytes
+// were wrong.
 func (n *testNode) start(d digest.Digest) *testFill {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -409,16 +418,43 @@ func (n *testNode) start(d digest.Digest) *testFill {
 	b := newMemBlob(d)
 	b.taint = n.taintOf(d)
 	n.fills[d], n.blobs[d] = f, b
+	b.attempt = n.wrong[d]
+	w := Want{Digest: d, Registry: "registry.test", Repository: "app", Attempt: b.attempt}
 	go func() {
 		defer close(f.done)
 		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
 		defer cancel()
-		f.err = n.s.Fetch(ctx, Want{Digest: d, Registry: "registry.test", Repository: "app"}, b, n.upstream(d))
+		f.err = n.s.Fetch(ctx, w, b, n.upstream(d))
+		if errors.Is(f.err, ErrDistrusted) {
+			f.err = n.upstream(d)(ctx, alone{b})
+		}
 		if f.err == nil {
 			f.err = b.verify()
 		}
+		n.settled(d, b, f.err)
 	}()
 	return f
+}
+
+// alone is a fill that comes from upstream without a swarm.
+type alone struct{ *memBlob }
+
+func (a alone) WriteAt(p []byte, off int64) (int, error) { return a.From("").WriteAt(p, off) }
+
+// settled counts mismatches, and throws away what did not match.
+func (n *testNode) settled(d digest.Digest, b *memBlob, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch {
+	case errors.Is(err, errWrongBlob), errors.Is(err, ErrVoid):
+		n.wrong[d] = b.attempt + 1
+		delete(n.fills, d)
+		delete(n.blobs, d)
+		n.s.Void(d, n.wrong[d])
+	case err == nil:
+		delete(n.wrong, d)
+		n.s.Announce(d)
+	}
 }
 
 var errRegistryDown = errors.New("registry is down")
@@ -427,6 +463,10 @@ func (n *testNode) upstream(d digest.Digest) Upstream {
 	return func(ctx context.Context, into Sink) error {
 		p := n.world.bytes(d)
 		n.world.requests.Add(1)
+		if n.world.corrupt.Add(-1) >= 0 {
+			p = bytes.Clone(p)
+			p[len(p)/2] ^= 1
+		}
 		if err := into.SetSize(int64(len(p))); err != nil {
 			return err
 		}
@@ -505,7 +545,7 @@ func TestThroughput(t *testing.T) {
 	d := w.add(256<<20, 1)
 	home, others := homeOf(d, nodes)
 	home.give(d)
-	b := home.s.blob(key(sha256Of(d)))
+	b := home.s.blob(blobID{key: sha256Of(d)})
 	_ = home.s.seedFromStore(b) // hashes in the background
 	waitFor(t, b.whole)
 	began := time.Now()

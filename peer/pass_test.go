@@ -121,12 +121,12 @@ func askPiece(t *testing.T, from, at *testNode, d digest.Digest) error {
 	if err != nil {
 		return err
 	}
-	b := from.s.blob(mustKey(t, d))
+	b := from.s.blob(blobID{key: mustKey(t, d)})
 	b.setSize(int64(len(at.world.bytes(d))))
 	before := testutil.ToFloat64(at.s.metrics.uploaded)
 	b.meet(l)
 	r := &request{blob: b, nb: &neighbour{l: l}, size: b.pieceLen(0), sent: time.Now(), buf: make([]byte, b.pieceLen(0))}
-	if !l.request(r, want{blob: b.k, needDigest: true}) {
+	if !l.request(r, want{blob: b.id, needDigest: true}) {
 		return errLinkClosed
 	}
 	waitFor(t, func() bool {

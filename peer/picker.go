@@ -130,7 +130,7 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
 	r.moved.Store(now.UnixNano())
 	_, known := b.proofLocked(piece)
-	if !best.l.request(r, want{blob: b.k, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
+	if !best.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
 		return false
 	}
 	if best.flying++; best.flying == 1 {

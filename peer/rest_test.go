@@ -247,7 +247,7 @@ func TestWholeIsOffered(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if b := n.s.blob(k); !b.whole() {
+			if b := n.s.blob(blobID{key: k}); !b.whole() {
 				t.Errorf("%s offers %d of 20 pieces", n.s.self.Node, b.offered())
 			}
 		}
@@ -287,14 +287,14 @@ func TestHashedInAnOutage(t *testing.T) {
 func TestSizeToldEarly(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	l := fuzzLink(n.s, nil)
-	b := n.s.blob(key{1})
-	if err := b.begin(newMemBlob(b.d)); err != nil {
+	b := n.s.blob(blobID{key: key{1}})
+	if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil {
 		t.Fatal(err)
 	}
 	const size = 3 << 20
 	whole := newBitmap(pieceCount(size, PieceSize(size)))
 	whole.set(0)
-	b.opened(l, open{blob: b.k, size: size, pieceSize: PieceSize(size), have: whole})
+	b.opened(l, open{blob: b.id, size: size, pieceSize: PieceSize(size), have: whole})
 	b.adopt(l)
 	if got := b.sized(); got != 0 {
 		t.Errorf("size %d by hearsay", got)
@@ -366,7 +366,7 @@ func TestNothingForEachOther(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := nodes[0].s.blob(k)
+		b := nodes[0].s.blob(blobID{key: k})
 		b.meet(l)
 		b.withdraw()
 		wait(t.Context(), time.Second)
@@ -385,7 +385,7 @@ func TestNothingForEachOther(t *testing.T) {
 func TestNoNeighbourByADeadLink(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	l := fuzzLink(n.s, nil)
-	b := n.s.blob(key{1})
+	b := n.s.blob(blobID{key: key{1}})
 	if !b.meet(l) || !b.left(l) {
 		t.Error("not a neighbour while the link lives")
 	}

@@ -226,6 +226,8 @@ func (w simWriter) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+func (b *simBlob) Attempt(int) {}
+
 func (b *simBlob) From(string) io.WriterAt { return simWriter{b} }
 
 func (b *simBlob) WritePiece(_ string, i int, p []byte, from, to [sha256.Size]byte) error {

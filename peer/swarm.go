@@ -53,7 +53,7 @@ type Swarm struct {
 	run     context.Context
 	links   map[string]*link // by member name
 	dialing map[string]*dialing
-	blobs   map[key]*blob
+	blobs   map[blobID]*blob
 	rng     *rand.Rand
 }
 
@@ -78,7 +78,7 @@ func New(cfg Config) (*Swarm, error) {
 	s := &Swarm{
 		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), bans: &bans{m: m, until: make(map[string]time.Time)},
 		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce),
-		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[key]*blob),
+		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}
 	s.index = newIndex(s)
 	s.answers.byKey = make(map[key]*remembered)
@@ -208,13 +208,13 @@ func (s *Swarm) newRandLocked() *rand.Rand {
 }
 
 // blob returns the state of a blob, made if there is none.
-func (s *Swarm) blob(k key) *blob {
+func (s *Swarm) blob(id blobID) *blob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b := s.blobs[k]
+	b := s.blobs[id]
 	if b == nil {
-		b = newBlob(s, k, s.newRandLocked())
-		s.blobs[k] = b
+		b = newBlob(s, id, s.newRandLocked())
+		s.blobs[id] = b
 	}
 	return b
 }
@@ -224,15 +224,15 @@ const maxBlobs = 16384
 
 var errManyBlobs = errors.New("too many blobs at once")
 
-// guestBlob is blob for a digest that another node named.
-func (s *Swarm) guestBlob(k key) (*blob, error) {
+// guestBlob is blob for one that another node named.
+func (s *Swarm) guestBlob(id blobID) (*blob, error) {
 	s.mu.Lock()
-	full := s.blobs[k] == nil && len(s.blobs) >= maxBlobs
+	full := s.blobs[id] == nil && len(s.blobs) >= maxBlobs
 	s.mu.Unlock()
 	if full {
 		return nil, errManyBlobs
 	}
-	return s.blob(k), nil
+	return s.blob(id), nil
 }
 
 func (s *Swarm) allBlobs() []*blob {
@@ -310,6 +310,15 @@ func parseKey(d string) (key, error) {
 		return key{}, fmt.Errorf("digest %.80q: %w", d, ErrUnsupported)
 	}
 	return k, nil
+}
+
+// parseBlobID is parseKey for a blob that another node asks about.
+func parseBlobID(d string, attempt int) (blobID, error) {
+	k, err := parseKey(d)
+	if err == nil && (attempt < 0 || attempt > lastAttempt) {
+		err = fmt.Errorf("attempt %d at a blob: %w", attempt, ErrUnsupported)
+	}
+	return blobID{k, byte(attempt)}, err
 }
 
 // buffers recycles pieces; most of a node's memory in a storm is here.

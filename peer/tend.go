@@ -24,7 +24,7 @@ func (s *Swarm) tend(ctx context.Context) {
 		}
 		blobs := s.allBlobs()
 		for _, b := range blobs {
-			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0))
+			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0 || b.isVoid()))
 		}
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
@@ -43,13 +43,13 @@ func idleFor(links int) time.Duration {
 	return idleLink
 }
 
-// keepFor is how long an idle blob is kept: for its piece digests, if its size is
-// known. Others may name any number of blobs, and the table is not to fill with names.
-func keepFor(blobs int, sized bool) time.Duration {
+// keepFor is how long an idle blob is kept: for its piece digests, if there are any, or
+// since it is void. Others may name any number of blobs, and the table is not to fill with names.
+func keepFor(blobs int, known bool) time.Duration {
 	switch {
-	case !sized && blobs > maxBlobs/2:
+	case !known && blobs > maxBlobs/2:
 		return askHomeFor
-	case !sized || blobs > maxIdleBlobs:
+	case !known || blobs > maxIdleBlobs:
 		return idleLink
 	}
 	return keepBlob
@@ -60,7 +60,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 	for _, l := range slow {
 		s.bans.add(l.node, banSlow)
 		b.left(l)
-		l.send(func(p []byte) []byte { return appendClose(p, b.k) })
+		l.send(func(p []byte) []byte { return appendClose(p, b.id) })
 	}
 	if b.home.expire(now) > 0 {
 		return
@@ -69,13 +69,22 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 		b.letGo()
 		b.forgetGiven()
 	}
-	if idle > keep {
+	if idle > keep && !s.remembers(b) {
 		s.mu.Lock()
-		if s.blobs[b.k] == b {
-			delete(s.blobs, b.k)
+		if s.blobs[b.id] == b {
+			delete(s.blobs, b.id)
 		}
 		s.mu.Unlock()
 	}
+}
+
+// remembers reports whether b is void and a later attempt known: it is not to be
+// forgotten before that.
+func (s *Swarm) remembers(b *blob) (later bool) {
+	if b.isVoid() && b.id.attempt < lastAttempt {
+		s.ifBlob(blobID{b.k, b.id.attempt + 1}, func(*blob) { later = true })
+	}
+	return later
 }
 
 // tend gives up slow requests, keeps links in use, and reports for how long

@@ -28,10 +28,10 @@ type frameType byte
 const (
 	frameHello   frameType = iota + 1
 	framePing              // nothing: "I am here"
-	frameOpen              // digest, size, piece size, pass, bitmap: take part in a blob
-	frameHave              // digest, load, runs of pieces that are newly here
-	frameClose             // digest: no longer takes part
-	frameRequest           // request id, piece, flags, digest
+	frameOpen              // blob, size, piece size, pass, bitmap: take part in a blob
+	frameHave              // blob, load, runs of pieces that are newly here
+	frameClose             // blob: no longer takes part
+	frameRequest           // request id, blob, piece, flags
 	frameCancel            // request id
 	frameBusy              // request id, milliseconds after which to ask again
 	frameGone              // request id: not here (any more)
@@ -49,6 +49,20 @@ var (
 
 // key is a SHA-256, the only kind of digest the swarm speaks of.
 type key [32]byte
+
+// lastAttempt is the last attempt at a blob that the swarm makes together.
+const lastAttempt = 1
+
+// blobID is a blob as nodes speak of it: by its digest and by whose bytes they mean.
+// The attempt is 0 until the bytes that upstream gave did not match the digest; then
+// those of the next have nothing to do with them. On the wire it is one byte after
+// the digest.
+type blobID struct {
+	key     key
+	attempt byte
+}
+
+func (id blobID) append(b []byte) []byte { return append(append(b, id.key[:]...), id.attempt) }
 
 // appendFrame appends a frame whose payload put appends.
 func appendFrame(b []byte, t frameType, put func([]byte) []byte) []byte {
@@ -119,6 +133,12 @@ func (c *cursor) key() (k key) {
 	return k
 }
 
+func (c *cursor) blob() blobID {
+	id := blobID{c.key(), c.u8()}
+	c.bad = c.bad || id.attempt > lastAttempt
+	return id
+}
+
 func (c *cursor) str() string { return string(c.take(int(c.u8()))) }
 
 // done reports whether the payload was long enough and used up.
@@ -176,7 +196,7 @@ func parseHello(p []byte) (hello, error) {
 // whose leave it may have the rest. A sender that does not know the size yet sends
 // zero and no bitmap.
 type open struct {
-	blob      key
+	blob      blobID
 	size      int64
 	pieceSize int64
 	pass      pass
@@ -185,7 +205,7 @@ type open struct {
 
 func (o open) append(b []byte) []byte {
 	return appendFrame(b, frameOpen, func(b []byte) []byte {
-		b = append(b, o.blob[:]...)
+		b = o.blob.append(b)
 		b = binary.BigEndian.AppendUint64(b, uint64(o.size))
 		b = binary.BigEndian.AppendUint32(b, uint32(o.pieceSize))
 		return append(o.pass.append(b), o.have...)
@@ -194,7 +214,7 @@ func (o open) append(b []byte) []byte {
 
 func parseOpen(p []byte) (open, error) {
 	c := cursor{b: p}
-	o := open{blob: c.key(), size: int64(c.u64()), pieceSize: int64(c.u32()), pass: c.pass()}
+	o := open{blob: c.blob(), size: int64(c.u64()), pieceSize: int64(c.u32()), pass: c.pass()}
 	if c.bad || o.size < 0 || o.size > maxBlobSize {
 		return open{}, errWire
 	}
@@ -213,7 +233,7 @@ func parseOpen(p []byte) (open, error) {
 // have lists pieces that the sender can now give, as runs, and how many uploads
 // wait at the sender.
 type have struct {
-	blob key
+	blob blobID
 	load byte
 	runs []run
 }
@@ -222,7 +242,7 @@ type run struct{ first, count uint32 }
 
 func (h have) append(b []byte) []byte {
 	return appendFrame(b, frameHave, func(b []byte) []byte {
-		b = append(append(b, h.blob[:]...), h.load)
+		b = append(h.blob.append(b), h.load)
 		for _, r := range h.runs[:min(len(h.runs), maxRuns)] {
 			b = binary.BigEndian.AppendUint32(b, r.first)
 			b = binary.BigEndian.AppendUint32(b, r.count)
@@ -233,7 +253,7 @@ func (h have) append(b []byte) []byte {
 
 func parseHave(p []byte) (have, error) {
 	c := cursor{b: p}
-	h := have{blob: c.key(), load: c.u8()}
+	h := have{blob: c.blob(), load: c.u8()}
 	if c.bad || len(c.b)%8 != 0 || len(c.b)/8 > maxRuns {
 		return have{}, errWire
 	}
@@ -265,7 +285,7 @@ func runsOf(pieces []int) []run {
 // digest, to be sent ahead of the bytes.
 type want struct {
 	id         uint32
-	blob       key
+	blob       blobID
 	piece      uint32
 	needDigest bool
 	urgent     bool
@@ -274,7 +294,7 @@ type want struct {
 func (w want) append(b []byte) []byte {
 	return appendFrame(b, frameRequest, func(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, w.id)
-		b = append(b, w.blob[:]...)
+		b = w.blob.append(b)
 		b = binary.BigEndian.AppendUint32(b, w.piece)
 		return append(b, flag(w.needDigest, 1)|flag(w.urgent, 2))
 	})
@@ -282,7 +302,7 @@ func (w want) append(b []byte) []byte {
 
 func parseWant(p []byte) (want, error) {
 	c := cursor{b: p}
-	w := want{id: c.u32(), blob: c.key(), piece: c.u32()}
+	w := want{id: c.u32(), blob: c.blob(), piece: c.u32()}
 	f := c.u8()
 	w.needDigest, w.urgent = f&1 != 0, f&2 != 0
 	if w.piece >= maxPieces {
@@ -322,15 +342,19 @@ func parseAnswer(p []byte) (answer, error) {
 	return a, c.done()
 }
 
-func appendClose(b []byte, k key) []byte {
-	return appendFrame(b, frameClose, func(b []byte) []byte { return append(b, k[:]...) })
+func appendClose(b []byte, id blobID) []byte { return appendFrame(b, frameClose, id.append) }
+
+func parseClose(p []byte) (blobID, error) {
+	c := cursor{b: p}
+	id := c.blob()
+	return id, c.done()
 }
 
 // batch is a list of piece digests that an authority (the blob's home, or a
 // member that holds the whole verified blob) signed. Whoever took a piece by it
 // passes it on as it is, so a relay cannot forge it (I2).
 type batch struct {
-	blob      key
+	blob      blobID
 	pieceSize uint32
 	signer    string
 	// linked: the pieces follow each other, and their sums are SHA-256's chaining
@@ -349,11 +373,11 @@ type pieceDigest struct {
 
 // signed returns the bytes under the signature.
 func (t *batch) signed() []byte {
-	return t.appendBody([]byte("larder piece digests 2\x00"))
+	return t.appendBody([]byte("larder piece digests 3\x00"))
 }
 
 func (t *batch) appendBody(b []byte) []byte {
-	b = append(b, t.blob[:]...)
+	b = t.blob.append(b)
 	b = binary.BigEndian.AppendUint32(b, t.pieceSize)
 	b = append(appendStr(b, t.signer), flag(t.linked, 1))
 	if t.linked {
@@ -373,7 +397,7 @@ func parseBatch(p []byte) (*batch, error) {
 	c := cursor{b: p}
 	t := &batch{}
 	copy(t.sig[:], c.take(len(t.sig)))
-	t.blob, t.pieceSize, t.signer = c.key(), c.u32(), c.str()
+	t.blob, t.pieceSize, t.signer = c.blob(), c.u32(), c.str()
 	kind := c.u8()
 	if t.linked = kind == 1; t.linked {
 		t.from = c.key()

@@ -67,6 +67,9 @@ const (
 type Events struct {
 	// Committed is called after a blob became durable.
 	Committed func(d digest.Digest, size int64)
+	// Mismatched is called after a fill ended with bytes that do not match its digest,
+	// the last of so many in a row (see Fill.Mismatches), and before the next begins.
+	Mismatched func(d digest.Digest, times int)
 	// Removing is called before a blob is unlinked, which waits for its
 	// return: nobody is left believing in a blob that is gone.
 	Removing func(d digest.Digest)
@@ -86,19 +89,19 @@ type Cache struct {
 	started chan struct{}  // closed when Run begins
 	fills   sync.WaitGroup // running fills; added to under mu while running
 
-	mu       sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
-	state    state
-	runCtx   context.Context // Run's; what fills live by
-	blobs    map[digest.Digest]*blob
-	lru      *list.List // of *blob, most recently used first; none that is being removed
-	filling  map[digest.Digest]*fill
-	idle     map[digest.Digest]idleIngest
-	pins     map[digest.Digest]int
-	suspects map[digest.Digest]time.Time
-	used     int64 // bytes of blobs, idle ingests and reservations
-	reserved int64 // of which running fills, which may not be evicted
-	unbacked int64 // of which the file system has not set aside yet
-	clock    int64 // seconds; never goes back
+	mu         sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
+	state      state
+	runCtx     context.Context // Run's; what fills live by
+	blobs      map[digest.Digest]*blob
+	lru        *list.List // of *blob, most recently used first; none that is being removed
+	filling    map[digest.Digest]*fill
+	idle       map[digest.Digest]idleIngest
+	pins       map[digest.Digest]int
+	mismatches map[digest.Digest]mismatches
+	used       int64 // bytes of blobs, idle ingests and reservations
+	reserved   int64 // of which running fills, which may not be evicted
+	unbacked   int64 // of which the file system has not set aside yet
+	clock      int64 // seconds; never goes back
 }
 
 type state int
@@ -136,7 +139,7 @@ func New(opts Options) (*Cache, error) {
 	c := &Cache{
 		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}),
 		blobs: map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
-		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, suspects: map[digest.Digest]time.Time{},
+		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, mismatches: map[digest.Digest]mismatches{},
 	}
 	c.statfs = func() (int64, int64, error) { return statfs(opts.Dir) }
 	if err := c.dir.check(); err != nil {
@@ -333,7 +336,7 @@ func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan str
 		}
 		return nil, f.done, nil
 	}
-	f = newFill(c, d, src, c.suspect(d))
+	f = newFill(c, d, src, c.mismatched(d))
 	f.refs++ // the caller's
 	c.filling[d] = f
 	ctx := c.runCtx
@@ -341,27 +344,47 @@ func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan str
 	return f, nil, nil
 }
 
-// suspectFor is how long sources are told that a digest's bytes were wrong:
-// as long as a peer is banned for serving them.
-const suspectFor = 10 * time.Minute
-
-// suspect reports whether d failed verification lately. c.mu is held.
-func (c *Cache) suspect(d digest.Digest) bool {
-	when, ok := c.suspects[d]
-	return ok && time.Since(when) < suspectFor
+// mismatches is how often in a row, and when last, all bytes of a digest were here
+// and did not match it.
+type mismatches struct {
+	count int
+	last  time.Time
 }
 
-// maxSuspects bounds what wrong bytes can make the cache remember.
-const maxSuspects = 1024
+// mismatchFor is how long a mismatch is remembered: as long as a peer is banned for
+// serving wrong bytes.
+const mismatchFor = 10 * time.Minute
 
-// distrust remembers that d's bytes were wrong. c.mu is held.
-func (c *Cache) distrust(d digest.Digest) {
-	for old, when := range c.suspects {
-		if time.Since(when) >= suspectFor || len(c.suspects) >= maxSuspects {
-			delete(c.suspects, old)
+// mismatched returns how often d failed verification lately. c.mu is held.
+func (c *Cache) mismatched(d digest.Digest) int {
+	m := c.mismatches[d]
+	if time.Since(m.last) >= mismatchFor {
+		return 0
+	}
+	return m.count
+}
+
+// Mismatches returns how many fills of d in a row, not longer ago than ten minutes,
+// ended with bytes that did not match it.
+func (c *Cache) Mismatches(d digest.Digest) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mismatched(d)
+}
+
+// maxMismatches bounds what wrong bytes can make the cache remember.
+const maxMismatches = 1024
+
+// remember keeps that d's bytes were wrong, for the count-th time.
+func (c *Cache) remember(d digest.Digest, count int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for old, m := range c.mismatches {
+		if time.Since(m.last) >= mismatchFor || len(c.mismatches) >= maxMismatches {
+			delete(c.mismatches, old)
 		}
 	}
-	c.suspects[d] = time.Now()
+	c.mismatches[d] = mismatches{count, time.Now()}
 }
 
 // Lookup returns a reader of d if it is committed, or being filled and its

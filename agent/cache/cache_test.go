@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -179,15 +180,58 @@ func TestWrongBytes(t *testing.T) {
 		t.Fatalf("%d bytes shown; the last piece must be held back", len(got))
 	}
 	settle(c, d)
-	suspect := false
-	src := SourceFunc(func(ctx context.Context, f *Fill) error {
-		suspect = f.Suspect()
-		return all(body).Fetch(ctx, f)
-	})
-	if got := mustRead(t, c, d, src); !bytes.Equal(got, body) {
+	if got := mustRead(t, c, d, counting(all(body), 1, t)); !bytes.Equal(got, body) {
 		t.Fatal("the next open did not start anew")
 	}
-	if !suspect {
-		t.Error("the source was not told")
+}
+
+// counting is src, which must be told of so many mismatches.
+func counting(src Source, want int, t *testing.T) Source {
+	return SourceFunc(func(ctx context.Context, f *Fill) error {
+		if got := f.Mismatches(); got != want {
+			t.Errorf("the source was told of %d mismatches, want %d", got, want)
+		}
+		return src.Fetch(ctx, f)
+	})
+}
+
+// TestMismatchesAreCounted pins what sources are told: how many fills in a row ended
+// with wrong bytes, those that other nodes saw included.
+func TestMismatchesAreCounted(t *testing.T) {
+	var told []int
+	c := start(t, Options{Events: Events{Mismatched: func(_ digest.Digest, times int) { told = append(told, times) }}})
+	body, d := content(2, 3*minPiece)
+	wrong := bytes.Clone(body)
+	wrong[10] ^= 1
+	fails := func(src Source) {
+		t.Helper()
+		if r, err := c.Open(t.Context(), d, src); err != nil {
+			t.Fatal(err)
+		} else if _, err := io.ReadAll(r); !errors.Is(err, ErrDigestMismatch) {
+			t.Errorf("read wrong bytes: %v", err)
+		} else if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		settle(c, d)
+	}
+	fails(counting(all(wrong), 0, t))
+	fails(counting(all(wrong), 1, t))
+	if got := mustRead(t, c, d, counting(all(body), 2, t)); !bytes.Equal(got, body) {
+		t.Fatal("not what the source gave")
+	}
+	settle(c, d)
+	if err := c.Remove(d); err != nil {
+		t.Fatal(err)
+	}
+	fails(SourceFunc(func(ctx context.Context, f *Fill) error {
+		if f.Mismatches() != 0 {
+			t.Error("a success is not the end of it")
+		}
+		f.RaiseMismatches(1)
+		return all(wrong).Fetch(ctx, f)
+	}))
+	mustRead(t, c, d, counting(all(body), 2, t))
+	if !slices.Equal(told, []int{1, 2, 2}) {
+		t.Errorf("told of %v", told)
 	}
 }

@@ -145,7 +145,7 @@ func TestWrongPieces(t *testing.T) {
 	c := start(t, Options{})
 	m, f, r := begin(t, c, d, int64(len(body)))
 	w := f.Writer(somePeer)
-	if err := (&Fill{newFill(c, d, m, false)}).Writer(somePeer).WritePiece(0, pieceOf(body, 0), chain[0], chain[1]); err == nil || errors.Is(err, ErrLink) {
+	if err := (&Fill{newFill(c, d, m, 0)}).Writer(somePeer).WritePiece(0, pieceOf(body, 0), chain[0], chain[1]); err == nil || errors.Is(err, ErrLink) {
 		t.Errorf("a right piece before the size is known: %v", err)
 	}
 	for i := range 4 {

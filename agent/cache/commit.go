@@ -281,7 +281,7 @@ func (c *Cache) book(f *fill, size int64) {
 	b.place = c.lru.PushFront(b)
 	c.blobs[f.digest] = b
 	delete(c.filling, f.digest)
-	delete(c.suspects, f.digest)
+	delete(c.mismatches, f.digest)
 	c.reserved -= size
 	c.mu.Unlock()
 	_ = c.at(stepBooked, f.digest)
@@ -313,13 +313,11 @@ func (f *fill) fetched() map[Origin]int64 {
 
 // abandon books out a fill that made no blob.
 func (c *Cache) abandon(f *fill, size int64, keep bool) {
-	err := f.failure()
 	if !keep {
 		c.purge(f.digest)
 	}
-	if errors.Is(err, ErrDigestMismatch) {
-		c.metrics.corruptions.Inc()
-		c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size)
+	if errors.Is(f.failure(), ErrDigestMismatch) {
+		c.mismatch(f, size)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -330,8 +328,16 @@ func (c *Cache) abandon(f *fill, size int64, keep bool) {
 	} else {
 		c.used -= size
 	}
-	if errors.Is(err, ErrDigestMismatch) {
-		c.distrust(f.digest)
+}
+
+// mismatch counts a fill whose bytes were wrong, and tells the others.
+func (c *Cache) mismatch(f *fill, size int64) {
+	times := (&Fill{f}).Mismatches() + 1
+	c.metrics.corruptions.Inc()
+	c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size)
+	c.remember(f.digest, times)
+	if c.opts.Events.Mismatched != nil {
+		c.opts.Events.Mismatched(f.digest, times)
 	}
 }
 

@@ -17,7 +17,7 @@ var (
 	// the same, and has to come from there.
 	ErrForeign = errors.New("given by somebody else")
 	// ErrDigestMismatch says that a blob's bytes were complete and wrong.
-	// They are gone; the next Open starts anew (see Fill.Suspect).
+	// They are gone; the next Open starts anew (see Fill.Mismatches).
 	ErrDigestMismatch = errors.New("content does not match its digest")
 	// ErrSizeMismatch says that two sources, or a source and its own bytes,
 	// disagree about a blob's size.

@@ -28,7 +28,6 @@ type fill struct {
 	digest  digest.Digest
 	src     Source
 	giver   string // of src
-	suspect bool
 	started time.Time
 
 	sized  chan struct{} // closed when the size and the file are there
@@ -36,6 +35,7 @@ type fill struct {
 	done   chan struct{} // closed when the outcome is final and booked
 
 	mu      sync.Mutex // guards everything below; never held across I/O (I10)
+	before  int        // mismatches before this fill
 	freed   *sync.Cond // a piece is no longer being written, or sizing ended
 	sizing  bool       // a SetSize is making room
 	pieces  *pieces    // nil until sized
@@ -69,9 +69,9 @@ type waiter struct {
 	ready  chan struct{} // buffered: one wake-up is never lost
 }
 
-func newFill(c *Cache, d digest.Digest, src Source, suspect bool) *fill {
+func newFill(c *Cache, d digest.Digest, src Source, mismatches int) *fill {
 	f := &fill{
-		c: c, digest: d, src: src, giver: giverOf(src), suspect: suspect, started: time.Now(), refs: 1,
+		c: c, digest: d, src: src, giver: giverOf(src), before: mismatches, started: time.Now(), refs: 1,
 		sized: make(chan struct{}), broken: make(chan struct{}), done: make(chan struct{}),
 		busy: map[int]struct{}{}, origins: map[Origin]int64{}, links: map[int]link{},
 		readers: map[*Reader]struct{}{}, waiters: map[*waiter]struct{}{},

@@ -459,23 +459,23 @@ func TestIdleIngests(t *testing.T) {
 	})
 }
 
-func TestSuspectsAreBounded(t *testing.T) {
+func TestMismatchesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, Options{})
-		c.mu.Lock()
-		for i := range 3 * maxSuspects {
-			c.distrust(digest.FromString(fmt.Sprint(i)))
+		for i := range 3 * maxMismatches {
+			c.remember(digest.FromString(fmt.Sprint(i)), 2)
 		}
-		last := digest.FromString(fmt.Sprint(3*maxSuspects - 1))
-		if len(c.suspects) > maxSuspects || !c.suspect(last) {
-			t.Errorf("%d suspects", len(c.suspects))
+		last := digest.FromString(fmt.Sprint(3*maxMismatches - 1))
+		c.mu.Lock()
+		if got := c.mismatched(last); len(c.mismatches) > maxMismatches || got != 2 {
+			t.Errorf("%d digests, %d mismatches of the last", len(c.mismatches), got)
 		}
 		c.mu.Unlock()
-		<-time.After(suspectFor)
+		<-time.After(mismatchFor)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if c.suspect(last) {
-			t.Error("suspect for ever")
+		if c.mismatched(last) != 0 {
+			t.Error("remembered for ever")
 		}
 	})
 }

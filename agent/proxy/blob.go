@@ -2,12 +2,14 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
@@ -16,8 +18,8 @@ const (
 	// that can take the rest from the registry (I4): longer than any runtime's
 	// immediate retries, shorter than kubelet's back-off gets.
 	failureMemory = 30 * time.Second
-	// wrongMemory is the same for a blob whose bytes were wrong: longer than
-	// kubelet backs off, so that its next try does not meet them again.
+	// wrongMemory is the same for a blob whose bytes were wrong, and may be again:
+	// longer than kubelet backs off.
 	wrongMemory = 10 * time.Minute
 	// undeliverableMemory is how long manifests that list a blob which could not be
 	// delivered to a path-encoded client answer 404 (I5).
@@ -46,12 +48,53 @@ func (p *Proxy) serveBlob(x *exchange) error {
 		return p.headBlob(x)
 	}
 	key := keyOf(x.access.target, x.route.digest)
-	if !x.route.pathEncoded && p.failed.has(key) && !p.cache.Has(x.route.digest) {
+	if !x.route.pathEncoded && p.refuses(x, key) {
 		return errRecent
 	}
 	err := p.sendBlob(x, stop)
 	p.judge(x, key, err)
 	return err
+}
+
+// failure is what is refused of a blob that could not be delivered: all of it, or what
+// a body of wrong bytes lacks.
+type failure struct {
+	wrong bool  // the bytes did not match, and are fetched anew once
+	size  int64 // of the body
+	from  int64 // its first byte that was not sent; 0 = nothing was sent
+}
+
+// failureOf says what of a blob clients are to take from the registry, and for how
+// long. Of bytes that did not match at most all but the last piece was sent: who asks
+// for that is in the same pull, and gets it sooner there.
+func failureOf(x *exchange, err error) (failure, time.Duration) {
+	if !wrongBytes(err) {
+		return failure{}, failureMemory
+	}
+	if _, ok := errors.AsType[*cache.FillError](err); !ok {
+		return failure{}, wrongMemory
+	}
+	f := failure{wrong: true}
+	if x.sent.Load() > 0 {
+		f.size = x.sizeToSend()
+		f.from = (f.size - 1) / cache.PieceSize(f.size) * cache.PieceSize(f.size)
+	}
+	return f, wrongMemory
+}
+
+// refuses reports whether the client is to take what it asks for from the registry.
+func (p *Proxy) refuses(x *exchange, key blobKey) bool {
+	f, failed := p.failed.get(key)
+	switch {
+	case !failed || p.cache.Has(key.digest):
+		return false
+	case !f.wrong || p.cache.Mismatches(key.digest) > 1:
+		return true
+	case f.from == 0:
+		return false
+	}
+	off, ok := firstOffset(x.r, f.size, etag(key.digest))
+	return !ok || off >= f.from
 }
 
 // sendBlob calls begun when the first byte is there.
@@ -114,10 +157,9 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 	case x.route.pathEncoded:
 		p.undelivered.put(key, struct{}{}, undeliverableMemory)
 		p.deliverable.forget(key)
-	case wrongBytes(err):
-		p.failed.put(key, struct{}{}, wrongMemory)
-	case x.status != 0:
-		p.failed.put(key, struct{}{}, failureMemory)
+	case wrongBytes(err), x.status != 0:
+		f, ttl := failureOf(x, err)
+		p.failed.put(key, f, ttl)
 	}
 	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
 		"bytes", x.sent.Load(), "err", err)

@@ -190,6 +190,13 @@ func (x *exchange) sourceLabel() source {
 	return x.source
 }
 
+// sizeToSend is the size of what is being served, 0 if that is not known.
+func (x *exchange) sizeToSend() int64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.size
+}
+
 // fail answers with err if nothing was answered yet.
 func (x *exchange) fail(err error) {
 	if cause := context.Cause(x.ctx); cause != nil && errors.Is(err, context.Canceled) {

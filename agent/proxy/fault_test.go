@@ -117,7 +117,7 @@ func TestFallback(t *testing.T) {
 		"blobs are larger than told":  {layer, effects{registrytest.ContentLength(-1000)}, 1},
 		"blobs are smaller than told": {layer, effects{registrytest.ContentLength(1000)}, 1},
 		"last piece corrupt":          {layer, effects{registrytest.CorruptAt(1_900_000)}, 1},
-		"early piece corrupt":         {layer, effects{registrytest.CorruptAt(10)}, 2},
+		"early piece corrupt":         {layer, effects{registrytest.CorruptAt(10)}, 3}, // the second is fetched anew
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -145,24 +145,51 @@ func TestFallback(t *testing.T) {
 }
 
 // TestCorruptOnce holds P4: what the registry sent wrong once never completes at a
-// client, and is not what the next client gets.
+// client, and is not what the next client gets; what is left of it after that is
+// for the registry to give, and so is all of it when it was wrong twice.
 func TestCorruptOnce(t *testing.T) {
 	n := startNode(t, nil)
 	img := n.image(3_000_000)
 	d := img.Layers[0].Digest
-	n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.Times(4), registrytest.CorruptAt(10))
-	a := n.get(blobPath(d))
-	if a.status == 200 && a.err == nil {
-		t.Fatal("a wrong blob was delivered whole")
+	n.registry.SetRate(0, 20_000_000) // the body begins before anybody can know
+	f := n.registry.Inject(registrytest.Match{Reference: d.String()}, registrytest.CorruptAt(10))
+	for range 2 {
+		a := n.get(blobPath(d))
+		if a.status == 200 && a.err == nil {
+			t.Fatal("a wrong blob was delivered whole")
+		}
+		if a.status != 200 {
+			t.Fatalf("status %d", a.status)
+		}
+		checkOCIError(t, n.get(blobPath(d), "Range", "bytes=2990000-"), 503, "UNAVAILABLE")
 	}
-	if a.status == 200 {
-		checkOCIError(t, n.get(blobPath(d), "Range", "bytes=2000000-"), 503, "UNAVAILABLE")
-	}
+	checkOCIError(t, n.get(blobPath(d)), 503, "UNAVAILABLE")
+	f.Remove()
 	await(t, "the true bytes", func() bool {
 		n.proxy.failed.forget(keyOf(n.target(), d))
 		a := n.get(blobPath(d))
 		return a.status == 200 && a.err == nil && bytes.Equal(a.body, bytesOf(t, img, d))
 	})
+}
+
+// TestAnewAfterWrongBytes: the next pull of what the registry sent wrong once is served,
+// and so is the rest of a body that ended early because of it.
+func TestAnewAfterWrongBytes(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	n.registry.SetRate(0, 20_000_000) // the body begins before anybody can know
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.Times(1), registrytest.CorruptAt(10))
+	if a := n.get(blobPath(d)); a.status != 200 || a.err == nil {
+		t.Fatalf("status %d, %v", a.status, a.err)
+	}
+	want := bytesOf(t, img, d)
+	if a := n.get(blobPath(d), "Range", "bytes=1000000-"); a.status != 206 || a.err != nil || !bytes.Equal(a.body, want[1_000_000:]) {
+		t.Errorf("the rest: status %d, %d bytes, %v", a.status, len(a.body), a.err)
+	}
+	if a := n.get(blobPath(d)); a.status != 200 || a.err != nil || !bytes.Equal(a.body, want) {
+		t.Errorf("again: status %d, %d bytes, %v", a.status, len(a.body), a.err)
+	}
 }
 
 // TestStallInTheBody holds the way out of DESIGN: what is there, then FIN, then

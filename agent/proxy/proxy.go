@@ -113,7 +113,7 @@ type Proxy struct {
 	pageAsks   *flights[pageKey, upstream.Page]
 
 	fresh       *recent[tagKey, resolved]       // tags that need not be asked for yet
-	failed      *recent[blobKey, struct{}]      // ended short; see I4
+	failed      *recent[blobKey, failure]       // ended short; see I4
 	undelivered *recent[blobKey, struct{}]      // of path-encoded clients; see I5
 	deliverable *recent[blobKey, struct{}]      // upstream said it has them
 	learned     *recent[blobKey, struct{}]      // manifests whose children are recorded
@@ -153,7 +153,7 @@ func New(opts Options) (*Proxy, error) {
 		auth: auth, metrics: m, canary: canary,
 		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
 		fresh:       newRecent[tagKey, resolved](maxRemembered),
-		failed:      newRecent[blobKey, struct{}](maxRemembered),
+		failed:      newRecent[blobKey, failure](maxRemembered),
 		undelivered: newRecent[blobKey, struct{}](maxRemembered),
 		deliverable: newRecent[blobKey, struct{}](maxRemembered),
 		learned:     newRecent[blobKey, struct{}](maxRemembered),

@@ -44,7 +44,8 @@ type Swarm interface {
 	// Fetch fills f. kind tells a manifest from a blob, which registries
 	// serve at different endpoints. An error that is final for upstream too
 	// (see upstream.IsNotFound, IsUnauthorized) ends the fill; after any other
-	// the node asks upstream itself.
+	// the node asks upstream itself, unless what f has is known to be wrong
+	// (cache.ErrDigestMismatch).
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
 	// Resolve asks the home of the repository, which collapses and caches. It returns a
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
@@ -177,9 +178,9 @@ func (s fill) Giver() string { return s.giver }
 
 func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 	p, t := s.p, s.t
-	if p.swarm != nil && !f.Suspect() { // wrong bytes are fetched again from the registry alone
+	if p.swarm != nil {
 		err := p.swarm.Fetch(ctx, t, s.kind, f)
-		if err == nil || final(err) || ctx.Err() != nil {
+		if err == nil || final(err) || errors.Is(err, cache.ErrDigestMismatch) || ctx.Err() != nil {
 			return err
 		}
 		p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)

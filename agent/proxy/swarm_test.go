@@ -60,8 +60,8 @@ func give(f *cache.Fill, body []byte) error {
 	return err
 }
 
-// TestSwarm: peers go before upstream, upstream stands in for peers, and bytes
-// that were wrong come from upstream alone the next time.
+// TestSwarm: peers go before upstream, upstream stands in for peers, and a fill
+// that the swarm found to be wrong is not completed by it.
 func TestSwarm(t *testing.T) {
 	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{1_000_000}, Opaque: true})
 	d := img.Layers[0].Digest
@@ -78,7 +78,13 @@ func TestSwarm(t *testing.T) {
 		"peers have it": {func(_ context.Context, f *cache.Fill) error { return give(f, want) }, "peer", 0, 1},
 		"nobody has it": {func(context.Context, *cache.Fill) error { return errNoSwarm }, "upstream", 1, 1},
 		"peers stop":    {func(_ context.Context, f *cache.Fill) error { return errors.Join(halfOf(f, want), errNoSwarm) }, "peer", 1, 1},
-		"peers lie":     {func(_ context.Context, f *cache.Fill) error { return give(f, wrong) }, "", 1, 1},
+		"peers lie":     {func(_ context.Context, f *cache.Fill) error { return give(f, [][]byte{wrong, want}[f.Mismatches()]) }, "", 0, 2},
+		"peers know": {func(_ context.Context, f *cache.Fill) error {
+			if f.Mismatches() > 0 {
+				return give(f, want)
+			}
+			return errors.Join(halfOf(f, wrong), cache.ErrDigestMismatch)
+		}, "", 0, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			calls.Store(0)

@@ -131,13 +131,12 @@ func TestCorruptEnd(t *testing.T) {
 }
 
 // TestCorruptMiddle is the same where runtimes have the wrong byte before anybody can
-// know. It ends their pull, as it would have without a mirror, and not the next. For
-// that one each node asks the registry alone, so the layer costs what it costs without
-// a mirror, and the wrong copy.
+// know. It ends their pull, as it would have without a mirror, and not the next, for
+// which the layer is fetched once more for all of them.
 func TestCorruptMiddle(t *testing.T) {
 	t.Parallel()
 	const nodes = 5
-	c := newCluster(t, options{nodes: nodes, layers: oneRequest, sent: 1 + nodes})
+	c := newCluster(t, options{nodes: nodes, layers: oneRequest})
 	corrupt := c.corruptOnce(c.img.Layers[0].Size / 2)
 	failed := 0
 	for _, err := range c.pullOnce() {

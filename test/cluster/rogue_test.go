@@ -305,6 +305,7 @@ func frameOf(kind byte, body []byte) []byte {
 // openOf is the frame by which a node takes part in a blob of size bytes.
 func openOf(d digest.Digest, size, pieceSize int64, have []byte) []byte {
 	b := append([]byte(nil), rawOf(d)...)
+	b = append(b, 0) // the first attempt
 	b = binary.BigEndian.AppendUint64(b, uint64(size))
 	b = binary.BigEndian.AppendUint32(b, uint32(pieceSize))
 	return append(append(b, 0, 0), have...) // no pass
