@@ -263,7 +263,7 @@ func TestSilentHome(t *testing.T) {
 // TestCorruptUpstream: a home whose upstream gives a wrong byte has passed on what
 // it got: the caches' digests find that out, and nobody bans another for it.
 func TestCorruptUpstream(t *testing.T) {
-	for _, size := range []int{3 << 20} {
+	for _, size := range []int{1000, 100 << 10, 3 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) { corruptUpstream(t, size) })
 	}
 }

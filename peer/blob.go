@@ -490,6 +490,9 @@ func (b *blob) took(r *request, now time.Time) {
 		b.giveUpLocked(twin)
 	}
 	b.gotLocked(r.piece)
+	if b.n == 1 {
+		b.offerLocked(r.piece) // it matched the blob's own digest
+	}
 	b.mu.Unlock()
 	b.poke()
 }
@@ -503,7 +506,7 @@ func (b *blob) gotLocked(i int) {
 	b.missing--
 	close(b.grownCh)
 	b.grownCh = make(chan struct{})
-	if b.sums[i] != nil || b.n == 1 {
+	if b.sums[i] != nil {
 		b.offerLocked(i)
 	} else {
 		b.bare = append(b.bare, i)

@@ -174,7 +174,7 @@ func (b *blob) toSign() (next, loose []int) {
 	if !b.authority {
 		return nil, nil
 	}
-	b.bare = slices.DeleteFunc(b.bare, func(i int) bool { return b.sums[i] != nil })
+	b.bare = slices.DeleteFunc(b.bare, func(i int) bool { return b.sums[i] != nil || b.have.has(i) })
 	slices.Sort(b.bare)
 	gap := b.n
 	if b.missing > 0 {
@@ -229,6 +229,13 @@ func (b *blob) sign(pieces []int) error {
 		}
 		t.pieces = append(t.pieces, pieceDigest{uint32(i), key(sum.Sum(nil))})
 	}
+	if b.n == 1 { // its digest is the blob's own, and needs no signature
+		if t.pieces[0].sum != b.k {
+			return errWrongBlob
+		}
+		b.offer(0, 1)
+		return nil
+	}
 	b.s.seal(t)
 	b.mu.Lock()
 	b.knowLocked(t)
@@ -268,7 +275,7 @@ func (b *blob) unsigned() (todo []int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for i := range b.n {
-		if b.sums[i] == nil && b.n > 1 {
+		if b.sums[i] == nil && (b.n > 1 || b.haveN == 0) {
 			todo = append(todo, i)
 		}
 	}
