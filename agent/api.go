@@ -85,7 +85,7 @@ type Member struct {
 	Name    string `json:"name"`
 	Address string `json:"address"`
 	Zone    string `json:"zone,omitempty"`
-	State   string `json:"state"` // alive, or banned until BannedUntil
+	State   string `json:"state"` // StateAlive...
 	Self    bool   `json:"self,omitempty"`
 	// Linked says whether this node has a connection with it now. Sent and
 	// Received are bytes of blobs since this agent started, to and from it.
@@ -95,13 +95,20 @@ type Member struct {
 	BannedUntil time.Time `json:"banned_until,omitzero"`
 }
 
+// What a Member's State can be.
+const (
+	StateAlive       = "alive"
+	StateUnreachable = "unreachable" // gossip says it lives
+	StateBanned      = "banned"      // until BannedUntil
+)
+
 // Interest orders members where not all are shown, the highest first: this
-// node, those it has banned, those it deals with, the rest.
+// node, those it has banned or cannot reach, those it deals with, the rest.
 func (m Member) Interest() int {
 	switch {
 	case m.Self:
 		return 4
-	case !m.BannedUntil.IsZero():
+	case !m.BannedUntil.IsZero(), m.State == StateUnreachable:
 		return 3
 	case m.Linked:
 		return 2

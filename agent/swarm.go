@@ -361,10 +361,13 @@ func membersOf(st peer.Status) []Member {
 	out := make([]Member, 0, len(st.Members))
 	for _, m := range st.Members {
 		moved := st.Traffic[m.Node]
-		one := Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: "alive", Self: m.Name == st.Self.Name,
+		one := Member{Name: m.Node, Address: m.Addr, Zone: m.Zone, State: StateAlive, Self: m.Name == st.Self.Name,
 			Linked: links[m.Node], Sent: moved.Sent, Received: moved.Received}
+		if st.Unreachable[m.Name] {
+			one.State = StateUnreachable
+		}
 		if until, banned := st.Banned[m.Node]; banned {
-			one.State, one.BannedUntil = "banned", until
+			one.State, one.BannedUntil = StateBanned, until
 		}
 		out = append(out, one)
 	}

@@ -199,22 +199,24 @@ func TestMembersOf(t *testing.T) {
 		Self: peer.Member{Name: "node-10~x", Node: "node-10"},
 		Members: []peer.Member{
 			{Name: "node-10~x", Node: "node-10", Zone: "a"}, {Name: "node-2~x", Node: "node-2", Zone: "a", Addr: "10.0.0.2:5051"},
-			{Name: "node-1~x", Node: "node-1", Zone: "b"},
+			{Name: "node-1~x", Node: "node-1", Zone: "b"}, {Name: "node-3~x", Node: "node-3", Zone: "b"},
 		},
-		Links:   []peer.LinkStatus{{Node: "node-2"}},
-		Banned:  map[string]time.Time{"node-1": until},
-		Traffic: map[string]peer.Traffic{"node-2": {Sent: 1, Received: 2}, "node-1": {Sent: 3}},
+		Unreachable: map[string]bool{"node-1~x": true, "node-3~x": true},
+		Links:       []peer.LinkStatus{{Node: "node-2"}},
+		Banned:      map[string]time.Time{"node-1": until},
+		Traffic:     map[string]peer.Traffic{"node-2": {Sent: 1, Received: 2}, "node-1": {Sent: 3}},
 	}
 	want := []Member{
 		{Name: "node-2", Zone: "a", Address: "10.0.0.2:5051", State: "alive", Linked: true, Sent: 1, Received: 2},
 		{Name: "node-10", Zone: "a", State: "alive", Self: true},
 		{Name: "node-1", Zone: "b", State: "banned", BannedUntil: until, Sent: 3},
+		{Name: "node-3", Zone: "b", State: "unreachable"},
 	}
 	got := membersOf(st)
 	if !slices.Equal(got, want) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
-	zones := []ZoneStatus{{Zone: "a", Members: 2, Linked: 1, Sent: 1, Received: 2}, {Zone: "b", Members: 1, Banned: 1, Sent: 3}}
+	zones := []ZoneStatus{{Zone: "a", Members: 2, Linked: 1, Sent: 1, Received: 2}, {Zone: "b", Members: 2, Banned: 1, Sent: 3}}
 	if got := zonesOf(got); !slices.Equal(got, zones) {
 		t.Errorf("zones %+v, want %+v", got, zones)
 	}

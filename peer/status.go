@@ -16,9 +16,12 @@ type Status struct {
 	Links   []LinkStatus
 	Blobs   []BlobStatus // being fetched or given, and those that members meet for here
 	Banned  map[string]time.Time
-	Traffic map[string]Traffic // by node, members or not, since this one started
-	Index   IndexStatus
-	Uploads int // pieces being sent or queued
+	// Unreachable are members, by Name, that this node could not reach a moment ago. It
+	// asks nobody of them for some seconds, or longer where it reached nobody at all.
+	Unreachable map[string]bool
+	Traffic     map[string]Traffic // by node, members or not, since this one started
+	Index       IndexStatus
+	Uploads     int // pieces being sent or queued
 }
 
 // LinkStatus is a connection with another node.
@@ -52,7 +55,8 @@ type IndexStatus struct {
 
 // Status returns what the swarm looks like from here.
 func (s *Swarm) Status() Status {
-	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
+	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.fallenAway(),
+		Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
 	for _, m := range s.roster.view.Load().all {
 		st.Members = append(st.Members, *m)
 	}

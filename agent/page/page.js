@@ -478,7 +478,7 @@ const showUpstreams = s => {
 };
 
 const maxMembers = 64;
-const interest = m => m.self ? 4 : m.banned_until ? 3 : m.linked ? 2 : m.sent_bytes + m.received_bytes > 0 ? 1 : 0;
+const interest = m => m.self ? 4 : m.banned_until || m.state === "unreachable" ? 3 : m.linked ? 2 : m.sent_bytes + m.received_bytes > 0 ? 1 : 0;
 
 const showMembers = s => {
   const section = $("members");
@@ -513,7 +513,7 @@ const memberRow = m => {
   const state = el("span.state"), received = flow("peer"), sent = flow("sent");
   const e = el("tr", el("td", m.self ? el("b", m.name) : m.name, " ", el("span.soft.address", m.address)), el("td", state), el("td", received.e), el("td", sent.e));
   return {e, update({member: m, most}) {
-    const [text, hue] = m.self ? ["this node", "idle"] : m.banned_until ? [`banned for ${until(m.banned_until)}`, "bad"] : m.linked ? ["linked", "good"] : [m.state, "idle"];
+    const [text, hue] = m.self ? ["this node", "idle"] : m.banned_until ? [`banned for ${until(m.banned_until)}`, "bad"] : m.linked ? ["linked", "good"] : [m.state, m.state === "unreachable" ? "bad" : "idle"];
     say(state, text);
     state.className = `state ${hue}`;
     received.e.hidden = sent.e.hidden = !!m.self;

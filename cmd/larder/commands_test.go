@@ -55,10 +55,11 @@ func TestStatusGolden(t *testing.T) {
 				RateLimit: &upstream.RateLimit{Limit: 100, Remaining: 87}},
 			{Registry: "quay.io", Endpoint: "quay.io", State: "open", LastError: "connection refused"},
 		},
-		Peers: "2 members", Members: []agent.Member{
+		Peers: "5 members", Members: []agent.Member{
 			{Name: "node-1", Address: "10.0.0.1:5051", Zone: "a", State: "alive", Self: true},
 			{Name: "node-4", Address: "10.0.0.4:5051", Zone: "a", State: "alive"},
 			{Name: "node-2", Address: "10.0.0.2:5051", Zone: "b", State: "alive", Linked: true, Sent: 3 << 20, Received: 40 << 20},
+			{Name: "node-5", Address: "10.0.0.5:5051", Zone: "b", State: "unreachable"},
 			{Name: "node-3", Address: "10.0.0.3:5051", Zone: "b", State: "banned", BannedUntil: now.Add(5*time.Minute + 500*time.Millisecond)},
 		},
 		Hosts:   agent.HostsStatus{Containerd: "/etc/containerd/certs.d", Problem: "/etc/containerd/certs.d: read-only file system"},

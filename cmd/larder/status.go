@@ -310,6 +310,8 @@ func memberRow(st style, m agent.Member, now time.Time) []string {
 		state = st.bad(fmt.Sprintf("banned for %s", m.BannedUntil.Sub(now).Round(time.Second)))
 	case m.Linked:
 		state = st.good("linked")
+	case m.State == agent.StateUnreachable:
+		state = st.bad(state)
 	}
 	return []string{cmp.Or(m.Zone, "-"), name, m.Address, state, sent, received}
 }
