@@ -173,13 +173,19 @@ func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
 	}
 }
 
-// aheadAfter is how long a home may take before links with those after it are made.
+// aheadAfter is how long a link with a home may take before those after it are dialed.
 const aheadAfter = 500 * time.Millisecond
 
-// ahead links with the members that would be asked next if the one that is asked now
-// has not answered by then: whether they can be reached is known when it matters.
-func (s *Swarm) ahead(next []*Member) (stop func()) {
+// ahead links with the members that would be asked after home if home itself cannot be
+// reached by then: whether they can be is known when it matters.
+func (s *Swarm) ahead(home *Member, next []*Member) (stop func()) {
 	t := time.AfterFunc(aheadAfter, func() {
+		s.mu.Lock()
+		l := s.links[home.Name]
+		s.mu.Unlock()
+		if l != nil || home.Name == s.self.Name {
+			return
+		}
 		for _, m := range next {
 			if m.Name != s.self.Name {
 				s.spawn(func(ctx context.Context) { _, _ = s.connect(ctx, m) }) // noted in the roster

@@ -6,7 +6,6 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -55,7 +54,7 @@ func TestDialAnew(t *testing.T) {
 		{"gone", 99, "there", connectTime, dialTries, context.DeadlineExceeded},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
 				n := &losing{lost: tt.lost}
 				ctx, cancel := context.WithTimeout(t.Context(), connectTime)
 				defer cancel()

@@ -260,7 +260,7 @@ func (x *fetch) step(ctx context.Context) error {
 		if m.Name == x.s.self.Name {
 			return x.asHome(ctx)
 		}
-		stop := x.s.ahead(x.route())
+		stop := x.s.ahead(m, x.route())
 		err := x.join(ctx, m, false)
 		stop()
 		if err == nil {

@@ -38,7 +38,9 @@ type restBlob struct {
 }
 
 func (b restBlob) ReadAt(p []byte, off int64) (int, error) {
-	wait(context.Background(), b.n.disk)
+	if b.n.disk > 0 {
+		wait(context.Background(), b.n.disk)
+	}
 	return b.simBlob.ReadAt(p, off)
 }
 
@@ -185,12 +187,8 @@ func running(t *testing.T, nodes []*restNode) (stop func()) {
 // again, files are opened and links made; a while after the last fetch all
 // of them are closed.
 func TestNothingIsKept(t *testing.T) {
-	seeds := uint64(20)
-	if testing.Short() {
-		seeds = 1 // the race detector's own runtime crashed in a third of the runs of all (Go 1.26)
-	}
-	for seed := range seeds {
-		synctest.Test(t, func(t *testing.T) {
+	for seed := range uint64(20) {
+		bubble(t, func(t *testing.T) {
 			c := baseSim(6, 40)
 			c.seed, c.origin = seed, 100*mbit
 			w, nodes := restWorld(t, c)
@@ -231,7 +229,7 @@ func TestNothingIsKept(t *testing.T) {
 // TestWholeIsOffered: who has got a blob gives it from then on, although the fill
 // ends its context with the last byte, and need not read it again for that.
 func TestWholeIsOffered(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		w, nodes := restWorld(t, baseSim(4, 20))
 		stop := running(t, nodes)
 		d := w.images[0].digest
@@ -259,7 +257,7 @@ func TestWholeIsOffered(t *testing.T) {
 // waited for while the registry is down, whoever is the blob's home.
 func TestHashedInAnOutage(t *testing.T) {
 	for holder := range 2 {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
 			w, nodes := restWorld(t, baseSim(2, 20))
 			stop := running(t, nodes)
 			d := w.images[0].digest
@@ -308,7 +306,7 @@ func TestSizeToldEarly(t *testing.T) {
 // TestAlone: a node that reaches nobody asks nobody for a while, and for longer each
 // time; one member that is reached ends that.
 func TestAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		_, nodes := restWorld(t, baseSim(8, 4))
 		r := nodes[0].s.roster
 		homes := func() int { return len(r.homes(key{}, "", false)) }
@@ -354,7 +352,7 @@ func TestAlone(t *testing.T) {
 // TestNothingForEachOther pins that two nodes that have nothing of a blob stop
 // talking of it, also when one of them gave up before the other answered.
 func TestNothingForEachOther(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		w, nodes := restWorld(t, baseSim(2, 40))
 		stop := running(t, nodes)
 		k, err := parseKey(w.images[0].digest.String())

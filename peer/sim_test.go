@@ -319,7 +319,7 @@ func (n *simNode) upstream(ctx context.Context, b *simBlob, into Sink) error {
 
 func (c sim) run(t testing.TB) (r simResult) {
 	began := time.Now()
-	synctest.Test(t.(*testing.T), func(t *testing.T) { r = c.world(t).play(t) })
+	bubble(t.(*testing.T), func(t *testing.T) { r = c.world(t).play(t) })
 	r.real = time.Since(began)
 	return r
 }
@@ -510,9 +510,6 @@ func baseSim(nodes, pieces int) sim {
 func TestStorm(t *testing.T) {
 	for _, nodes := range []int{10, 100} {
 		t.Run(fmt.Sprint(nodes), func(t *testing.T) {
-			if testing.Short() && nodes > 10 {
-				t.Skip("ten seconds of CPU")
-			}
 			r := baseSim(nodes, 256).run(t)
 			t.Log(r)
 			if r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.4*r.bound.Seconds() {
@@ -542,9 +539,6 @@ func TestStormOfTroubles(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			if testing.Short() {
-				t.Skip("ten seconds of CPU together")
-			}
 			s := baseSim(40, 128)
 			c.change(&s)
 			r := s.run(t)

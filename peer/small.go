@@ -101,7 +101,7 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 	next := func() *Member { return nextOf(homes(), asked) }
 	for m := next(); m != nil; m = next() {
 		asked[m.Name] = true
-		stop := s.ahead(homes())
+		stop := s.ahead(m, homes())
 		b, err := s.put(ctx, m, method, r)
 		stop()
 		if err == nil {

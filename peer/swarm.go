@@ -219,8 +219,9 @@ func (s *Swarm) blob(id blobID) *blob {
 	return b
 }
 
-// maxBlobs bounds blobs that other nodes speak of.
-const maxBlobs = 16384
+// maxBlobs bounds blobs that other nodes speak of. Each takes 3 KB, and garbage collection as
+// much again.
+const maxBlobs = 4096
 
 var errManyBlobs = errors.New("too many blobs at once")
 
