@@ -238,9 +238,10 @@ func TestHostileFrames(t *testing.T) {
 	c.finish()
 }
 
-// peakMost is twice what agents were seen to take here, 74 to 88 MB.
+// peakMost is what agents may take here. They were seen to take 74 to 165 MB, the more the
+// later garbage is collected; 100,000 blobs kept would be 300 MB, and as much again.
 func peakMost() int64 {
-	const most = 176 * mb
+	const most = 256 * mb
 	if os.Getenv("LARDER_CLUSTER_RACE") != "" {
 		return 8 * most // of the race detector's shadow
 	}
