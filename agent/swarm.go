@@ -97,8 +97,9 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 	want := peer.Want{
 		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
 		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t), Attempt: f.Mismatches(),
+		Size: s.agent.proxy.Listed(t, f.Digest()),
 	}
-	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, s.agent.proxy.Listed(t, f.Digest())}, func(ctx context.Context, into peer.Sink) error {
+	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, want.Size}, func(ctx context.Context, into peer.Sink) error {
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
 	if errors.Is(err, peer.ErrVoid) {
@@ -168,7 +169,7 @@ func wanted(w peer.Want) (upstream.Target, proxy.Kind) {
 // wait for it.
 func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
 	t, kind := wanted(w)
-	return o.agent.proxy.Prefetch(t, kind, w.Digest)
+	return o.agent.proxy.Prefetch(t, kind, w.Digest, w.Size)
 }
 
 // Resolve asks the registry what a tag stands for. When that cannot be asked,

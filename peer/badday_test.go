@@ -323,6 +323,29 @@ func TestRegistryDiesHalfway(t *testing.T) {
 	w.within(t, d, 2)
 }
 
+// TestHomeIsToldTheSize: who asks a home says what the manifest says, for the home may
+// have seen none and believe another member that says otherwise.
+func TestHomeIsToldTheSize(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	const size = 1 << 20
+	d := w.add(size, 1)
+	home, others := homeOf(d, nodes)
+	b := newMemBlob(d)
+	want := Want{Digest: d, Registry: "registry.test", Repository: "app", Size: size}
+	if err := others[0].s.Fetch(t.Context(), want, b, others[0].upstream(d)); err != nil {
+		t.Fatal(err)
+	}
+	if got := home.told.Load(); got != size {
+		t.Errorf("the home was told %d bytes", got)
+	}
+	for _, absurd := range []int64{-1, maxBlobSize + 1} {
+		if got := (joinAsk{Size: absurd}).want(home.s.blob(blobID{key: sha256Of(d)})).Size; got != 0 {
+			t.Errorf("%d becomes %d", absurd, got)
+		}
+	}
+}
+
 // TestHomeLiesAboutSize: a node that knows the size from a manifest does not
 // believe a home that says otherwise.
 func TestHomeLiesAboutSize(t *testing.T) {

@@ -133,6 +133,9 @@ type Want struct {
 	Registry   string // as images name it
 	Repository string
 	Manifest   bool // Digest is a manifest's
+	// Size is the blob's, as the manifest or tag says that led to it; 0 if unknown. Nobody
+	// has verified it: it goes before another member's word, not before upstream's.
+	Size int64
 	// Authorization is the client's credential for upstream, "" for none. It is
 	// sent to homes over TLS, kept in memory only, and never logged.
 	Authorization string

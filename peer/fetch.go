@@ -316,7 +316,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 // a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
-	ask.Attempt = x.w.Attempt
+	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
 	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)

@@ -158,6 +158,7 @@ type joinAsk struct {
 	Zone          string `json:",omitempty"`
 	Attempt       int    `json:",omitempty"`
 	Have          int    `json:",omitempty"` // pieces
+	Size          int64  `json:",omitempty"` // see Want
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
 }
@@ -179,7 +180,11 @@ type joinReply struct {
 }
 
 func (a joinAsk) want(b *blob) Want {
-	return Want{Digest: b.d, Registry: a.Registry, Repository: a.Repository, Manifest: a.Manifest, Authorization: a.Authorization, Node: a.Node}
+	w := Want{Digest: b.d, Registry: a.Registry, Repository: a.Repository, Manifest: a.Manifest, Authorization: a.Authorization, Node: a.Node}
+	if a.Size > 0 && a.Size <= maxBlobSize {
+		w.Size = a.Size
+	}
+	return w
 }
 
 // joined answers a node that misses a blob.

@@ -26,6 +26,7 @@ type testNode struct {
 	world *testWorld
 	stop  context.CancelFunc
 	gone  chan struct{}
+	told  atomic.Int64 // the size, when it was last asked to Fill
 
 	mu     sync.Mutex // guards the following
 	blobs  map[digest.Digest]*memBlob
@@ -350,6 +351,7 @@ func (n *testNode) Fill(_ context.Context, w Want) error {
 	if n.refuse != nil {
 		return n.refuse
 	}
+	n.told.Store(w.Size)
 	n.start(w.Digest)
 	return nil
 }

@@ -214,8 +214,12 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 }
 
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
-// it, and does not wait: what a home does for other nodes.
-func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest) error {
+// it, and does not wait: what a home does for other nodes. They may have seen the
+// manifest when this one has not: size is what it says, 0 if unknown, see Listed.
+func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int64) error {
+	if p.Listed(t, d) == 0 {
+		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
+	}
 	started := p.background.run(func(ctx context.Context) {
 		c, err := p.open(ctx, t, d, kind)
 		if err != nil {
