@@ -73,6 +73,8 @@ type blob struct {
 	rng       *rand.Rand
 	pace      pace
 	progress  time.Time // last piece that came, or bytes of one
+	word      time.Time // when a home said last that it gets bytes itself
+	heeded    time.Time // since when that home is asked
 	sources   map[string]int64
 	stop      context.CancelCauseFunc // of the fetch
 	writing   int                     // pieces on their way into fill

@@ -19,6 +19,12 @@ const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	giveUpAfter = 20 * time.Second        // without progress and without a permit
+
+	// A home's word that it gets bytes is as good as a byte for wordTime, and for as
+	// long as a piece takes at wordRate bytes a second: a slow registry is not a dead one. A home that
+	// has given nothing by then cannot, or does not want to.
+	wordTime = 15 * time.Second
+	wordRate = 64 << 10
 )
 
 // Fetch completes a fill from the swarm. If this node is the blob's home, and
@@ -96,6 +102,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.authority, b.rotten = false, false
 	b.failure = nil
 	b.progress = time.Now()
+	b.word, b.heeded = time.Time{}, b.progress
 	b.pace = pace{}
 	clear(b.sources)
 	if b.size != 0 {
@@ -264,6 +271,7 @@ func (x *fetch) step(ctx context.Context) error {
 		err := x.join(ctx, m, false)
 		stop()
 		if err == nil {
+			x.b.heed()
 			return x.takePart(ctx)
 		}
 		if ctx.Err() != nil {
@@ -357,7 +365,7 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 		x.homeLink = l
 	}
 	if reply.Moving {
-		x.b.moved(time.Now().Add(-stallRejoin / 2))
+		x.b.told(time.Now().Add(-stallRejoin / 2))
 	}
 	for _, name := range reply.Meet[:min(len(reply.Meet), 4*introduce)] {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
@@ -417,6 +425,10 @@ func (x *fetch) takePart(ctx context.Context) error {
 		now := time.Now()
 		idle, neighbours := x.b.look(now)
 		switch {
+		case x.b.talks(now):
+			x.s.log.Debug("home gives nothing", "digest", x.w.Digest, "peer", x.joined)
+			x.tried[x.joined] = true
+			return nil // the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
 		case x.b.forsaken(x.joinedAt):
@@ -621,10 +633,27 @@ func (b *blob) held() int {
 	return b.n - b.missing
 }
 
-// look reports for how long nothing came, and how many neighbours there are.
+// look reports for how long nothing came, nor a home's word that is to be believed,
+// and how many neighbours there are.
 func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	last := b.cameLocked()
+	if b.word.After(last) && b.believesLocked(now, last) {
+		last = b.word
+	}
+	return now.Sub(last), len(b.nbrs)
+}
+
+// talks reports whether a home goes on to say that it gets bytes, and none comes.
+func (b *blob) talks(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked())
+}
+
+// cameLocked is when the last bytes came.
+func (b *blob) cameLocked() time.Time {
 	last := b.progress
 	for _, rs := range b.wants {
 		for _, r := range rs {
@@ -633,5 +662,27 @@ func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 			}
 		}
 	}
-	return now.Sub(last), len(b.nbrs)
+	return last
+}
+
+// believesLocked reports whether a home's word counts, if the last bytes came then.
+func (b *blob) believesLocked(now, last time.Time) bool {
+	if b.heeded.After(last) {
+		last = b.heeded
+	}
+	return now.Sub(last) < wordTime+time.Duration(b.pieceSize)*time.Second/wordRate
+}
+
+// told notes a home's word that it got bytes then.
+func (b *blob) told(at time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.word = at
+}
+
+// heed begins to believe a home.
+func (b *blob) heed() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.heeded = time.Now()
 }

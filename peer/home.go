@@ -18,7 +18,7 @@ const (
 	homeDegree   = 24                     // neighbours a home keeps for itself
 	sizeWait     = 300 * time.Millisecond // an answer waits so long for the size
 	inlineMax    = 16 << 10               // blobs up to this ride in the answer
-	permitsMax   = 2                      // upstream fetches beside the home's own, per blob and home
+	permitsMax   = 1                      // upstream fetches beside the home's own, per blob and home
 	failMemory   = 3 * time.Second
 	resumeWait   = 150 * time.Millisecond // a new home listens for what the swarm has
 	maxStatusLen = 256

@@ -28,17 +28,15 @@ func (k *sink) Wanted() int64 { return k.x.f.Wanted() }
 func (k *sink) WriteAt(p []byte, off int64) (int, error) {
 	n, err := k.w.WriteAt(p, off)
 	if n > 0 {
-		k.x.b.moved(time.Now())
+		k.x.b.moved()
 	}
 	return n, err
 }
 
-func (b *blob) moved(at time.Time) {
+func (b *blob) moved() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if at.After(b.progress) {
-		b.progress = at
-	}
+	b.progress = time.Now()
 }
 
 // Missing leaves out pieces that neighbours hold or are sending.

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -61,6 +62,28 @@ func TestHomeLiesAboutSize(t *testing.T) {
 			c.finish()
 		})
 	}
+}
+
+// TestHomeGivesNothing is the first home of each blob that asks the next one. It says
+// that it gets the blob from upstream, as often as it is asked, and nobody ever sees a
+// byte of it. Clients wait for 30 s, not for 5.
+func TestHomeGivesNothing(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{nodes: 4, layers: hostileLayers, flags: []string{"--proxy.first_byte_budget=30s"}})
+	sizes := map[digest.Digest]int64{}
+	for d, b := range c.img.Blobs {
+		sizes[d] = b.Size()
+	}
+	liar := c.join(&rogue{node: c.homeName(c.layer(), 0), home: true, hears: func(l *rogueLink, f frame) { l.lie(f, sizes) }})
+	s := c.pull(c.nodes[1:]...)
+	s.wait(1)
+	for n, p := range s.pulls {
+		if p.took > 60*time.Second {
+			t.Errorf("%s took %v", n.name, p.took)
+		}
+	}
+	liar.leave()
+	c.finish()
 }
 
 // lie answers as a home that gets the blobs from upstream, and gives nothing. It reports

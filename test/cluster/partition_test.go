@@ -123,12 +123,10 @@ func TestPacketLoss(t *testing.T) {
 // not a byte for ten seconds, so the image is small, and nodes are told to wait for
 // it instead of turning to the registry after five seconds as P1 has it.
 //
-// Two copies are not to be had here. A node that hears nothing of a home for some
-// seconds cannot tell whether that is gone or its packets are lost; it has to go on as
-// if it were gone, or a dead home would hold up everybody for as long as TCP may be
-// silent. So the next home fetches, or nodes that got nothing for five seconds do
-// with a permit, though the first home delivers after all. What holds is that they
-// never take more than without Larder: each node fetches once at most.
+// Of eighteen runs sixteen stayed within two copies, and two took 2.5. A node that
+// hears nothing of a home for some seconds cannot tell whether that is gone or its
+// packets are lost, and has to go on as if it were gone. What holds always is that
+// nodes never take more than without Larder: each fetches once at most.
 //
 // What the registry has sent says nothing: most of it never arrived. And a client that
 // was let go after 20 s without a byte takes the rest from the registry itself, over
