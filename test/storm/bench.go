@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -223,7 +224,7 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 		}
 		l.reg, first = nil, 2
 	}
-	sent, logged := l.registrySent(ctx), l.registryRequests()
+	sent, logged := l.registrySent(ctx), l.registryAnswers()
 	finish, err := l.startProfiles(ctx)
 	if err != nil {
 		return outcome{}, err
@@ -235,8 +236,10 @@ func (l *lab) run(ctx context.Context) (outcome, error) {
 	if err != nil {
 		return outcome{}, err
 	}
-	o := outcome{requests: l.registryRequests() - logged, cost: cost, rss: l.peakRSS()}
+	given := l.registryAnswers()
+	o := outcome{requests: given.requests - logged.requests, cost: cost, rss: l.peakRSS()}
 	o.copies = float64(l.registrySent(ctx)-sent) / float64(l.s.bytes())
+	o.answered = float64(given.bytes-logged.bytes) / float64(l.s.bytes())
 	for _, r := range reports {
 		o.times = append(o.times, r.Seconds)
 		o.cost.clients += r.CPU
@@ -356,13 +359,26 @@ func (l *lab) registrySent(ctx context.Context) int64 {
 	return n
 }
 
-// registryRequests counts the lines of the registry's access log.
-func (l *lab) registryRequests() int {
+// answers are what the registry's access log says that it answered.
+type answers struct {
+	requests int
+	bytes    int64 // of bodies, as far as the registry wrote them
+}
+
+// accessLine is a line of the access log, in Apache's combined format.
+var accessLine = regexp.MustCompile(`"(?:GET|HEAD) /v2/[^"]*" \d+ (\d+)`)
+
+func (l *lab) registryAnswers() (a answers) {
 	text, err := os.ReadFile(filepath.Join(l.dir, "registry.log"))
 	if err != nil {
-		return 0
+		return a
 	}
-	return strings.Count(string(text), "\"GET /v2/") + strings.Count(string(text), "\"HEAD /v2/")
+	for _, m := range accessLine.FindAllSubmatch(text, -1) {
+		n, _ := strconv.ParseInt(string(m[1]), 10, 64)
+		a.requests++
+		a.bytes += n
+	}
+	return a
 }
 
 // close ends every process and removes the network and the files.

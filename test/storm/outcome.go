@@ -13,7 +13,8 @@ import (
 // outcome is one measured storm.
 type outcome struct {
 	times    []float64 // seconds, sorted
-	copies   float64   // bytes that left the registry over the image's size
+	copies   float64   // bytes that left the registry over the image's size, headers and what was sent again included
+	answered float64   // the same of the bodies in its answers
 	requests int       // that the registry answered
 	cost     cost
 	rss      int64 // bytes, the largest agent's peak
@@ -26,8 +27,8 @@ func (o outcome) median() float64  { return o.times[len(o.times)/2] }
 // reports whether the median run met the goals.
 func (b *bench) compare(ctx context.Context, s scenario) (bool, error) {
 	fmt.Printf("\n%s: %s; bound %.2f s\n", s.name, s.about, s.bound())
-	fmt.Printf("  %-8s %9s %9s %8s %8s %7s %8s  %-39s %8s\n",
-		"", "slowest s", "median s", "slow/bnd", "med/bnd", "copies", "requests", "CPU s: agents clients registry all idle", "peak RSS")
+	fmt.Printf("  %-8s %9s %9s %8s %8s %7s %8s %8s  %-39s %8s\n",
+		"", "slowest s", "median s", "slow/bnd", "med/bnd", "copies", "answers", "requests", "CPU s: agents clients registry all idle", "peak RSS")
 	if !s.seeded && !b.skipDirect { // with the registry down there is nothing to compare with
 		direct, err := b.storm(ctx, s, false)
 		if err != nil {
@@ -75,8 +76,8 @@ func verdict(met bool) string {
 }
 
 func (o outcome) print(label string, s scenario) {
-	fmt.Printf("  %-8s %9.2f %9.2f %8.2f %8.2f %7.3f %8d  %12.2f %7.2f %8.2f %4.1f %4.1f %4.0f MiB\n", label,
-		o.slowest(), o.median(), o.slowest()/s.bound(), o.median()/s.bound(), o.copies, o.requests,
+	fmt.Printf("  %-8s %9.2f %9.2f %8.2f %8.2f %7.3f %8.3f %8d  %12.2f %7.2f %8.2f %4.1f %4.1f %4.0f MiB\n", label,
+		o.slowest(), o.median(), o.slowest()/s.bound(), o.median()/s.bound(), o.copies, o.answered, o.requests,
 		o.cost.agents, o.cost.clients, o.cost.registry, o.cost.all, o.cost.idle, float64(o.rss)/(1<<20))
 }
 
