@@ -143,12 +143,15 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 	return &s
 }
 
+// adminElsewhere is the finding that there is an agent, and no more is known of it.
+const adminElsewhere = "agent-admin-elsewhere"
+
 // noAgent says what a silent admin API means: no agent, or one whose admin API
 // is elsewhere.
 func (d *doctor) noAgent(ctx context.Context, why string) {
 	addr := d.config.Proxy.Listen
 	if d.serving, d.stranger = whoAnswers(ctx, addr); d.serving {
-		d.find(hostsconfig.Finding{ID: "agent-admin-elsewhere", Severity: hostsconfig.Broken,
+		d.find(hostsconfig.Finding{ID: adminElsewhere, Severity: hostsconfig.Broken,
 			What: "An agent serves pulls at " + addr + ", but not its admin API where it was looked for (" + why + "), so nothing more is known of it.",
 			Fix:  "larder doctor --admin http://HOST:PORT   # admin.listen of that agent, or --config with its file"})
 		return
@@ -339,6 +342,16 @@ func printReport(w io.Writer, r doctorReport) {
 		fmt.Fprintln(w, "This node's runtime uses the mirror.")
 	}
 	if !r.OK {
-		fmt.Fprintln(w, st.bad("This node's runtime would not use the mirror."))
+		fmt.Fprintln(w, st.bad(r.verdict()))
 	}
+}
+
+// verdict sums up what is broken. An agent that serves pulls, and cannot be asked for
+// more, may well be used.
+func (r doctorReport) verdict() string {
+	proof := func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken && f.ID != adminElsewhere }
+	if !slices.ContainsFunc(r.Findings, proof) {
+		return "Whether this node's runtime uses the mirror is not known."
+	}
+	return "This node's runtime would not use the mirror."
 }

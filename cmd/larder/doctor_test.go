@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/hostsconfig"
 	"google.golang.org/grpc"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -215,5 +216,21 @@ func TestDoctorFindsTheAgentOfItsConfiguration(t *testing.T) {
 	_, out, _ = larder(t, "doctor", "--root", shortDir(t), "--admin", "127.0.0.1:1", "--proxy.listen", n.AdminAddr())
 	if !strings.Contains(out, "taken by someone else (an HTTP server)") {
 		t.Errorf("with an HTTP server on the proxy's address:\n%s", out)
+	}
+}
+
+// TestDoctorVerdict: an agent of which no more is known than that it serves is no proof
+// that the runtime passes it by.
+func TestDoctorVerdict(t *testing.T) {
+	elsewhere := hostsconfig.Finding{ID: adminElsewhere, Severity: hostsconfig.Broken}
+	warning := hostsconfig.Finding{ID: "runtime-not-found", Severity: hostsconfig.Degraded}
+	broken := hostsconfig.Finding{ID: "config-path", Severity: hostsconfig.Broken}
+	for want, findings := range map[string][]hostsconfig.Finding{
+		"Whether this node's runtime uses the mirror is not known.": {elsewhere, warning},
+		"This node's runtime would not use the mirror.":             {elsewhere, broken},
+	} {
+		if got := (doctorReport{Findings: findings}).verdict(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
