@@ -109,8 +109,24 @@ func (o *outline) children() []ocispec.Descriptor {
 	return out
 }
 
-// infer finds the media type of a manifest whose Content-Type was lost, "" if
-// the bytes are no manifest. What an OCI manifest need not say, its fields do.
+// mediaType is what a manifest is that a registry called said, "" if it is none. The
+// bytes' own word counts, which their digest vouches for: one registry's Content-Type
+// must not change what another one's clients get. Only where the bytes leave it open
+// does said, and between the OCI's and Docker's name of one form.
+func (o *outline) mediaType(said string) string {
+	found := o.infer()
+	said = bareType(said)
+	if twin := twins[said]; found == "" && known(said) || found == twin && o.MediaType == "" && twin != "" {
+		return said
+	}
+	return found
+}
+
+// twins are Docker's types by the OCI's for the same fields.
+var twins = map[string]string{dockerManifest: ocispec.MediaTypeImageManifest, dockerList: ocispec.MediaTypeImageIndex}
+
+// infer finds the media type of a manifest in its bytes, "" if they are no manifest.
+// What an OCI manifest need not say, its fields do.
 func (o *outline) infer() string {
 	switch {
 	case o.MediaType != "":

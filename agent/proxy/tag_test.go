@@ -212,3 +212,39 @@ func TestRecentForgets(t *testing.T) {
 		}
 	})
 }
+
+// TestMediaTypeOfAnotherRegistry: what one registry calls a manifest does not become
+// what another one's clients are told of the same bytes. A runtime that is told a
+// type it does not know fails the pull and asks nobody else.
+func TestMediaTypeOfAnotherRegistry(t *testing.T) {
+	spec := registrytest.ImageSpec{Seed: 7, Layers: []int64{1000}, Opaque: true}
+	for name, img := range map[string]*registrytest.Image{
+		"oci": registrytest.OCIImage(spec), "schema 2": registrytest.DockerImage(spec),
+		"index": registrytest.Platforms(spec, false), "manifest list": registrytest.Platforms(spec, true),
+	} {
+		for _, told := range []string{"application/vnd.other.thing", dockerList, ocispec.MediaTypeImageManifest, dockerSchema1Jws} {
+			t.Run(name+" as "+told, func(t *testing.T) {
+				n := startNode(t, nil)
+				n.put(img)
+				other := registrytest.Start(t, registrytest.Options{})
+				other.Put(repo, img, "v1")
+				other.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.Header("Content-Type", told))
+				err := n.proxy.upstream.SetRegistries([]upstream.Registry{
+					{Host: host, Upstreams: []string{n.registry.URL()}}, {Host: "other.test", Upstreams: []string{other.URL()}},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				at := "/v2/" + repo + "/manifests/" + img.Digest.String()
+				if a := n.get(at + "?ns=other.test"); a.status != 200 {
+					t.Fatalf("other.test: %d %s", a.status, a.body)
+				}
+				for range 2 { // from the registry, which has to give it once, and from disk
+					if a := n.get(at + "?ns=" + host); a.status != 200 || a.header.Get("Content-Type") != img.MediaType {
+						t.Errorf("status %d, Content-Type %q", a.status, a.header.Get("Content-Type"))
+					}
+				}
+			})
+		}
+	}
+}
