@@ -1,12 +1,14 @@
 package proxy
 
 import (
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -245,6 +247,53 @@ func TestMediaTypeOfAnotherRegistry(t *testing.T) {
 					}
 				}
 			})
+		}
+	}
+}
+
+// TestManifestThatListsWhatIsNotIts: what a manifest says where its registry does not
+// look when it is pushed makes nothing a part of the repository. Else who may push to
+// one repository could read another's blobs from here, by their digests.
+func TestManifestThatListsWhatIsNotIts(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}, Anonymous: []string{"my/*"}}
+	})
+	secret := n.image(1000)
+	layer := secret.Layers[0]
+	for _, path := range []string{manifestPath("v1"), manifestPath(secret.Digest.String()), blobPath(layer.Digest)} {
+		if a := n.get(path, "Authorization", "Basic YW5uOng="); a.status != 200 {
+			t.Fatalf("%s: %d %s", path, a.status, a.body)
+		}
+	}
+	for _, d := range []digest.Digest{secret.Digest, layer.Digest} {
+		await(t, "commit", func() bool { return n.cache.Has(d) })
+	}
+	config := digest.FromString("{}")
+	const other = `"mediaType":"application/vnd.oci.image.layer.v1.tar","size":1000,"digest":`
+	mine := fmt.Sprintf(`{"mediaType":"application/vnd.oci.image.config.v1+json","size":2,"digest":%q}`, config)
+	theirs := fmt.Sprintf(`{%s%q}`, other, layer.Digest)
+	both := fmt.Sprintf(`{%s%q,"Digest":%q}`, other, config, layer.Digest)
+	child := fmt.Sprintf(`{"mediaType":%q,"size":%d,"digest":%q}`, secret.MediaType, secret.Size, secret.Digest)
+	for name, fields := range map[string]string{
+		"blobs of an image":     `"config":` + mine + `,"layers":[],"blobs":[` + theirs + `]`,
+		"manifests of an image": `"config":` + mine + `,"layers":[],"manifests":[` + child + `]`,
+		"layers of an index":    `"manifests":[],"layers":[` + theirs + `]`,
+		"a second LAYERS":       `"config":` + mine + `,"layers":[],"LAYERS":[` + theirs + `]`,
+		"a second Config":       `"config":` + mine + `,"layers":[],"Config":` + theirs,
+		"a second Digest":       `"config":` + mine + `,"layers":[` + both + `]`,
+	} {
+		mediaType := ocispec.MediaTypeImageManifest
+		if strings.HasPrefix(fields, `"manifests"`) {
+			mediaType = ocispec.MediaTypeImageIndex
+		}
+		mine := "my/" + strings.ReplaceAll(strings.ToLower(name), " ", "-")
+		n.registry.PutBlob(mine, registrytest.Bytes([]byte("{}")))
+		n.registry.PutManifest(mine, mediaType, []byte(`{"schemaVersion":2,"mediaType":"`+mediaType+`",`+fields+`}`), "v1")
+		got := n.get("/v2/" + mine + "/manifests/v1?ns=" + host)
+		for _, path := range []string{"blobs/" + layer.Digest.String(), "manifests/" + secret.Digest.String()} {
+			if a := n.get("/v2/" + mine + "/" + path + "?ns=" + host); a.status != 404 {
+				t.Errorf("%s (%d): %s: %d", name, got.status, path, a.status)
+			}
 		}
 	}
 }
