@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"encoding/json"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -65,6 +66,31 @@ func followTags(t *testing.T, n *node, path string) (tags []string) {
 	}
 	t.Fatal("the pages do not end")
 	return nil
+}
+
+// TestPagesAsTheRegistryCountsThem: the next page is asked for by whatever the
+// registry's link says, as Quay's next_page, and not by n and last alone. Else the
+// first page would come again, without end.
+func TestPagesAsTheRegistryCountsThem(t *testing.T) {
+	n := startNode(t, nil)
+	n.image(10)
+	tags := registrytest.Match{Kind: registrytest.Tags}
+	first := n.registry.Inject(tags, registrytest.Header("Link", "</v2/"+repo+`/tags/list?n=1&next_page=gAA%2B%3D>; rel="next"`))
+	path := "/v2/" + repo + "/tags/list?n=1&ns=" + host
+	link := n.get(path).header.Get("Link")
+	next, ok := strings.CutSuffix(strings.TrimPrefix(link, "<"), `>; rel="next"`)
+	if !ok {
+		t.Fatalf("Link %q", link)
+	}
+	first.Remove()
+	if a := n.get(next); a.status != 200 || a.header.Get("Link") != "" {
+		t.Errorf("%s: %d, Link %q", next, a.status, a.header.Get("Link"))
+	}
+	asked := n.registry.Requests(tags)
+	u, err := url.Parse(asked[len(asked)-1].Path)
+	if err != nil || len(asked) != 2 || u.Query().Get("next_page") != "gAA+=" || u.Query().Get("n") != "1" {
+		t.Errorf("%d requests, the last for %s, %v", len(asked), asked[len(asked)-1].Path, err)
+	}
 }
 
 func TestTagsWithUpstreamDown(t *testing.T) {
