@@ -124,6 +124,19 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 	}
 }
 
+// TestAnErrorIsNoOK: a registry that answers nothing but 500 was never well.
+func TestAnErrorIsNoOK(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	reg.Inject(registrytest.Match{}, registrytest.Status(500))
+	c := clientOf(t, reg)
+	if _, err := c.Resolve(t.Context(), target, "v1", nil); !IsUnavailable(err) {
+		t.Fatalf("Resolve: %v", err)
+	}
+	if h := c.Health()[0]; !h.LastOKAt.IsZero() || h.State != "failing" || h.LastErrorAt.IsZero() {
+		t.Errorf("health: %+v", h)
+	}
+}
+
 // TestThrottledRegistryIsLeftAlone pins the answer to 429: no further request
 // of that kind before Retry-After, while blobs go on.
 func TestThrottledRegistryIsLeftAlone(t *testing.T) {

@@ -244,7 +244,8 @@ func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
 	ep.pauses[k] = now.Add(min(d, pauseMax))
 }
 
-// noteAnswer keeps what `larder status` shows of an answered request.
+// noteAnswer keeps what `larder status` shows of a request that was answered, be it
+// with a no.
 func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
 	ep.mu.Lock()
 	defer ep.mu.Unlock()
