@@ -32,6 +32,7 @@ type endpoint struct {
 	c          *Client
 	reg        *registry
 	addr       address
+	tls        TLS
 	configured bool // by an operator, who may name inside addresses
 	last       bool // of the registry's upstreams; it has the last word on what exists
 	breaker    breaker
@@ -129,7 +130,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 			return nil, fmt.Errorf("registry %q: %w", r.Host, err)
 		}
 		reg.endpoints = append(reg.endpoints, &endpoint{
-			c: c, reg: reg, addr: addr, configured: configured, last: i == len(upstreams)-1,
+			c: c, reg: reg, addr: addr, tls: r.tls(u), configured: configured, last: i == len(upstreams)-1,
 		})
 	}
 	return reg, nil
