@@ -109,8 +109,8 @@ func (p *Proxy) serveReferrers(x *exchange) error {
 // registries without the API (distribution spec, "Referrers Tag Schema").
 // Without one the registry's 404 stands, and clients look for the tag themselves.
 func (p *Proxy) fallbackReferrers(ctx context.Context, t upstream.Target, d digest.Digest, artifactType string, notFound error) (upstream.Page, error) {
-	tag := d.Algorithm().String() + "-" + d.Encoded()
-	_, body, err := p.upstream.Manifest(ctx, t, tag[:min(len(tag), 128)], []string{ocispec.MediaTypeImageIndex})
+	tag := d.Algorithm().String() + "-" + d.Encoded()[:min(len(d.Encoded()), 64)]
+	_, body, err := p.upstream.Manifest(ctx, t, tag, []string{ocispec.MediaTypeImageIndex})
 	if upstream.IsNotFound(err) {
 		return upstream.Page{}, notFound
 	}

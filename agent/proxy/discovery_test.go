@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/test/registrytest"
@@ -130,6 +131,21 @@ func TestReferrers(t *testing.T) {
 		} else if got := referrersOf(t, nobody); len(got) != 0 {
 			t.Errorf("of an artifact: %v", got)
 		}
+	}
+}
+
+// TestReferrersTagOfSHA512: of a digest the tag has 64 characters (distribution spec,
+// "Referrers Tag Schema"), whatever the algorithm.
+func TestReferrersTagOfSHA512(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.registry.NoReferrers = true })
+	n.image(10)
+	d := digest.SHA512.FromString("subject")
+	index := `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` +
+		`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"` + digest.FromString("sbom").String() + `","size":4}]}`
+	n.registry.PutManifest(repo, ocispec.MediaTypeImageIndex, []byte(index), "sha512-"+d.Encoded()[:64])
+	a := n.get("/v2/" + repo + "/referrers/" + d.String() + "?ns=" + host)
+	if a.status != 200 || len(referrersOf(t, a)) != 1 {
+		t.Errorf("status %d: %s", a.status, a.body)
 	}
 }
 
