@@ -124,7 +124,9 @@ func (c *Cache) createMap(d digest.Digest, n int64, giver string) *pieceMap {
 	}
 	file, err := c.create(c.dir.ingestMap(d))
 	if err == nil {
-		_, err = file.WriteAt(encodeMapHeader(d, n, giver), 0)
+		if _, err = file.WriteAt(encodeMapHeader(d, n, giver), 0); err != nil {
+			err = errors.Join(err, file.Close())
+		}
 	}
 	if err != nil {
 		c.log.Warn("fill will not be resumable", "digest", d, "err", err)
