@@ -93,6 +93,9 @@ func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 	if slices.Contains(r.Upstreams, base) {
 		return "" // as it was named first
 	}
+	if e.Base != "" && !slices.Contains(strings.Split(base, "/"), "v2") {
+		return "the path of an endpoint is not below v2 (override_path), where upstreams put it"
+	}
 	trust := upstream.TLS{CAFiles: e.CAFiles, SkipVerify: e.SkipVerify}
 	for _, pair := range e.ClientPairs {
 		if trust.ClientCertFile != "" && trust.ClientCertFile != pair.Cert {

@@ -70,7 +70,12 @@ func TestMergeImported(t *testing.T) {
 				e.ClientPairs = []hostsconfig.ClientPair{{Cert: "/a"}, {Cert: "/b"}}
 			})}}, why: "several client certificates"},
 		{name: "no URL", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
-			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "ftp://x" })}}, why: "scheme"},
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "ftp://x/v2" })}}, why: "scheme"},
+		{name: "override_path to what is not below v2", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "https://mirror.example/quay" }), source}}, why: "override_path"},
+		{name: "override_path below v2", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "https://mirror.example/api/v2/quay" })}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/api/v2/quay"}}},
 	}
 	mine := upstream.Registry{Host: "mine.example", Upstreams: []string{"https://elsewhere.example"}}
 	for _, tt := range tests {
