@@ -161,7 +161,7 @@ func (o *outline) mediaType(said string) string {
 	return found
 }
 
-// twins are Docker's types by the OCI's for the same fields.
+// twins are the OCI's names of what Docker's types are.
 var twins = map[string]string{dockerManifest: ocispec.MediaTypeImageManifest, dockerList: ocispec.MediaTypeImageIndex}
 
 // infer finds the media type of a manifest in its bytes, "" if they are no manifest.
