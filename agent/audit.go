@@ -36,6 +36,7 @@ type auditLog struct {
 	// Run's only.
 	file *os.File
 	size int64
+	kept bool // file is one that can be rotated, and no device
 	sick bool // the last write failed; warned once
 }
 
@@ -150,7 +151,7 @@ func (l *auditLog) write(event any) {
 // append opens the file when it has to, so that a disk that was full or away
 // is used again when it is back.
 func (l *auditLog) append(line []byte) error {
-	if l.file != nil && l.size+int64(len(line)) > l.limit {
+	if l.file != nil && l.kept && l.size+int64(len(line)) > l.limit {
 		if err := l.rotate(); err != nil {
 			return err
 		}
@@ -169,16 +170,34 @@ func (l *auditLog) append(line []byte) error {
 }
 
 func (l *auditLog) open() error {
-	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	if err != nil {
 		return fmt.Errorf("open audit file: %w", err)
 	}
 	info, err := f.Stat()
+	if err == nil && info.Mode().IsRegular() {
+		err = endLine(f, info.Size())
+	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("open audit file: %w", err), f.Close())
 	}
-	l.file, l.size = f, info.Size()
+	l.file, l.size, l.kept = f, info.Size(), info.Mode().IsRegular()
 	return nil
+}
+
+// endLine ends the line that a full disk or a kill cut short.
+func endLine(f *os.File, size int64) error {
+	last := []byte{'\n'}
+	if size > 0 {
+		if _, err := f.ReadAt(last, size-1); err != nil {
+			return err
+		}
+	}
+	if last[0] == '\n' {
+		return nil
+	}
+	_, err := f.WriteString("\n")
+	return err
 }
 
 func (l *auditLog) rotate() error {

@@ -91,3 +91,45 @@ func TestAuditAppends(t *testing.T) {
 		t.Errorf("lines %v, want [1 2]", got)
 	}
 }
+
+// TestAuditAfterATornLine: what a full disk or a kill left of a line does not spoil the
+// next one.
+func TestAuditAfterATornLine(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	if err := os.WriteFile(path, []byte(`{"n":0}`+"\n"+`{"n":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2 {
+		l := newAuditLog(path, slog.New(slog.DiscardHandler))
+		l.write(auditTestLine{n + 2})
+		if err := l.close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const want = `{"n":0}` + "\n" + `{"n":` + "\n" + `{"n":2}` + "\n" + `{"n":3}` + "\n"
+	if got, err := os.ReadFile(path); err != nil || string(got) != want {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// TestAuditToADevice holds that what is no file is not rotated: /dev/stdout is
+// everybody's.
+func TestAuditToADevice(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit")
+	if err := os.Symlink(os.DevNull, path); err != nil {
+		t.Fatal(err)
+	}
+	l := newAuditLog(path, slog.New(slog.DiscardHandler))
+	l.limit = 100
+	for n := range 50 {
+		if l.write(auditTestLine{n}); l.sick {
+			t.Fatalf("line %d is lost", n)
+		}
+	}
+	if err := l.close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(l.old(1)); err == nil {
+		t.Error("a device was rotated")
+	}
+}

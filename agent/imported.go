@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"cmp"
 	"log/slog"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -88,25 +90,28 @@ func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 	if base == "" {
 		base = usualAddress(r.Host)
 	}
+	if slices.Contains(r.Upstreams, base) {
+		return "" // as it was named first
+	}
+	if e.Base != "" && !slices.Contains(strings.Split(base, "/"), "v2") {
+		return "the path of an endpoint is not below v2 (override_path), where upstreams put it"
+	}
+	trust := upstream.TLS{CAFiles: e.CAFiles, SkipVerify: e.SkipVerify}
+	for _, pair := range e.ClientPairs {
+		if trust.ClientCertFile != "" && trust.ClientCertFile != pair.Cert {
+			return "an endpoint has several client certificates"
+		}
+		trust.ClientCertFile, trust.ClientKeyFile = pair.Cert, cmp.Or(pair.Key, pair.Cert)
+	}
 	addUpstream(r, base)
+	if !reflect.DeepEqual(trust, upstream.TLS{}) { // theirs alone: what a mirror needs is not for the registry
+		if r.TLS == nil {
+			r.TLS = map[string]upstream.TLS{}
+		}
+		r.TLS[base] = trust
+	}
 	if plain, ok := strings.CutPrefix(base, "https://"); ok && e.AllowHTTP {
 		addUpstream(r, "http://"+plain)
-	}
-	r.SkipVerify = r.SkipVerify || e.SkipVerify
-	for _, ca := range e.CAFiles {
-		if r.CAFile != "" && r.CAFile != ca {
-			return "its endpoints have different CA files"
-		}
-		r.CAFile = ca
-	}
-	for _, pair := range e.ClientPairs {
-		if r.ClientCertFile != "" && r.ClientCertFile != pair.Cert {
-			return "its endpoints have different client certificates"
-		}
-		r.ClientCertFile, r.ClientKeyFile = pair.Cert, pair.Key
-		if pair.Key == "" {
-			r.ClientKeyFile = pair.Cert
-		}
 	}
 	return ""
 }

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"bytes"
+	"crypto/x509"
+	"errors"
 	"log/slog"
 	"net/http"
 	"reflect"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
+	"github.com/larder-cache/larder/test/registrytest"
 )
 
 func TestMergeImported(t *testing.T) {
@@ -32,13 +35,16 @@ func TestMergeImported(t *testing.T) {
 			with(source, func(e *hostsconfig.Endpoint) {
 				e.CAFiles, e.ClientPairs = []string{"/ca"}, []hostsconfig.ClientPair{{Cert: "/cert", Key: "/key"}}
 			})}},
-			want: upstream.Registry{Host: "reg.example:5000", Upstreams: []string{"https://reg.example:5000"}, CAFile: "/ca", ClientCertFile: "/cert", ClientKeyFile: "/key"}},
+			want: upstream.Registry{Host: "reg.example:5000", Upstreams: []string{"https://reg.example:5000"},
+				TLS: map[string]upstream.TLS{"https://reg.example:5000": {CAFiles: []string{"/ca"}, ClientCertFile: "/cert", ClientKeyFile: "/key"}}}},
 		{name: "certificate and key in one file", found: hostsconfig.Imported{Registry: "reg.example", Endpoints: []hostsconfig.Endpoint{
 			with(source, func(e *hostsconfig.Endpoint) { e.ClientPairs = []hostsconfig.ClientPair{{Cert: "/both"}} })}},
-			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://reg.example"}, ClientCertFile: "/both", ClientKeyFile: "/both"}},
+			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://reg.example"},
+				TLS: map[string]upstream.TLS{"https://reg.example": {ClientCertFile: "/both", ClientKeyFile: "/both"}}}},
 		{name: "insecure", found: hostsconfig.Imported{Registry: "reg.example", Runtime: "crio", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.AllowHTTP, e.SkipVerify = true, true })}},
-			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://mirror.example/v2", "http://mirror.example/v2"}, SkipVerify: true}},
+			want: upstream.Registry{Host: "reg.example", Upstreams: []string{"https://mirror.example/v2", "http://mirror.example/v2"},
+				TLS: map[string]upstream.TLS{"https://mirror.example/v2": {SkipVerify: true}}}},
 		{name: "mirror by digest alone", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Resolve = false }), source}},
 			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://quay.io"}}},
@@ -56,9 +62,20 @@ func TestMergeImported(t *testing.T) {
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Header = http.Header{"X-Token": {"secret"}} })}}, why: "headers"},
 		{name: "two CAs", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/a"} }),
-			with(source, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/b"} })}}, why: "different CA files"},
+			with(source, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/b"} })}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/v2", "https://quay.io"},
+				TLS: map[string]upstream.TLS{"https://mirror.example/v2": {CAFiles: []string{"/a"}}, "https://quay.io": {CAFiles: []string{"/b"}}}}},
+		{name: "two client certificates", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) {
+				e.ClientPairs = []hostsconfig.ClientPair{{Cert: "/a"}, {Cert: "/b"}}
+			})}}, why: "several client certificates"},
 		{name: "no URL", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
-			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "ftp://x" })}}, why: "scheme"},
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "ftp://x/v2" })}}, why: "scheme"},
+		{name: "override_path to what is not below v2", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "https://mirror.example/quay" }), source}}, why: "override_path"},
+		{name: "override_path below v2", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Base = "https://mirror.example/api/v2/quay" })}},
+			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/api/v2/quay"}}},
 	}
 	mine := upstream.Registry{Host: "mine.example", Upstreams: []string{"https://elsewhere.example"}}
 	for _, tt := range tests {
@@ -105,5 +122,42 @@ func TestOneTableForAllSpellings(t *testing.T) {
 	}
 	if _, err := upstream.New(upstream.Config{Registries: got}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestImportedTrustIsTheirsAlone: what a runtime does without for one mirror is not
+// done without for the registry itself. Else whoever is between a node and a public
+// registry could answer for it, since some mirror in the house has a certificate of its own.
+func TestImportedTrustIsTheirsAlone(t *testing.T) {
+	mirror, source := registrytest.Start(t, registrytest.Options{TLS: true}), registrytest.Start(t, registrytest.Options{TLS: true})
+	ca, err := mirror.CAFile(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 1})
+	mirror.Put("a", img, "v1")
+	source.Put("a", img, "v1")
+	source.Put("b", img, "v1")
+	for name, trust := range map[string]hostsconfig.Endpoint{
+		"skip_verify": {SkipVerify: true}, "ca": {CAFiles: []string{ca}}, "two CAs": {CAFiles: []string{ca, ca}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			trust.Base, trust.Pull, trust.Resolve = mirror.URL()+"/v2", true, true
+			found := hostsconfig.Imported{Registry: "reg.example", Endpoints: []hostsconfig.Endpoint{
+				trust, {Base: source.URL() + "/v2", Source: true, Pull: true, Resolve: true}}}
+			list := mergeImported(nil, []hostsconfig.Imported{found}, slog.New(slog.DiscardHandler))
+			c, err := upstream.New(upstream.Config{Registries: list})
+			if err != nil || len(list) != 1 {
+				t.Fatalf("%+v, %v", list, err)
+			}
+			defer c.Close()
+			if _, err := c.Resolve(t.Context(), upstream.Target{Registry: "reg.example", Repository: "a"}, "v1", nil); err != nil {
+				t.Errorf("by the mirror: %v", err)
+			}
+			unknown := x509.UnknownAuthorityError{}
+			if _, err := c.Resolve(t.Context(), upstream.Target{Registry: "reg.example", Repository: "b"}, "v1", nil); !errors.As(err, &unknown) {
+				t.Errorf("by the registry, whose certificate nobody vouches for: %v", err)
+			}
+		})
 	}
 }

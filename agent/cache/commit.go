@@ -93,14 +93,14 @@ func (c *Cache) createIngest(d digest.Digest, n int64) (*os.File, error) {
 // create makes a file, and its directory if that is gone (I9).
 func (c *Cache) create(path string) (*os.File, error) {
 	const flags = os.O_RDWR | os.O_CREATE | os.O_TRUNC
-	file, err := os.OpenFile(path, flags, 0o600)
+	file, err := os.OpenFile(path, flags, ingestMode)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return file, err
 	}
 	if err := c.dir.make(); err != nil {
 		return nil, err
 	}
-	return os.OpenFile(path, flags, 0o600)
+	return os.OpenFile(path, flags, ingestMode)
 }
 
 // allocate gives file n bytes of real blocks, or on file systems that cannot
@@ -124,7 +124,9 @@ func (c *Cache) createMap(d digest.Digest, n int64, giver string) *pieceMap {
 	}
 	file, err := c.create(c.dir.ingestMap(d))
 	if err == nil {
-		_, err = file.WriteAt(encodeMapHeader(d, n, giver), 0)
+		if _, err = file.WriteAt(encodeMapHeader(d, n, giver), 0); err != nil {
+			err = errors.Join(err, file.Close())
+		}
 	}
 	if err != nil {
 		c.log.Warn("fill will not be resumable", "digest", d, "err", err)
@@ -180,7 +182,7 @@ func (c *Cache) openIngest(d digest.Digest, size int64, giver string) (*os.File,
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, record.Close())
 	}
-	file, err := os.OpenFile(c.dir.ingest(d), os.O_RDWR, 0)
+	file, err := reopenIngest(c.dir.ingest(d))
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, record.Close())
 	}
@@ -192,6 +194,16 @@ func (c *Cache) openIngest(d digest.Digest, size int64, giver string) (*os.File,
 		return nil, nil, nil, errors.Join(err, record.Close(), file.Close())
 	}
 	return file, &pieceMap{file: record}, p, nil
+}
+
+// reopenIngest opens the data of an ingest. A process that was killed while commit
+// waited for the disk has left it read-only.
+func reopenIngest(path string) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrPermission) && os.Chmod(path, ingestMode) == nil {
+		file, err = os.OpenFile(path, os.O_RDWR, 0)
+	}
+	return file, err
 }
 
 // purge deletes the files of an ingest.

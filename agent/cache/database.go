@@ -63,6 +63,9 @@ type database struct {
 	full chan struct{} // asks the owner to flush; buffered
 	// fault is why a write fails; nil but in tests.
 	fault error
+	// replacing makes those take turns who found the file broken or gone, and is the
+	// only lock that is held while it is made anew.
+	replacing sync.Mutex
 
 	mu      sync.Mutex // guards the fields below; not held in transactions
 	bolt    *bolt.DB   // nil when even a new file could not be made
@@ -184,8 +187,10 @@ func (db *database) run(transaction func(*bolt.DB) error) error {
 	return err
 }
 
-// renew replaces broken, unless somebody else has.
-func (db *database) renew(broken *bolt.DB, why error) {
+// renew replaces broken, and reports false if somebody else has.
+func (db *database) renew(broken *bolt.DB, why error) bool {
+	db.replacing.Lock()
+	defer db.replacing.Unlock()
 	db.mu.Lock()
 	mine := db.bolt == broken
 	if mine {
@@ -193,12 +198,13 @@ func (db *database) renew(broken *bolt.DB, why error) {
 	}
 	db.mu.Unlock()
 	if !mine {
-		return
+		return false
 	}
 	opened := db.replace(why)
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.bolt = opened
+	return true
 }
 
 // get returns the value of k, which the caller may keep.
@@ -413,8 +419,7 @@ func (db *database) heal() {
 	if now, err := os.Stat(db.path); err == nil && file != nil && os.SameFile(now, file) && opened != nil {
 		return
 	}
-	db.renew(opened, errDeleted)
-	if opened != nil {
+	if db.renew(opened, errDeleted) && opened != nil {
 		_ = guard(opened.Close) // healthy, only nameless
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -566,6 +567,11 @@ func TestLookupWaitsForNothing(t *testing.T) {
 	<-changed
 	if !r.HasPiece(0) || r.HasPiece(1) || r.HasPiece(3) || r.HasPiece(-1) {
 		t.Error("HasPiece")
+	}
+	for bits := range 63 { // none is an offset once more when it is multiplied
+		if i := 1 << bits; r.HasPiece(math.MaxInt-i) || i > 2 && r.HasPiece(i) {
+			t.Errorf("HasPiece of one about 1<<%d", bits)
+		}
 	}
 	piece := make([]byte, minPiece)
 	if n, err := r.ReadAt(piece, 0); err != nil || !bytes.Equal(piece[:n], body[:minPiece]) {

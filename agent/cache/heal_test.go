@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -18,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	bolt "go.etcd.io/bbolt"
 )
 
 // TestDirectoryDeletedWhileRunning deletes everything under readers and fills
@@ -478,4 +480,31 @@ func TestMismatchesAreBounded(t *testing.T) {
 			t.Error("remembered for ever")
 		}
 	})
+}
+
+// TestMetadataIsRenewedOnce: one who meets a broken file and the one who writes do not
+// both replace it. Else facts went to a file that has no name any more.
+func TestMetadataIsRenewedOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metadata.db")
+	db, err := openDatabase(path, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		var broken sync.WaitGroup
+		for range 4 {
+			broken.Go(func() { _ = db.run(func(*bolt.DB) error { return errCorrupt }) })
+			broken.Go(db.heal)
+		}
+		broken.Wait()
+		fact := fmt.Sprintf("fact %d of many", i)
+		db.put(bucketState, key("k"), []byte(fact))
+		db.flush()
+		if body, err := os.ReadFile(path); err != nil || !bytes.Contains(body, []byte(fact)) {
+			t.Fatalf("round %d: the file has not what was written: %v", i, err)
+		}
+	}
+	if err := db.close(); err != nil {
+		t.Error(err)
+	}
 }

@@ -15,9 +15,10 @@ import (
 )
 
 const (
-	dirMode  = 0o700 // private images are in here
-	blobMode = 0o444
-	mapExt   = ".map"
+	dirMode    = 0o700 // private images are in here
+	ingestMode = 0o600
+	blobMode   = 0o444
+	mapExt     = ".map"
 	// probePrefix names the file that proves that files can be made.
 	probePrefix = "probe-"
 )

@@ -6,7 +6,7 @@ const (
 	minPiece = 256 << 10
 	maxPiece = 8 << 20
 	// maxBlob bounds what a hostile size can make the cache reserve: 1 TiB
-	// is 131,072 pieces, about 1.2 MiB of state (see I8).
+	// is 131,072 pieces, about 5 MiB of state (see I8).
 	maxBlob = 1 << 40
 )
 
@@ -28,7 +28,7 @@ func pieceCount(size int64) int {
 }
 
 // pieces knows which bytes of a blob are on disk. A piece grows by appending,
-// so one number per piece is enough: 9 bytes a piece, 23 KiB for 20 GiB (I8).
+// so one number per piece is enough: 9 bytes a piece (I8).
 // It does no I/O and no locking.
 type pieces struct {
 	size, piece int64

@@ -72,14 +72,14 @@ func (r *Reader) Complete() bool {
 
 // HasPiece reports whether all of piece i can be read now.
 func (r *Reader) HasPiece(i int) bool {
-	ps := PieceSize(r.size)
-	off := int64(i) * ps
-	if i < 0 || off >= r.size {
+	if i < 0 || i >= pieceCount(r.size) {
 		return false
 	}
 	if r.fill == nil {
 		return true
 	}
+	ps := PieceSize(r.size)
+	off := int64(i) * ps
 	want := min(ps, r.size-off)
 	n, _ := r.fill.visible(off, want, r.piecewise)
 	return n == want

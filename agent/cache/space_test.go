@@ -460,3 +460,41 @@ func TestOpenDuringRemoval(t *testing.T) {
 		t.Error("the new fill was not kept")
 	}
 }
+
+// TestMapOnAFullDisk: a map that cannot be written costs the fill its resumption, and
+// leaves no file open.
+func TestMapOnAFullDisk(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(60, 3*minPiece)
+	if err := os.Symlink("/dev/full", c.dir.ingestMap(d)); err != nil {
+		t.Fatal(err)
+	}
+	m, f, _ := begin(t, c, d, int64(len(body)))
+	if open := openFiles(t, "/dev/full"); open > 0 {
+		t.Errorf("%d descriptors of the map are open", open)
+	}
+	put(t, f, body, 0, len(body))
+	close(m.end)
+	settle(c, d)
+	if !c.Has(d) {
+		t.Error("not committed")
+	}
+	if left := c.entries(c.dir.ingests()); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
+}
+
+// openFiles counts this process's descriptors of path.
+func openFiles(t *testing.T, path string) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && to == path {
+			n++
+		}
+	}
+	return n
+}

@@ -37,18 +37,21 @@ type pageKey struct {
 
 // serveTags relays one page of tags.
 func (p *Proxy) serveTags(x *exchange) error {
-	q := x.r.URL.Query()
-	n, last := q.Get("n"), q.Get("last")
+	query, raw, err := x.query()
+	if err != nil {
+		return err
+	}
+	n := query.Get("n")
 	count, err := strconv.Atoi(n)
 	if n != "" && (err != nil || count < 0) {
 		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "n must be a number"}
 	}
-	if len(last) > maxQuery {
-		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "last is too long"}
-	}
-	key := x.pageKey(url.Values{"n": {n}, "last": {last}}.Encode())
-	page, err := p.page(x, key, func(ctx context.Context) (upstream.Page, error) {
-		return p.askTags(ctx, x.access.target, n != "" && count == 0, count, last)
+	t := x.access.target
+	page, err := p.page(x, x.pageKey(raw), func(ctx context.Context) (upstream.Page, error) {
+		if n != "" && count == 0 {
+			return p.noTags(ctx, t)
+		}
+		return p.upstream.Tags(ctx, t, raw)
 	})
 	if err != nil {
 		return err
@@ -57,27 +60,32 @@ func (p *Proxy) serveTags(x *exchange) error {
 	return nil
 }
 
-// askTags answers n=0 itself, which upstream.Tags takes for no wish at all: an
-// empty list, if there is such a repository.
-func (p *Proxy) askTags(ctx context.Context, t upstream.Target, none bool, count int, last string) (upstream.Page, error) {
-	if !none {
-		return p.upstream.Tags(ctx, t, count, last)
-	}
-	if _, err := p.upstream.Tags(ctx, t, 1, ""); err != nil {
+// noTags is what n=0 asks for, which not every registry takes for a wish: an empty
+// list, if there is such a repository.
+func (p *Proxy) noTags(ctx context.Context, t upstream.Target) (upstream.Page, error) {
+	if _, err := p.upstream.Tags(ctx, t, "n=1"); err != nil {
 		return upstream.Page{}, err
 	}
 	body, err := json.Marshal(map[string]any{"name": t.Repository, "tags": []string{}})
 	return upstream.Page{Body: body, ContentType: "application/json"}, err
 }
 
+// query is the request's own, for the registry: without ns, and in one spelling.
+func (x *exchange) query() (query url.Values, raw string, err error) {
+	query = x.r.URL.Query()
+	query.Del("ns")
+	if raw = query.Encode(); len(raw) > maxQuery {
+		return nil, "", &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "the query is too long"}
+	}
+	return query, raw, nil
+}
+
 // serveReferrers relays one page of what refers to a digest; where the registry
 // has no such API, the index under the fallback tag says it.
 func (p *Proxy) serveReferrers(x *exchange) error {
-	query := x.r.URL.Query()
-	query.Del("ns")
-	raw := query.Encode()
-	if len(raw) > maxQuery {
-		return &apiError{status: http.StatusBadRequest, code: codeUnsupported, message: "the query is too long"}
+	query, raw, err := x.query()
+	if err != nil {
+		return err
 	}
 	t, d, artifactType := x.access.target, x.route.digest, query.Get("artifactType")
 	page, err := p.page(x, x.pageKey(raw), func(ctx context.Context) (upstream.Page, error) {
@@ -101,8 +109,8 @@ func (p *Proxy) serveReferrers(x *exchange) error {
 // registries without the API (distribution spec, "Referrers Tag Schema").
 // Without one the registry's 404 stands, and clients look for the tag themselves.
 func (p *Proxy) fallbackReferrers(ctx context.Context, t upstream.Target, d digest.Digest, artifactType string, notFound error) (upstream.Page, error) {
-	tag := d.Algorithm().String() + "-" + d.Encoded()
-	_, body, err := p.upstream.Manifest(ctx, t, tag[:min(len(tag), 128)], []string{ocispec.MediaTypeImageIndex})
+	tag := d.Algorithm().String() + "-" + d.Encoded()[:min(len(d.Encoded()), 64)]
+	_, body, err := p.upstream.Manifest(ctx, t, tag, []string{ocispec.MediaTypeImageIndex})
 	if upstream.IsNotFound(err) {
 		return upstream.Page{}, notFound
 	}

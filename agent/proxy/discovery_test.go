@@ -2,10 +2,12 @@ package proxy
 
 import (
 	"encoding/json"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/test/registrytest"
@@ -67,6 +69,31 @@ func followTags(t *testing.T, n *node, path string) (tags []string) {
 	return nil
 }
 
+// TestPagesAsTheRegistryCountsThem: the next page is asked for by whatever the
+// registry's link says, as Quay's next_page, and not by n and last alone. Else the
+// first page would come again, without end.
+func TestPagesAsTheRegistryCountsThem(t *testing.T) {
+	n := startNode(t, nil)
+	n.image(10)
+	tags := registrytest.Match{Kind: registrytest.Tags}
+	first := n.registry.Inject(tags, registrytest.Header("Link", "</v2/"+repo+`/tags/list?n=1&next_page=gAA%2B%3D>; rel="next"`))
+	path := "/v2/" + repo + "/tags/list?n=1&ns=" + host
+	link := n.get(path).header.Get("Link")
+	next, ok := strings.CutSuffix(strings.TrimPrefix(link, "<"), `>; rel="next"`)
+	if !ok {
+		t.Fatalf("Link %q", link)
+	}
+	first.Remove()
+	if a := n.get(next); a.status != 200 || a.header.Get("Link") != "" {
+		t.Errorf("%s: %d, Link %q", next, a.status, a.header.Get("Link"))
+	}
+	asked := n.registry.Requests(tags)
+	u, err := url.Parse(asked[len(asked)-1].Path)
+	if err != nil || len(asked) != 2 || u.Query().Get("next_page") != "gAA+=" || u.Query().Get("n") != "1" {
+		t.Errorf("%d requests, the last for %s, %v", len(asked), asked[len(asked)-1].Path, err)
+	}
+}
+
 func TestTagsWithUpstreamDown(t *testing.T) {
 	n := startNode(t, nil)
 	n.image(10)
@@ -104,6 +131,21 @@ func TestReferrers(t *testing.T) {
 		} else if got := referrersOf(t, nobody); len(got) != 0 {
 			t.Errorf("of an artifact: %v", got)
 		}
+	}
+}
+
+// TestReferrersTagOfSHA512: of a digest the tag has 64 characters (distribution spec,
+// "Referrers Tag Schema"), whatever the algorithm.
+func TestReferrersTagOfSHA512(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.registry.NoReferrers = true })
+	n.image(10)
+	d := digest.SHA512.FromString("subject")
+	index := `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` +
+		`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"` + digest.FromString("sbom").String() + `","size":4}]}`
+	n.registry.PutManifest(repo, ocispec.MediaTypeImageIndex, []byte(index), "sha512-"+d.Encoded()[:64])
+	a := n.get("/v2/" + repo + "/referrers/" + d.String() + "?ns=" + host)
+	if a.status != 200 || len(referrersOf(t, a)) != 1 {
+		t.Errorf("status %d: %s", a.status, a.body)
 	}
 }
 

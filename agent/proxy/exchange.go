@@ -207,6 +207,9 @@ func (x *exchange) fail(err error) {
 		return
 	}
 	e := toAPIError(err, x.route.kind, x.access.relay)
+	if e.status == statusClientGone && x.r.Context().Err() == nil {
+		e = errShutdown // somebody else's end: only the proxy's own work is cancelled
+	}
 	if e.status == statusClientGone {
 		x.status = e.status
 		return

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -386,5 +387,33 @@ func TestPrivateRepository(t *testing.T) {
 			checkOCIError(t, n.get(pathManifest(img.Digest.String())), 404, "MANIFEST_UNKNOWN")
 			checkOCIError(t, n.get(pathBlob(d)), 404, "BLOB_UNKNOWN")
 		}
+	}
+}
+
+// TestSizeLieOutlivesNoFill: what a fill left that believed a wrong size does not keep
+// the blob from coming once the registry tells the right one.
+func TestSizeLieOutlivesNoFill(t *testing.T) {
+	for _, size := range []int64{3_000_000, 3 << 20} { // in the middle of a piece, and where one ends
+		t.Run(fmt.Sprint(size), func(t *testing.T) { sizeLieOutlivesNoFill(t, size) })
+	}
+}
+
+func sizeLieOutlivesNoFill(t *testing.T, size int64) {
+	n := startNode(t, nil)
+	img := n.image(size)
+	d := img.Layers[0].Digest
+	lie := n.registry.Inject(registrytest.Match{Kind: registrytest.Blob, Reference: d.String()}, registrytest.RangeTotal(4_000_000))
+	if a := n.get(blobPath(d)); a.err == nil && a.status == 200 {
+		t.Fatalf("%d bytes of a blob whose size is a lie", len(a.body))
+	}
+	await(t, "the fill to end", func() bool { return len(n.cache.Fills()) == 0 })
+	lie.Remove()
+	for range 2 { // the first may find out
+		n.proxy.failed.forget(keyOf(n.target(), d))
+		n.get(blobPath(d))
+		await(t, "the fill to end", func() bool { return len(n.cache.Fills()) == 0 })
+	}
+	if !n.cache.Has(d) {
+		t.Error("the blob never comes into the cache")
 	}
 }

@@ -184,13 +184,10 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	if err != nil {
 		return &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: err.Error()}
 	}
-	if m.desc.MediaType == "" {
-		m.desc.MediaType = o.infer()
-	}
-	if m.desc.MediaType == "" {
+	if m.desc.MediaType = o.mediaType(m.desc.MediaType); m.desc.MediaType == "" {
 		return &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: fmt.Sprintf("%s is no manifest", m.desc.Digest)}
 	}
-	if facts.MediaType == "" {
+	if facts.MediaType != m.desc.MediaType {
 		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
 	}
 	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -67,24 +68,32 @@ func known(mediaType string) bool {
 	return err == nil && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")
 }
 
-// outline is what the proxy reads of a manifest, of any kind.
+// outline is what the proxy reads of a manifest, of any kind. It leaves out whatever
+// registries do not check when a manifest is pushed, for what it lists counts as part
+// of its repository.
 type outline struct {
 	SchemaVersion int                  `json:"schemaVersion"`
 	MediaType     string               `json:"mediaType"`
 	Config        *ocispec.Descriptor  `json:"config"`
 	Layers        []ocispec.Descriptor `json:"layers"`
 	Manifests     []ocispec.Descriptor `json:"manifests"`
-	// Blobs is what the artifact manifests of an early OCI draft list.
-	Blobs      []ocispec.Descriptor `json:"blobs"`
-	FSLayers   []json.RawMessage    `json:"fsLayers"` // schema 1
-	Signatures []json.RawMessage    `json:"signatures"`
+	FSLayers      []json.RawMessage    `json:"fsLayers"` // schema 1
+	Signatures    []json.RawMessage    `json:"signatures"`
 }
 
-// parseOutline refuses what is no manifest at all.
+// parseOutline refuses what is no manifest at all, and what others may read as
+// another manifest.
 func parseOutline(body []byte) (outline, error) {
 	var o outline
 	if err := json.Unmarshal(body, &o); err != nil {
 		return o, fmt.Errorf("not a manifest: %w", err)
+	}
+	if err := unambiguous(body); err != nil {
+		return o, err
+	}
+	// As containerd and containers-image do: who checked the one has not checked the other.
+	if o.Manifests != nil && (o.Config != nil || o.Layers != nil || o.FSLayers != nil) {
+		return o, errors.New("manifest is both an index and an image")
 	}
 	for _, d := range slices.Concat(o.children(), o.Manifests) {
 		if err := d.Digest.Validate(); err != nil {
@@ -94,6 +103,36 @@ func parseOutline(body []byte) (outline, error) {
 	return o, nil
 }
 
+// unambiguous refuses the name of a field in another case: encoding/json takes
+// "Layers" for "layers", and registries that are not written in Go do not.
+func unambiguous(body []byte) error {
+	var lists struct {
+		Config            json.RawMessage
+		Layers, Manifests []json.RawMessage
+	}
+	if err := json.Unmarshal(body, &lists); err != nil {
+		return fmt.Errorf("not a manifest: %w", err)
+	}
+	err := exactFields(body, "schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers", "signatures")
+	for _, d := range slices.Concat([]json.RawMessage{lists.Config}, lists.Layers, lists.Manifests) {
+		err = errors.Join(err, exactFields(d, "mediaType", "digest", "size", "urls", "platform"))
+	}
+	return err
+}
+
+func exactFields(object json.RawMessage, names ...string) error {
+	var fields map[string]json.RawMessage
+	if json.Unmarshal(object, &fields) != nil {
+		return nil // it is none
+	}
+	for field := range fields {
+		if i := slices.IndexFunc(names, func(name string) bool { return strings.EqualFold(name, field) }); i >= 0 && names[i] != field {
+			return fmt.Errorf("manifest has a field %q beside or instead of %q", field, names[i])
+		}
+	}
+	return nil
+}
+
 // children are the blobs that a manifest lists, without those that no
 // registry serves (layers with URLs of their own).
 func (o *outline) children() []ocispec.Descriptor {
@@ -101,7 +140,7 @@ func (o *outline) children() []ocispec.Descriptor {
 	if o.Config != nil {
 		out = append(out, *o.Config)
 	}
-	for _, d := range slices.Concat(o.Layers, o.Blobs) {
+	for _, d := range o.Layers {
 		if len(d.URLs) == 0 {
 			out = append(out, d)
 		}
@@ -109,8 +148,24 @@ func (o *outline) children() []ocispec.Descriptor {
 	return out
 }
 
-// infer finds the media type of a manifest whose Content-Type was lost, "" if
-// the bytes are no manifest. What an OCI manifest need not say, its fields do.
+// mediaType is what a manifest is that a registry called said, "" if it is none. The
+// bytes' own word counts, which their digest vouches for: one registry's Content-Type
+// must not change what another one's clients get. Only where the bytes leave it open
+// does said, and between the OCI's and Docker's name of one form.
+func (o *outline) mediaType(said string) string {
+	found := o.infer()
+	said = bareType(said)
+	if twin := twins[said]; found == "" && known(said) || found == twin && o.MediaType == "" && twin != "" {
+		return said
+	}
+	return found
+}
+
+// twins are the OCI's names of what Docker's types are.
+var twins = map[string]string{dockerManifest: ocispec.MediaTypeImageManifest, dockerList: ocispec.MediaTypeImageIndex}
+
+// infer finds the media type of a manifest in its bytes, "" if they are no manifest.
+// What an OCI manifest need not say, its fields do.
 func (o *outline) infer() string {
 	switch {
 	case o.MediaType != "":

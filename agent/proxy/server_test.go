@@ -9,6 +9,7 @@ import (
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
 )
 
 // TestDrainingIsNotWedged pins that a port that was closed to drain is not probed:
@@ -82,4 +83,29 @@ func slowPing(ctx context.Context, addr string) error {
 		return err
 	}
 	return resp.Body.Close()
+}
+
+// TestEndedQuestionIsNoAnswer: a client whose question to the registry was ended, and
+// who is still there, is sent to the registry. Nothing at all would become net/http's
+// empty 200, which a runtime takes for a manifest.
+func TestEndedQuestionIsNoAnswer(t *testing.T) {
+	for _, what := range []string{"tag", "blob", "tags"} {
+		t.Run(what, func(t *testing.T) {
+			n := startNode(t, nil)
+			path := map[string]string{
+				"tag": manifestPath("v1"), "blob": blobPath(n.image(10).Layers[0].Digest), "tags": "/v2/" + repo + "/tags/list?ns=" + host,
+			}[what]
+			held := n.registry.Inject(registrytest.Match{}, registrytest.Hold())
+			defer held.Release()
+			got := make(chan answer, 1)
+			go func() { got <- n.get(path) }()
+			if err := n.registry.Wait(t.Context(), registrytest.Match{}, 1); err != nil {
+				t.Fatal(err)
+			}
+			n.proxy.background.stop() // as the end of Run does
+			if a := <-got; a.status != 503 {
+				t.Errorf("status %d with %d bytes", a.status, len(a.body))
+			}
+		})
+	}
 }

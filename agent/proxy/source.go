@@ -203,8 +203,8 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 	if err != nil {
 		return err
 	}
-	if known(desc.MediaType) {
-		p.cache.Meta().SetManifest(d, cache.Manifest{MediaType: desc.MediaType})
+	if o, err := parseOutline(body); err == nil {
+		p.cache.Meta().SetManifest(d, cache.Manifest{MediaType: o.mediaType(desc.MediaType)})
 	}
 	if err := into.SetSize(int64(len(body))); err != nil {
 		return err

@@ -1,12 +1,14 @@
 package proxy
 
 import (
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -211,4 +213,87 @@ func TestRecentForgets(t *testing.T) {
 			t.Error("not forgotten")
 		}
 	})
+}
+
+// TestMediaTypeOfAnotherRegistry: what one registry calls a manifest does not become
+// what another one's clients are told of the same bytes. A runtime that is told a
+// type it does not know fails the pull and asks nobody else.
+func TestMediaTypeOfAnotherRegistry(t *testing.T) {
+	spec := registrytest.ImageSpec{Seed: 7, Layers: []int64{1000}, Opaque: true}
+	for name, img := range map[string]*registrytest.Image{
+		"oci": registrytest.OCIImage(spec), "schema 2": registrytest.DockerImage(spec),
+		"index": registrytest.Platforms(spec, false), "manifest list": registrytest.Platforms(spec, true),
+	} {
+		for _, told := range []string{"application/vnd.other.thing", dockerList, ocispec.MediaTypeImageManifest, dockerSchema1Jws} {
+			t.Run(name+" as "+told, func(t *testing.T) {
+				n := startNode(t, nil)
+				n.put(img)
+				other := registrytest.Start(t, registrytest.Options{})
+				other.Put(repo, img, "v1")
+				other.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.Header("Content-Type", told))
+				err := n.proxy.upstream.SetRegistries([]upstream.Registry{
+					{Host: host, Upstreams: []string{n.registry.URL()}}, {Host: "other.test", Upstreams: []string{other.URL()}},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				at := "/v2/" + repo + "/manifests/" + img.Digest.String()
+				if a := n.get(at + "?ns=other.test"); a.status != 200 {
+					t.Fatalf("other.test: %d %s", a.status, a.body)
+				}
+				for range 2 { // from the registry, which has to give it once, and from disk
+					if a := n.get(at + "?ns=" + host); a.status != 200 || a.header.Get("Content-Type") != img.MediaType {
+						t.Errorf("status %d, Content-Type %q", a.status, a.header.Get("Content-Type"))
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestManifestThatListsWhatIsNotIts: what a manifest says where its registry does not
+// look when it is pushed makes nothing a part of the repository. Else who may push to
+// one repository could read another's blobs from here, by their digests.
+func TestManifestThatListsWhatIsNotIts(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}, Anonymous: []string{"my/*"}}
+	})
+	secret := n.image(1000)
+	layer := secret.Layers[0]
+	for _, path := range []string{manifestPath("v1"), manifestPath(secret.Digest.String()), blobPath(layer.Digest)} {
+		if a := n.get(path, "Authorization", "Basic YW5uOng="); a.status != 200 {
+			t.Fatalf("%s: %d %s", path, a.status, a.body)
+		}
+	}
+	for _, d := range []digest.Digest{secret.Digest, layer.Digest} {
+		await(t, "commit", func() bool { return n.cache.Has(d) })
+	}
+	config := digest.FromString("{}")
+	const other = `"mediaType":"application/vnd.oci.image.layer.v1.tar","size":1000,"digest":`
+	mine := fmt.Sprintf(`{"mediaType":"application/vnd.oci.image.config.v1+json","size":2,"digest":%q}`, config)
+	theirs := fmt.Sprintf(`{%s%q}`, other, layer.Digest)
+	both := fmt.Sprintf(`{%s%q,"Digest":%q}`, other, config, layer.Digest)
+	child := fmt.Sprintf(`{"mediaType":%q,"size":%d,"digest":%q}`, secret.MediaType, secret.Size, secret.Digest)
+	for name, fields := range map[string]string{
+		"blobs of an image":     `"config":` + mine + `,"layers":[],"blobs":[` + theirs + `]`,
+		"manifests of an image": `"config":` + mine + `,"layers":[],"manifests":[` + child + `]`,
+		"layers of an index":    `"manifests":[],"layers":[` + theirs + `]`,
+		"a second LAYERS":       `"config":` + mine + `,"layers":[],"LAYERS":[` + theirs + `]`,
+		"a second Config":       `"config":` + mine + `,"layers":[],"Config":` + theirs,
+		"a second Digest":       `"config":` + mine + `,"layers":[` + both + `]`,
+	} {
+		mediaType := ocispec.MediaTypeImageManifest
+		if strings.HasPrefix(fields, `"manifests"`) {
+			mediaType = ocispec.MediaTypeImageIndex
+		}
+		mine := "my/" + strings.ReplaceAll(strings.ToLower(name), " ", "-")
+		n.registry.PutBlob(mine, registrytest.Bytes([]byte("{}")))
+		n.registry.PutManifest(mine, mediaType, []byte(`{"schemaVersion":2,"mediaType":"`+mediaType+`",`+fields+`}`), "v1")
+		got := n.get("/v2/" + mine + "/manifests/v1?ns=" + host)
+		for _, path := range []string{"blobs/" + layer.Digest.String(), "manifests/" + secret.Digest.String()} {
+			if a := n.get("/v2/" + mine + "/" + path + "?ns=" + host); a.status != 404 {
+				t.Errorf("%s (%d): %s: %d", name, got.status, path, a.status)
+			}
+		}
+	}
 }

@@ -134,7 +134,8 @@ func (m *lasting) has(a *access) bool {
 		return false
 	}
 	when, ok := m.meta.Verdict(a.repository(), name)
-	return ok && time.Since(when) < rememberFor
+	// From the future: a clock was wrong. The registry's next yes mends it.
+	return ok && time.Since(when).Abs() < rememberFor
 }
 
 func (m *lasting) forget(a *access) {

@@ -7,11 +7,13 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/larder-cache/larder/test/runtimetest"
@@ -240,4 +242,25 @@ func TestANoEndsWhatIsUnderWay(t *testing.T) {
 	if a := <-got; a.status/100 == 2 {
 		t.Errorf("served after a no: %d", a.status)
 	}
+}
+
+// TestRememberedFromTheFuture: a yes from a clock that was ahead is not remembered for
+// as long as the clock was wrong. (A bubble's clock is decades behind the test's.)
+func TestRememberedFromTheFuture(t *testing.T) {
+	c, err := cache.New(cache.Options{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	memory := lasting{meta: c.Meta(), keys: newKeyed(newSecret())}
+	acc := access{target: upstream.Target{Registry: host, Repository: repo, Authorization: "Basic eDp5"}, who: caller{2}}
+	memory.put(&acc)
+	if !memory.has(&acc) {
+		t.Fatal("a yes is not remembered")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if memory.has(&acc) {
+			t.Error("a yes of years from now is believed")
+		}
+	})
 }

@@ -40,11 +40,20 @@ func (s *source) agree(size int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.size >= 0 && s.size != size {
-		return fmt.Errorf("%w: size %d, but it was %d", ErrBadAnswer, size, s.size)
+		return &sizeError{size: size, was: s.size}
 	}
 	s.size = size
 	return nil
 }
+
+// sizeError says that a registry has another size for a blob than it had, or than who
+// wants the blob believes.
+type sizeError struct{ size, was int64 }
+
+func (e *sizeError) Error() string {
+	return fmt.Sprintf("%v: size %d, but it was %d", ErrBadAnswer, e.size, e.was)
+}
+func (e *sizeError) Unwrap() error { return ErrBadAnswer }
 
 func (s *source) known() int64 {
 	s.mu.Lock()
@@ -297,11 +306,17 @@ func (st *stream) ask(ctx context.Context, ep *endpoint) (*answer, error) {
 		q.rng = fmt.Sprintf("bytes=%d-", st.off)
 	}
 	resp, err := st.askFor(ctx, ep, q)
-	if e, ok := errors.AsType[*Error](err); ok && e.Status == http.StatusRequestedRangeNotSatisfiable && st.off == 0 {
+	e, ok := errors.AsType[*Error](err)
+	switch {
+	case !ok || e.Status != http.StatusRequestedRangeNotSatisfiable:
+		return resp, err
+	case st.off == 0:
 		q.rng = "" // nothing of an empty blob can be asked for
 		return st.askFor(ctx, ep, q)
+	case st.off < st.src.known(): // it ends no later than here
+		return nil, st.src.c.describe(&sizeError{size: st.off, was: st.src.known()}, ep, st.src.t, q)
 	}
-	return resp, err
+	return nil, err
 }
 
 func (st *stream) askFor(ctx context.Context, ep *endpoint, q request) (*answer, error) {

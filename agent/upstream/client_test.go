@@ -124,6 +124,19 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 	}
 }
 
+// TestAnErrorIsNoOK: a registry that answers nothing but 500 was never well.
+func TestAnErrorIsNoOK(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	reg.Inject(registrytest.Match{}, registrytest.Status(500))
+	c := clientOf(t, reg)
+	if _, err := c.Resolve(t.Context(), target, "v1", nil); !IsUnavailable(err) {
+		t.Fatalf("Resolve: %v", err)
+	}
+	if h := c.Health()[0]; !h.LastOKAt.IsZero() || h.State != "failing" || h.LastErrorAt.IsZero() {
+		t.Errorf("health: %+v", h)
+	}
+}
+
 // TestThrottledRegistryIsLeftAlone pins the answer to 429: no further request
 // of that kind before Retry-After, while blobs go on.
 func TestThrottledRegistryIsLeftAlone(t *testing.T) {
@@ -308,11 +321,11 @@ func TestLists(t *testing.T) {
 	reg.Put(repo, img, "a", "b", "c")
 	reg.Put(repo, registrytest.Artifact(img.Descriptor, "application/vnd.test", 1))
 	c := clientOf(t, reg)
-	page, err := c.Tags(t.Context(), target, 2, "")
+	page, err := c.Tags(t.Context(), target, "n=2")
 	if err != nil || !strings.Contains(string(page.Body), `"a"`) || !strings.Contains(page.Next, "last=b") {
 		t.Errorf("Tags: %s, next %q, %v", page.Body, page.Next, err)
 	}
-	if page, err = c.Tags(t.Context(), target, 2, "b"); err != nil || page.Next != "" || !strings.Contains(string(page.Body), `"c"`) {
+	if page, err = c.Tags(t.Context(), target, page.Next); err != nil || page.Next != "" || !strings.Contains(string(page.Body), `"c"`) {
 		t.Errorf("Tags after b: %s, next %q, %v", page.Body, page.Next, err)
 	}
 	page, err = c.Referrers(t.Context(), target, img.Digest, "artifactType=application%2Fvnd.test")
@@ -327,7 +340,7 @@ func TestLists(t *testing.T) {
 		f.Remove()
 	}
 	reg.Inject(registrytest.Match{Kind: registrytest.Tags}, registrytest.Body("application/json", registrytest.Bytes(bytes.Repeat([]byte("[]"), 3<<20))))
-	if _, err := c.Tags(t.Context(), target, 0, ""); !errors.Is(err, ErrBadAnswer) {
+	if _, err := c.Tags(t.Context(), target, ""); !errors.Is(err, ErrBadAnswer) {
 		t.Errorf("6 MiB of tags: %v", err)
 	}
 }

@@ -47,7 +47,8 @@ type fetch struct {
 
 // Fetch writes what s misses of a blob and returns when nothing is missing,
 // or an *Error when every stream gave up; an error of s ends it as it is,
-// wrapped. It waits for its own goroutines. Digests are the sink's business.
+// wrapped. If the size is not what s believed, s is told so that it does not at the
+// next try. It waits for its own goroutines. Digests are the sink's business.
 func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) error {
 	src, err := c.newSource(t, d, "fetch")
 	if err != nil {
@@ -62,7 +63,11 @@ func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) e
 	if err := f.learnSize(ctx, first); err != nil {
 		return err
 	}
-	return f.run(ctx, first)
+	err = f.run(ctx, first)
+	if differs, ok := errors.AsType[*sizeError](err); ok {
+		_ = s.SetSize(differs.size) // its error is what err says
+	}
+	return err
 }
 
 // learnSize opens the first stream where the sink's size is not known yet:

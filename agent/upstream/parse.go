@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // parseContentRange reads "bytes 0-99/1000" (RFC 9110 14.4) as the half-open
@@ -241,7 +243,7 @@ func clip(s string, n int) string {
 		s = s[:n]
 	}
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == 0xfffd {
+		if !unicode.IsPrint(r) || r == utf8.RuneError {
 			return -1
 		}
 		return r

@@ -3,6 +3,7 @@ package upstream
 import (
 	"net/http"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 )
@@ -177,6 +178,23 @@ func TestWithoutReason(t *testing.T) {
 	} {
 		if got := withoutReason(in); got != want {
 			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}
+
+// TestClip: what a registry says reaches terminals and logs, where it must not move the
+// cursor, colour what follows or turn the line around.
+func TestClip(t *testing.T) {
+	for in, want := range map[string]string{
+		"manifest unknown: größer":        "manifest unknown: größer",
+		"a\x1b[31mb\r\nc\x7f":             "a[31mbc",
+		"a\u009b31mb":                     "a31mb",
+		"evil\u202egpj.exe":               "evilgpj.exe",
+		"zero\u200bwidth\u2028line\ufeff": "zerowidthline",
+		strings.Repeat("x", 39) + "ö":     strings.Repeat("x", 39),
+	} {
+		if got := clip(in, 40); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
 		}
 	}
 }

@@ -32,6 +32,7 @@ type endpoint struct {
 	c          *Client
 	reg        *registry
 	addr       address
+	tls        TLS
 	configured bool // by an operator, who may name inside addresses
 	last       bool // of the registry's upstreams; it has the last word on what exists
 	breaker    breaker
@@ -129,7 +130,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 			return nil, fmt.Errorf("registry %q: %w", r.Host, err)
 		}
 		reg.endpoints = append(reg.endpoints, &endpoint{
-			c: c, reg: reg, addr: addr, configured: configured, last: i == len(upstreams)-1,
+			c: c, reg: reg, addr: addr, tls: r.tls(u), configured: configured, last: i == len(upstreams)-1,
 		})
 	}
 	return reg, nil
@@ -244,7 +245,8 @@ func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
 	ep.pauses[k] = now.Add(min(d, pauseMax))
 }
 
-// noteAnswer keeps what `larder status` shows of an answered request.
+// noteAnswer keeps what `larder status` shows of a request that was answered, be it
+// with a no.
 func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
 	ep.mu.Lock()
 	defer ep.mu.Unlock()

@@ -33,6 +33,10 @@ type Registry struct {
 	ClientCertFile string `toml:"client_cert_file"`
 	ClientKeyFile  string `toml:"client_key_file"`
 	SkipVerify     bool   `toml:"skip_verify"`
+	// TLS is for those of Upstreams, by their entries there, for which the four
+	// fields above do not hold. The file has no key for it: a runtime's own
+	// configuration says such things host by host, and that is imported.
+	TLS map[string]TLS `toml:"-"`
 	// TokenRealms are hosts (host or host:port) which may hand out this
 	// registry's tokens although they share no registrable domain with it.
 	TokenRealms []string `toml:"token_realms"`
@@ -49,6 +53,26 @@ type Registry struct {
 	MaxBytesPerSecond Bytes `toml:"max_bytes_per_second"`
 	// MaxConnections bounds requests under way; 0 is 16.
 	MaxConnections int `toml:"max_connections"`
+}
+
+// TLS is how one upstream is trusted, and how this node proves who it is. Names of
+// files are as in Registry.
+type TLS struct {
+	CAFiles                       []string // all are trusted
+	ClientCertFile, ClientKeyFile string
+	SkipVerify                    bool
+}
+
+// tls is what holds for an entry of Upstreams.
+func (r Registry) tls(entry string) TLS {
+	if t, ok := r.TLS[entry]; ok {
+		return t
+	}
+	t := TLS{ClientCertFile: r.ClientCertFile, ClientKeyFile: r.ClientKeyFile, SkipVerify: r.SkipVerify}
+	if r.CAFile != "" {
+		t.CAFiles = []string{r.CAFile}
+	}
+	return t
 }
 
 const defaultMaxConnections = 16

@@ -79,7 +79,9 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 		leave(ep.judge(ctx, err, time.Since(began)))
 		return nil, err
 	}
-	ep.noteAnswer(time.Since(began), time.Now())
+	if resp.StatusCode < 500 {
+		ep.noteAnswer(time.Since(began), time.Now())
+	}
 	if resp.StatusCode/100 != 2 {
 		err := wrap(ep.refusal(resp, s, q.kind, moved))
 		if t.Authorization != "" && moved == nil {

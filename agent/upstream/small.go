@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
-	"strconv"
 	"time"
 
 	_ "crypto/sha512" // digests of both algorithms of the specification
@@ -308,16 +306,10 @@ func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Di
 	return 0, c.describe(fmt.Errorf("%w: no size", ErrBadAnswer), ep, t, q)
 }
 
-// Tags reads one page of tags: at most n (0 = the registry's choice) after last.
-func (c *Client) Tags(ctx context.Context, t Target, n int, last string) (Page, error) {
-	v := url.Values{}
-	if n > 0 {
-		v.Set("n", strconv.Itoa(n))
-	}
-	if last != "" {
-		v.Set("last", last)
-	}
-	q := request{op: "tags", kind: kindTag, method: http.MethodGet, path: "tags/list", query: v.Encode(), accept: []string{"application/json"}}
+// Tags reads one page of tags. query is n and last, or what a former page's Next
+// named, whatever that registry counts pages by.
+func (c *Client) Tags(ctx context.Context, t Target, query string) (Page, error) {
+	q := request{op: "tags", kind: kindTag, method: http.MethodGet, path: "tags/list", query: query, accept: []string{"application/json"}}
 	return c.page(ctx, t, q)
 }
 

@@ -42,7 +42,7 @@ func (ep *endpoint) transport() (*transports, error) {
 	if current != nil && time.Since(current.checked) < fileCheck {
 		return current, nil
 	}
-	files := ep.reg.fileState()
+	files := ep.tls.fileState()
 	next, err := current, error(nil)
 	if current == nil || current.files != files {
 		if next, err = ep.buildTransports(files); err != nil {
@@ -73,9 +73,9 @@ func (ep *endpoint) install(seen, next *transports) *transports {
 }
 
 // fileState changes when one of the certificate files does.
-func (r *registry) fileState() string {
+func (t TLS) fileState() string {
 	state := ""
-	for _, name := range []string{r.CAFile, r.ClientCertFile, r.ClientKeyFile} {
+	for _, name := range append([]string{t.ClientCertFile, t.ClientKeyFile}, t.CAFiles...) {
 		if name == "" {
 			continue
 		}
@@ -90,13 +90,13 @@ func (r *registry) fileState() string {
 }
 
 func (ep *endpoint) buildTransports(files string) (*transports, error) {
-	conf, err := ep.reg.tlsConfig()
+	conf, err := ep.tls.config()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("ca_file of registry %q: %w", ep.reg.Host, err)
 	}
 	withCert := conf.Clone()
-	if ep.reg.ClientCertFile != "" {
-		pair, err := tls.LoadX509KeyPair(ep.reg.ClientCertFile, ep.reg.ClientKeyFile)
+	if ep.tls.ClientCertFile != "" {
+		pair, err := tls.LoadX509KeyPair(ep.tls.ClientCertFile, ep.tls.ClientKeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("client_cert_file of registry %q: %w", ep.reg.Host, err)
 		}
@@ -107,22 +107,24 @@ func (ep *endpoint) buildTransports(files string) (*transports, error) {
 	return &transports{own: own, foreign: foreign, idle: []*http.Transport{own, foreign}, files: files}, nil
 }
 
-// tlsConfig trusts the system's roots and the registry's own.
-func (r *registry) tlsConfig() (*tls.Config, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: r.SkipVerify}
-	if r.CAFile == "" {
+// config trusts the system's roots and those of CAFiles.
+func (t TLS) config() (*tls.Config, error) {
+	conf := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: t.SkipVerify}
+	if len(t.CAFiles) == 0 {
 		return conf, nil
-	}
-	pem, err := os.ReadFile(r.CAFile)
-	if err != nil {
-		return nil, fmt.Errorf("ca_file of registry %q: %w", r.Host, err)
 	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		pool = x509.NewCertPool()
 	}
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("ca_file of registry %q: no certificate in %s", r.Host, r.CAFile)
+	for _, name := range t.CAFiles {
+		pem, err := os.ReadFile(name)
+		if err != nil {
+			return nil, err
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("no certificate in %s", name)
+		}
 	}
 	conf.RootCAs = pool
 	return conf, nil
