@@ -65,8 +65,8 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 	if imp.Prefix != "" {
 		return r, "it is for repositories below " + imp.Prefix + " alone"
 	}
-	if imp.Blocked {
-		r.ContactUpstream = new(bool)
+	if imp.Blocked { // not an operator's word that everybody may have what is cached, as contact_upstream = false is
+		r.ContactUpstream, r.Offline = new(bool), "remembered"
 	}
 	for _, e := range imp.Endpoints {
 		if !e.Pull || !e.Resolve && !imp.Blocked { // by digest alone: tags could be answered stale
@@ -80,7 +80,7 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 		}
 	}
 	if len(r.Upstreams) > 0 {
-		r.ContactUpstream = nil // the mirrors may be asked; a blocked registry itself is not among them
+		r.ContactUpstream, r.Offline = nil, "" // the mirrors may be asked; a blocked registry itself is not among them
 	}
 	return r, ""
 }

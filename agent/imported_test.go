@@ -54,7 +54,7 @@ func TestMergeImported(t *testing.T) {
 		{name: "a mirror named twice", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{mirror, mirror, source}},
 			want: upstream.Registry{Host: "quay.io", Upstreams: []string{"https://mirror.example/v2", "https://quay.io"}}},
 		{name: "blocked", found: hostsconfig.Imported{Registry: "quay.io", Blocked: true},
-			want: upstream.Registry{Host: "quay.io", ContactUpstream: &no}},
+			want: upstream.Registry{Host: "quay.io", ContactUpstream: &no, Offline: "remembered"}},
 		{name: "configured", found: hostsconfig.Imported{Registry: "mine.example", Endpoints: []hostsconfig.Endpoint{mirror}}},
 		{name: "every registry", found: hostsconfig.Imported{Registry: "*", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "every registry"},
 		{name: "prefix", found: hostsconfig.Imported{Registry: "quay.io", Prefix: "team", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "below team"},
