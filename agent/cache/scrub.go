@@ -27,7 +27,7 @@ const (
 func (c *Cache) scrub(ctx context.Context) {
 	interval := c.opts.ScrubInterval
 	for interval > 0 && ctx.Err() == nil {
-		next := time.NewTimer(interval)
+		next := time.NewTimer(max(interval, time.Second)) // an empty cache is done at once
 		c.scrubAll(ctx, interval)
 		select {
 		case <-next.C:
