@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -369,6 +368,11 @@ func (m manifest) blobs() []blob {
 	return out
 }
 
+// platformError is an image that is made for others.
+type platformError struct{ want string }
+
+func (e *platformError) Error() string { return "the image has no manifest for " + e.want }
+
 // choose picks the manifests of an index: "all", one platform, or this
 // machine's. Attestations (platform unknown/unknown) are in "all" only.
 func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
@@ -390,7 +394,7 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 		}
 	}
 	if len(fits) == 0 {
-		return nil, errors.New("the image has no manifest for " + platforms.Format(want))
+		return nil, &platformError{platforms.Format(want)}
 	}
 	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
 		switch {
