@@ -44,6 +44,8 @@ var contractMetrics = map[string][]string{
 	"larder_upstream_ratelimit_remaining": {"registry"},
 	"larder_upstream_ratelimit_limit":     {"registry"},
 	"larder_hosts_drift_repaired_total":   {"runtime"},
+	"larder_pinned_bytes":                 {},
+	"larder_pins":                         {"state"},
 }
 
 // describedMetrics lists what is registered, used yet or not: "name{label,...}".

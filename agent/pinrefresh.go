@@ -44,14 +44,18 @@ func (s *pins) heldBy(p *pin) digest.Digest {
 }
 
 func (s *pins) puller() Puller {
-	return Puller{Proxy: "http://" + s.agent.ProxyAddr(), Client: s.agent.self}
+	return Puller{Proxy: "http://" + s.agent.ProxyAddr(), Client: s.agent.self, UserAgent: pinUserAgent}
 }
 
+// pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
+const pinUserAgent = "larder-pin"
+
 // resolve asks for the registry's own answer, which a pinned tag outlives: its error
-// says what the proxy would gloss over.
+// says what the proxy would gloss over. Of a registry that is never to be asked, what is
+// known here is all there is to know.
 func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
 	puller := s.puller()
-	puller.NoStale = true
+	puller.NoStale = s.agent.upstream.Policy(p.image.Registry).Contact()
 	d, err := puller.Resolve(ctx, p.image)
 	if err != nil {
 		return "", s.explain(p, err)

@@ -118,7 +118,7 @@ func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
 	now := time.Now()
 	p := &pin{
 		name: image.String(), image: image, config: config, command: record.Command, checked: record.Checked,
-		since: record.Since, due: now.Add(rand.N(max(s.delay, 1))),
+		since: record.Since, due: now.Add(pinInterval),
 	}
 	if p.since.IsZero() {
 		p.since = now
@@ -301,14 +301,34 @@ func (i Image) in(r cache.Repository) bool {
 	return i.Repository == r.Name && upstream.CanonicalHost(i.Registry) == r.Registry
 }
 
-// Run looks after the pins until ctx ends.
+// Run looks after the pins until ctx ends. It begins when this node has had its chance
+// to find others: before, it would fetch a copy of its own.
 func (s *pins) Run(ctx context.Context) error {
+	if s.agent.swarm != nil {
+		select {
+		case <-s.agent.swarm.Joined():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	s.spread()
 	var workers sync.WaitGroup
 	for range pinWorkers {
 		workers.Go(func() { s.work(ctx) })
 	}
 	workers.Wait()
 	return nil
+}
+
+// spread makes due what nobody has looked at since the start.
+func (s *pins) spread() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.images {
+		if p.tries == 0 && p.stop == nil {
+			p.due = time.Now().Add(rand.N(max(s.delay, 1)))
+		}
+	}
 }
 
 // work looks after whatever is due, one image at a time.

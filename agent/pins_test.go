@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -129,6 +130,9 @@ func TestConfiguredPin(t *testing.T) {
 	a.proxy.RememberTags(t.Context())
 	if err := a.again(t, pinnedName); err != nil || reg.Count(registrytest.Match{})-before > 1 {
 		t.Errorf("%v, %d requests to look again", err, reg.Count(registrytest.Match{})-before)
+	}
+	if recent := a.Status().Recent; len(recent) != 1 || recent[0].Parts[0].Kind == partTag {
+		t.Errorf("its questions count as pulls: %+v", recent)
 	}
 	since := p.Since
 	for _, how := range []string{"restarted", "metadata deleted"} {
@@ -517,5 +521,143 @@ func TestUnpinInTheMiddle(t *testing.T) {
 	defer a.pins.mu.Unlock()
 	if len(a.pins.parts) != 0 || a.pins.bytes != 0 || len(a.pins.images) != 0 || a.cache.Stats().Pinned != 0 {
 		t.Errorf("left: %d parts of %d bytes", len(a.pins.parts), a.pins.bytes)
+	}
+}
+
+// TestPinsOfACluster: what all nodes pin costs the registry one copy, and what one of
+// them loses after the registry has deleted it comes from the others.
+func TestPinsOfACluster(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{3 << 20, 5 << 10}})
+	reg.Put("team/app", img, "v1")
+	next := clusterConfigs(t, upstream.Registry{Host: testRegistry, Upstreams: []string{reg.URL()}})
+	nodes := startCluster(t, 4, func() Config {
+		c := next()
+		c.Cache.Pins, c.Upstream.TagTTL = []string{pinnedName}, 0
+		return c
+	})
+	for _, n := range nodes { // as when the delay of all is over
+		n.pins.mu.Lock()
+		for _, p := range n.pins.images {
+			p.due = time.Now()
+		}
+		n.pins.wake()
+		n.pins.mu.Unlock()
+	}
+	for _, n := range nodes {
+		n.reaches(t, pinnedName, PinHeld)
+	}
+	for d := range img.Blobs {
+		if n := reg.Count(registrytest.Match{Reference: d.String(), Method: "GET"}); n > 2 {
+			t.Errorf("%d requests for %s", n, d)
+		}
+	}
+	for _, m := range []string{"v1", img.Digest.String()} {
+		reg.Delete("team/app", m)
+	}
+	for d := range img.Blobs {
+		reg.Delete("team/app", d.String())
+	}
+	last := nodes[3]
+	if err := last.cache.Remove(img.Layers[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "whole again", func() error {
+		if !last.holds(img) {
+			return fmt.Errorf("%+v", last.pinOf(t, pinnedName))
+		}
+		return nil
+	})
+	if p := last.reaches(t, pinnedName, PinStale); p.Present != p.Bytes {
+		t.Errorf("%+v", p)
+	}
+	if got := sources(last.pull(t)); got["upstream"]+got["peer"] != 0 {
+		t.Errorf("pulled from %v", got)
+	}
+}
+
+// TestPinCopiesWhatTheRuntimeHas: containerd deletes what its own images need no more.
+// Its blobs are copied, without the registry, and served when it has them no longer.
+func TestPinCopiesWhatTheRuntimeHas(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	c.Runtime.ContentDir = t.TempDir()
+	blobs := filepath.Join(c.Runtime.ContentDir, "blobs", "sha256")
+	if err := os.MkdirAll(blobs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(d digest.Digest, body []byte) {
+		if err := os.WriteFile(filepath.Join(blobs, d.Encoded()), body, 0o444); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(img.Digest, img.Manifests[0].Data)
+	for d, content := range img.Blobs {
+		body := make([]byte, content.Size())
+		if _, err := content.ReadAt(body, 0); err != nil && !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		write(d, body)
+	}
+	a := start(t, c)
+	eventually(t, "containerd's store is known", func() error {
+		if n := a.Status().Runtime.Blobs; n != len(img.Blobs)+1 {
+			return fmt.Errorf("%d blobs", n)
+		}
+		return nil
+	})
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	if n := reg.Count(registrytest.Match{Method: "GET"}); n != 0 || !a.holds(img) {
+		t.Errorf("%d requests for what containerd has; held %v", n, a.holds(img))
+	}
+	if err := os.RemoveAll(blobs); err != nil {
+		t.Fatal(err)
+	}
+	reg.Down()
+	eventually(t, "containerd's store is empty", func() error {
+		if n := a.Status().Runtime.Blobs; n != 0 {
+			return fmt.Errorf("%d blobs", n)
+		}
+		return nil
+	})
+	if got := sources(a.pull(t)); got["runtime"]+got["upstream"] != 0 {
+		t.Errorf("pulled from %v", got)
+	}
+}
+
+// TestPinsOfARegistryThatIsNeverAsked stand for what is known here: that is how content
+// that was brought by hand is pinned. Told so, an agent serves what a registry refuses.
+func TestPinsOfARegistryThatIsNeverAsked(t *testing.T) {
+	c := testConfig(t)
+	c.Upstream.TagTTL = 0
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	newer := registrytest.OCIImage(registrytest.ImageSpec{Seed: 71, Layers: []int64{100}})
+	reg.Put("team/app", newer, "v1")
+	a.pull(t) // which is known by its tag now, and not pinned
+	a.settle(t)
+	reg.Inject(registrytest.Match{}, registrytest.Status(401))
+	if err := a.again(t, pinnedName); err == nil {
+		t.Fatal("not refused")
+	}
+	if err := a.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+	a = start(t, c, atOnce)
+	eventually(t, "what is known last is held", func() error {
+		if p := a.pinOf(t, pinnedName); p.State != PinHeld || p.Digest != newer.Digest {
+			return fmt.Errorf("%+v, not %s", p, newer.Digest)
+		}
+		return nil
+	})
+	a.pull(t)
+	if a.holds(img) || !a.holds(newer) {
+		t.Error("the old version is still pinned, or the new one is not")
 	}
 }

@@ -80,7 +80,8 @@ type Puller struct {
 	Proxy  string // "http://127.0.0.1:5050"
 	Client *http.Client
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
-	Platform string
+	Platform  string
+	UserAgent string // "" for Go's own
 	// NoStale makes Resolve fail when the registry cannot be asked, or has a tag no
 	// more, though the proxy knows what it stood for.
 	NoStale bool
@@ -145,6 +146,9 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	req, err := http.NewRequestWithContext(ctx, method, u, nil)
 	if err != nil {
 		return nil, err
+	}
+	if p.UserAgent != "" {
+		req.Header.Set("User-Agent", p.UserAgent)
 	}
 	if kind == "manifests" {
 		req.Header.Set("Accept", strings.Join(manifestTypes, ", "))

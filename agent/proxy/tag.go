@@ -243,16 +243,20 @@ func (p *Proxy) tagTTL(registry string) time.Duration {
 }
 
 // lastKnown is what a tag stands for while the registry cannot be asked. A pin goes
-// before what was known last: all of that image is here.
+// before what was known last: all of that image is here. Where the registry is never
+// to be asked, what is known last is what somebody brought.
 func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
 	if key.accept != "" {
 		return resolved{}, false
 	}
-	if pinned, ok := p.pinned(key); ok {
+	pinned, held := p.pinned(key)
+	if held && p.upstream.Policy(key.registry).Contact() {
 		return pinned, true
 	}
-	tag, ok := p.cache.Meta().Tag(key.place(), key.stored())
-	return resolved{desc: tag.Descriptor, stale: true}, ok
+	if tag, ok := p.cache.Meta().Tag(key.place(), key.stored()); ok {
+		return resolved{desc: tag.Descriptor, stale: true}, true
+	}
+	return pinned, held
 }
 
 func (p *Proxy) forgetTag(key tagKey) {
