@@ -34,6 +34,7 @@ func (a *Agent) servePin(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer a.pins.hurry()
+	_ = a.pins.sync(r.Context()) // follow tells
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := newWarmStream(w)
 	for i, p := range pinned {
@@ -50,7 +51,10 @@ func (a *Agent) serveUnpin(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	switch err := a.pins.remove(images); {
+	if err = a.pins.remove(images); err == nil {
+		err = a.pins.sync(r.Context())
+	}
+	switch {
 	case errors.Is(err, errNotPinned):
 		http.Error(w, err.Error(), http.StatusNotFound)
 	case err != nil:
@@ -132,7 +136,9 @@ func (s *pins) follow(ctx context.Context, p asked, name string, out *warmStream
 		err = s.lookAfter(ctx, p.pin, func(puller *Puller) { out.follow(puller, name) })
 	}
 	last := WarmEvent{Image: name, Done: true}
-	switch {
+	switch forgotten := s.sync(ctx); {
+	case err == nil && forgotten != nil:
+		last.Error = fmt.Sprintf("pinned until the agent ends: %v", forgotten)
 	case err == nil:
 	case errors.Is(err, errUnpinned):
 		last.Error = err.Error()
@@ -143,6 +149,16 @@ func (s *pins) follow(ctx context.Context, p asked, name string, out *warmStream
 	}
 	return last
 }
+
+// sync waits until what is pinned is known for the next start.
+func (s *pins) sync(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, pinSync)
+	defer cancel()
+	return s.agent.cache.Meta().Sync(ctx)
+}
+
+// pinSync is far more than the two fsyncs take that it is for.
+const pinSync = 5 * time.Second
 
 // forget takes back that a request pinned an image, if that was news and the image was
 // never whole here.

@@ -1,8 +1,10 @@
 package cache
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"strings"
 	"time"
@@ -106,6 +108,15 @@ func (m *Meta) SetPinnedImage(name string, p PinnedImage) { m.encode(bucketPins,
 
 // DeletePinnedImage forgets it.
 func (m *Meta) DeletePinnedImage(name string) { m.db.delete(bucketPins, key(name)) }
+
+// Sync waits until all that was set and deleted before is durable. It returns why it is
+// not, or why ctx ended; before Run, and after it, nobody writes.
+func (m *Meta) Sync(ctx context.Context) error {
+	if err := m.db.sync(ctx); err != nil {
+		return fmt.Errorf("write cache metadata: %w", err)
+	}
+	return nil
+}
 
 // PinnedImages returns all that were remembered, the last seconds' perhaps left out.
 func (m *Meta) PinnedImages() map[string]PinnedImage {

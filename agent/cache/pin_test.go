@@ -118,6 +118,35 @@ func openTestMeta(t *testing.T, path string) *Meta {
 	return m
 }
 
+// TestSync: what was set before is in the file, or the error says why not.
+func TestSync(t *testing.T) {
+	c := start(t, Options{})
+	c.meta.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+	if err := c.meta.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, pending := c.meta.db.recent(bucketPins, key("docker.io/library/a:1")); pending || len(c.meta.PinnedImages()) != 1 {
+		t.Errorf("pending: %v, in the file: %v", pending, c.meta.PinnedImages())
+	}
+	idle := open(t, Options{})
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := idle.meta.Sync(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("with nobody to write: %v", err)
+	}
+	full := errors.New("disk full")
+	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
+	m.db.fault = full
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+	failed := make(chan error, 1)
+	go func() { failed <- m.Sync(t.Context()) }()
+	<-m.db.full
+	m.flush()
+	if err := <-failed; !errors.Is(err, full) {
+		t.Errorf("a write that fails: %v", err)
+	}
+}
+
 // TestPinnedImages keeps them over a restart, and nothing that is no pin.
 func TestPinnedImages(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "metadata.db")
