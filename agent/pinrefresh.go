@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
-	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -58,7 +57,7 @@ func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
 	puller.NoStale = s.agent.upstream.Policy(p.image.Registry).Contact()
 	d, err := puller.Resolve(ctx, p.image)
 	if err != nil {
-		return "", s.explain(p, err)
+		return "", s.explainTag(p, err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -73,7 +72,7 @@ func (s *pins) bring(ctx context.Context, p *pin, d digest.Digest, follow func(*
 		return err
 	}
 	if err := s.fetch(ctx, p, v, follow); err != nil {
-		return s.explain(p, err)
+		return s.explainVersion(p, d, err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -133,11 +132,10 @@ func (s *pins) settle(ctx context.Context, p *pin, d digest.Digest) error {
 	if err := s.agent.cache.Settled(ctx, d); err != nil {
 		return err
 	}
-	registry := upstream.CanonicalHost(p.image.Registry)
-	if s.agent.proxy.Holds(d, registry) {
+	if s.agent.proxy.Holds(d, p.image.Registry) {
 		return nil
 	}
-	err := s.agent.proxy.CopyRuntime(ctx, registry, d)
+	err := s.agent.proxy.CopyRuntime(ctx, p.image.Registry, d)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, cache.ErrNoRoom) {
 		return &notKeptError{d}
 	}
@@ -162,10 +160,9 @@ const (
 // plan pins what a manifest of v lists before any of it is fetched, unless there is no
 // room, and returns what is not here yet.
 func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []ocispec.Descriptor, err error) {
-	registry := upstream.CanonicalHost(p.image.Registry)
 	var bytes int64
 	for _, d := range parts {
-		if !s.agent.proxy.Holds(d.Digest, registry) {
+		if !s.agent.proxy.Holds(d.Digest, p.image.Registry) {
 			missing = append(missing, d)
 			bytes += partSize(d)
 		}
@@ -175,7 +172,7 @@ func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []o
 	}
 	if room, err := s.agent.cache.Room(); err != nil || bytes > room {
 		s.giveUp(p, v)
-		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned already", sizeText(bytes), sizeText(room))}))
+		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", sizeText(bytes), sizeText(room))}))
 	}
 	return missing, nil
 }
@@ -246,12 +243,11 @@ func (s *pins) lacking(image Image, v *version) (out []digest.Digest) {
 		parts = append(parts, d)
 	}
 	s.mu.Unlock()
-	registry := upstream.CanonicalHost(image.Registry)
 	for _, d := range parts {
 		if r, ok := s.agent.cache.Lookup(d); ok {
 			whole := r.Complete()
 			r.Close()
-			if whole && s.agent.proxy.Holds(d, registry) {
+			if whole && s.agent.proxy.Holds(d, image.Registry) {
 				continue
 			}
 		}
@@ -310,21 +306,46 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, al
 	return parts, true
 }
 
-// explain makes of an error what the user should know and do about it.
-func (s *pins) explain(p *pin, err error) error {
-	answer, ok := errors.AsType[*answerError](err)
+// explainTag makes of an error about what a tag stands for what the user should know
+// and do.
+func (s *pins) explainTag(p *pin, err error) error {
 	held := s.heldBy(p) != ""
-	switch {
-	case !ok:
-		return err
-	case answer.status == http.StatusNotFound && held:
+	switch status := statusOf(err); {
+	case held && status == http.StatusNotFound:
 		return fmt.Errorf("the registry has it no more, so it is kept and served as it was; `larder unpin %s` lets it go: %w", p.name, err)
-	case refused(answer.status) && held:
+	case held && refused(status):
 		return fmt.Errorf("the registry shows it to this node no more: it was made private, or deleted with its repository. It is kept, and served to those alone whom the registry lets read it: %w", err)
-	case answer.status >= http.StatusInternalServerError:
-		return fmt.Errorf("%w%s", err, s.agent.upstreamTrouble(p.image.Registry))
 	}
-	return err
+	return s.withTrouble(p, err)
+}
+
+// explainVersion does the same for an error about the bytes of a version.
+func (s *pins) explainVersion(p *pin, d digest.Digest, err error) error {
+	status := statusOf(err)
+	final := status == http.StatusNotFound || refused(status)
+	switch held := s.heldBy(p); {
+	case final && held == d:
+		return fmt.Errorf("a part of it was lost on this node, and neither the registry nor another node gives it: %w", err)
+	case held != "" && held != d:
+		err = fmt.Errorf("it stands for another image now, which is not whole yet, so the former is kept: %w", err)
+	}
+	return s.withTrouble(p, err)
+}
+
+// withTrouble adds what is wrong with the registry.
+func (s *pins) withTrouble(p *pin, err error) error {
+	if statusOf(err) < http.StatusInternalServerError {
+		return err
+	}
+	return fmt.Errorf("%w%s", err, s.agent.upstreamTrouble(p.image.Registry))
+}
+
+// statusOf is the status of an answer that an error is about, 0 if it is about none.
+func statusOf(err error) int {
+	if answer, ok := errors.AsType[*answerError](err); ok {
+		return answer.status
+	}
+	return 0
 }
 
 func refused(status int) bool {
@@ -334,8 +355,8 @@ func refused(status int) bool {
 // definite reports whether trying again soon would be in vain: somebody has to do
 // something first.
 func definite(err error) bool {
-	if answer, ok := errors.AsType[*answerError](err); ok {
-		return answer.status == http.StatusNotFound || refused(answer.status)
+	if status := statusOf(err); status != 0 {
+		return status == http.StatusNotFound || refused(status)
 	}
 	_, noRoom := errors.AsType[*noRoomError](err)
 	_, notKept := errors.AsType[*notKeptError](err)

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
-	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -298,7 +297,7 @@ func (s *pins) pinned(r cache.Repository, ref string) (digest.Digest, bool) {
 
 // in reports whether the image is of the repository.
 func (i Image) in(r cache.Repository) bool {
-	return i.Repository == r.Name && upstream.CanonicalHost(i.Registry) == r.Registry
+	return i.Repository == r.Name && i.Registry == r.Registry
 }
 
 // Run looks after the pins until ctx ends. It begins when this node has had its chance

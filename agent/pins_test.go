@@ -214,7 +214,7 @@ func TestPinnedTagMoves(t *testing.T) {
 		t.Fatal("half of the new version is enough")
 	}
 	p := a.pinOf(t, pinnedName)
-	if p.State != PinStale || p.Digest != old.Digest || p.Next != newer.Digest || !a.holds(old) {
+	if p.State != PinStale || p.Digest != old.Digest || p.Next != newer.Digest || !a.holds(old) || !strings.Contains(p.Error, "stands for another image now") {
 		t.Errorf("half of the new version is here: %+v", p)
 	}
 	f.Remove()
@@ -347,11 +347,28 @@ func TestPinsOverALimitThatShrank(t *testing.T) {
 func TestPinsHeal(t *testing.T) {
 	c := testConfig(t)
 	_, img := startRegistry(t, &c)
-	c.Cache.Pins = []string{pinnedName}
+	c.Cache.Pins, c.Cache.ScrubInterval = []string{pinnedName}, 200*time.Millisecond
 	a := start(t, c, atOnce)
 	a.reaches(t, pinnedName, PinHeld)
 	layer := img.Layers[0].Digest
-	if err := a.cache.Remove(layer); err != nil { // as the scrub does
+	file := filepath.Join(c.Cache.Dir, "blobs", "sha256", layer.Encoded())
+	body, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := slices.Clone(body)
+	wrong[1000] ^= 1
+	if err := errors.Join(os.Chmod(file, 0o644), os.WriteFile(file, wrong, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "scrubbed and fetched again", func() error {
+		if now, err := os.ReadFile(file); err != nil || !slices.Equal(now, body) {
+			return errors.Join(errors.New("the bytes are wrong"), err)
+		}
+		return nil
+	})
+	a.reaches(t, pinnedName, PinHeld)
+	if err := a.cache.Remove(layer); err != nil {
 		t.Fatal(err)
 	}
 	if p := a.pinOf(t, pinnedName); p.State != PinFetching || p.Present >= p.Bytes {
@@ -660,4 +677,29 @@ func TestPinsOfARegistryThatIsNeverAsked(t *testing.T) {
 	if a.holds(img) || !a.holds(newer) {
 		t.Error("the old version is still pinned, or the new one is not")
 	}
+}
+
+// TestPinOnAFullDisk is refused before a byte is fetched, and fetched when there is room.
+func TestPinOnAFullDisk(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
+		t.Fatal(err)
+	}
+	c.Cache.Pins = []string{pinnedName}
+	a := start(t, c, atOnce)
+	if p := a.reaches(t, pinnedName, PinMissing); !strings.Contains(p.Error, "the disk has room for 0 bytes") {
+		t.Errorf("%+v", p)
+	}
+	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Method: "GET"}); n != 0 || a.cache.Stats().Pinned != 0 {
+		t.Errorf("%d blobs were fetched, %d bytes are pinned", n, a.cache.Stats().Pinned)
+	}
+	if err := a.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Cache.MinFree.UnmarshalText([]byte("0")); err != nil {
+		t.Fatal(err)
+	}
+	a = start(t, c, atOnce)
+	a.reaches(t, pinnedName, PinHeld)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -23,7 +24,7 @@ import (
 
 // Image is an image reference taken apart as the pull API needs it.
 type Image struct {
-	Registry   string // "docker.io", "reg.example.com:5000"
+	Registry   string // "docker.io", "reg.example.com:5000": as upstream.CanonicalHost spells it
 	Repository string // "library/nginx"
 	Reference  string // tag or digest
 }
@@ -34,10 +35,7 @@ func ParseImage(s string) (Image, error) {
 	if err != nil {
 		return Image{}, fmt.Errorf("%q is not an image name: %w", s, err)
 	}
-	registry := ref.Context().RegistryStr()
-	if registry == name.DefaultRegistry {
-		registry = "docker.io"
-	}
+	registry := upstream.CanonicalHost(ref.Context().RegistryStr())
 	return Image{Registry: registry, Repository: ref.Context().RepositoryStr(), Reference: ref.Identifier()}, nil
 }
 
