@@ -418,9 +418,12 @@ func TestPinWhileTheRegistryIsAway(t *testing.T) {
 	half := reg.Inject(registrytest.Match{Reference: img.Layers[0].Digest.String(), Method: "GET"}, registrytest.StallAfter(100<<10))
 	a = start(t, c, atOnce)
 	<-half.Held()
-	if p := a.pinOf(t, pinnedName); p.State != PinFetching || p.Digest != img.Digest || p.Present == 0 || p.Present >= p.Bytes {
-		t.Errorf("in the middle: %+v", p)
-	}
+	eventually(t, "half there", func() error {
+		if p := a.pinOf(t, pinnedName); p.State != PinFetching || p.Digest != img.Digest || p.Present == 0 || p.Present >= p.Bytes {
+			return fmt.Errorf("%+v", p)
+		}
+		return nil
+	})
 	if err := a.stop(t); err != nil {
 		t.Fatal(err)
 	}
