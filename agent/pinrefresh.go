@@ -179,13 +179,14 @@ func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []o
 
 // admit holds parts of v, unless all pins together would take too much.
 func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
-	limit := pinLimit(s.agent.cache.Stats())
+	stats := s.agent.cache.Stats()
+	limit := pinLimit(stats)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.images[p.name] != p {
 		return errUnpinned
 	}
-	total := s.bytes
+	total := max(s.bytes, stats.Pinned) // manifests may say less than there was to fetch
 	for _, d := range parts {
 		if s.parts[d.Digest] == nil {
 			total += partSize(d)

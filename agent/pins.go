@@ -65,6 +65,7 @@ type pin struct {
 
 	stop context.CancelFunc // not nil while somebody looks after it
 	idle chan struct{}      // closed when he has
+	hurt bool               // a part was lost since he began
 }
 
 // version is an image that a name has stood for.
@@ -256,7 +257,7 @@ func (s *pins) lost(d digest.Digest) {
 	soon := time.Now().Add(pinHeal)
 	for _, p := range s.images {
 		if _, in := p.partsHeld()[d]; in {
-			p.whole = false
+			p.whole, p.hurt = false, true
 			if p.due.After(soon) {
 				p.due = soon
 			}
@@ -367,7 +368,7 @@ func (s *pins) take() (p *pin, due time.Time, woken <-chan struct{}) {
 
 // begin marks p as looked after, until lookAfter ends. mu is held.
 func (p *pin) begin() {
-	p.idle = make(chan struct{})
+	p.idle, p.hurt = make(chan struct{}), false
 	p.stop = func() {} // until lookAfter has a better one
 }
 
@@ -435,6 +436,9 @@ func (s *pins) note(p *pin, err error, stopped bool) {
 		if !definite(err) {
 			pause = min(pinBackoff<<min(p.tries-1, 10), pinInterval)
 		}
+	}
+	if p.hurt {
+		pause = pinHeal
 	}
 	p.due = now.Add(pause*9/10 + rand.N(pause/5))
 	s.save(p)

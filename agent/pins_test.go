@@ -706,3 +706,39 @@ func TestPinOnAFullDisk(t *testing.T) {
 	a = start(t, c, atOnce)
 	a.reaches(t, pinnedName, PinHeld)
 }
+
+// TestLostWhileLookedAfter: a part that vanishes while somebody looks after the pin is
+// looked for at once, and not when the next look is due.
+func TestLostWhileLookedAfter(t *testing.T) {
+	c := testConfig(t)
+	_, img := startRegistry(t, &c)
+	a := start(t, c)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	a.pins.mu.Lock()
+	p := a.pins.images[pinnedName]
+	a.pins.mu.Unlock()
+	if err := a.pins.claim(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.cache.Remove(img.Layers[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	a.pins.mu.Lock()
+	a.pins.note(p, nil, false) // as if all had been well before
+	soon := time.Until(p.due) < 2*pinHeal
+	p.stop = nil
+	close(p.idle)
+	a.pins.wake()
+	a.pins.mu.Unlock()
+	if !soon {
+		t.Errorf("the next look is due at %v", p.due)
+	}
+	eventually(t, "whole again", func() error {
+		if !a.holds(img) {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+}
