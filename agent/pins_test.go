@@ -742,3 +742,43 @@ func TestLostWhileLookedAfter(t *testing.T) {
 		return nil
 	})
 }
+
+// TestPinnedForTheNode: a private image that the node's own credentials open is pinned
+// with them, and given to the node's pods after the registry has deleted it, also after
+// a restart; until it refuses the node.
+func TestPinnedForTheNode(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "HUSH"}}})
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{300 << 10}})
+	reg.Put("team/app", img, "v1")
+	c := testConfig(t)
+	c.Upstream.TagTTL = 0
+	file := filepath.Join(t.TempDir(), "config.json")
+	replace(t, file, `{"auths":{"`+testRegistry+`":{"username":"ann","password":"HUSH"}}}`)
+	c.Registries = []upstream.Registry{{Host: testRegistry, Upstreams: []string{reg.URL()}, Auth: "node", CredentialsFile: file}}
+	a := start(t, c)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	reg.Delete("team/app", "v1")
+	reg.Delete("team/app", img.Digest.String())
+	for d := range img.Blobs {
+		reg.Delete("team/app", d.String())
+	}
+	for range 2 {
+		if got := sources(a.pull(t)); got["upstream"] != 0 {
+			t.Errorf("pulled from %v", got)
+		}
+		if err := a.stop(t); err != nil {
+			t.Fatal(err)
+		}
+		a = start(t, c)
+	}
+	fault := reg.Inject(registrytest.Match{}, registrytest.Status(403))
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}
+	for _, when := range []string{"refused", "not found again"} {
+		if _, err := puller.Pull(t.Context(), testImage); err == nil {
+			t.Errorf("%s: served to a node that was refused", when)
+		}
+		fault.Remove()
+	}
+}
