@@ -179,7 +179,7 @@ func (s *pins) letGo(v *version) {
 var errUnpinned = errors.New("unpinned meanwhile")
 
 // errTooManyPins says what to do instead.
-var errTooManyPins = fmt.Errorf("no more than %d images can be pinned: unpin others first, or raise cache.max_bytes and let eviction choose", cache.MaxPins)
+var errTooManyPins = fmt.Errorf("no more than %d images can be pinned: unpin others first", cache.MaxPins)
 
 // add pins an image on somebody's command, who will look after it. It reports whether
 // that is news.
@@ -210,7 +210,7 @@ func (s *pins) remove(images []Image) error {
 		case p == nil:
 			problems = append(problems, fmt.Errorf("%s %w; `larder pin` lists what is", image, errNotPinned))
 		case p.config:
-			problems = append(problems, fmt.Errorf("%s %w: take it out there", image, errPinnedByConfig))
+			problems = append(problems, fmt.Errorf("%s %w: take it out there, and start the agent again", image, errPinnedByConfig))
 		}
 	}
 	if len(problems) > 0 {
