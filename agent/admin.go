@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"mime"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -80,6 +79,9 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /api/v1/status", a.serveStatus)
 	mux.HandleFunc("GET /api/v1/explain", a.serveExplain)
 	mux.HandleFunc("POST /api/v1/warm", a.serveWarm)
+	mux.HandleFunc("GET /api/v1/pins", a.servePins)
+	mux.HandleFunc("POST /api/v1/pins", a.servePin)
+	mux.HandleFunc("DELETE /api/v1/pins", a.serveUnpin)
 	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
 	mux.Handle("GET /api/v1/events", a.events)
 	a.pageRoutes(mux)
@@ -201,27 +203,15 @@ func (a *Agent) serveCanary(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, Canary{Seen: ok, At: seen.Seen, Registry: seen.Registry, UserAgent: seen.UserAgent})
 }
 
-// maxWarmRequest is room for hundreds of image names.
-const maxWarmRequest = 64 << 10
-
 func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
-	// A form in a web page cannot send this type without asking first.
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
-		http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
-		return
-	}
 	var req WarmRequest
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxWarmRequest)).Decode(&req); err != nil {
-		http.Error(w, "want {\"images\": [...]}: "+err.Error(), http.StatusBadRequest)
+	if !readJSON(w, r, &req) {
 		return
 	}
-	images := make([]Image, len(req.Images))
-	for i, s := range req.Images {
-		var err error
-		if images[i], err = ParseImage(s); err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
+	images, err := parseImages(req.Images)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := newWarmStream(w)

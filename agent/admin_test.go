@@ -44,6 +44,8 @@ var contractMetrics = map[string][]string{
 	"larder_upstream_ratelimit_remaining": {"registry"},
 	"larder_upstream_ratelimit_limit":     {"registry"},
 	"larder_hosts_drift_repaired_total":   {"runtime"},
+	"larder_pinned_bytes":                 {},
+	"larder_pins":                         {"state"},
 }
 
 // describedMetrics lists what is registered, used yet or not: "name{label,...}".
@@ -310,7 +312,7 @@ func TestAdminRefusesBrowsers(t *testing.T) {
 		{"warm from elsewhere", "POST", "/api/v1/warm", warm, []string{"Content-Type", "application/json", "Origin", "http://evil.example"}, 403},
 		{"warm nothing sensible", "POST", "/api/v1/warm", "[", []string{"Content-Type", "application/json"}, 400},
 		{"warm no image", "POST", "/api/v1/warm", `{"images": ["UPPER"]}`, []string{"Content-Type", "application/json"}, 400},
-		{"warm too much", "POST", "/api/v1/warm", `{"images": ["` + strings.Repeat("a", maxWarmRequest) + `"]}`, []string{"Content-Type", "application/json"}, 400},
+		{"warm too much", "POST", "/api/v1/warm", `{"images": ["` + strings.Repeat("a", maxImagesRequest) + `"]}`, []string{"Content-Type", "application/json"}, 400},
 		{"explain nothing", "GET", "/api/v1/explain?image=", "", nil, 400},
 		{"canary without nonce", "GET", "/api/v1/canary", "", nil, 400},
 		{"profiles", "GET", "/debug/pprof/", "", nil, 200},

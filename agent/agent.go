@@ -17,6 +17,7 @@ import (
 	"github.com/larder-cache/larder/agent/runtimestore"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 )
@@ -40,8 +41,9 @@ type Agent struct {
 	hosts       *hostsconfig.Hosts     // nil: none to manage
 	imported    []hostsconfig.Imported // what upstream was last told; set by New, then by importsChanged alone
 	swarm       *swarm                 // nil: alone
-	audit       *auditLog              // nil: none
-	self        *http.Client           // to this agent's own proxy
+	pins        *pins
+	audit       *auditLog    // nil: none
+	self        *http.Client // to this agent's own proxy
 	recent      recentPulls
 	events      *events
 	findings    atomic.Pointer[DoctorStatus] // nil until the node was examined
@@ -67,6 +69,7 @@ type options struct {
 	build Build
 	wedge func(*http.Request) // see WithBefore
 	watch proxy.Watch         // tests make it impatient
+	pins  time.Duration       // see pinDelay
 }
 
 // WithLogger sets the logger; without one the agent is silent.
@@ -83,7 +86,7 @@ func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedg
 // starts nothing. When it fails it takes back host configuration that an
 // earlier agent left behind: nobody will serve it now.
 func New(c Config, opts ...Option) (*Agent, error) {
-	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}}
+	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay}
 	for _, opt := range opts {
 		opt(&o)
 	}
@@ -127,6 +130,9 @@ func (a *Agent) open(o options) error {
 		return err
 	}
 	if a.proxy, err = a.openProxy(o); err != nil {
+		return err
+	}
+	if err = a.openPins(o.pins); err != nil {
 		return err
 	}
 	a.counters.MustRegister(a.proxy.ServedBytes(), a.cache.FetchedBytes())
@@ -204,6 +210,7 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 		Logger:          a.log,
 		Registerer:      a.registry,
 		Before:          o.wedge,
+		Pinned:          func(r cache.Repository, ref string) (digest.Digest, bool) { return a.pins.pinned(r, ref) },
 		Audit:           a.pulled,
 	}
 	var err error
@@ -257,6 +264,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	p.start("watchdog", a.proxy.Run)
 	p.start("proxy", func(ctx context.Context) error { return a.proxy.Serve(ctx, a.listeners.proxy) })
+	p.start("pins", a.pins.Run)
 	if a.hosts != nil {
 		p.start("hosts", a.runHosts)
 	}

@@ -26,6 +26,7 @@ type Status struct {
 	Checks  []Check   `json:"checks"`
 
 	Cache CacheStatus  `json:"cache"`
+	Pins  PinsStatus   `json:"pins"`
 	Pulls []proxy.Pull `json:"pulls"` // on their way to a runtime, oldest first
 	Fills []FillStatus `json:"fills"` // on their way to this node's disk, oldest first
 	// Served are bytes to runtimes by X-Larder-Source, Fetched are bytes by
@@ -231,6 +232,56 @@ type WarmEvent struct {
 	Source string        `json:"source,omitempty"` // set when the blob is complete
 	Done   bool          `json:"done,omitempty"`
 	Error  string        `json:"error,omitempty"`
+}
+
+// PinRequest is the body of POST /api/v1/pins. The answer is WarmEvents.
+type PinRequest struct {
+	Images []string `json:"images"`
+}
+
+// PinList is the answer of GET and DELETE /api/v1/pins.
+type PinList struct {
+	Pins    []Pin  `json:"pins"`              // by name
+	Bytes   int64  `json:"bytes"`             // in the cache, what images share counted once
+	Limit   int64  `json:"limit_bytes"`       // the most that pins may take; 0 = no limit
+	Problem string `json:"problem,omitempty"` // of all of them together, and what to do
+}
+
+// Pin is one image that is kept on this node.
+type Pin struct {
+	Image  string `json:"image"`
+	State  string `json:"state"`           // PinHeld...
+	Source string `json:"source"`          // config, command or both
+	Error  string `json:"error,omitempty"` // of the last try, and what to do
+	// Digest is what the image stands for as it is kept, or, while no version of it is
+	// whole, what is being fetched; Next is a newer version on its way.
+	Digest  digest.Digest `json:"digest,omitempty"`
+	Next    digest.Digest `json:"next_digest,omitempty"`
+	Bytes   int64         `json:"bytes"`            // of Digest
+	Present int64         `json:"present"`          // of which here
+	Since   time.Time     `json:"since"`            // when it was pinned
+	Checked time.Time     `json:"checked,omitzero"` // when the registry said last what it stands for
+	Retry   time.Time     `json:"retry,omitzero"`   // the next try after an Error
+}
+
+// What a Pin's State can be.
+const (
+	PinHeld     = "held"     // all of it is here, and the registry says no other
+	PinStale    = "stale"    // all of it is here; Error says why nobody knows, or has, better
+	PinFetching = "fetching" // it is not whole, and on its way or about to be
+	PinMissing  = "missing"  // it is not whole, and could not be had
+)
+
+var pinStates = []string{PinHeld, PinStale, PinFetching, PinMissing}
+
+// PinsStatus sums up the pins; /api/v1/pins lists them.
+type PinsStatus struct {
+	Images  int            `json:"images"`
+	Bytes   int64          `json:"bytes"`
+	Limit   int64          `json:"limit_bytes"`
+	States  map[string]int `json:"states"`
+	Problem string         `json:"problem,omitempty"`
+	Trouble []Pin          `json:"trouble"` // those with an Error, at most 20
 }
 
 // Canary is the answer of /api/v1/canary: whether a request for the canary

@@ -73,7 +73,7 @@ func (e *explainer) manifest(d ocispec.Descriptor) error {
 	if e.has(d.Digest) {
 		return nil
 	}
-	body, err := e.read(d.Digest)
+	body, err := e.agent.readManifest(d.Digest)
 	if err != nil {
 		if len(e.out.Parts) == 0 {
 			return fmt.Errorf("%s: the manifest %s is %w; try `larder warm %s`", e.image, d.Digest, errUnknownImage, e.image)
@@ -106,11 +106,11 @@ func (e *explainer) manifest(d ocispec.Descriptor) error {
 	return nil
 }
 
-// read returns the bytes of a manifest that is on this node.
-func (e *explainer) read(d digest.Digest) ([]byte, error) {
-	r, ok := e.agent.cache.Lookup(d)
+// readManifest returns the bytes of a manifest that is on this node.
+func (a *Agent) readManifest(d digest.Digest) ([]byte, error) {
+	r, ok := a.cache.Lookup(d)
 	if !ok {
-		return e.agent.readRuntime(d, maxManifest)
+		return a.readRuntime(d, maxManifest)
 	}
 	defer r.Close()
 	if r.Size() > maxManifest {

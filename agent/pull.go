@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -16,6 +15,8 @@ import (
 
 	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -23,7 +24,7 @@ import (
 
 // Image is an image reference taken apart as the pull API needs it.
 type Image struct {
-	Registry   string // "docker.io", "reg.example.com:5000"
+	Registry   string // "docker.io", "reg.example.com:5000": as upstream.CanonicalHost spells it
 	Repository string // "library/nginx"
 	Reference  string // tag or digest
 }
@@ -34,10 +35,7 @@ func ParseImage(s string) (Image, error) {
 	if err != nil {
 		return Image{}, fmt.Errorf("%q is not an image name: %w", s, err)
 	}
-	registry := ref.Context().RegistryStr()
-	if registry == name.DefaultRegistry {
-		registry = "docker.io"
-	}
+	registry := upstream.CanonicalHost(ref.Context().RegistryStr())
 	return Image{Registry: registry, Repository: ref.Context().RepositoryStr(), Reference: ref.Identifier()}, nil
 }
 
@@ -80,7 +78,14 @@ type Puller struct {
 	Proxy  string // "http://127.0.0.1:5050"
 	Client *http.Client
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
-	Platform string
+	Platform  string
+	UserAgent string // "" for Go's own
+	// NoStale makes Resolve fail when the registry cannot be asked, or has a tag no
+	// more, though the proxy knows what it stood for.
+	NoStale bool
+	// Choose, if set, is told what a manifest lists (its config and layers) before any
+	// of that is pulled, and returns what is to be. Its error ends the pull.
+	Choose func([]ocispec.Descriptor) ([]ocispec.Descriptor, error)
 	// Progress, if set, is called from several goroutines as bytes of a blob
 	// arrive; total is its size.
 	Progress func(d digest.Digest, done, total int64)
@@ -88,10 +93,23 @@ type Puller struct {
 	Done func(Pulled)
 }
 
+// Resolve asks what an image's reference stands for.
+func (p Puller) Resolve(ctx context.Context, image Image) (digest.Digest, error) {
+	d, err := p.begin(image).resolve(ctx)
+	if err != nil {
+		return "", fmt.Errorf("resolve %s: %w", image, err)
+	}
+	return d, nil
+}
+
+func (p Puller) begin(image Image) *pull {
+	p.Client = cmp.Or(p.Client, http.DefaultClient)
+	return &pull{Puller: p, image: image, seen: make(map[digest.Digest]bool)}
+}
+
 // Pull reads the whole image and says where each part came from.
 func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
-	run := pull{Puller: p, image: image, seen: make(map[digest.Digest]bool)}
-	run.Client = cmp.Or(p.Client, http.DefaultClient)
+	run := p.begin(image)
 	d, err := run.resolve(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("pull %s: %w", image, err)
@@ -127,8 +145,14 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	if err != nil {
 		return nil, err
 	}
+	if p.UserAgent != "" {
+		req.Header.Set("User-Agent", p.UserAgent)
+	}
 	if kind == "manifests" {
 		req.Header.Set("Accept", strings.Join(manifestTypes, ", "))
+	}
+	if p.NoStale {
+		req.Header.Set("Cache-Control", proxy.NoStale)
 	}
 	resp, err := p.Client.Do(req)
 	if err != nil {
@@ -136,10 +160,18 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
-		return nil, fmt.Errorf("%s %s %s: %s%s%s", method, kind, ref, resp.Status, ociMessage(resp.Body), privateHint(resp.StatusCode))
+		return nil, &answerError{resp.StatusCode, fmt.Sprintf("%s %s %s: %s%s%s", method, kind, ref, resp.Status, ociMessage(resp.Body), privateHint(resp.StatusCode))}
 	}
 	return resp, nil
 }
+
+// answerError is an answer that is no success.
+type answerError struct {
+	status int
+	text   string
+}
+
+func (e *answerError) Error() string { return e.text }
 
 // privateHint says what to do about an image that the registry shows to nobody
 // without a credential: a Puller has none.
@@ -217,14 +249,33 @@ func (p *pull) children(ctx context.Context, m manifest) error {
 		}
 		return nil
 	}
+	blobs, err := p.choose(m.blobs())
+	if err != nil {
+		return err
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(pullStreams)
-	for _, b := range m.blobs() {
+	for _, b := range blobs {
 		if p.first(b.Digest) {
 			group.Go(func() error { return p.blob(ctx, b) })
 		}
 	}
 	return group.Wait()
+}
+
+// choose leaves out what Choose does.
+func (p *pull) choose(blobs []blob) ([]blob, error) {
+	if p.Choose == nil {
+		return blobs, nil
+	}
+	all := make([]ocispec.Descriptor, len(blobs))
+	for i, b := range blobs {
+		all[i] = b.Descriptor
+	}
+	chosen, err := p.Choose(all)
+	return slices.DeleteFunc(blobs, func(b blob) bool {
+		return !slices.ContainsFunc(chosen, func(d ocispec.Descriptor) bool { return d.Digest == b.Digest })
+	}), err
 }
 
 func (p *pull) first(d digest.Digest) bool {
@@ -319,6 +370,11 @@ func (m manifest) blobs() []blob {
 	return out
 }
 
+// platformError is an image that is made for others.
+type platformError struct{ want string }
+
+func (e *platformError) Error() string { return "the image has no manifest for " + e.want }
+
 // choose picks the manifests of an index: "all", one platform, or this
 // machine's. Attestations (platform unknown/unknown) are in "all" only.
 func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
@@ -340,7 +396,7 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 		}
 	}
 	if len(fits) == 0 {
-		return nil, errors.New("the image has no manifest for " + platforms.Format(want))
+		return nil, &platformError{platforms.Format(want)}
 	}
 	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
 		switch {

@@ -21,6 +21,7 @@ func TestParseImage(t *testing.T) {
 		{"nginx", "docker.io", "library/nginx", "latest", "docker.io/library/nginx:latest"},
 		{"nginx:1.29", "docker.io", "library/nginx", "1.29", "docker.io/library/nginx:1.29"},
 		{"docker.io/team/app", "docker.io", "team/app", "latest", "docker.io/team/app:latest"},
+		{"registry-1.docker.io/team/app:v1", "docker.io", "team/app", "v1", "docker.io/team/app:v1"},
 		{"quay.io/a/b@" + d, "quay.io", "a/b", d, "quay.io/a/b@" + d},
 		{"reg.example.com:5000/a:v1", "reg.example.com:5000", "a", "v1", "reg.example.com:5000/a:v1"},
 		{"localhost:5000/a:v1", "localhost:5000", "a", "v1", "localhost:5000/a:v1"},

@@ -39,7 +39,7 @@ type recentPulls struct {
 // record adds one exchange of the proxy.
 func (r *recentPulls) record(e proxy.Event) {
 	content := e.Kind == proxy.KindManifest || e.Kind == proxy.KindBlob && e.Method == http.MethodGet
-	if !content || e.Reference == "" || e.Registry == "" {
+	if !content || e.Reference == "" || e.Registry == "" || e.Method == http.MethodHead && e.UserAgent == pinUserAgent {
 		return
 	}
 	r.mu.Lock()

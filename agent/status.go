@@ -25,6 +25,7 @@ func (a *Agent) Status() Status {
 			Dir: a.config.Cache.Dir, Blobs: stats.Blobs, Bytes: stats.Bytes,
 			Limit: stats.Limit, Free: stats.Free, MinFree: stats.MinFree,
 		},
+		Pins:      a.pinsStatus(),
 		Pulls:     append([]proxy.Pull{}, a.proxy.Pulls()...),
 		Fills:     a.fills(),
 		Served:    totals.Served,

@@ -320,6 +320,7 @@ func (a *Agent) cacheMismatched(d digest.Digest, times int) {
 }
 
 func (a *Agent) cacheRemoves(d digest.Digest) {
+	a.pins.lost(d)
 	if a.swarm != nil && !a.inRuntime(d) {
 		a.swarm.Withdraw(d)
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/credentials"
 	"github.com/larder-cache/larder/agent/upstream"
 )
@@ -131,6 +132,24 @@ func (v *validator) cache(c CacheConfig) {
 		v.bad("cache.min_free", c.MinFree.String(), "would leave no room for a single blob; use 20%%")
 	}
 	v.notNegative("cache.scrub_interval", c.ScrubInterval)
+	v.pins(c.Pins)
+}
+
+func (v *validator) pins(names []string) {
+	if len(names) > cache.MaxPins {
+		v.bad("cache.pins", strconv.Itoa(len(names))+" images", "want at most %d", cache.MaxPins)
+	}
+	seen := map[string]bool{}
+	for _, name := range names {
+		image, err := ParseImage(name)
+		switch {
+		case err != nil:
+			v.bad("cache.pins", name, "want an image as pods name it, such as registry.k8s.io/pause:3.10")
+		case seen[image.String()]:
+			v.bad("cache.pins", name, "is listed twice")
+		}
+		seen[image.String()] = true
+	}
 }
 
 func (v *validator) upstream(c UpstreamConfig) {

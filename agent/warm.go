@@ -18,15 +18,8 @@ const warmEvery = 100 * time.Millisecond
 // warm pulls one image through this node's own proxy and reports to out; what
 // it returns is the image's last event.
 func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *warmStream) WarmEvent {
-	puller := Puller{
-		Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform,
-		Progress: func(d digest.Digest, done, total int64) {
-			out.progress(WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
-		},
-		Done: func(p Pulled) {
-			out.send(WarmEvent{Image: name, Kind: p.Kind, Digest: p.Digest, Bytes: p.Bytes, Total: p.Bytes, Source: p.Source})
-		},
-	}
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform}
+	out.follow(&puller, name)
 	if _, err := puller.Pull(ctx, image); err != nil {
 		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.upstreamTrouble(image.Registry)}
 	}
@@ -57,6 +50,16 @@ type warmStream struct {
 
 func newWarmStream(w http.ResponseWriter) *warmStream {
 	return &warmStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
+}
+
+// follow has a puller tell of what it pulls under an image's name.
+func (s *warmStream) follow(p *Puller, name string) {
+	p.Progress = func(d digest.Digest, done, total int64) {
+		s.progress(WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
+	}
+	p.Done = func(p Pulled) {
+		s.send(WarmEvent{Image: name, Kind: p.Kind, Digest: p.Digest, Bytes: p.Bytes, Total: p.Bytes, Source: p.Source})
+	}
 }
 
 // progress sends e unless its blob was told of a moment ago.

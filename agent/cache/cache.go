@@ -100,6 +100,7 @@ type Cache struct {
 	mismatches map[digest.Digest]mismatches
 	used       int64 // bytes of blobs, idle ingests and reservations
 	reserved   int64 // of which running fills, which may not be evicted
+	pinned     int64 // of which pinned blobs, which may not either
 	unbacked   int64 // of which the file system has not set aside yet
 	clock      int64 // seconds; never goes back
 }
@@ -480,19 +481,46 @@ func feed(w *Writer, body []byte) error {
 }
 
 // Pin keeps d from eviction, now and if it comes later, until as many Unpins.
+// The scrub deletes a bad blob, and Remove any, pinned or not.
 func (c *Cache) Pin(d digest.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pins[d]++
+	if c.pins[d]++; c.pins[d] == 1 {
+		c.pinned += c.present(d)
+	}
 }
 
 // Unpin undoes one Pin.
 func (c *Cache) Unpin(d digest.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.pins[d]--; c.pins[d] <= 0 {
+	switch n := c.pins[d]; {
+	case n > 1:
+		c.pins[d]--
+	case n == 1:
 		delete(c.pins, d)
+		c.pinned -= c.present(d)
 	}
+}
+
+// present returns the bytes of d that may be evicted if it is not pinned. c.mu is held.
+func (c *Cache) present(d digest.Digest) int64 {
+	if b := c.blobs[d]; b != nil && b.place != nil {
+		return b.size
+	}
+	return 0
+}
+
+// Settled waits until no fill of d runs: what the fill brought is committed, or
+// given up, when it returns nil. It returns why ctx ended otherwise.
+func (c *Cache) Settled(ctx context.Context, d digest.Digest) error {
+	c.mu.Lock()
+	f := c.filling[d]
+	c.mu.Unlock()
+	if f == nil {
+		return nil
+	}
+	return wait(ctx, f.done)
 }
 
 // Remove withdraws and deletes a committed blob, pinned or not; that it is not
@@ -566,6 +594,7 @@ type Stats struct {
 	Blobs    int
 	Bytes    int64 // blobs, running fills at full size, and ingests waiting to be resumed
 	Reserved int64 // of which running fills
+	Pinned   int64 // of which pinned blobs
 	Limit    int64 // MaxBytes in bytes; 0 is none
 	Free     int64 // free on the file system; -1 if it cannot be asked
 	MinFree  int64
@@ -581,7 +610,7 @@ func (c *Cache) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return Stats{
-		Blobs: len(c.blobs), Bytes: c.used, Reserved: c.reserved, Fills: len(c.filling),
+		Blobs: len(c.blobs), Bytes: c.used, Reserved: c.reserved, Pinned: c.pinned, Fills: len(c.filling),
 		Limit: c.opts.MaxBytes.Of(total), Free: free, MinFree: c.opts.MinFree.Of(total),
 	}
 }

@@ -56,16 +56,19 @@ func checkBooks(t testing.TB, c *Cache) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var sum int64
-	for _, b := range c.blobs {
+	var sum, pinned int64
+	for d, b := range c.blobs {
 		sum += b.size
+		if c.pins[d] > 0 {
+			pinned += b.size
+		}
 	}
 	for _, i := range c.idle {
 		sum += i.size
 	}
-	if c.used != sum || c.reserved != 0 || c.unbacked != 0 || len(c.filling) != 0 || c.lru.Len() != len(c.blobs) {
-		t.Errorf("books: used %d, sum %d, reserved %d, unbacked %d, filling %d, listed %d of %d blobs",
-			c.used, sum, c.reserved, c.unbacked, len(c.filling), c.lru.Len(), len(c.blobs))
+	if c.used != sum || c.pinned != pinned || c.reserved != 0 || c.unbacked != 0 || len(c.filling) != 0 || c.lru.Len() != len(c.blobs) {
+		t.Errorf("books: pinned %d of %d, used %d, sum %d, reserved %d, unbacked %d, filling %d, listed %d of %d blobs",
+			c.pinned, pinned, c.used, sum, c.reserved, c.unbacked, len(c.filling), c.lru.Len(), len(c.blobs))
 	}
 }
 

@@ -292,6 +292,9 @@ func (c *Cache) book(f *fill, size int64) {
 	b.used = c.now()
 	b.place = c.lru.PushFront(b)
 	c.blobs[f.digest] = b
+	if c.pins[f.digest] > 0 {
+		c.pinned += size
+	}
 	delete(c.filling, f.digest)
 	delete(c.mismatches, f.digest)
 	c.reserved -= size

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ const (
 	bucketPublic    bucket = "public"
 	bucketVerdicts  bucket = "verdicts"
 	bucketChallenge bucket = "challenges"
+	bucketPins      bucket = "pins"
 )
 
 // capacity bounds each bucket: what registries and clients make us remember
@@ -42,11 +44,13 @@ var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
 	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
+	bucketPins: 2 * MaxPins, // so that none is pruned
 }
 
 const (
-	// maxPending bounds what waits to be written; beyond it facts are dropped,
-	// but no deletion: a fact that no longer holds may be somebody's permission.
+	// maxPending bounds what waits to be written; beyond it facts are dropped, but
+	// no deletion: a fact that no longer holds may be somebody's permission. Nor are
+	// pins, which somebody wants and which are few.
 	maxPending = 16 << 10
 	// enoughPending asks for a flush before its time.
 	enoughPending = 1 << 10
@@ -74,8 +78,17 @@ type database struct {
 	pending map[bucket]map[string][]byte // nil value: deleted
 	writing map[bucket]map[string][]byte // what flush is writing
 	waiting int
-	said    string // the last complaint, not to be repeated every few seconds
+	next    *flushing // the flush that writes what is pending
+	said    string    // the last complaint, not to be repeated every few seconds
 }
+
+// flushing is one flush, to be waited for.
+type flushing struct {
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+func newFlushing() *flushing { return &flushing{done: make(chan struct{})} }
 
 // errCorrupt is what bbolt's panics and faults become.
 var errCorrupt = errors.New("metadata file is corrupt")
@@ -83,7 +96,7 @@ var errCorrupt = errors.New("metadata file is corrupt")
 // openDatabase opens or makes the file. The only error is that another process
 // holds it; whatever else is wrong, a new file or none at all will do.
 func openDatabase(path string, log *slog.Logger) (*database, error) {
-	db := &database{path: path, log: log, full: make(chan struct{}, 1), pending: map[bucket]map[string][]byte{}}
+	db := &database{path: path, log: log, full: make(chan struct{}, 1), pending: map[bucket]map[string][]byte{}, next: newFlushing()}
 	opened, err := db.open()
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("cache directory %s is used by another process: stop that one, or choose another directory with cache.dir", filepath.Dir(path))
@@ -266,16 +279,34 @@ func (db *database) delete(b bucket, k []byte) { db.enqueue(b, k, nil) }
 func (db *database) enqueue(b bucket, k, stamped []byte) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	if len(k) == 0 || db.waiting >= maxPending && stamped != nil {
+	if len(k) == 0 || db.waiting >= maxPending && stamped != nil && b != bucketPins {
 		return
 	}
 	db.enqueueLocked(b, string(k), stamped)
 	if db.waiting >= enoughPending {
-		select {
-		case db.full <- struct{}{}:
-		default:
-		}
+		db.hurry()
 	}
+}
+
+// hurry asks the owner to flush.
+func (db *database) hurry() {
+	select {
+	case db.full <- struct{}{}:
+	default:
+	}
+}
+
+// sync waits until a flush has written what was put before, or ctx ends. Somebody
+// must be there to flush.
+func (db *database) sync(ctx context.Context) error {
+	db.mu.Lock()
+	next := db.next
+	db.mu.Unlock()
+	db.hurry()
+	if err := wait(ctx, next.done); err != nil {
+		return err
+	}
+	return next.err
 }
 
 // enqueueLocked is called with mu held.
@@ -293,6 +324,9 @@ func (db *database) enqueueLocked(b bucket, k string, stamped []byte) {
 func (db *database) flush() {
 	db.heal()
 	db.mu.Lock()
+	now := db.next
+	db.next = newFlushing()
+	defer close(now.done)
 	if db.waiting == 0 {
 		db.mu.Unlock()
 		return
@@ -308,6 +342,7 @@ func (db *database) flush() {
 		db.log.Debug("write cache metadata", "err", err)
 		undone = db.undeleted()
 	}
+	now.err = err
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.writing = nil

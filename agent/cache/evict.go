@@ -71,7 +71,7 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := shortage{evictable: c.used - c.reserved - c.pinned()}
+	s := shortage{evictable: c.used - c.reserved - c.pinned}
 	if limit > 0 {
 		s.overMax, s.slackMax = c.used+n-limit, int64(float64(limit)*slack)
 	}
@@ -86,15 +86,21 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	return s, nil
 }
 
-// pinned returns how many bytes pins hold. c.mu is held.
-func (c *Cache) pinned() int64 {
-	var n int64
-	for d := range c.pins {
-		if b := c.blobs[d]; b != nil {
-			n += b.size
-		}
+// Room returns how many bytes of new blobs there is room for now, if everything goes
+// that may be evicted.
+func (c *Cache) Room() (int64, error) {
+	total, free, err := c.space()
+	if err != nil {
+		return 0, fmt.Errorf("room in the cache: %w", err)
 	}
-	return n
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	evictable := c.used - c.reserved - c.pinned
+	room := free + evictable - c.unbacked - c.opts.MinFree.Of(total)
+	if limit := c.opts.MaxBytes.Of(total); limit > 0 {
+		room = min(room, limit-c.used+evictable)
+	}
+	return max(room, 0), nil
 }
 
 // reserve makes room for a fill of n bytes, or returns ErrNoRoom, having
@@ -156,7 +162,7 @@ func (c *Cache) relieve(n int64) bool {
 		return false
 	}
 	c.mu.Lock()
-	most := free + c.used - c.reserved - c.pinned()
+	most := free + c.used - c.reserved - c.pinned
 	c.mu.Unlock()
 	return n <= most && c.evict(n, reasonFull) > 0
 }
@@ -269,6 +275,9 @@ func (c *Cache) takeOut(b *blob, why reason) bool {
 	c.lru.Remove(b.place)
 	b.place = nil
 	c.used -= b.size
+	if c.pins[b.digest] > 0 {
+		c.pinned -= b.size
+	}
 	return true
 }
 
@@ -277,6 +286,9 @@ func (c *Cache) putBack(b *blob) {
 	c.mu.Lock()
 	b.place, b.dirty = c.lru.PushFront(b), true
 	c.used += b.size
+	if c.pins[b.digest] > 0 {
+		c.pinned += b.size
+	}
 	c.mu.Unlock()
 	if c.opts.Events.Committed != nil {
 		c.opts.Events.Committed(b.digest, b.size)

@@ -1,8 +1,10 @@
 package cache
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"strings"
 	"time"
@@ -86,6 +88,51 @@ func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
 		parts := strings.Split(string(k), "\x00")
 		return len(parts) != 3 || f(Repository{Registry: parts[0], Name: parts[1]}, parts[2])
 	})
+}
+
+// MaxPins is how many images may be pinned: some 300 bytes each in the file.
+const MaxPins = 1000
+
+// PinnedImage is what outlives a restart of an image that is kept on this node.
+type PinnedImage struct {
+	// Digest is of the version whose blobs are kept, "" while none is whole.
+	Digest  digest.Digest `json:"digest,omitempty"`
+	Since   time.Time     `json:"since"`
+	Checked time.Time     `json:"checked,omitzero"`
+	// Command says that somebody asked for it, and not the configuration alone.
+	Command bool `json:"command,omitempty"`
+}
+
+// SetPinnedImage remembers a pin under the image's name.
+func (m *Meta) SetPinnedImage(name string, p PinnedImage) { m.encode(bucketPins, key(name), p) }
+
+// DeletePinnedImage forgets it.
+func (m *Meta) DeletePinnedImage(name string) { m.db.delete(bucketPins, key(name)) }
+
+// Sync waits until all that was set and deleted before is durable. It returns why it is
+// not, or why ctx ended; before Run, and after it, nobody writes.
+func (m *Meta) Sync(ctx context.Context) error {
+	if err := m.db.sync(ctx); err != nil {
+		return fmt.Errorf("write cache metadata: %w", err)
+	}
+	return nil
+}
+
+// PinnedImages returns all that were remembered, the last seconds' perhaps left out.
+func (m *Meta) PinnedImages() map[string]PinnedImage {
+	var names []string
+	m.db.walk(bucketPins, func(k []byte) bool {
+		names = append(names, string(k))
+		return true
+	})
+	all := map[string]PinnedImage{}
+	for _, name := range names {
+		var p PinnedImage
+		if m.decode(bucketPins, key(name), &p) && (p.Digest == "" || checkDigest(p.Digest) == nil) {
+			all[name] = p
+		}
+	}
+	return all
 }
 
 // DeleteTag forgets a tag that upstream no longer has.

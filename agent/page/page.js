@@ -288,6 +288,8 @@ const showHeader = s => {
 const showProblems = s => {
   const problems = s.checks.filter(c => !c.ok).map(c => ({severity: "error", title: `Not ready (${c.name})`, what: c.reason}));
   if (s.runtime.problem) problems.push({severity: "warning", title: "Runtime's store", what: s.runtime.problem});
+  if (s.pins.problem) problems.push({severity: "error", title: "Pins", what: s.pins.problem});
+  for (const p of s.pins.trouble) problems.push({severity: p.state === "missing" ? "error" : "warning", title: `Pinned, ${p.state}`, what: p.image, where: p.error});
   for (const f of s.doctor.findings) problems.push({severity: f.severity, title: "", what: f.what, where: f.where, fix: f.fix});
   $("problems").hidden = problems.length === 0;
   sync($("problems").firstElementChild, problems, p => JSON.stringify(p), p => {
@@ -421,6 +423,8 @@ const partRow = part => {
   }};
 };
 
+const pinsNotHeld = states => ["fetching", "stale", "missing"].filter(state => states[state] > 0).map(state => `, ${states[state]} ${state}`).join("");
+
 const showStorage = s => {
   const c = s.cache, limit = c.limit_bytes;
   const meter = $("cache-use");
@@ -429,6 +433,7 @@ const showStorage = s => {
   const hosts = s.hosts, dirs = [hosts.containerd, hosts.crio].filter(Boolean).join(", ");
   const facts = [
     {term: "Holds", bytes: c.bytes, text: `${limit ? `of ${size(limit)} ` : ""}in ${plural(c.blobs, "blob")}`},
+    s.pins.images > 0 && {term: "Pinned", bytes: s.pins.bytes, text: `${s.pins.limit_bytes ? `of ${size(s.pins.limit_bytes)} ` : ""}in ${plural(s.pins.images, "image")}${pinsNotHeld(s.pins.states)}`, bad: s.pins.states.missing > 0},
     {term: "Disk", text: `${c.free_bytes < 0 ? "cannot be read" : `${size(c.free_bytes)} free`}${c.min_free_bytes ? `, ${size(c.min_free_bytes)} stay free` : ""}`, bad: c.free_bytes < 0},
     {term: "Directory", text: c.dir},
     s.runtime.content_dir && {term: "Runtime's store", text: `${size(s.runtime.bytes)} in ${plural(s.runtime.blobs, "blob")}`},

@@ -25,13 +25,14 @@ const (
 	decidedGranted    decision = "granted"    // the caller's own credential
 	decidedRemembered decision = "remembered" // the registry is down; it let the same credential before
 	decidedOffline    decision = "offline"    // the registry is down; offline = "all"
+	decidedPinned     decision = "pinned"     // the registry has it no more, and refused nobody; it is pinned here
 	decidedChallenged decision = "challenged" // no credential came; the registry wants one
 	decidedRefused    decision = "refused"    // by the registry, or not of this repository
 	decidedUnknown    decision = "unknown"    // the registry is down and nothing is known
 	decidedDenied     decision = "denied"     // by allow and deny
 )
 
-var decisions = []decision{decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline,
+var decisions = []decision{decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline, decidedPinned,
 	decidedChallenged, decidedRefused, decidedUnknown, decidedDenied}
 
 // access is where one caller stands with one repository.
@@ -80,6 +81,7 @@ type authorizer struct {
 	meta     *cache.Meta
 	log      *slog.Logger
 	budget   time.Duration // for a request's headers
+	pinned   func(cache.Repository, string) (digest.Digest, bool)
 
 	secret   *keyed // of this process
 	lasting  lasting
@@ -91,7 +93,7 @@ type authorizer struct {
 
 func newAuthorizer(opts Options, b *background) *authorizer {
 	a := &authorizer{
-		upstream: opts.Upstream, swarm: opts.Swarm, meta: opts.Cache.Meta(), log: opts.Logger, budget: opts.FirstByteBudget,
+		upstream: opts.Upstream, swarm: opts.Swarm, meta: opts.Cache.Meta(), log: opts.Logger, budget: opts.FirstByteBudget, pinned: opts.Pinned,
 		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
 		verdicts: newRecent[verdictKey, verdict](maxRemembered),
 		members:  newRecent[blobKey, struct{}](maxRemembered),
@@ -183,7 +185,11 @@ func (a *authorizer) belongs(key blobKey) bool {
 	if a.members.has(key) {
 		return true
 	}
-	_, ok := a.meta.Member(cache.Repository{Registry: key.registry, Name: key.repository}, key.digest)
+	repository := cache.Repository{Registry: key.registry, Name: key.repository}
+	_, ok := a.meta.Member(repository, key.digest)
+	if !ok {
+		_, ok = a.pinned(repository, key.digest.String()) // by its manifest
+	}
 	if ok {
 		a.members.put(key, struct{}{}, membershipMemory)
 	}
@@ -220,7 +226,14 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 		return nil
 	case ctx.Err() != nil:
 		return err
-	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+	case upstream.IsNotFound(err):
+		stand, in := a.keeps(*acc, q.Reference)
+		if !in {
+			return a.refuse(acc, kind, err)
+		}
+		*acc = stand
+		return nil
+	case upstream.IsUnauthorized(err):
 		return a.refuse(acc, kind, err)
 	}
 	stand, in := a.stands(*acc) // now, for somebody may have been told no meanwhile (A4)
@@ -239,6 +252,29 @@ func (a *authorizer) stands(acc access) (access, bool) {
 		return acc, false
 	}
 	return acc, acc.allowed || a.offline(&acc)
+}
+
+// keeps returns what holds for a caller who asks for something that the registry has no
+// more, and whether that lets him in: it is pinned here, and he may read the repository,
+// or it was public, or the node's, when the registry said last. A 404 takes no earlier
+// yes back (A2); only a no does (A4). The leave is for this one thing.
+func (a *authorizer) keeps(acc access, ref string) (access, bool) {
+	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
+		return acc, false
+	}
+	if _, ok := a.pinned(acc.repository(), ref); !ok {
+		return acc, false
+	}
+	switch {
+	case acc.allowed:
+	case a.wasPublic(acc.repository()):
+		acc.asAnyone()
+	case acc.who == theNode && (offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineAll || a.lasting.knows(&acc)):
+	default:
+		return acc, false
+	}
+	acc.allowed, acc.decision = true, decidedPinned
+	return acc, true
 }
 
 // find asks the repository's home, and if that cannot say the registry itself.
@@ -448,9 +484,7 @@ func offlineMode(policy upstream.Registry) string {
 func (a *authorizer) offline(acc *access) bool {
 	if a.wasPublic(acc.repository()) {
 		acc.allowed, acc.decision = true, decidedPublic
-		if acc.who != theNode {
-			acc.who, acc.target.Authorization, acc.target.Anonymous = anyone, "", true
-		}
+		acc.asAnyone()
 		return true
 	}
 	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
@@ -460,6 +494,13 @@ func (a *authorizer) offline(acc *access) bool {
 		acc.allowed, acc.decision = true, decidedRemembered
 	}
 	return acc.allowed
+}
+
+// asAnyone drops the caller's own credential, which a public repository needs not.
+func (a *access) asAnyone() {
+	if a.who != theNode {
+		a.who, a.target.Authorization, a.target.Anonymous = anyone, "", true
+	}
 }
 
 // wasPublic reports whether a repository was public when the registry said so last.

@@ -241,12 +241,15 @@ func TestPulls(t *testing.T) {
 	if _, err := io.ReadFull(resp.Body, make([]byte, 1_000_000)); err != nil {
 		t.Fatal(err)
 	}
-	pulls := n.proxy.Pulls()
-	if len(pulls) != 1 {
-		t.Fatalf("%+v", pulls)
-	}
-	p := pulls[0]
-	if p.Digest != d || p.Registry != host || p.Repository != repo || p.Size != 3_000_000 || p.Offset < 1_000_000 || p.Source != "upstream" || p.Started.IsZero() {
+	var p Pull
+	await(t, "what was read is counted, which it is once the write has returned", func() bool {
+		pulls := n.proxy.Pulls()
+		if len(pulls) == 1 {
+			p = pulls[0]
+		}
+		return p.Offset >= 1_000_000
+	})
+	if p.Digest != d || p.Registry != host || p.Repository != repo || p.Size != 3_000_000 || p.Source != "upstream" || p.Started.IsZero() {
 		t.Errorf("%+v", p)
 	}
 	f.Remove()

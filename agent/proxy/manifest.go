@@ -36,7 +36,7 @@ func (p *Proxy) serveManifest(x *exchange) error {
 			return err
 		}
 	} else {
-		tag, err := p.resolve(x.ctx, &x.access, x.route.tag, accepted(x.r.Header))
+		tag, err := p.resolve(x.ctx, &x.access, queryOf(x))
 		if err != nil {
 			return err
 		}

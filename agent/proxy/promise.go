@@ -75,7 +75,7 @@ func (p *Proxy) ours(platform *ocispec.Platform) bool {
 
 // has reports whether d is here for who may have what the target's registry gives.
 func (p *Proxy) has(t upstream.Target, d digest.Digest) bool {
-	return p.cache.Has(d) && p.Gives(d, t.Registry) || p.runtime != nil && p.runtime.Has(d) && p.mayTakeRuntime(t, d)
+	return p.Holds(d, t.Registry) || p.runtime != nil && p.runtime.Has(d) && p.mayTakeRuntime(t, d)
 }
 
 func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.Descriptor) error {

@@ -22,6 +22,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -56,6 +57,10 @@ type Options struct {
 	// VerdictKey is secret and the same after a restart: under it the metadata keeps
 	// who was let read what, for offline = "remembered". Nil keeps nothing.
 	VerdictKey []byte
+	// Pinned says what an image that is pinned on this node has under ref, a tag or
+	// a digest of something in the repository: its digest. It reads memory alone. Nil:
+	// nothing is pinned.
+	Pinned func(r cache.Repository, ref string) (d digest.Digest, ok bool)
 	// Audit is called after each exchange, from its goroutine.
 	Audit func(Event)
 	// Before is called first for each request. Tests wedge the proxy with it.
@@ -178,6 +183,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.Default()
+	}
+	if o.Pinned == nil {
+		o.Pinned = func(cache.Repository, string) (digest.Digest, bool) { return "", false }
 	}
 }
 

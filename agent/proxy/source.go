@@ -105,7 +105,7 @@ func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
 // came from, that must be the target's. If nothing is known, the proxy does as
 // containerd does, which lets all images of the node share a blob.
 func (p *Proxy) mayTakeRuntime(t upstream.Target, d digest.Digest) bool {
-	return p.Gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
+	return p.gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
 }
 
 // RuntimeGiver is the name under which the metadata keeps that the container
@@ -128,23 +128,109 @@ func (p *Proxy) Gives(d digest.Digest, registry string) bool {
 	return shown
 }
 
-// lookup is cache.Lookup, limited to what Gives allows for the target's registry.
+// copyGiver is the giver of what was copied from the runtime's store for images of a
+// registry, where nobody knows which registry gave it to the runtime: callers on this
+// node have it as they had it from there, other nodes do not.
+func copyGiver(registry string) string { return "copied " + registry }
+
+// gives is Gives for callers on this node.
+func (p *Proxy) gives(d digest.Digest, registry string) bool {
+	return p.Gives(d, registry) || p.cache.GivenBy(d, copyGiver(registry))
+}
+
+// Holds reports whether d is in this node's cache, committed, for callers on this node
+// who may read from registry: the runtime's store does not count.
+func (p *Proxy) Holds(d digest.Digest, registry string) bool {
+	return p.cache.Has(d) && p.gives(d, registry)
+}
+
+// CopyRuntime copies d from the runtime's store, where it may be deleted, into the
+// cache, on behalf of somebody who may read from registry and has found d there.
+// The error wraps fs.ErrNotExist if the runtime has nothing for him, and
+// cache.ErrNoRoom if the cache cannot take it. It waits for the commit.
+func (p *Proxy) CopyRuntime(ctx context.Context, registry string, d digest.Digest) error {
+	t := upstream.Target{Registry: registry}
+	if p.runtime == nil || !p.runtime.Has(d) || !p.mayTakeRuntime(t, d) {
+		return fmt.Errorf("copy %s from the runtime's store: %w", d, fs.ErrNotExist)
+	}
+	giver := copyGiver(registry)
+	for _, known := range []string{registry, RuntimeGiver(registry)} {
+		if p.cache.GivenBy(d, known) {
+			giver = known
+		}
+	}
+	r, err := p.cache.Open(ctx, d, runtimeCopy{p.runtime, d, giver})
+	if err == nil {
+		err = errors.Join(r.Close(), p.cache.Settled(ctx, d), r.Err())
+	}
+	if err != nil {
+		return fmt.Errorf("copy %s from the runtime's store: %w", d, err)
+	}
+	return nil
+}
+
+// runtimeCopy fills a blob of the cache from the runtime's store.
+type runtimeCopy struct {
+	store  RuntimeStore
+	digest digest.Digest
+	giver  string
+}
+
+var _ cache.Given = runtimeCopy{}
+
+func (s runtimeCopy) Giver() string { return s.giver }
+
+func (s runtimeCopy) Fetch(ctx context.Context, f *cache.Fill) error {
+	blob, err := s.store.Open(s.digest)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = blob.Close() }() // was only read
+	w := f.Writer(cache.Origin{Kind: cache.FromRuntime})
+	if err := w.SetSize(blob.Size()); err != nil {
+		return err
+	}
+	buf := make([]byte, copyBlock)
+	for {
+		start, end, missing := w.Missing(0)
+		if !missing || ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := blob.Ready(ctx, start); err != nil {
+			return err
+		}
+		n, err := blob.ReadAt(buf[:min(int64(len(buf)), end-start)], start)
+		if n == 0 && err != nil {
+			return err
+		}
+		if _, err := w.WriteAt(buf[:n], start); err != nil {
+			return err
+		}
+	}
+}
+
+// copyBlock is the buffer of one copy.
+const copyBlock = 256 << 10
+
+// lookup is cache.Lookup, limited to what may be had for the target's registry.
 func (p *Proxy) lookup(t upstream.Target, d digest.Digest) (*cache.Reader, bool) {
-	if !p.Gives(d, t.Registry) {
+	if !p.gives(d, t.Registry) {
 		return nil, false
 	}
 	return p.cache.Lookup(d)
 }
 
 // giver is the name under which the cache is asked for d; it hits only if that
-// giver gave d. It is the target's registry, unless d is here and Gives allows it
+// giver gave d. It is the target's registry, unless d is here and gives allows it
 // for another reason: then it is that other giver.
 func (p *Proxy) giver(t upstream.Target, d digest.Digest) string {
-	if !p.cache.Has(d) || p.cache.GivenBy(d, t.Registry) {
+	if !p.cache.Has(d) {
 		return t.Registry
 	}
-	if runtime := RuntimeGiver(t.Registry); p.cache.GivenBy(d, runtime) {
-		return runtime
+	for _, giver := range []string{t.Registry, RuntimeGiver(t.Registry), copyGiver(t.Registry)} {
+		if p.cache.GivenBy(d, giver) {
+			return giver
+		}
 	}
 	if registry, ok := p.auth.shown(d); ok {
 		return registry

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"strings"
@@ -43,19 +44,39 @@ const (
 	notListed = "#one"
 )
 
+// tagQuery is what a client asks about a tag.
+type tagQuery struct {
+	tag     string
+	accept  []string // media types; empty means any
+	current bool     // what the registry says now, or why it does not
+}
+
+// queryOf reads a request for a tag. "Cache-Control: stale-if-error=0" (RFC 5861,
+// section 4) asks for what is current.
+func queryOf(x *exchange) tagQuery {
+	return tagQuery{tag: x.route.tag, accept: accepted(x.r.Header), current: x.r.Header.Get("Cache-Control") == NoStale}
+}
+
+// NoStale is the Cache-Control of a request that an error answers better than what a
+// tag stood for once.
+const NoStale = "stale-if-error=0"
+
 // resolve finds what a tag stands for: by memory within tag_ttl, else by asking
 // upstream once for all who wait, else, when upstream cannot say, the last that
-// was known. A registry that says no is believed at once. The answer is also the
-// verdict on a caller who has none yet.
-func (p *Proxy) resolve(ctx context.Context, acc *access, tag string, accept []string) (resolved, error) {
-	key := tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: tag, lists: acceptsLists(accept)}
-	found, err := p.resolveKey(ctx, acc, key, key.accepts())
-	if err != nil || acceptable(accept, found.desc.MediaType) {
+// was known. A registry that says no is believed at once, unless the image is pinned
+// and it only has it no more. The answer is also the verdict on a caller who has
+// none yet.
+func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved, error) {
+	key := tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: q.tag, lists: acceptsLists(q.accept)}
+	usual := q
+	usual.accept = key.accepts()
+	found, err := p.resolveKey(ctx, acc, key, usual)
+	if err != nil || acceptable(q.accept, found.desc.MediaType) {
 		return found, err
 	}
-	key.accept = strings.Join(accept, ",")
-	found, err = p.resolveKey(ctx, acc, key, accept)
-	if err == nil && !acceptable(accept, found.desc.MediaType) {
+	key.accept = strings.Join(q.accept, ",")
+	found, err = p.resolveKey(ctx, acc, key, q)
+	if err == nil && !acceptable(q.accept, found.desc.MediaType) {
 		err = errUnacceptable
 	}
 	return found, err
@@ -68,11 +89,12 @@ func (k tagKey) accepts() []string {
 	return acceptOne
 }
 
-func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept []string) (resolved, error) {
-	if found, ok := p.fresh.get(key); ok && acc.allowed {
+func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQuery) (resolved, error) {
+	if found, ok := p.fresh.get(key); ok && acc.allowed && !(q.current && found.stale) {
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
+	known = known && !q.current
 	wait, cancel := ctx, context.CancelFunc(func() {})
 	if _, in := p.auth.stands(*acc); in && known { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
@@ -80,16 +102,20 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 	defer cancel()
 	asker := *acc
 	found, err := p.resolves.do(wait, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
-		return p.askTag(ctx, asker, key, accept)
+		return p.askTag(ctx, asker, key, q.accept)
 	})
 	switch {
 	case err == nil && !found.stale:
 		acc.allowed, acc.decision = true, acc.yes()
 		return found, nil
+	case upstream.IsNotFound(err) && !q.current:
+		return p.resolvePinned(acc, key, err)
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
 		return resolved{}, p.auth.refuse(acc, KindManifest, err)
 	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
 		return resolved{}, err
+	case q.current:
+		return resolved{}, cmp.Or(err, error(errStale))
 	}
 	if stand, in := p.auth.stands(*acc); in && known {
 		*acc = stand
@@ -98,6 +124,29 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 		return last, nil
 	}
 	return p.resolveStale(ctx, acc, key, found, err)
+}
+
+// resolvePinned answers when the registry has a tag no more: with what is pinned
+// under it here, to those who may have that, else with the registry's own no.
+func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, error) {
+	pinned, ok := p.pinned(key)
+	stand, in := p.auth.keeps(*acc, key.tag)
+	if !ok || !in {
+		return resolved{}, p.auth.refuse(acc, KindManifest, err)
+	}
+	*acc = stand
+	p.fresh.put(key, pinned, p.tagTTL(key.registry))
+	return pinned, nil
+}
+
+// pinned is what a tag stands for by a pin.
+func (p *Proxy) pinned(key tagKey) (resolved, bool) {
+	d, ok := p.opts.Pinned(key.place(), key.tag)
+	if !ok || key.accept != "" {
+		return resolved{}, false
+	}
+	m, _ := p.cache.Meta().Manifest(d)
+	return resolved{desc: ocispec.Descriptor{MediaType: m.MediaType, Digest: d}, stale: true}, true
 }
 
 // resolveStale answers while the registry cannot be asked and this node knows not
@@ -193,12 +242,21 @@ func (p *Proxy) tagTTL(registry string) time.Duration {
 	return p.upstream.Policy(registry).TTL(p.opts.TagTTL)
 }
 
+// lastKnown is what a tag stands for while the registry cannot be asked. A pin goes
+// before what was known last: all of that image is here. Where the registry is never
+// to be asked, what is known last is what somebody brought.
 func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
 	if key.accept != "" {
 		return resolved{}, false
 	}
-	tag, ok := p.cache.Meta().Tag(key.place(), key.stored())
-	return resolved{desc: tag.Descriptor, stale: true}, ok
+	pinned, held := p.pinned(key)
+	if held && p.upstream.Policy(key.registry).Contact() {
+		return pinned, true
+	}
+	if tag, ok := p.cache.Meta().Tag(key.place(), key.stored()); ok {
+		return resolved{desc: tag.Descriptor, stale: true}, true
+	}
+	return pinned, held
 }
 
 func (p *Proxy) forgetTag(key tagKey) {

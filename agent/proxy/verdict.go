@@ -138,6 +138,17 @@ func (m *lasting) has(a *access) bool {
 	return ok && time.Since(when).Abs() < rememberFor
 }
 
+// knows reports whether the same caller was let in the last time that the registry
+// said yes or no, however long ago that is.
+func (m *lasting) knows(a *access) bool {
+	name := m.name(a)
+	if name == "" {
+		return false
+	}
+	_, ok := m.meta.Verdict(a.repository(), name)
+	return ok
+}
+
 func (m *lasting) forget(a *access) {
 	if name := m.name(a); name != "" {
 		m.meta.DeleteVerdict(a.repository(), name)

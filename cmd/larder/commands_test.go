@@ -44,6 +44,8 @@ func TestStatusGolden(t *testing.T) {
 		Build: agent.Build{Version: "v1.2.3"}, Node: "node-1", Started: now.Add(-26 * time.Hour), Proxy: "127.0.0.1:5050",
 		Checks: []agent.Check{{Name: "proxy", OK: true}, {Name: "hosts", Reason: "/etc/containerd/certs.d: read-only file system"}},
 		Cache:  agent.CacheStatus{Dir: "/var/lib/larder", Blobs: 42, Bytes: 5 << 30, Limit: 20 << 30, Free: 100 << 30, MinFree: 40 << 30},
+		Pins: agent.PinsStatus{Images: 12, Bytes: 2 << 30, Limit: 16 << 30, States: map[string]int{"held": 9, "fetching": 1, "missing": 2},
+			Problem: "100.0 MiB are free on the disk", Trouble: []agent.Pin{{Image: "quay.io/org/app:v1", State: "missing", Error: "401 Unauthorized; the image is private"}}},
 		Pulls: []proxy.Pull{{Digest: d, Registry: "docker.io", Repository: "library/nginx", Reference: "1.29",
 			Size: 40 << 20, Offset: 10 << 20, Source: "upstream", Started: now.Add(-3 * time.Minute)}},
 		Fills: []agent.FillStatus{{Digest: d, Size: 40 << 20, Present: 30 << 20, Readers: 2, Started: now.Add(-4 * time.Minute),
@@ -95,6 +97,77 @@ func TestStatusOfALargeCluster(t *testing.T) {
 		strings.Count(out.String(), "linked") != 9 || !strings.Contains(lines[len(lines)-1], "and 468 more") {
 		t.Errorf("%d lines:\n%s", len(lines), out.String())
 	}
+}
+
+func TestPinGolden(t *testing.T) {
+	now := time.Now()
+	list := agent.PinList{Bytes: 120 << 20, Limit: 16 << 30, Problem: "pins hold more than they may", Pins: []agent.Pin{
+		{Image: "docker.io/library/nginx:1.29", State: agent.PinHeld, Source: "config", Digest: digest.FromString("nginx"), Bytes: 70 << 20, Present: 70 << 20,
+			Since: now.Add(-50 * time.Hour), Checked: now.Add(-4 * time.Minute)},
+		{Image: "quay.io/org/app:v1", State: agent.PinStale, Source: "both", Digest: digest.FromString("app"), Bytes: 50 << 20, Present: 50 << 20,
+			Since: now.Add(-3 * time.Hour), Checked: now.Add(-3 * time.Hour), Error: "the registry has it no more", Retry: now.Add(5*time.Minute + 200*time.Millisecond)},
+		{Image: "quay.io/org/big:v1", State: agent.PinFetching, Source: "command", Digest: digest.FromString("big"), Bytes: 2 << 30, Present: 1 << 30, Since: now.Add(-time.Minute)},
+		{Image: "quay.io/org/private:v1", State: agent.PinMissing, Source: "command", Since: now.Add(-time.Minute), Error: "401 Unauthorized", Retry: now},
+	}}
+	code, out, errs := larder(t, "pin", "--admin", standIn(t, list))
+	if code != 0 || errs != "" {
+		t.Fatalf("exit %d: %s", code, errs)
+	}
+	golden(t, "pin", out)
+	if code, out, _ = larder(t, "pin", "--admin", standIn(t, agent.PinList{})); code != 0 || !strings.Contains(out, "larder pin IMAGE") {
+		t.Errorf("an empty list: exit %d, %q", code, out)
+	}
+}
+
+// TestPinning pins, lists and unpins as a user would.
+func TestPinning(t *testing.T) {
+	n := startNode(t, nil)
+	missing := testHost + "/team/gone:v1"
+	code, out, errs := larder(t, "pin", testImage, missing, "--admin", n.admin)
+	if code != exitFailed || !strings.Contains(out, testImage+": done: ") || !strings.Contains(out, missing+": failed: not pinned: ") || !strings.Contains(errs, "1 of 2 images") {
+		t.Errorf("exit %d: %s\n%s", code, out, errs)
+	}
+	n.registry.Down()
+	var list agent.PinList
+	code, out, _ = larder(t, "pin", "--json", "--admin", n.admin)
+	if err := json.Unmarshal([]byte(out), &list); err != nil || code != 0 || len(list.Pins) != 1 || list.Pins[0].State != agent.PinHeld || list.Pins[0].Digest != n.image.Digest {
+		t.Errorf("exit %d, %v: %s", code, err, out)
+	}
+	if code, out, _ = larder(t, "status", "--admin", n.admin); code != 0 || !strings.Contains(out, "pins     1 image, ") {
+		t.Errorf("status: exit %d\n%s", code, out)
+	}
+	if code, _, errs = larder(t, "unpin", missing, "--admin", n.admin); code != exitFailed || !strings.Contains(errs, "is not pinned") {
+		t.Errorf("unpin of what is not: exit %d: %s", code, errs)
+	}
+	if code, out, errs = larder(t, "unpin", testImage, "--admin", n.admin); code != 0 || out != testImage+": unpinned\n" {
+		t.Errorf("unpin: exit %d: %s %s", code, out, errs)
+	}
+	if code, out, _ = larder(t, "pin", "--admin", n.admin); code != 0 || !strings.Contains(out, "Nothing is pinned") {
+		t.Errorf("the list then: exit %d: %s", code, out)
+	}
+}
+
+// TestPinInterrupted: Ctrl-C takes no pin back.
+func TestPinInterrupted(t *testing.T) {
+	n := startNode(t, nil)
+	fault := n.registry.Inject(registrytest.Match{Kind: registrytest.Blob}, registrytest.StallAfter(100))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out, errs bytes.Buffer
+	code := make(chan int, 1)
+	go func() { code <- run(ctx, []string{"pin", testImage, "--admin", n.admin}, &out, &errs) }()
+	<-fault.Held()
+	cancel()
+	if code := <-code; code != exitFailed || !strings.Contains(errs.String(), "the images are pinned") {
+		t.Errorf("exit %d: %s", code, errs.String())
+	}
+	fault.Remove()
+	eventually(t, "held", func() error {
+		if pins := n.Pins().Pins; len(pins) != 1 || pins[0].State != agent.PinHeld {
+			return fmt.Errorf("%+v", pins)
+		}
+		return nil
+	})
 }
 
 func TestExplainGolden(t *testing.T) {
@@ -221,6 +294,10 @@ func TestMistakes(t *testing.T) {
 		{"bad image", []string{"explain", "NGINX:"}, exitUsage, []string{"NGINX:", "not an image name"}},
 		{"bad image to warm", []string{"warm", "nginx", "a b"}, exitUsage, []string{"a b", "not an image name"}},
 		{"no image", []string{"warm"}, exitUsage, []string{"larder warm --help"}},
+		{"pins without agent", []string{"pin", "--admin", "127.0.0.1:1"}, exitFailed, []string{"is it running"}},
+		{"bad image to pin", []string{"pin", "nginx", "a b"}, exitUsage, []string{"a b", "not an image name"}},
+		{"a list of images", []string{"pin", "nginx", "--json"}, exitUsage, []string{"--json is for the list"}},
+		{"nothing to unpin", []string{"unpin"}, exitUsage, []string{"larder unpin --help"}},
 		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
 		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},
 		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?\n"}},

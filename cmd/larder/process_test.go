@@ -285,3 +285,47 @@ func TestRunningOutOfDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestKill9WhilePinning: killed in the middle of the first fetch of an image that was
+// pinned by command, the agent goes on by itself when it is started again.
+func TestKill9WhilePinning(t *testing.T) {
+	t.Parallel()
+	reg, img := processRegistry(t)
+	p := newProcess(t, reg)
+	p.start(t)
+	p.ready(t)
+	fault := reg.Inject(registrytest.Match{Kind: registrytest.Blob, Reference: img.Layers[0].Digest.String()}, registrytest.StallAfter(4<<20))
+	pinned := make(chan int, 1)
+	go func() {
+		code, _, _ := larder(t, "pin", testImage, "--admin", p.admin)
+		pinned <- code
+	}()
+	<-fault.Held()
+	eventually(t, "remembered", func() error { // within two seconds
+		body, err := os.ReadFile(filepath.Join(p.dir, "cache", "metadata.db"))
+		if err == nil && !bytes.Contains(body, []byte(testImage)) {
+			err = errors.New("not yet")
+		}
+		return err
+	})
+	if err := p.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	p.exited(t)
+	if code := <-pinned; code != exitFailed {
+		t.Errorf("pin ends with exit %d", code)
+	}
+	fault.Remove()
+	p.start(t)
+	eventually(t, "held", func() error {
+		code, out, errs := larder(t, "pin", "--admin", p.admin)
+		if code != 0 || !strings.Contains(out, "  held  ") || !strings.Contains(out, "  command\n") {
+			return errors.New(out + errs)
+		}
+		return nil
+	})
+	reg.Down()
+	if err := p.pull(t); err != nil {
+		t.Error(err)
+	}
+}

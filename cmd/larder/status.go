@@ -58,6 +58,9 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	facts.row("proxy", s.Proxy)
 	facts.row("started", ago(s.Started, now))
 	facts.row("cache", cacheLine(s.Cache))
+	if s.Pins.Images > 0 {
+		facts.row("pins", pinsLine(st, s.Pins))
+	}
 	facts.row("served", bySource(s.Served))
 	facts.row("fetched", bySource(s.Fetched))
 	if s.Uploaded > 0 {
@@ -70,6 +73,7 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	facts.row("peers", s.Peers)
 	facts.printBody(w)
 	printFindings(w, st, s.Doctor)
+	printPinTrouble(w, st, s.Pins)
 	printPulls(w, s.Pulls, now)
 	printFills(w, s.Fills, now)
 	printRecent(w, st, s.Recent, now)

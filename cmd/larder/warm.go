@@ -32,10 +32,8 @@ report each blob and where it came from.`,
 			if err != nil {
 				return err
 			}
-			for _, image := range args {
-				if _, err := agent.ParseImage(image); err != nil {
-					return usageError{err}
-				}
+			if err := checkImages(args); err != nil {
+				return err
 			}
 			err = warm(cmd.Context(), api, cmd.OutOrStdout(), agent.WarmRequest{Images: args, Platform: platform})
 			if err != nil && cmd.Context().Err() != nil {

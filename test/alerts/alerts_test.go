@@ -110,6 +110,11 @@ func TestAlerts(t *testing.T) {
 			fires: []string{`larder_tag_stale_served_total{job="l",instance="n1"} 0+1x120`},
 			quiet: []string{`larder_tag_stale_served_total{job="l",instance="n1"} 9x120`},
 		},
+		"LarderPinMissing": {
+			fires: []string{`larder_pins{job="l",instance="n1",state="missing"} 2x120`},
+			quiet: []string{`larder_pins{job="l",instance="n1",state="missing"} 0x120
+				larder_pins{job="l",instance="n1",state="stale"} 2x120`},
+		},
 		"LarderConfigDrift": {
 			fires: []string{`larder_hosts_drift_repaired_total{job="l",instance="n1",runtime="containerd"} 0x100 1 2 3 4 5 5x20`},
 			quiet: []string{`larder_hosts_drift_repaired_total{job="l",instance="n1",runtime="containerd"} 0x100 1 1x20`},

@@ -77,6 +77,8 @@ func TestSwitches(t *testing.T) {
 		{name: "variables", set: []string{"env[0].name=GOGC", "env[0].value=off"}, want: []string{`- name: GOGC\n`}},
 		{name: "configuration", set: []string{"config.cache.max_bytes=100GiB", "config.upstream.max_bytes_per_second=107374182400", "config.hosts.registries={docker.io,quay.io}", "config.log.level=debug"},
 			want: []string{`max_bytes = "100GiB"`, `max_bytes_per_second = 107374182400\n`, `registries = \["docker.io","quay.io"\]`, `level = "debug"`}},
+		{name: "pins", set: []string{"config.cache.pins={registry.k8s.io/pause:3.10,quay.io/cilium/cilium:v1.18.2}"},
+			want: []string{`\[cache\]\n +dir = "/var/lib/larder"\n +pins = \["registry.k8s.io/pause:3.10","quay.io/cilium/cilium:v1.18.2"\]`}},
 		{name: "credential provider plugins", set: providers(together+"/config.json", together),
 			want: []string{`name: credential-provider-0, mountPath: ` + together + `, readOnly: true`, `path: ` + together + `, type: Directory`, `node_repositories = \["base/\*\*"\]`}},
 		{name: "credential provider plugins apart", set: providers(apart+"/etc/config.json", together+"/"),

@@ -101,13 +101,15 @@ func (c *cluster) makeNodes(larder string) error {
 	if err != nil {
 		return err
 	}
+	c.putFirst() // for the pin, which is looked at whenever the node likes to
+	pins := registryHost + "/" + repository(0) + ":v1," + hostileHost + "/" + repository(0) + ":v1"
 	shared := []string{"--config", config, "--peer.key_file", keyFile, "--peer.join", meeting, "--peer.data", loopbackAny}
 	for _, n := range []struct {
 		as    **node
 		name  string
 		flags []string
 	}{
-		{&c.busy, "node-1", append([]string{"--hosts.containerd", hosts, "--peer.gossip", meeting, "--peer.zone", "zone-a"}, shared...)},
+		{&c.busy, "node-1", append([]string{"--hosts.containerd", hosts, "--cache.pins", pins, "--peer.gossip", meeting, "--peer.zone", "zone-a"}, shared...)},
 		{&c.peer, "node-2", append([]string{"--peer.gossip", loopbackAny, "--peer.zone", zoneMarkup}, shared...)},
 		{&c.idle, "node-3", []string{"--config", os.DevNull, "--peer.enabled=false"}},
 	} {
@@ -123,7 +125,7 @@ func (c *cluster) makeNodes(larder string) error {
 func (c *cluster) startLoad(ctx context.Context) error {
 	ctx, c.cancel = context.WithCancel(ctx)
 	// The first pull fills each page with something to show.
-	c.put(0, 200<<10, 1<<20)
+	c.putFirst()
 	if err := errors.Join(c.pull(ctx, c.peer, registryHost, 0), c.pull(ctx, c.busy, registryHost, 0), c.pull(ctx, c.busy, registryHost, 0)); err != nil {
 		return err
 	}
@@ -150,6 +152,8 @@ func (c *cluster) pullOn(ctx context.Context, worker int) {
 		_ = c.pull(ctx, c.busy, hostileHost, n)
 	}
 }
+
+func (c *cluster) putFirst() { c.put(0, 200<<10, 1<<20) }
 
 func (c *cluster) put(n int, layers ...int64) {
 	c.registry.Put(repository(n), registrytest.OCIImage(registrytest.ImageSpec{Seed: uint64(n), Layers: layers, Opaque: true}), "v1")

@@ -138,6 +138,16 @@ test("a rate limit's budget is shown", async t => {
   assert.equal(await budget.locator(".bar span").evaluate(e => e.style.width), "7%");
 });
 
+test("pins are counted, and what is wrong with one is told", async t => {
+  const page = await open(t, BUSY);
+  await eventually("both pins were looked at", async () => {
+    assert.deepEqual((await status(BUSY)).pins.states, {fetching: 0, held: 1, missing: 1, stale: 0});
+    assert.match(await page.locator("#storage").textContent(), /Pinned1\.2 MiB of [0-9.]+ MiB in 2 images, 1 missing/);
+    assert.match(await page.locator("#problems").textContent(), /Pinned, missing: [^ ]+\/team\/app-0:v1/);
+  });
+  assert.deepEqual(page.complaints, []);
+});
+
 test("the charts move and have words", async t => {
   const page = await open(t, BUSY);
   const areas = () => page.locator("#network path").evaluateAll(l => l.map(e => e.getAttribute("d")).join("|"));
@@ -222,6 +232,9 @@ test("a node that is gone is told of, and found again", async t => {
   assert.equal(await page.locator("#live").innerText(), "live");
 });
 
+// reference is a tag, or a digest in short: what is fetched for a pin is asked for by digest.
+const reference = ref => ref.replace(/^sha256:(.{12}).*/, "@$1").replace(/^(?!@)/, ":");
+
 test("at rest the page and the status are equal", async t => {
   const page = await open(t, BUSY);
   await post("/stop-load");
@@ -235,7 +248,7 @@ test("at rest the page and the status are equal", async t => {
     }
     assert.deepEqual(shown.cache, {bytes: s.cache.bytes, text: size(s.cache.bytes)});
     assert.deepEqual(shown.moving, []);
-    assert.deepEqual(shown.recent, s.recent_pulls.map(p => ({image: `${p.registry}/${p.repository}:${p.reference}`, bytes: sum(p.served_bytes)})));
+    assert.deepEqual(shown.recent, s.recent_pulls.map(p => ({image: `${p.registry}/${p.repository}${reference(p.reference)}`, bytes: sum(p.served_bytes)})));
     assert.deepEqual(shown.registries, s.upstreams.map(u => `${u.registry} ${u.state}`));
     for (const m of s.members.filter(m => !m.self)) {
       const row = shown.members.find(r => r.name === m.name);

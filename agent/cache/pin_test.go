@@ -1,0 +1,169 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// TestPinnedBytes holds what Stats and Room say while pins and blobs come and go.
+func TestPinnedBytes(t *testing.T) {
+	c := start(t, Options{MaxBytes: Bytes(1000 * kib)})
+	blobs := fillUp(t, c, 3, 100*kib)
+	want := func(when string, pinned, room int64) {
+		t.Helper()
+		got, err := c.Room()
+		if s := c.Stats(); s.Pinned != pinned*kib || got != room*kib || err != nil {
+			t.Errorf("%s: %d bytes pinned, room for %d, %v; want %d KiB, %d KiB", when, s.Pinned, got, err, pinned, room)
+		}
+	}
+	want("nothing is pinned", 0, 1000)
+	body, later := content(70, 50*kib)
+	for _, d := range []digest.Digest{blobs[0], blobs[0], blobs[1], later} {
+		c.Pin(d)
+	}
+	want("two that are here", 200, 800)
+	if err := c.Put(t.Context(), later, registry, body); err != nil {
+		t.Fatal(err)
+	}
+	want("and one that came later", 250, 750)
+	c.Unpin(blobs[0])
+	c.Unpin(blobs[2])
+	want("once of two, and what was not pinned", 250, 750)
+	c.Unpin(blobs[0])
+	want("the last of two", 150, 850)
+	if err := c.Remove(later); err != nil {
+		t.Fatal(err)
+	}
+	want("deleted, and still to be pinned", 100, 900)
+	c.Unpin(later)
+	want("no more", 100, 900)
+}
+
+// TestPinsSurvivePressure: neither bound evicts what is pinned, though all else goes.
+func TestPinsSurvivePressure(t *testing.T) {
+	c := open(t, Options{MaxBytes: Bytes(1000 * kib), MinFree: Percent(10)})
+	var free atomic.Int64
+	free.Store(1 << 30)
+	c.statfs = func() (int64, int64, error) { return 1 << 30, free.Load(), nil }
+	run(t, c)
+	blobs := fillUp(t, c, 6, 100*kib)
+	for _, d := range blobs[:3] {
+		c.Pin(d)
+	}
+	for i := range 20 {
+		body, d := content(uint64(200+i), 300*kib)
+		if err := c.Put(t.Context(), d, registry, body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left := present(c, blobs); len(left) != 3 || left[2] != 2 {
+		t.Errorf("left %v, want the first three", left)
+	}
+	free.Store(0)
+	c.balance()
+	if left := present(c, blobs); len(left) != 3 || c.Stats().Blobs != 3 {
+		t.Errorf("with a full disk %v of %d blobs are left", left, c.Stats().Blobs)
+	}
+	for _, d := range blobs[:3] {
+		c.Unpin(d)
+	}
+	c.balance()
+	if n := c.Stats().Blobs; n != 0 {
+		t.Errorf("%d blobs are left after the pins went", n)
+	}
+}
+
+// TestSettled: it returns when the blob is committed, not when its bytes are there.
+func TestSettled(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(71, 100)
+	if err := c.Settled(t.Context(), d); err != nil {
+		t.Errorf("without a fill: %v", err)
+	}
+	syncing, hold := make(chan struct{}), make(chan struct{})
+	c.faults = func(s step, _ digest.Digest) error {
+		if s == stepSync {
+			close(syncing)
+			<-hold
+		}
+		return nil
+	}
+	mustRead(t, c, d, all(body))
+	<-syncing
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Settled(ended, d); !errors.Is(err, context.Canceled) {
+		t.Errorf("while the blob is synced: %v", err)
+	}
+	close(hold)
+	if err := c.Settled(t.Context(), d); err != nil || !c.Has(d) {
+		t.Errorf("%v, here: %v", err, c.Has(d))
+	}
+}
+
+func openTestMeta(t *testing.T, path string) *Meta {
+	t.Helper()
+	m, err := openMeta(path, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = m.close() })
+	return m
+}
+
+// TestSync: what was set before is in the file, or the error says why not.
+func TestSync(t *testing.T) {
+	c := start(t, Options{})
+	c.meta.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+	if err := c.meta.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, pending := c.meta.db.recent(bucketPins, key("docker.io/library/a:1")); pending || len(c.meta.PinnedImages()) != 1 {
+		t.Errorf("pending: %v, in the file: %v", pending, c.meta.PinnedImages())
+	}
+	idle := open(t, Options{})
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := idle.meta.Sync(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("with nobody to write: %v", err)
+	}
+	full := errors.New("disk full")
+	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
+	m.db.fault = full
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+	failed := make(chan error, 1)
+	go func() { failed <- m.Sync(t.Context()) }()
+	<-m.db.full
+	m.flush()
+	if err := <-failed; !errors.Is(err, full) {
+		t.Errorf("a write that fails: %v", err)
+	}
+}
+
+// TestPinnedImages keeps them over a restart, and nothing that is no pin.
+func TestPinnedImages(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metadata.db")
+	m := openTestMeta(t, path)
+	since := time.Now().UTC().Truncate(time.Second)
+	_, d := content(72, 10)
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Digest: d, Since: since, Checked: since, Command: true})
+	m.SetPinnedImage("docker.io/library/b:1", PinnedImage{Since: since})
+	m.SetPinnedImage("docker.io/library/c:1", PinnedImage{Since: since})
+	m.SetPinnedImage("docker.io/library/d:1", PinnedImage{Digest: "../../etc", Since: since})
+	m.DeletePinnedImage("docker.io/library/c:1")
+	m.flush()
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	got := openTestMeta(t, path).PinnedImages()
+	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Command {
+		t.Errorf("%+v", got)
+	}
+}

@@ -1,0 +1,366 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// refresh asks what a pin's name stands for now, and makes sure that all of that is
+// here. A newer version takes the place of the held one when it is whole and not
+// before. What cannot be asked, or had, leaves the held version as it is; that is mended
+// all the same.
+func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error {
+	d, err := s.resolve(ctx, p)
+	if err == nil {
+		err = s.bring(ctx, p, d, follow)
+	}
+	held := s.heldBy(p)
+	if err != nil && held != "" && held != d {
+		if mend := s.bring(ctx, p, held, follow); mend != nil {
+			err = mend
+		}
+	}
+	s.examine(p, err == nil)
+	return err
+}
+
+func (s *pins) heldBy(p *pin) digest.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.held == nil {
+		return ""
+	}
+	return p.held.digest
+}
+
+func (s *pins) puller() Puller {
+	return Puller{Proxy: "http://" + s.agent.ProxyAddr(), Client: s.agent.self, UserAgent: pinUserAgent}
+}
+
+// pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
+const pinUserAgent = "larder-pin"
+
+// resolve asks for the registry's own answer, which a pinned tag outlives: its error
+// says what the proxy would gloss over. Of a registry that is never to be asked, what is
+// known here is all there is to know.
+func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
+	puller := s.puller()
+	puller.NoStale = s.agent.upstream.Policy(p.image.Registry).Contact()
+	d, err := puller.Resolve(ctx, p.image)
+	if err != nil {
+		return "", s.explainTag(p, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.checked = time.Now()
+	return d, nil
+}
+
+// bring makes version d of p whole, and makes it the held one.
+func (s *pins) bring(ctx context.Context, p *pin, d digest.Digest, follow func(*Puller)) error {
+	v, err := s.versionOf(p, d)
+	if err != nil || v.all && len(s.lacking(p.image, v)) == 0 {
+		return err
+	}
+	if err := s.fetch(ctx, p, v, follow); err != nil {
+		return s.explainVersion(p, d, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.next == v {
+		s.letGo(p.held)
+		p.held, p.next = v, nil
+	}
+	s.agent.log.Info("image is pinned", "image", p.name, "digest", d)
+	return nil
+}
+
+// versionOf is the version of p that is d: the held one, or the next.
+func (s *pins) versionOf(p *pin, d digest.Digest) (*version, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images[p.name] != p {
+		return nil, errUnpinned
+	}
+	switch {
+	case p.held != nil && p.held.digest == d:
+		return p.held, nil
+	case p.next == nil || p.next.digest != d:
+		s.letGo(p.next)
+		p.next = newVersion(d)
+	}
+	return p.next, nil
+}
+
+// fetch pulls what is missing of a version through this node's proxy, as a runtime
+// would, and makes sure that the cache has all of it.
+func (s *pins) fetch(ctx context.Context, p *pin, v *version, follow func(*Puller)) error {
+	puller := s.puller()
+	puller.Choose = func(parts []ocispec.Descriptor) ([]ocispec.Descriptor, error) { return s.plan(p, v, parts) }
+	if follow != nil {
+		follow(&puller)
+	}
+	image := p.image
+	image.Reference = v.digest.String()
+	if _, err := puller.Pull(ctx, image); err != nil {
+		return err
+	}
+	s.list(v)
+	for _, d := range s.lacking(p.image, v) {
+		if err := s.settle(ctx, p, d); err != nil {
+			return err
+		}
+	}
+	if !v.all {
+		return &notKeptError{v.digest}
+	}
+	return nil
+}
+
+// settle waits for the commit of what was pulled. What came from the runtime's store is
+// copied: there it could vanish.
+func (s *pins) settle(ctx context.Context, p *pin, d digest.Digest) error {
+	if err := s.agent.cache.Settled(ctx, d); err != nil {
+		return err
+	}
+	if s.agent.proxy.Holds(d, p.image.Registry) {
+		return nil
+	}
+	err := s.agent.proxy.CopyRuntime(ctx, p.image.Registry, d)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, cache.ErrNoRoom) {
+		return &notKeptError{d}
+	}
+	return err
+}
+
+// notKeptError is a blob that could be pulled and that the cache has not.
+type notKeptError struct{ digest digest.Digest }
+
+func (e *notKeptError) Error() string {
+	return fmt.Sprintf("%s was pulled, and could not be kept: is the disk full, or read-only? The agent's log says more", e.digest)
+}
+
+const (
+	// maxPinnedParts is several times what images have: runtimes refuse more than
+	// some 127 layers.
+	maxPinnedParts = 1000
+	// maxPartSize keeps sums of what registries claim in range.
+	maxPartSize = 1 << 44
+)
+
+// plan pins what a manifest of v lists before any of it is fetched, unless there is no
+// room, and returns what is not here yet.
+func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []ocispec.Descriptor, err error) {
+	var bytes int64
+	for _, d := range parts {
+		if !s.agent.proxy.Holds(d.Digest, p.image.Registry) {
+			missing = append(missing, d)
+			bytes += partSize(d)
+		}
+	}
+	if err := s.admit(p, v, parts); err != nil {
+		return nil, err
+	}
+	if room, err := s.agent.cache.Room(); err != nil || bytes > room {
+		s.giveUp(p, v)
+		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", sizeText(bytes), sizeText(room))}))
+	}
+	return missing, nil
+}
+
+// admit holds parts of v, unless all pins together would take too much.
+func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
+	stats := s.agent.cache.Stats()
+	limit := pinLimit(stats)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images[p.name] != p {
+		return errUnpinned
+	}
+	total := max(s.bytes, stats.Pinned) // manifests may say less than there was to fetch
+	for _, d := range parts {
+		if s.parts[d.Digest] == nil {
+			total += partSize(d)
+		}
+	}
+	switch {
+	case len(v.parts)+len(parts) > maxPinnedParts:
+		return &noRoomError{fmt.Sprintf("the image has more than %d parts", maxPinnedParts)}
+	case limit > 0 && total > limit:
+		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", sizeText(total), sizeText(limit))}
+	}
+	for _, d := range parts {
+		if s.parts[d.Digest] == nil || s.parts[d.Digest].size == 0 {
+			s.hold(v, d.Digest, partSize(d))
+		} else {
+			s.hold(v, d.Digest, s.parts[d.Digest].size)
+		}
+	}
+	return nil
+}
+
+func partSize(d ocispec.Descriptor) int64 { return min(max(d.Size, 0), maxPartSize) }
+
+// giveUp lets go of a version that cannot be had now, unless it is the held one.
+func (s *pins) giveUp(p *pin, v *version) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.next == v {
+		s.letGo(v)
+	}
+}
+
+// noRoomError says why an image cannot be pinned.
+type noRoomError struct{ text string }
+
+func (e *noRoomError) Error() string { return e.text }
+
+// list holds all parts of a version that its manifests on this node tell of.
+func (s *pins) list(v *version) {
+	parts, all := s.agent.listImage(v.digest)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for d, size := range parts {
+		s.hold(v, d, size)
+	}
+	v.all = all
+}
+
+// lacking are the parts of a version that this node's cache does not have, for those who
+// pull the image. The sizes of those that it has are known for certain then.
+func (s *pins) lacking(image Image, v *version) (out []digest.Digest) {
+	s.mu.Lock()
+	parts := make([]digest.Digest, 0, len(v.parts))
+	for d := range v.parts {
+		parts = append(parts, d)
+	}
+	s.mu.Unlock()
+	for _, d := range parts {
+		if r, ok := s.agent.cache.Lookup(d); ok {
+			whole := r.Complete()
+			r.Close()
+			if whole && s.agent.proxy.Holds(d, image.Registry) {
+				continue
+			}
+		}
+		out = append(out, d)
+	}
+	return out
+}
+
+// examine notes whether all of the held version is here. If that is what the image
+// stands for now, no other is wanted: the tag may have moved and come back.
+func (s *pins) examine(p *pin, current bool) {
+	s.mu.Lock()
+	v := p.held
+	s.mu.Unlock()
+	whole := v != nil && v.all && len(s.lacking(p.image, v)) == 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.whole = whole
+	if current {
+		s.letGo(p.next)
+		p.next = nil
+	}
+}
+
+// listImage lists what an image is for this node's platform, with sizes in bytes, as far
+// as its manifests are on this node; all says whether they are.
+func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, all bool) {
+	parts = map[digest.Digest]int64{}
+	for todo := []digest.Digest{root}; len(todo) > 0; todo = todo[1:] {
+		if _, seen := parts[todo[0]]; seen {
+			continue
+		}
+		body, err := a.readManifest(todo[0])
+		if err != nil {
+			return parts, false
+		}
+		m, err := parseManifest(body)
+		if err != nil || len(parts) > maxPinnedParts {
+			return parts, false
+		}
+		parts[todo[0]] = int64(len(body))
+		if m.isIndex() {
+			chosen, err := m.choose("")
+			if err != nil {
+				return parts, false
+			}
+			for _, child := range chosen {
+				todo = append(todo, child.Digest)
+			}
+			continue
+		}
+		for _, b := range m.blobs() {
+			parts[b.Digest] = partSize(b.Descriptor)
+		}
+	}
+	return parts, true
+}
+
+// explainTag makes of an error about what a tag stands for what the user should know
+// and do.
+func (s *pins) explainTag(p *pin, err error) error {
+	held := s.heldBy(p) != ""
+	switch status := statusOf(err); {
+	case held && status == http.StatusNotFound:
+		return fmt.Errorf("the registry has it no more, so it is kept and served as it was; `larder unpin %s` lets it go: %w", p.name, err)
+	case held && refused(status):
+		return fmt.Errorf("the registry shows it to this node no more: it was made private, or deleted with its repository. It is kept, and served to those alone whom the registry lets read it: %w", err)
+	}
+	return s.withTrouble(p, err)
+}
+
+// explainVersion does the same for an error about the bytes of a version.
+func (s *pins) explainVersion(p *pin, d digest.Digest, err error) error {
+	status := statusOf(err)
+	final := status == http.StatusNotFound || refused(status)
+	switch held := s.heldBy(p); {
+	case final && held == d:
+		return fmt.Errorf("a part of it was lost on this node, and neither the registry nor another node gives it: %w", err)
+	case held != "" && held != d:
+		err = fmt.Errorf("it stands for another image now, which is not whole yet, so the former is kept: %w", err)
+	}
+	return s.withTrouble(p, err)
+}
+
+// withTrouble adds what is wrong with the registry.
+func (s *pins) withTrouble(p *pin, err error) error {
+	if statusOf(err) < http.StatusInternalServerError {
+		return err
+	}
+	return fmt.Errorf("%w%s", err, s.agent.upstreamTrouble(p.image.Registry))
+}
+
+// statusOf is the status of an answer that an error is about, 0 if it is about none.
+func statusOf(err error) int {
+	if answer, ok := errors.AsType[*answerError](err); ok {
+		return answer.status
+	}
+	return 0
+}
+
+func refused(status int) bool {
+	return status == http.StatusUnauthorized || status == http.StatusForbidden
+}
+
+// definite reports whether trying again soon would be in vain: somebody has to do
+// something first.
+func definite(err error) bool {
+	if status := statusOf(err); status != 0 {
+		return status == http.StatusNotFound || refused(status)
+	}
+	_, noRoom := errors.AsType[*noRoomError](err)
+	_, notKept := errors.AsType[*notKeptError](err)
+	_, platform := errors.AsType[*platformError](err)
+	return noRoom || notKept || platform
+}

@@ -1,0 +1,537 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// pinDelay spreads the first look at the pins of nodes that start together; the
+	// swarm makes one copy of what they fetch all the same.
+	pinDelay = 10 * time.Second
+	// pinInterval is how often a tag is asked for again, and how long a registry's
+	// own no is believed. All nodes together ask the registry once in tag_ttl.
+	pinInterval = 10 * time.Minute
+	// pinBackoff is the first pause after a failure; it doubles up to pinInterval.
+	pinBackoff = 5 * time.Second
+	// pinHeal gathers the blobs that are lost at once.
+	pinHeal = time.Second
+	// pinWorkers lets a small image pass a large one.
+	pinWorkers = 2
+	// pinShare of cache.max_bytes is the most that pins take. With all of it, whatever
+	// else is pulled would pass through the cache, and a storm cost a copy a node.
+	pinShare = 0.8
+)
+
+// pins keeps images on this node: it fetches them through the node's own proxy, keeps
+// their blobs from eviction, and looks after both. Of each image it keeps the version
+// that was whole last, until a newer one is.
+type pins struct {
+	agent *Agent
+	delay time.Duration // see pinDelay
+
+	mu     sync.Mutex // guards everything below, the pins' fields too; not held across I/O
+	images map[string]*pin
+	parts  map[digest.Digest]*pinnedPart
+	bytes  int64         // of all parts
+	woken  chan struct{} // closed, and made anew, when something is due sooner than it was
+}
+
+// pin is one image that is kept.
+type pin struct {
+	name    string // Image.String()
+	image   Image
+	config  bool // named by cache.pins
+	command bool // asked for by somebody
+	since   time.Time
+
+	held    *version // the last that was whole; nil while there is none
+	whole   bool     // all of held is here
+	next    *version // what is being fetched in its place
+	checked time.Time
+	failure error // of the last try
+	tries   int   // in vain, since the last success
+	due     time.Time
+
+	stop context.CancelFunc // not nil while somebody looks after it
+	idle chan struct{}      // closed when he has
+	hurt bool               // a part was lost since he began
+}
+
+// version is an image that a name has stood for.
+type version struct {
+	digest digest.Digest
+	// parts are its manifests, config and layers, as far as they are known.
+	parts map[digest.Digest]struct{}
+	all   bool // they all are
+}
+
+// pinnedPart is a blob that versions have in common.
+type pinnedPart struct {
+	size     int64
+	versions int
+}
+
+func newVersion(d digest.Digest) *version {
+	return &version{digest: d, parts: map[digest.Digest]struct{}{}}
+}
+
+// openPins takes up what the configuration names and what was pinned before, so that
+// nothing of that is evicted meanwhile. It starts nothing.
+func (a *Agent) openPins(delay time.Duration) error {
+	s := &pins{agent: a, delay: delay, images: map[string]*pin{}, parts: map[digest.Digest]*pinnedPart{}, woken: make(chan struct{})}
+	stored := a.cache.Meta().PinnedImages()
+	for _, name := range a.config.Cache.Pins {
+		image, err := ParseImage(name)
+		if err != nil {
+			return fmt.Errorf("cache.pins: %w", err)
+		}
+		s.restore(image, true, stored[image.String()])
+		delete(stored, image.String())
+	}
+	for name, record := range stored {
+		if image, err := ParseImage(name); err == nil && record.Command {
+			s.restore(image, false, record)
+		} else {
+			a.cache.Meta().DeletePinnedImage(name) // no longer in the configuration
+		}
+	}
+	a.pins = s
+	if problem := s.problem(a.cache.Stats()); problem != "" {
+		a.log.Warn("pinned images need attention", "problem", problem)
+	}
+	return a.registry.Register(pinMetrics{s})
+}
+
+// restore adds one image and holds what is known of its last version.
+func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
+	now := time.Now()
+	p := &pin{
+		name: image.String(), image: image, config: config, command: record.Command, checked: record.Checked,
+		since: record.Since, due: now.Add(pinInterval),
+	}
+	if p.since.IsZero() {
+		p.since = now
+	}
+	if record.Digest != "" {
+		p.held = newVersion(record.Digest)
+		s.list(p.held)
+		p.whole = p.held.all && len(s.lacking(p.image, p.held)) == 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.images[p.name] = p
+	s.save(p)
+}
+
+// save remembers p over a restart. mu is held.
+func (s *pins) save(p *pin) {
+	record := cache.PinnedImage{Since: p.since, Checked: p.checked, Command: p.command}
+	if p.held != nil {
+		record.Digest = p.held.digest
+	}
+	s.agent.cache.Meta().SetPinnedImage(p.name, record)
+}
+
+// hold pins a part of a version. Its size is what is known of it so far. mu is held.
+func (s *pins) hold(v *version, d digest.Digest, size int64) {
+	part := s.parts[d]
+	if part == nil {
+		part = &pinnedPart{}
+		s.parts[d] = part
+		s.agent.cache.Pin(d)
+	}
+	if _, known := v.parts[d]; !known {
+		v.parts[d] = struct{}{}
+		part.versions++
+	}
+	s.bytes += size - part.size
+	part.size = size
+}
+
+// letGo undoes all holds of a version; nil has none. mu is held.
+func (s *pins) letGo(v *version) {
+	if v == nil {
+		return
+	}
+	for d := range v.parts {
+		part := s.parts[d]
+		if part.versions--; part.versions == 0 {
+			delete(s.parts, d)
+			s.bytes -= part.size
+			s.agent.cache.Unpin(d)
+		}
+	}
+	clear(v.parts)
+}
+
+// errUnpinned ends what is done for an image that is pinned no more.
+var errUnpinned = errors.New("unpinned meanwhile")
+
+// errTooManyPins says what to do instead.
+var errTooManyPins = fmt.Errorf("no more than %d images can be pinned: unpin others first", cache.MaxPins)
+
+// add pins an image on somebody's command, who will look after it. It reports whether
+// that is news.
+func (s *pins) add(image Image) (p *pin, added bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p = s.images[image.String()]
+	switch {
+	case p == nil && len(s.images) >= cache.MaxPins:
+		return nil, false, errTooManyPins
+	case p == nil:
+		p = &pin{name: image.String(), image: image, since: time.Now(), due: time.Now().Add(pinInterval)}
+		s.images[p.name] = p
+		added = true
+	}
+	p.command = true
+	s.save(p)
+	return p, added, nil
+}
+
+// remove unpins images, all of them or none.
+func (s *pins) remove(images []Image) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var problems []error
+	for _, image := range images {
+		switch p := s.images[image.String()]; {
+		case p == nil:
+			problems = append(problems, fmt.Errorf("%s %w; `larder pin` lists what is", image, errNotPinned))
+		case p.config:
+			problems = append(problems, fmt.Errorf("%s %w: take it out there, and start the agent again", image, errPinnedByConfig))
+		}
+	}
+	if len(problems) > 0 {
+		return errors.Join(problems...)
+	}
+	for _, image := range images {
+		if p := s.images[image.String()]; p != nil { // named twice
+			s.drop(p)
+		}
+	}
+	return nil
+}
+
+var (
+	errNotPinned      = errors.New("is not pinned")
+	errPinnedByConfig = errors.New("is pinned by cache.pins in the configuration")
+)
+
+// drop forgets a pin. mu is held.
+func (s *pins) drop(p *pin) {
+	delete(s.images, p.name)
+	s.agent.cache.Meta().DeletePinnedImage(p.name)
+	s.letGo(p.held)
+	s.letGo(p.next)
+	if p.stop != nil {
+		p.stop()
+	}
+}
+
+// wake tells workers that something is due sooner than it was. mu is held.
+func (s *pins) wake() {
+	close(s.woken)
+	s.woken = make(chan struct{})
+}
+
+// lost says that the cache is about to delete d, although it is pinned: it was bad, or
+// somebody deleted it. It is fetched again.
+func (s *pins) lost(d digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.parts[d] == nil {
+		return
+	}
+	soon := time.Now().Add(pinHeal)
+	for _, p := range s.images {
+		if _, in := p.partsHeld()[d]; in {
+			p.whole, p.hurt = false, true
+			if p.due.After(soon) {
+				p.due = soon
+			}
+		}
+	}
+	s.wake()
+}
+
+func (p *pin) partsHeld() map[digest.Digest]struct{} {
+	if p.held == nil {
+		return nil
+	}
+	return p.held.parts
+}
+
+// pinned is proxy.Options.Pinned: what is held under a tag, or as part of an image.
+func (s *pins) pinned(r cache.Repository, ref string) (digest.Digest, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := digest.Digest(ref)
+	if strings.Contains(ref, ":") {
+		if s.parts[d] == nil {
+			return "", false
+		}
+		for _, p := range s.images {
+			if _, in := p.partsHeld()[d]; in && p.image.in(r) {
+				return d, true
+			}
+		}
+		return "", false
+	}
+	p := s.images[Image{Registry: r.Registry, Repository: r.Name, Reference: ref}.String()]
+	if p == nil || p.held == nil {
+		return "", false
+	}
+	return p.held.digest, true
+}
+
+// in reports whether the image is of the repository.
+func (i Image) in(r cache.Repository) bool {
+	return i.Repository == r.Name && i.Registry == r.Registry
+}
+
+// Run looks after the pins until ctx ends. It begins when this node has had its chance
+// to find others: before, it would fetch a copy of its own.
+func (s *pins) Run(ctx context.Context) error {
+	if s.agent.swarm != nil {
+		select {
+		case <-s.agent.swarm.Joined():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	s.spread()
+	var workers sync.WaitGroup
+	for range pinWorkers {
+		workers.Go(func() { s.work(ctx) })
+	}
+	workers.Wait()
+	return nil
+}
+
+// spread makes due what nobody has looked at since the start.
+func (s *pins) spread() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.images {
+		if p.tries == 0 && p.stop == nil {
+			p.due = time.Now().Add(rand.N(max(s.delay, 1)))
+		}
+	}
+}
+
+// work looks after whatever is due, one image at a time.
+func (s *pins) work(ctx context.Context) {
+	for ctx.Err() == nil {
+		p, due, woken := s.take()
+		if p != nil {
+			_ = s.lookAfter(ctx, p, nil) // the pin has it
+			continue
+		}
+		wait := time.NewTimer(time.Until(due))
+		select {
+		case <-wait.C:
+		case <-woken:
+		case <-ctx.Done():
+		}
+		wait.Stop()
+	}
+}
+
+// take returns the pin that has been due for longest, begun, or when the next will be.
+func (s *pins) take() (p *pin, due time.Time, woken <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	due = time.Now().Add(pinInterval)
+	for _, one := range s.images {
+		if one.stop == nil && one.due.Before(due) {
+			p, due = one, one.due
+		}
+	}
+	if p == nil || due.After(time.Now()) {
+		return nil, due, s.woken
+	}
+	p.begin()
+	return p, due, nil
+}
+
+// begin marks p as looked after, until lookAfter ends. mu is held.
+func (p *pin) begin() {
+	p.idle, p.hurt = make(chan struct{}), false
+	p.stop = func() {} // until lookAfter has a better one
+}
+
+// claim is take for one pin: it waits until nobody else looks after it.
+func (s *pins) claim(ctx context.Context, p *pin) error {
+	for {
+		s.mu.Lock()
+		gone, busy, idle := s.images[p.name] != p, p.stop != nil, p.idle
+		if !gone && !busy {
+			p.begin()
+		}
+		s.mu.Unlock()
+		switch {
+		case gone:
+			return errUnpinned
+		case !busy:
+			return nil
+		}
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// lookAfter brings a pin that was begun up to date, and notes how that went. follow, if
+// not nil, is given each puller before it pulls.
+func (s *pins) lookAfter(ctx context.Context, p *pin, follow func(*Puller)) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	s.mu.Lock()
+	p.stop = stop
+	s.mu.Unlock()
+	err := s.refresh(ctx, p, follow)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.stop = nil
+	close(p.idle)
+	if s.images[p.name] != p {
+		s.letGo(p.held)
+		s.letGo(p.next)
+		return errUnpinned
+	}
+	s.note(p, err, ctx.Err() != nil)
+	s.wake() // it may be due before what workers wait for
+	return err
+}
+
+// note keeps how a try went, and when the next is due. mu is held.
+func (s *pins) note(p *pin, err error, stopped bool) {
+	now := time.Now()
+	if stopped { // which is nobody's failure
+		p.due = now
+		return
+	}
+	s.log(p, err)
+	p.failure = err
+	pause := pinInterval
+	switch {
+	case err == nil:
+		p.tries = 0
+	default:
+		p.tries++
+		if !definite(err) {
+			pause = min(pinBackoff<<min(p.tries-1, 10), pinInterval)
+		}
+	}
+	if p.hurt {
+		pause = pinHeal
+	}
+	p.due = now.Add(pause*9/10 + rand.N(pause/5))
+	s.save(p)
+}
+
+// log tells of changes alone.
+func (s *pins) log(p *pin, err error) {
+	switch {
+	case err != nil && (p.failure == nil || p.failure.Error() != err.Error()):
+		s.agent.log.Warn("pinned image cannot be brought up to date", "image", p.name, "held", p.whole, "err", err)
+	case err == nil && (p.failure != nil || p.tries > 0):
+		s.agent.log.Info("pinned image is up to date again", "image", p.name, "digest", p.held.digest)
+	}
+}
+
+// Pins lists what is pinned, by name.
+func (a *Agent) Pins() PinList {
+	s := a.pins
+	stats := a.cache.Stats()
+	out := PinList{Pins: []Pin{}, Bytes: stats.Pinned, Limit: pinLimit(stats), Problem: s.problem(stats)}
+	arriving := map[digest.Digest]int64{}
+	for _, f := range a.cache.Fills() {
+		arriving[f.Digest] = f.Present
+	}
+	s.mu.Lock()
+	for _, p := range s.images {
+		out.Pins = append(out.Pins, s.describe(p, arriving))
+	}
+	s.mu.Unlock()
+	slices.SortFunc(out.Pins, func(a, b Pin) int { return cmp.Compare(a.Image, b.Image) })
+	return out
+}
+
+// describe says how it stands with p. mu is held.
+func (s *pins) describe(p *pin, arriving map[digest.Digest]int64) Pin {
+	out := Pin{Image: p.name, State: p.state(), Source: p.source(), Since: p.since, Checked: p.checked}
+	if p.failure != nil {
+		out.Error, out.Retry = p.failure.Error(), p.due
+	}
+	v := cmp.Or(p.held, p.next)
+	if v == nil {
+		return out
+	}
+	out.Digest = v.digest
+	if p.held != nil && p.next != nil {
+		out.Next = p.next.digest
+	}
+	for d := range v.parts {
+		out.Bytes += s.parts[d].size
+		if s.agent.cache.Has(d) {
+			out.Present += s.parts[d].size
+		} else {
+			out.Present += arriving[d]
+		}
+	}
+	return out
+}
+
+func (p *pin) state() string {
+	switch {
+	case p.whole && p.failure == nil:
+		return PinHeld
+	case p.whole:
+		return PinStale
+	case p.failure == nil:
+		return PinFetching
+	}
+	return PinMissing
+}
+
+func (p *pin) source() string {
+	switch {
+	case p.config && p.command:
+		return "both"
+	case p.config:
+		return "config"
+	}
+	return "command"
+}
+
+// pinLimit is the most that pins may take, in bytes; 0 is no limit.
+func pinLimit(stats cache.Stats) int64 { return int64(float64(stats.Limit) * pinShare) }
+
+// problem says what is wrong with the pins as a whole, "" if nothing is.
+func (s *pins) problem(stats cache.Stats) string {
+	limit := pinLimit(stats)
+	switch evictable := stats.Bytes - stats.Reserved - stats.Pinned; {
+	case limit > 0 && stats.Pinned > limit:
+		return fmt.Sprintf("pins hold %s, more than the %s that cache.max_bytes leaves to them: unpin images or raise it; what else is pulled is hardly cached",
+			sizeText(stats.Pinned), sizeText(limit))
+	case stats.Pinned > 0 && evictable <= 0 && stats.Free >= 0 && stats.Free < stats.MinFree:
+		return fmt.Sprintf("%s are free on the disk, less than cache.min_free, and only pins are left in the cache: unpin images or free the disk, before kubelet evicts pods",
+			sizeText(stats.Free))
+	}
+	return ""
+}
