@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -34,6 +35,8 @@ const (
 	bucketPublic    bucket = "public"
 	bucketVerdicts  bucket = "verdicts"
 	bucketChallenge bucket = "challenges"
+	bucketImports   bucket = "imports" // repositories
+	bucketImported  bucket = "imported"
 )
 
 // capacity bounds each bucket: what registries and clients make us remember
@@ -42,6 +45,7 @@ var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
 	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
+	bucketImports: 20_000, bucketImported: 200_000,
 }
 
 const (
@@ -71,7 +75,8 @@ type database struct {
 	pending map[bucket]map[string][]byte // nil value: deleted
 	writing map[bucket]map[string][]byte // what flush is writing
 	waiting int
-	said    string // the last complaint, not to be repeated every few seconds
+	syncs   []chan<- error // of those who wait for the next flush; buffered
+	said    string         // the last complaint, not to be repeated every few seconds
 }
 
 // errCorrupt is what bbolt's panics and faults become.
@@ -281,22 +286,51 @@ func (db *database) enqueueLocked(b bucket, k string, stamped []byte) {
 	db.waiting++
 }
 
+// sync waits for the next flush, and returns what became of it.
+func (db *database) sync(ctx context.Context) error {
+	done := make(chan error, 1)
+	db.mu.Lock()
+	db.syncs = append(db.syncs, done)
+	db.mu.Unlock()
+	select {
+	case db.full <- struct{}{}:
+	default:
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // flush writes what is pending, in one transaction, and heals a file that was
 // deleted. Only one goroutine at a time may call it. Of what cannot be written
 // the new facts are lost, and deletions are tried again by the next flush.
 func (db *database) flush() {
 	db.heal()
 	db.mu.Lock()
-	if db.waiting == 0 {
-		db.mu.Unlock()
-		return
-	}
-	db.writing, db.pending, db.waiting = db.pending, map[bucket]map[string][]byte{}, 0
+	syncs := db.syncs
+	db.syncs = nil
+	db.writing, db.pending = db.pending, map[bucket]map[string][]byte{}
+	empty := db.waiting == 0
+	db.waiting = 0
 	count := maps.Clone(db.count)
 	db.mu.Unlock()
-	err := db.run(func(opened *bolt.DB) error {
-		return opened.Update(func(tx *bolt.Tx) error { return db.write(tx, count) })
-	})
+	var err error
+	if !empty {
+		err = db.run(func(opened *bolt.DB) error {
+			return opened.Update(func(tx *bolt.Tx) error { return db.write(tx, count) })
+		})
+	}
+	db.flushed(count, err)
+	for _, done := range syncs {
+		done <- err
+	}
+}
+
+// flushed books what became of db.writing.
+func (db *database) flushed(count map[bucket]int, err error) {
 	var undone map[bucket][]string
 	if err != nil {
 		db.log.Debug("write cache metadata", "err", err)
