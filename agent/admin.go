@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"mime"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -80,6 +79,7 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /api/v1/status", a.serveStatus)
 	mux.HandleFunc("GET /api/v1/explain", a.serveExplain)
 	mux.HandleFunc("POST /api/v1/warm", a.serveWarm)
+	mux.HandleFunc("POST /api/v1/import", a.serveImport)
 	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
 	mux.Handle("GET /api/v1/events", a.events)
 	a.pageRoutes(mux)
@@ -206,7 +206,7 @@ const maxWarmRequest = 64 << 10
 
 func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 	// A form in a web page cannot send this type without asking first.
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
+	if !hasType(r, "application/json") {
 		http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
 		return
 	}
@@ -224,7 +224,7 @@ func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	out := newWarmStream(w)
+	out := newEventStream(w)
 	for i, image := range images {
 		out.send(a.warm(r.Context(), image, req, req.Images[i], out))
 	}

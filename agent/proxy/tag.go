@@ -69,12 +69,12 @@ func (k tagKey) accepts() []string {
 }
 
 func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept []string) (resolved, error) {
-	if found, ok := p.fresh.get(key); ok && acc.allowed {
+	if found, ok := p.fresh.get(key); ok && (acc.allowed || found.stale && p.auth.imported(acc, found.desc.Digest.String())) {
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
 	wait, cancel := ctx, context.CancelFunc(func() {})
-	if _, in := p.auth.stands(*acc); in && known { // then upstream gets the larger part of the budget, the manifest the rest
+	if _, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
 	}
 	defer cancel()
@@ -91,7 +91,7 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
 		return resolved{}, err
 	}
-	if stand, in := p.auth.stands(*acc); in && known {
+	if stand, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known {
 		*acc = stand
 		// Those who come within the next tag_ttl need not wait as well.
 		p.fresh.put(key, last, p.tagTTL(key.registry))
@@ -104,14 +104,17 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, accept 
 // enough by itself: it has no verdict for the caller, or does not know the tag.
 // found is what another node said that the tag was, err why nothing better came.
 func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found resolved, err error) (resolved, error) {
+	if last, known := p.lastKnown(key); err != nil && known {
+		found, err = last, nil
+	}
 	if !acc.allowed {
 		q := Question{Reference: key.tag, Known: true}
+		if err == nil { // what the tag was may be open where the repository is not
+			q.Reference = found.desc.Digest.String()
+		}
 		if err := p.auth.ask(ctx, acc, KindManifest, q); err != nil {
 			return resolved{}, err
 		}
-	}
-	if last, known := p.lastKnown(key); err != nil && known {
-		return last, nil
 	}
 	return found, err
 }
