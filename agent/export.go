@@ -29,9 +29,10 @@ func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 		}
 		plans = append(plans, plan)
 	}
-	var roots []ocispec.Descriptor
+	var roots []archive.Root
 	for _, plan := range plans {
-		roots = append(roots, archive.Named(plan.parts[0].Descriptor, plan.image.String()))
+		plan.root.Name, plan.root.Descriptor = plan.image.String(), plan.parts[0].Descriptor
+		roots = append(roots, plan.root)
 	}
 	out, err := archive.NewWriter(w, roots)
 	if err != nil {
@@ -49,6 +50,7 @@ func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 type exported struct {
 	pull
 	parts []blob // the root first
+	root  archive.Root
 }
 
 // plan reads the manifests of an image.
@@ -83,6 +85,7 @@ func (e *exported) add(ctx context.Context, d digest.Digest) error {
 	e.parts = append(e.parts, blob{desc, "manifest"})
 	if !m.isIndex() {
 		e.parts = slices.Concat(e.parts, m.blobs())
+		e.simple(m)
 		return nil
 	}
 	chosen, err := m.choose(e.Platform)
@@ -96,6 +99,25 @@ func (e *exported) add(ctx context.Context, d digest.Digest) error {
 	}
 	return nil
 }
+
+// simple makes the first image that can be run the one for programs that know no
+// indexes.
+func (e *exported) simple(m manifest) {
+	runs := m.Config.MediaType == ocispec.MediaTypeImageConfig || m.Config.MediaType == dockerConfig
+	if e.root.Config != "" || !runs {
+		return
+	}
+	var layers []digest.Digest
+	for _, l := range m.Layers {
+		if len(l.URLs) > 0 {
+			return // it would not be in the archive
+		}
+		layers = append(layers, l.Digest)
+	}
+	e.root.Config, e.root.Layers = m.Config.Digest, layers
+}
+
+const dockerConfig = "application/vnd.docker.container.image.v1+json"
 
 // write pulls the parts, one after the other as a tar wants them.
 func (e *exported) write(ctx context.Context, out *archive.Writer) error {

@@ -25,7 +25,7 @@ import (
 func bundle(t *testing.T, name string, img *registrytest.Image) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	w, err := archive.NewWriter(&out, []ocispec.Descriptor{archive.Named(img.Descriptor, name)})
+	w, err := archive.NewWriter(&out, []archive.Root{{Name: name, Descriptor: img.Descriptor}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+const dockerManifest = "manifest.json"
+
 // dockerImage is an entry of the manifest.json of `docker save`: names of files in the
 // tar. There is no manifest in it, so an image has another digest than in its registry.
 type dockerImage struct {

@@ -107,7 +107,7 @@ func (in *reader) entry(h *tar.Header) error {
 		return nil
 	case name == ocispec.ImageIndexFile:
 		return in.readIndex(h)
-	case name == "manifest.json":
+	case name == dockerManifest:
 		return in.readDocker(h)
 	case strings.HasPrefix(name, ocispec.ImageBlobsDir+"/"):
 		return in.blob(name, h)

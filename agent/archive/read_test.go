@@ -153,11 +153,11 @@ func read(body []byte) ([]Image, *memory, error) {
 // not.
 func TestRead(t *testing.T) {
 	s, other := newSample(t, "one"), newSample(t, "two")
-	rooted := jsonEntry(t, "index.json", index(Named(s.desc, name)))
+	rooted := jsonEntry(t, "index.json", index(named(s.desc, name)))
 	amd, arm := s.desc, other.desc
 	amd.Platform, arm.Platform = &ocispec.Platform{OS: "linux", Architecture: "amd64"}, &ocispec.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"}
 	many := marshal(t, index(amd, arm))
-	manyRoot := jsonEntry(t, "./index.json", index(Named(descriptor(ocispec.MediaTypeImageIndex, many), name)))
+	manyRoot := jsonEntry(t, "./index.json", index(named(descriptor(ocispec.MediaTypeImageIndex, many), name)))
 	first := tarOf(t, append([]entry{rooted}, s.blobs()...)...)
 	for what, tc := range map[string]struct {
 		body      []byte
@@ -176,8 +176,8 @@ func TestRead(t *testing.T) {
 		"a platform in part":   {tarOf(t, append(s.blobs(), other.blobs()[0], other.blobs()[2], blobEntry(many), manyRoot)...), name, 2, 2, []string{"linux/arm64/v8"}},
 		"unknown entries":      {tarOf(t, append(s.blobs(), rooted, entry{name: "README", body: []byte("x")}, entry{name: "blobs/md5/x", body: []byte("x")}, entry{name: "fifo", kind: tar.TypeFifo})...), name, 1, 2, nil},
 		"no name":              {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(s.desc)))...), "", 1, 2, nil},
-		"a tag is no name":     {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(refNamed(s.desc, "team/app:v1"))))...), "", 1, 2, nil},
-		"skopeo's name":        {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(refNamed(s.desc, "quay.io/a/b:v1"))))...), "quay.io/a/b:v1", 1, 2, nil},
+		"a tag is no name":     {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(refnamed(s.desc, "team/app:v1"))))...), "", 1, 2, nil},
+		"skopeo's name":        {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(refnamed(s.desc, "quay.io/a/b:v1"))))...), "quay.io/a/b:v1", 1, 2, nil},
 		"docker save":          {dockerTar(t, s, []string{"app:v1"}, "0123/layer.tar"), "app:v1", 1, 2, nil},
 		"docker save, linked":  {tarOf(t, entry{name: "a/layer.tar", body: s.layer}, entry{name: "b/layer.tar", kind: tar.TypeSymlink, link: "../a/layer.tar"}, entry{name: "c.json", body: s.config}, dockerJSON(t, []string{"app:v1"}, "c.json", "b/layer.tar")), "app:v1", 1, 2, nil},
 		"docker save, no name": {dockerTar(t, s, nil, "x.tar"), "", 1, 2, nil},
@@ -202,7 +202,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-func refNamed(d ocispec.Descriptor, ref string) ocispec.Descriptor {
+func refnamed(d ocispec.Descriptor, ref string) ocispec.Descriptor {
 	d.Annotations = map[string]string{ocispec.AnnotationRefName: ref}
 	return d
 }
@@ -232,7 +232,7 @@ func dockerTar(t testing.TB, s sample, tags []string, layer string) []byte {
 // broken: an error that says what, in bounded time and memory, and no image.
 func TestHostile(t *testing.T) {
 	s := newSample(t, "one")
-	rooted := jsonEntry(t, "index.json", index(Named(s.desc, name)))
+	rooted := jsonEntry(t, "index.json", index(named(s.desc, name)))
 	with := func(more ...entry) []byte {
 		return tarOf(t, append(slices.Concat(s.blobs(), []entry{rooted}), more...)...)
 	}
@@ -272,14 +272,14 @@ func TestHostile(t *testing.T) {
 		"digest that is a path":       {tarOf(t, jsonEntry(t, "index.json", index(ocispec.Descriptor{Digest: "sha256:../../x"}))), "sha256:../../x"},
 		"nothing of the image":        {tarOf(t, rooted), "not in the archive"},
 		"a layer missing":             {tarOf(t, s.blobs()[1], s.blobs()[2], rooted), "not in the archive"},
-		"no platform whole":           {tarOf(t, append(chain[:1:1], jsonEntry(t, "index.json", index(Named(descriptor("", chain[0].body), name))))...), "no platform"},
+		"no platform whole":           {tarOf(t, append(chain[:1:1], jsonEntry(t, "index.json", index(named(descriptor("", chain[0].body), name))))...), "no platform"},
 		"manifest too large":          {tarOf(t, blobEntry(large), jsonEntry(t, "index.json", index(descriptor("", large)))), "more than 4194304"},
 		"manifest is no JSON":         {tarOf(t, blobEntry([]byte("x")), jsonEntry(t, "index.json", index(descriptor("", []byte("x"))))), "invalid character"},
 		"manifest of nothing":         {tarOf(t, blobEntry([]byte("{}")), jsonEntry(t, "index.json", index(descriptor("", []byte("{}"))))), "no manifest"},
-		"indexes without end":         {tarOf(t, append(slices.Concat(s.blobs(), chain), jsonEntry(t, "index.json", index(Named(deep, name))))...), "deep"},
+		"indexes without end":         {tarOf(t, append(slices.Concat(s.blobs(), chain), jsonEntry(t, "index.json", index(named(deep, name))))...), "deep"},
 		"size lies":                   {tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(lied)))...), "as listed"},
-		"names itself":                {tarOf(t, blobEntry(marshal(t, index(self))), jsonEntry(t, "index.json", index(Named(descriptor("", marshal(t, index(self))), name)))), "no platform"},
-		"one name, two images":        {tarOf(t, jsonEntry(t, "index.json", index(Named(s.desc, name), Named(self, name)))), "name of two images"},
+		"names itself":                {tarOf(t, blobEntry(marshal(t, index(self))), jsonEntry(t, "index.json", index(named(descriptor("", marshal(t, index(self))), name)))), "no platform"},
+		"one name, two images":        {tarOf(t, jsonEntry(t, "index.json", index(named(s.desc, name), named(self, name)))), "name of two images"},
 		"docker: file missing":        {tarOf(t, entry{name: "c.json", body: s.config}, dockerJSON(t, nil, "c.json", "gone.tar")), "gone.tar"},
 		"docker: link out":            {tarOf(t, entry{name: "c.json", body: s.config}, entry{name: "l.tar", kind: tar.TypeSymlink, link: "/etc/passwd"}, dockerJSON(t, nil, "c.json", "l.tar")), "not in it"},
 		"docker: links in a circle":   {tarOf(t, entry{name: "c.json", body: s.config}, entry{name: "a.tar", kind: tar.TypeSymlink, link: "b.tar"}, entry{name: "b.tar", kind: tar.TypeSymlink, link: "a.tar"}, dockerJSON(t, nil, "c.json", "a.tar")), "not in it"},

@@ -5,17 +5,21 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Named returns root as index.json lists it: under a full name, in the annotations that
-// containerd and Docker, and skopeo and podman read.
-func Named(root ocispec.Descriptor, name string) ocispec.Descriptor {
-	return ocispec.Descriptor{MediaType: root.MediaType, Digest: root.Digest, Size: root.Size,
-		Annotations: map[string]string{annotationName: name, annotationRef: name}}
+// Root is an image as a Writer lists it.
+type Root struct {
+	Name string // in full; its reference is a tag or digest
+	ocispec.Descriptor
+	// Config and Layers are those of the one image that docker's manifest.json can
+	// have, for programs that read nothing else; without a Config it has none.
+	Config digest.Digest
+	Layers []digest.Digest
 }
 
 // Writer writes an OCI image layout as a tar. The same calls make the same bytes.
@@ -24,28 +28,57 @@ type Writer struct {
 	has map[digest.Digest]bool
 }
 
-// NewWriter begins with index.json, so that who reads the stream knows what comes.
-// images are roots as Named makes them.
-func NewWriter(w io.Writer, images []ocispec.Descriptor) (*Writer, error) {
+// NewWriter begins with what names the images, so that who reads the stream knows what
+// comes: index.json, with names in the annotations that containerd and Docker, and skopeo
+// and podman read, and manifest.json, for `docker load` before version 25, and because
+// skopeo and podman take no images of Docker's own types from an OCI layout.
+func NewWriter(w io.Writer, roots []Root) (*Writer, error) {
 	out := &Writer{tar: tar.NewWriter(w), has: map[digest.Digest]bool{}}
-	layout := ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}
-	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: images}
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	docker := []dockerImage{}
+	for _, r := range roots {
+		index.Manifests = append(index.Manifests, named(r.Descriptor, r.Name))
+		if r.Config != "" {
+			docker = append(docker, r.docker())
+		}
+	}
 	for _, file := range []struct {
 		name  string
 		value any
-	}{{ocispec.ImageLayoutFile, layout}, {ocispec.ImageIndexFile, index}} {
-		body, err := json.Marshal(file.value)
-		if err == nil {
-			err = out.entry(file.name, int64(len(body)))
-		}
-		if err == nil {
-			_, err = out.tar.Write(body)
-		}
-		if err != nil {
+	}{{ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}}, {ocispec.ImageIndexFile, index}, {dockerManifest, docker}} {
+		if err := out.json(file.name, file.value); err != nil {
 			return nil, fmt.Errorf("write %s: %w", file.name, err)
 		}
 	}
 	return out, nil
+}
+
+func named(d ocispec.Descriptor, name string) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size,
+		Annotations: map[string]string{annotationName: name, annotationRef: name}}
+}
+
+func (r Root) docker() dockerImage {
+	i := dockerImage{Config: blobName(r.Config), Layers: []string{}}
+	if !strings.Contains(r.Name, "@") { // docker would take a digest for a tag
+		i.RepoTags = []string{r.Name}
+	}
+	for _, l := range r.Layers {
+		i.Layers = append(i.Layers, blobName(l))
+	}
+	return i
+}
+
+func (w *Writer) json(name string, v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if err := w.entry(name, int64(len(body))); err != nil {
+		return err
+	}
+	_, err = w.tar.Write(body)
+	return err
 }
 
 // Has reports whether d was written.
