@@ -221,7 +221,7 @@ func TestImportOpensNothingElse(t *testing.T) {
 			for i, n := range p.nodes {
 				eventually(t, "refused while the registry answers", func() error {
 					if err := n.pullRef(t, ref); err == nil || !strings.Contains(err.Error(), "401") {
-						return fmt.Errorf("node %d: %v", i, err)
+						return fmt.Errorf("node %d: %s", i, fmt.Sprint(err))
 					}
 					return nil
 				})
@@ -234,6 +234,30 @@ func TestImportOpensNothingElse(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestImportAgain: a tag that comes again with other content is the new one where it was
+// imported, for good, although other nodes know the old one.
+func TestImportAgain(t *testing.T) {
+	next := clusterConfigs(t, upstream.Registry{Host: testRegistry, ContactUpstream: new(false), Offline: "remembered"})
+	nodes := startCluster(t, 3, func() Config {
+		c := next()
+		c.Upstream.TagTTL = 0 // others are asked each time
+		return c
+	})
+	ref := testRegistry + "/team/app:v1"
+	for _, seed := range []uint64{65, 66} {
+		img := registrytest.OCIImage(registrytest.ImageSpec{Seed: seed, Layers: []int64{10 << 10}})
+		nodes[0].mustImport(t, ref, img)
+		for range 3 {
+			nodes[0].mustPull(t, ref)
+			nodes[0].sameAs(t, "team/app", img.Descriptor)
+		}
+		nodes[1].mustPull(t, ref)
+		nodes[2].mustPull(t, ref)
+	}
+	nodes[1].mustImport(t, ref, registrytest.OCIImage(registrytest.ImageSpec{Seed: 66, Layers: []int64{10 << 10}}))
+	nodes[1].sameAs(t, "team/app", registrytest.OCIImage(registrytest.ImageSpec{Seed: 66, Layers: []int64{10 << 10}}).Descriptor)
 }
 
 // TestRegistryHasTheWord: an imported tag is what the registry says, as soon as it says.

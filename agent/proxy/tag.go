@@ -168,9 +168,10 @@ func (e *StaleTag) Error() string {
 }
 
 // believe takes another node's word for what a tag was, for tag_ttl. It stays
-// known here, in case that node goes too.
+// known here, in case that node goes too, unless this node knows by itself: what was
+// imported here must not be undone by one that knows what was before.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
-	if key.accept == "" {
+	if _, known := p.lastKnown(key); key.accept == "" && !known {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
 	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, desc)
