@@ -38,12 +38,6 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusInsufficientStorage)
 		return
 	}
-	select { // one at a time: one that fails takes back what it brought
-	case a.importing <- struct{}{}:
-		defer func() { <-a.importing }()
-	case <-r.Context().Done():
-		return
-	}
 	out := newEventStream(w)
 	// Events go out while the body still comes in.
 	if err := out.http.EnableFullDuplex(); err != nil {
@@ -51,9 +45,7 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	in := newImporter(r.Context(), a, name, out, r.ContentLength)
-	defer in.close()
-	if err := in.run(r.Body); err != nil {
+	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(r.Body); err != nil {
 		out.send(ImportEvent{Done: true, Error: err.Error()})
 		// A connection that is closed on a client in the middle of its body may cost it
 		// the answer. It hangs up when it has read that.
@@ -113,8 +105,21 @@ func newImporter(ctx context.Context, a *Agent, name string, out *eventStream, l
 	return &importer{ctx: ctx, agent: a, name: name, length: length, out: out, content: map[digest.Digest]arrival{}, used: map[digest.Digest]bool{}}
 }
 
-// run imports what is whole. Its error is about the archive; images have their own.
+// run imports what is whole, when its turn has come: an import that fails takes back
+// what it brought, on which no other may count.
 func (in *importer) run(body io.Reader) error {
+	select {
+	case in.agent.importing <- struct{}{}:
+		defer func() { <-in.agent.importing }()
+	case <-in.ctx.Done():
+		return context.Cause(in.ctx)
+	}
+	defer in.close()
+	return in.archive(body)
+}
+
+// archive has every image served that can be. Images have errors of their own.
+func (in *importer) archive(body io.Reader) error {
 	images, err := archive.Read(body, in)
 	if err != nil {
 		return err
