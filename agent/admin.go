@@ -82,6 +82,7 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /api/v1/pins", a.servePins)
 	mux.HandleFunc("POST /api/v1/pins", a.servePin)
 	mux.HandleFunc("DELETE /api/v1/pins", a.serveUnpin)
+	mux.HandleFunc("POST /api/v1/import", a.serveImport)
 	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
 	mux.Handle("GET /api/v1/events", a.events)
 	a.pageRoutes(mux)
@@ -214,7 +215,7 @@ func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	out := newWarmStream(w)
+	out := newEventStream(w)
 	for i, image := range images {
 		out.send(a.warm(r.Context(), image, req, req.Images[i], out))
 	}

@@ -47,6 +47,7 @@ type Agent struct {
 	recent      recentPulls
 	events      *events
 	findings    atomic.Pointer[DoctorStatus] // nil until the node was examined
+	importing   chan struct{}                // holds a token while an archive is imported
 
 	state atomic.Int32 // one of the states below
 
@@ -94,7 +95,8 @@ func New(c Config, opts ...Option) (*Agent, error) {
 		RemoveLeftovers(c, o.log)
 		return nil, err
 	}
-	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now()}
+	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now(),
+		importing: make(chan struct{}, 1)}
 	a.events = newEvents(a.sample, a.Status, o.log)
 	if err := a.open(o); err != nil {
 		RemoveLeftovers(c, o.log)

@@ -75,7 +75,7 @@ type FillStatus struct {
 
 // Origin is bytes of a blob that came from one place.
 type Origin struct {
-	Kind  string    `json:"kind"`           // upstream, peer or runtime
+	Kind  string    `json:"kind"`           // upstream, peer, runtime or import
 	Name  string    `json:"name,omitempty"` // registry host or peer name
 	Bytes int64     `json:"bytes"`
 	When  time.Time `json:"when,omitzero"`
@@ -282,6 +282,33 @@ type PinsStatus struct {
 	States  map[string]int `json:"states"`
 	Problem string         `json:"problem,omitempty"`
 	Trouble []Pin          `json:"trouble"` // those with an Error, at most 20
+}
+
+// ImportEvent is one line of the answer of POST /api/v1/import, whose body is an archive.
+// Events of a blob repeat while it is read, Whole ends it; each image has one when it is
+// served, or cannot be. Done ends the answer, with Error if anything failed.
+type ImportEvent struct {
+	Digest digest.Digest `json:"digest,omitempty"` // of a blob
+	Bytes  int64         `json:"bytes,omitempty"`
+	Total  int64         `json:"total,omitempty"`
+	There  bool          `json:"there,omitempty"` // it was in the cache before
+	Whole  bool          `json:"whole,omitempty"`
+
+	Image *ImportedImage `json:"image,omitempty"`
+	Done  bool           `json:"done,omitempty"`
+	Error string         `json:"error,omitempty"`
+}
+
+// ImportedImage says what came of one image of an archive.
+type ImportedImage struct {
+	Name       string        `json:"name"`
+	Digest     digest.Digest `json:"digest"`
+	Blobs      int           `json:"blobs"` // manifests too
+	Bytes      int64         `json:"bytes"`
+	There      int           `json:"blobs_there"` // of which were in the cache before
+	BytesThere int64         `json:"bytes_there"`
+	Missing    []string      `json:"missing,omitempty"` // platforms that the archive has not, or not whole
+	Error      string        `json:"error,omitempty"`   // why it is not served
 }
 
 // Canary is the answer of /api/v1/canary: whether a request for the canary

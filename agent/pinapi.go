@@ -36,7 +36,7 @@ func (a *Agent) servePin(w http.ResponseWriter, r *http.Request) {
 	defer a.pins.hurry()
 	_ = a.pins.sync(r.Context()) // follow tells
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	out := newWarmStream(w)
+	out := newEventStream(w)
 	for i, p := range pinned {
 		out.send(a.pins.follow(r.Context(), p, req.Images[i], out))
 	}
@@ -130,7 +130,7 @@ func (s *pins) hurry() {
 // follow fetches one image that was asked for and tells out how it comes; what it
 // returns is the image's last event. An image that was never had, and that nobody can
 // have as things are, is not pinned: most likely its name is wrong.
-func (s *pins) follow(ctx context.Context, p asked, name string, out *warmStream) WarmEvent {
+func (s *pins) follow(ctx context.Context, p asked, name string, out *eventStream) WarmEvent {
 	err := s.claim(ctx, p.pin)
 	if err == nil {
 		err = s.lookAfter(ctx, p.pin, func(puller *Puller) { out.follow(puller, name) })

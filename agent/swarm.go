@@ -125,11 +125,18 @@ func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, acce
 
 // May asks the repository's home.
 func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) error {
-	return answerOf(t, "authorize", s.Swarm.May(ctx, peer.Reference{
+	err := s.Swarm.May(ctx, peer.Reference{
 		Registry: t.Registry, Repository: t.Repository, Tag: q.Reference, Blob: q.Blob, Known: q.Known,
 		Authorization: t.Authorization, Node: asNode(t),
-	}))
+	})
+	if errors.Is(err, peer.ErrImported) {
+		return proxy.ErrImported
+	}
+	return answerOf(t, "authorize", err)
 }
+
+// Holds reports whether some other node says that it has d.
+func (s *swarm) Holds(d digest.Digest) bool { return len(s.Holders(d)) > 0 }
 
 // Remember says that this node knows what a tag stood for, and Forget that it does not.
 func (s *swarm) Remember(t upstream.Target, tag string) { s.Swarm.Remember(tagOf(t, tag)) }
@@ -200,9 +207,12 @@ func (o swarmOrigin) Admit(ctx context.Context, w peer.Want) error {
 	return o.agent.proxy.Admit(ctx, t, kind, w.Digest)
 }
 
-// refusalOf keeps, of a registry's own answer, what another node needs to give
-// the same answer to its client.
+// refusalOf keeps, of a registry's own answer or an operator's, what another node needs
+// to give the same answer to its client.
 func refusalOf(err error) error {
+	if errors.Is(err, proxy.ErrImported) {
+		return peer.ErrImported
+	}
 	if e, ok := errors.AsType[*upstream.Error](err); ok && e.Status != 0 {
 		return &peer.Refusal{Status: e.Status, Text: e.Error(), Challenge: e.Challenge}
 	}

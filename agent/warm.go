@@ -12,12 +12,12 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// warmEvery limits how often a blob's progress is told.
-const warmEvery = 100 * time.Millisecond
+// progressEvery limits how often a blob's progress is told.
+const progressEvery = 100 * time.Millisecond
 
 // warm pulls one image through this node's own proxy and reports to out; what
 // it returns is the image's last event.
-func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *warmStream) WarmEvent {
+func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *eventStream) WarmEvent {
 	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform}
 	out.follow(&puller, name)
 	if _, err := puller.Pull(ctx, image); err != nil {
@@ -38,8 +38,8 @@ func (a *Agent) upstreamTrouble(registry string) string {
 	return b.String()
 }
 
-// warmStream writes events as lines of JSON.
-type warmStream struct {
+// eventStream writes events as lines of JSON.
+type eventStream struct {
 	// mu guards all below: events come from several goroutines. It is held
 	// while writing, so that lines do not mix.
 	mu   sync.Mutex
@@ -48,36 +48,43 @@ type warmStream struct {
 	told map[digest.Digest]time.Time
 }
 
-func newWarmStream(w http.ResponseWriter) *warmStream {
-	return &warmStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
+func newEventStream(w http.ResponseWriter) *eventStream {
+	return &eventStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
 }
 
 // follow has a puller tell of what it pulls under an image's name.
-func (s *warmStream) follow(p *Puller, name string) {
+func (s *eventStream) follow(p *Puller, name string) {
 	p.Progress = func(d digest.Digest, done, total int64) {
-		s.progress(WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
+		s.progress(d, WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
 	}
 	p.Done = func(p Pulled) {
 		s.send(WarmEvent{Image: name, Kind: p.Kind, Digest: p.Digest, Bytes: p.Bytes, Total: p.Bytes, Source: p.Source})
 	}
 }
 
-// progress sends e unless its blob was told of a moment ago.
-func (s *warmStream) progress(e WarmEvent) {
-	s.mu.Lock()
-	last := s.told[e.Digest]
-	s.mu.Unlock()
-	if time.Since(last) >= warmEvery {
-		s.send(e)
+// progress sends an event about a blob unless that was told of a moment ago.
+func (s *eventStream) progress(d digest.Digest, event any) {
+	if s.due(d) {
+		s.send(event)
 	}
+}
+
+func (s *eventStream) due(d digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	if now.Sub(s.told[d]) < progressEvery {
+		return false
+	}
+	s.told[d] = now
+	return true
 }
 
 // send writes one event. A client that hung up ends the request's context,
 // which is noticed elsewhere.
-func (s *warmStream) send(e WarmEvent) {
+func (s *eventStream) send(event any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.told[e.Digest] = time.Now()
-	_ = s.enc.Encode(e)
+	_ = s.enc.Encode(event)
 	_ = s.http.Flush()
 }

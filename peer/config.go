@@ -196,7 +196,8 @@ type Origin interface {
 	// Reference with Memory, and fail if this node does not know or must not tell.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
 	// May returns nil if upstream lets the asker read what r names, a *Refusal if
-	// not. Other errors mean that nobody knows now.
+	// not, and ErrImported if upstream cannot be asked and an operator gave it to
+	// everybody. Other errors mean that nobody knows now.
 	May(ctx context.Context, r Reference) error
 	// Admit is May for another node that wants a blob from this one as its home.
 	// It should not take longer than a second.
@@ -218,6 +219,9 @@ type Sink interface {
 type Upstream func(ctx context.Context, into Sink) error
 
 var (
+	// ErrImported is leave to read what was asked about, and nothing else of its
+	// repository: an operator gave it, while upstream cannot be asked.
+	ErrImported = errors.New("imported by an operator")
 	// ErrWrongPiece means that a piece is not what its digest says.
 	ErrWrongPiece = errors.New("piece does not match its digest")
 	// ErrUnsupported means that the swarm cannot carry this blob.

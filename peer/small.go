@@ -48,9 +48,24 @@ func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 }
 
 // May asks the repository's homes whether upstream lets somebody read what r
-// names, until one knows: nil is yes, a *Refusal no.
+// names, until one knows: nil is yes, ErrImported too, for that alone, and a *Refusal no.
 func (s *Swarm) May(ctx context.Context, r Reference) error {
-	return s.consult(ctx, methodMay, r, func([]byte) (enough bool, err error) { return true, nil })
+	var l leave
+	err := s.consult(ctx, methodMay, r, func(b []byte) (enough bool, err error) {
+		if err := json.Unmarshal(b, &l); err != nil {
+			return false, fmt.Errorf("may: read a home's answer: %w", err)
+		}
+		return true, nil
+	})
+	if err == nil && l.Imported {
+		return ErrImported
+	}
+	return err
+}
+
+// leave is the yes to May.
+type leave struct {
+	Imported bool `json:",omitempty"` // see ErrImported
 }
 
 // subject is what a question is about. The credential is part of it: an answer
@@ -246,7 +261,11 @@ func (s *Swarm) witnesses(r Reference) (out []*Member) {
 
 func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
 	if method == methodMay { // the node itself knows for how long to remember it
-		return marshal(struct{}{}), errorMemory, s.cfg.Origin.May(ctx, r)
+		err := s.cfg.Origin.May(ctx, r)
+		if errors.Is(err, ErrImported) {
+			return marshal(leave{Imported: true}), errorMemory, nil
+		}
+		return marshal(leave{}), errorMemory, err
 	}
 	d, err := s.cfg.Origin.Resolve(ctx, r)
 	if err != nil {

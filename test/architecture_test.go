@@ -16,14 +16,14 @@ const module = "github.com/larder-cache/larder/"
 // none.
 var allowed = map[string][]string{
 	// The binary parses and prints; the agent owns everything else.
-	"cmd/larder": {"agent", "agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer",
+	"cmd/larder": {"agent", "agent/archive", "agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer",
 		"test/registrytest"}, // `larder demo` embeds the test registry
-	"agent": {"agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer"},
+	"agent": {"agent/archive", "agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer"},
 	// The proxy joins cache and upstream; it sees peers and the runtime's
 	// store only through interfaces it declares.
 	"agent/proxy": {"agent/cache", "agent/upstream"},
 	// test/... may look at whatever they test.
-	"test/wedged":      {"agent", "agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer"},
+	"test/wedged":      {"agent", "agent/archive", "agent/cache", "agent/credentials", "agent/proxy", "agent/runtimestore", "agent/upstream", "hostsconfig", "peer"},
 	"test/runtimetest": {"test/registrytest"},
 }
 

@@ -13,7 +13,6 @@
 package cache
 
 import (
-	"cmp"
 	"container/list"
 	"context"
 	"errors"
@@ -431,53 +430,6 @@ func (c *Cache) Has(d digest.Digest) bool {
 	defer c.mu.Unlock()
 	b := c.blobs[d]
 	return b != nil && b.place != nil
-}
-
-// Put commits small content that is in memory: manifests. The body is
-// checked; ErrDigestMismatch leaves no trace. If a fill of d runs, the body
-// completes it. Put waits, until ctx ends, for Run and for the commit; ErrNoRoom
-// says that the disk did not take it.
-func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
-	if err := checkDigest(d); err != nil {
-		return err
-	}
-	if d.Algorithm().FromBytes(body) != d {
-		return fmt.Errorf("put %s: %w", d, ErrDigestMismatch)
-	}
-	src := SourceFunc(func(_ context.Context, f *Fill) error { return feed(f.Writer(origin), body) })
-	r, f, _, err := c.find(ctx, d, src)
-	if err != nil {
-		return fmt.Errorf("put %s: %w", d, err)
-	}
-	if r != nil {
-		return r.Close()
-	}
-	defer f.release()
-	if err := feed((&Fill{f}).Writer(origin), body); err != nil {
-		return fmt.Errorf("put %s: %w", d, err)
-	}
-	if err := wait(ctx, f.done); err != nil {
-		return err
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return cmp.Or(f.err, f.unkept)
-}
-
-// feed writes body where bytes are missing.
-func feed(w *Writer, body []byte) error {
-	if err := w.SetSize(int64(len(body))); err != nil {
-		return err
-	}
-	for {
-		start, end, ok := w.Missing(0)
-		if !ok {
-			return nil
-		}
-		if _, err := w.WriteAt(body[start:end], start); err != nil {
-			return err
-		}
-	}
 }
 
 // Pin keeps d from eviction, now and if it comes later, until as many Unpins.

@@ -109,6 +109,10 @@ func all(body []byte) Source {
 	})
 }
 
+func feed(w *Writer, body []byte) error {
+	return copyMissing(w, io.NewSectionReader(bytes.NewReader(body), 0, int64(len(body))))
+}
+
 // mustRead reads d to the end through c.
 func mustRead(t testing.TB, c *Cache, d digest.Digest, src Source) []byte {
 	t.Helper()

@@ -57,7 +57,8 @@ func noRoom(err error) error {
 }
 
 // makeIngest reserves n bytes and makes the files of a fill.
-func (c *Cache) makeIngest(d digest.Digest, n int64, giver string) (*os.File, *pieceMap, error) {
+func (f *fill) makeIngest(n int64) (*os.File, *pieceMap, error) {
+	c, d := f.c, f.digest
 	if err := c.reserve(n); err != nil {
 		return nil, nil, err
 	}
@@ -70,7 +71,10 @@ func (c *Cache) makeIngest(d digest.Digest, n int64, giver string) (*os.File, *p
 		c.unreserve(n)
 		return nil, nil, noRoom(fmt.Errorf("ingest %s: %w", d, err))
 	}
-	return file, c.createMap(d, n, giver), nil
+	if _, once := f.src.(stream); once {
+		return file, nil, nil // nothing of it is worth a resume: nobody has checked it
+	}
+	return file, c.createMap(d, n, f.giver), nil
 }
 
 // createIngest makes the data file at its full size. Blocks are set aside now,

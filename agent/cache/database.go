@@ -36,6 +36,8 @@ const (
 	bucketVerdicts  bucket = "verdicts"
 	bucketChallenge bucket = "challenges"
 	bucketPins      bucket = "pins"
+	bucketImports   bucket = "imports" // repositories
+	bucketImported  bucket = "imported"
 )
 
 // capacity bounds each bucket: what registries and clients make us remember
@@ -44,6 +46,7 @@ var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
 	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
+	bucketImports: 20_000, bucketImported: 200_000,
 	bucketPins: 2 * MaxPins, // so that none is pruned
 }
 

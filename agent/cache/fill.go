@@ -241,7 +241,7 @@ func (f *fill) SetSize(n int64) error {
 		}
 		return err
 	}
-	file, record, err := f.c.makeIngest(f.digest, n, f.giver)
+	file, record, err := f.makeIngest(n)
 	f.mu.Lock()
 	f.sizing = false
 	f.freed.Broadcast()

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -56,6 +57,15 @@ func openMeta(path string, log *slog.Logger) (*Meta, error) {
 func (m *Meta) close() error { return m.db.close() }
 func (m *Meta) flush()       { m.db.flush() }
 
+// Sync returns once all facts that were written before are durable, or with why they
+// are lost. It waits, until ctx ends, for Run.
+func (m *Meta) Sync(ctx context.Context) error {
+	if err := m.db.sync(ctx); err != nil {
+		return fmt.Errorf("write cache metadata: %w", err)
+	}
+	return nil
+}
+
 // key joins parts so that different parts make different keys; it is nil,
 // which is never stored nor found, for what no registry would name so.
 func key(parts ...string) []byte {
@@ -108,15 +118,6 @@ func (m *Meta) SetPinnedImage(name string, p PinnedImage) { m.encode(bucketPins,
 
 // DeletePinnedImage forgets it.
 func (m *Meta) DeletePinnedImage(name string) { m.db.delete(bucketPins, key(name)) }
-
-// Sync waits until all that was set and deleted before is durable. It returns why it is
-// not, or why ctx ended; before Run, and after it, nobody writes.
-func (m *Meta) Sync(ctx context.Context) error {
-	if err := m.db.sync(ctx); err != nil {
-		return fmt.Errorf("write cache metadata: %w", err)
-	}
-	return nil
-}
 
 // PinnedImages returns all that were remembered, the last seconds' perhaps left out.
 func (m *Meta) PinnedImages() map[string]PinnedImage {
@@ -230,6 +231,34 @@ func (m *Meta) Verdict(r Repository, who string) (when time.Time, ok bool) {
 func (m *Meta) DeleteVerdict(r Repository, who string) {
 	m.db.delete(verdictsOf(who), key(r.Registry, r.Name, who))
 }
+
+// SetImported remembers that an operator gave these, tags and digests, of a repository
+// for everybody to read.
+func (m *Meta) SetImported(r Repository, references ...string) {
+	repository := key(r.Registry, r.Name)
+	generation, ok := m.db.get(bucketImports, repository)
+	if !ok {
+		generation = binary.BigEndian.AppendUint64(nil, uint64(time.Now().UnixNano()))
+	}
+	m.db.put(bucketImports, repository, generation)
+	for _, ref := range references {
+		m.db.put(bucketImported, key(r.Registry, r.Name, ref), generation)
+	}
+}
+
+// Imported reports whether SetImported was called, and DeleteImported not since.
+func (m *Meta) Imported(r Repository, reference string) bool {
+	generation, ok := m.db.get(bucketImports, key(r.Registry, r.Name))
+	if !ok {
+		return false
+	}
+	own, ok := m.db.get(bucketImported, key(r.Registry, r.Name, reference))
+	return ok && bytes.Equal(own, generation)
+}
+
+// DeleteImported forgets all that was imported of a repository: what is imported from now
+// on is of another generation.
+func (m *Meta) DeleteImported(r Repository) { m.db.delete(bucketImports, key(r.Registry, r.Name)) }
 
 // SetChallenge remembers how the repository asks for credentials: the values of
 // WWW-Authenticate.

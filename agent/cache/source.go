@@ -41,12 +41,13 @@ func (fn SourceFunc) Fetch(ctx context.Context, f *Fill) error { return fn(ctx, 
 // OriginKind says what sort of place bytes came from.
 type OriginKind string
 
-// The kinds of places. Writers are made with the first three; a Reader of a
+// The kinds of places. Writers are made with all but the last; a Reader of a
 // blob that was already whole reports FromDisk.
 const (
 	FromUpstream OriginKind = "upstream"
 	FromPeer     OriginKind = "peer"
 	FromRuntime  OriginKind = "runtime"
+	FromImport   OriginKind = "import" // an archive
 	FromDisk     OriginKind = "disk"
 )
 

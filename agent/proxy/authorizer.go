@@ -26,6 +26,7 @@ const (
 	decidedRemembered decision = "remembered" // the registry is down; it let the same credential before
 	decidedOffline    decision = "offline"    // the registry is down; offline = "all"
 	decidedPinned     decision = "pinned"     // the registry has it no more, and refused nobody; it is pinned here
+	decidedImported   decision = "imported"   // the registry is down; an operator gave this to everybody
 	decidedChallenged decision = "challenged" // no credential came; the registry wants one
 	decidedRefused    decision = "refused"    // by the registry, or not of this repository
 	decidedUnknown    decision = "unknown"    // the registry is down and nothing is known
@@ -33,7 +34,7 @@ const (
 )
 
 var decisions = []decision{decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline, decidedPinned,
-	decidedChallenged, decidedRefused, decidedUnknown, decidedDenied}
+	decidedImported, decidedChallenged, decidedRefused, decidedUnknown, decidedDenied}
 
 // access is where one caller stands with one repository.
 type access struct {
@@ -86,9 +87,10 @@ type authorizer struct {
 	secret   *keyed // of this process
 	lasting  lasting
 	verdicts *recent[verdictKey, verdict]
-	members  *recent[blobKey, struct{}] // belong to their repository
-	asks     *flights[askKey, struct{}] // for callers of this node
-	homeAsks *flights[askKey, struct{}] // for other nodes; apart, for the former wait for these
+	members  *recent[blobKey, struct{}]    // belong to their repository
+	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
+	asks     *flights[askKey, struct{}]    // for callers of this node
+	homeAsks *flights[askKey, struct{}]    // for other nodes; apart, for the former wait for these
 }
 
 func newAuthorizer(opts Options, b *background) *authorizer {
@@ -97,6 +99,7 @@ func newAuthorizer(opts Options, b *background) *authorizer {
 		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
 		verdicts: newRecent[verdictKey, verdict](maxRemembered),
 		members:  newRecent[blobKey, struct{}](maxRemembered),
+		silent:   newRecent[verdictKey, struct{}](maxRemembered),
 		asks:     newFlights[askKey, struct{}](b), homeAsks: newFlights[askKey, struct{}](b),
 	}
 	if opts.VerdictKey != nil {
@@ -209,8 +212,12 @@ func (a *authorizer) enlist(t upstream.Target, d ocispec.Descriptor) {
 // cannot be asked, or not soon enough, what is known decides (A5).
 func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question) error {
 	patience := a.budget * 4 / 5
-	if _, in := a.stands(*acc); in && q.Known { // the rest of the budget is for the bytes
+	if stand, in := a.stands(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
 		patience = a.budget * 2 / 5
+		if stand.decision == decidedImported && a.silent.has(acc.key()) {
+			*acc = stand
+			return nil
+		}
 	}
 	wait, cancel := context.WithTimeoutCause(ctx, patience, errBudget)
 	defer cancel()
@@ -224,6 +231,9 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	case err == nil:
 		acc.allowed, acc.decision = true, acc.yes()
 		return nil
+	case errors.Is(err, ErrImported):
+		acc.allowed, acc.decision = true, decidedImported
+		return nil
 	case ctx.Err() != nil:
 		return err
 	case upstream.IsNotFound(err):
@@ -236,22 +246,28 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	case upstream.IsUnauthorized(err):
 		return a.refuse(acc, kind, err)
 	}
-	stand, in := a.stands(*acc) // now, for somebody may have been told no meanwhile (A4)
+	stand, in := a.stands(*acc, q.Reference) // now, for somebody may have been told no meanwhile (A4)
 	if !in || !q.Known {
 		return a.unknown(acc, err)
+	}
+	if stand.decision == decidedImported { // which holds for this question, not for the repository
+		a.silent.put(acc.key(), struct{}{}, outageLife)
+		*acc = stand
+		return nil
 	}
 	*acc = stand
 	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
 	return nil
 }
 
-// stands returns what holds for a caller while the registry cannot be asked, and
-// whether that lets him in: a verdict that is still good, else what offline says.
-func (a *authorizer) stands(acc access) (access, bool) {
+// stands returns what holds for a caller who asks for a reference while the registry
+// cannot be asked, and whether that lets him in: a verdict that is still good, else
+// what offline says.
+func (a *authorizer) stands(acc access, reference string) (access, bool) {
 	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
 		return acc, false
 	}
-	return acc, acc.allowed || a.offline(&acc)
+	return acc, acc.allowed || a.offline(&acc, reference)
 }
 
 // keeps returns what holds for a caller who asks for something that the registry has no
@@ -268,7 +284,7 @@ func (a *authorizer) keeps(acc access, ref string) (access, bool) {
 	switch {
 	case acc.allowed:
 	case a.wasPublic(acc.repository()):
-		acc.asAnyone()
+		acc.asAnyone(decidedPinned)
 	case acc.who == theNode && (offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineAll || a.lasting.knows(&acc)):
 	default:
 		return acc, false
@@ -368,6 +384,11 @@ func (a *authorizer) withChallenge(ctx context.Context, t upstream.Target, ref s
 // nothing (A2).
 func (a *authorizer) learn(acc *access, q Question, err error) {
 	switch {
+	case errors.Is(err, ErrImported):
+		a.meta.SetImported(acc.repository(), q.Reference) // so that this node can tell others
+		if d, derr := digest.Parse(q.Reference); derr == nil {
+			a.enlist(acc.target, ocispec.Descriptor{Digest: d})
+		}
 	case err == nil:
 		a.accept(acc)
 		if d, derr := digest.Parse(q.Reference); derr == nil {
@@ -402,6 +423,7 @@ func (a *authorizer) reject(acc *access, err error) {
 	case anyone:
 		life = challengeLife
 		a.meta.DeleteVerdict(acc.repository(), cache.Anyone)
+		a.meta.DeleteImported(acc.repository())
 	case theNode:
 		life = 0 // the next question may carry a mended credential
 	}
@@ -479,12 +501,11 @@ func offlineMode(policy upstream.Registry) string {
 	return offlineRemembered
 }
 
-// offline changes acc to what holds while the registry cannot be asked, and
-// reports whether that lets the caller in.
-func (a *authorizer) offline(acc *access) bool {
+// offline changes acc to what holds for a reference while the registry cannot be
+// asked, and reports whether that lets the caller in.
+func (a *authorizer) offline(acc *access, reference string) bool {
 	if a.wasPublic(acc.repository()) {
-		acc.allowed, acc.decision = true, decidedPublic
-		acc.asAnyone()
+		acc.asAnyone(decidedPublic)
 		return true
 	}
 	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
@@ -492,12 +513,15 @@ func (a *authorizer) offline(acc *access) bool {
 		acc.allowed, acc.decision = true, decidedOffline
 	case mode == offlineRemembered && a.lasting.has(acc):
 		acc.allowed, acc.decision = true, decidedRemembered
+	case a.meta.Imported(acc.repository(), reference):
+		acc.asAnyone(decidedImported)
 	}
 	return acc.allowed
 }
 
-// asAnyone drops the caller's own credential, which a public repository needs not.
-func (a *access) asAnyone() {
+// asAnyone lets the caller in by what holds for everybody: his credential goes nowhere.
+func (a *access) asAnyone(d decision) {
+	a.allowed, a.decision = true, d
 	if a.who != theNode {
 		a.who, a.target.Authorization, a.target.Anonymous = anyone, "", true
 	}

@@ -166,7 +166,7 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 		err = p.auth.refuse(&x.access, x.route.kind, err)
 	case x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)):
 		last, ok := p.pages.get(key)
-		stand, in := p.auth.stands(x.access)
+		stand, in := p.auth.stands(x.access, anyReference)
 		if !ok || !in {
 			return page, p.auth.unknown(&x.access, err)
 		}
@@ -176,6 +176,9 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 	x.describe(from, int64(len(page.Body)), 0)
 	return page, err
 }
+
+// anyReference is nothing that can be imported: a list is about the whole repository.
+const anyReference = ""
 
 // anyTag is asked for when only the challenge of a repository is of interest.
 const anyTag = "latest"

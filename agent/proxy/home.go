@@ -8,6 +8,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
@@ -69,7 +70,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	}
 	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
 	last, known := p.lastKnown(key)
-	_, in := p.auth.stands(acc)
+	_, in := p.auth.stands(acc, last.desc.Digest.String())
 	known = known && acceptable(accept, last.desc.MediaType) && in
 	if known {
 		var cancel context.CancelFunc
@@ -96,23 +97,37 @@ func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (o
 		return ocispec.Descriptor{}, err
 	}
 	last, known := p.lastKnown(tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)})
-	if _, in := p.auth.stands(acc); !in || !known || !acceptable(accept, last.desc.MediaType) {
+	if _, in := p.auth.stands(acc, last.desc.Digest.String()); !in || !known || !acceptable(accept, last.desc.MediaType) {
 		return ocispec.Descriptor{}, errNotKnownHere
 	}
 	return last.desc, nil
 }
 
-// MayByMemory is MayFor by what is known here alone: that the repository was public.
+// MayByMemory is MayFor by what is known here alone: that the repository was public, or
+// that q is about what was imported.
 // A verdict on a credential is not passed on from node to node, or it would never end.
 func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 	acc, err := p.homeAccess(t)
 	switch {
 	case err != nil:
 		return err
-	case !p.auth.wasPublic(acc.repository()), !q.Known && !p.auth.belongsTo(t, q):
+	case !q.Known && !p.auth.belongsTo(t, q):
 		return errNotKnownHere
 	}
-	return nil
+	return p.auth.wasOpen(acc.repository(), q.Reference)
+}
+
+// wasOpen returns nil if a repository was public when the registry said so last,
+// ErrImported if an operator gave this reference of it to everybody, and
+// errNotKnownHere if neither.
+func (a *authorizer) wasOpen(r cache.Repository, reference string) error {
+	switch {
+	case a.wasPublic(r):
+		return nil
+	case a.meta.Imported(r, reference):
+		return ErrImported
+	}
+	return errNotKnownHere
 }
 
 // MayFor asks the registry whether another node's caller may read what q is
@@ -125,8 +140,8 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 	if acc.allowed && (q.Known || p.auth.belongsTo(t, q)) {
 		return nil
 	}
-	stand := acc
-	fallback := p.auth.offline(&stand) && stand.decision == decidedPublic && (q.Known || p.auth.belongsTo(t, q))
+	open := p.auth.wasOpen(acc.repository(), q.Reference)
+	fallback := !errors.Is(open, errNotKnownHere) && (q.Known || p.auth.belongsTo(t, q))
 	if fallback {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, homePatience/2)
@@ -140,7 +155,7 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 		return struct{}{}, err
 	})
 	if fallback && mayServeStale(err) {
-		return nil
+		return open
 	}
 	return err
 }
@@ -164,7 +179,10 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
 	err = p.swarm.May(ctx, t, q)
 	p.auth.learn(&acc, q, err)
-	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc)) {
+	if errors.Is(err, ErrImported) {
+		return nil
+	}
+	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc, q.Reference)) {
 		// On a bad network nobody may know in time. Then the asker's word that the
 		// registry shows the repository to anyone counts: who refused it would drive
 		// every node to the registry.

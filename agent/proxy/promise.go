@@ -86,7 +86,11 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 	case p.has(t, blob.Digest), p.deliverable.has(key):
 		return nil
 	}
-	if _, _, err := p.stat(ctx, t, blob.Digest); err != nil {
+	_, _, err := p.stat(ctx, t, blob.Digest)
+	if mayServeStale(err) && p.swarm != nil && p.swarm.Holds(blob.Digest) {
+		return nil // the index may be wrong, but the registry cannot help either
+	}
+	if err != nil {
 		p.log.Debug("manifest withheld: a blob cannot be delivered", "digest", blob.Digest,
 			"registry", t.Registry, "repository", t.Repository, "err", err)
 		return errUndeliverable

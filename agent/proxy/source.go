@@ -51,9 +51,11 @@ type Swarm interface {
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
 	// May asks that home whether t may read what q is about: nil is yes. A refusal
-	// is an *upstream.Error with the registry's challenge; other errors mean that
-	// nobody knows.
+	// is an *upstream.Error with the registry's challenge, ErrImported a yes to this
+	// question alone; other errors mean that nobody knows.
 	May(ctx context.Context, t upstream.Target, q Question) error
+	// Holds reports whether another node says that it has d. It asks nobody.
+	Holds(d digest.Digest) bool
 	// Remember says that this node knows what a tag stood for, which other nodes may
 	// want to know while the registry cannot be asked; Forget, that it does not.
 	Remember(t upstream.Target, tag string)
@@ -276,7 +278,7 @@ func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 
 // final reports whether another source would fail with the same error.
 func final(err error) bool {
-	return upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
+	return errors.Is(err, ErrImported) || upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
 }
 
 // FetchUpstream brings a blob from the registry alone: what a home does for

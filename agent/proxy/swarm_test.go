@@ -22,6 +22,7 @@ type swarmFunc struct {
 	fetch   func(context.Context, *cache.Fill) error
 	resolve func(tag string) (ocispec.Descriptor, error)
 	may     func(upstream.Target, Question) error
+	holds   func(digest.Digest) bool
 }
 
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
@@ -44,6 +45,8 @@ func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error 
 	}
 	return s.may(t, q)
 }
+
+func (s *swarmFunc) Holds(d digest.Digest) bool { return s.holds != nil && s.holds(d) }
 
 func (s *swarmFunc) Remember(upstream.Target, string) {}
 func (s *swarmFunc) Forget(upstream.Target, string)   {}

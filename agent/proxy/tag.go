@@ -90,13 +90,13 @@ func (k tagKey) accepts() []string {
 }
 
 func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQuery) (resolved, error) {
-	if found, ok := p.fresh.get(key); ok && acc.allowed && !(q.current && found.stale) {
+	if found, ok := p.fresh.get(key); ok && !(q.current && found.stale) && (acc.allowed || found.stale && p.auth.imported(acc, found.desc.Digest.String())) {
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
 	known = known && !q.current
 	wait, cancel := ctx, context.CancelFunc(func() {})
-	if _, in := p.auth.stands(*acc); in && known { // then upstream gets the larger part of the budget, the manifest the rest
+	if _, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
 	}
 	defer cancel()
@@ -117,7 +117,7 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	case q.current:
 		return resolved{}, cmp.Or(err, error(errStale))
 	}
-	if stand, in := p.auth.stands(*acc); in && known {
+	if stand, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known {
 		*acc = stand
 		// Those who come within the next tag_ttl need not wait as well.
 		p.fresh.put(key, last, p.tagTTL(key.registry))
@@ -153,14 +153,17 @@ func (p *Proxy) pinned(key tagKey) (resolved, bool) {
 // enough by itself: it has no verdict for the caller, or does not know the tag.
 // found is what another node said that the tag was, err why nothing better came.
 func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found resolved, err error) (resolved, error) {
+	if last, known := p.lastKnown(key); err != nil && known {
+		found, err = last, nil
+	}
 	if !acc.allowed {
 		q := Question{Reference: key.tag, Known: true}
+		if err == nil { // what the tag was may be open where the repository is not
+			q.Reference = found.desc.Digest.String()
+		}
 		if err := p.auth.ask(ctx, acc, KindManifest, q); err != nil {
 			return resolved{}, err
 		}
-	}
-	if last, known := p.lastKnown(key); err != nil && known {
-		return last, nil
 	}
 	return found, err
 }
@@ -214,9 +217,10 @@ func (e *StaleTag) Error() string {
 }
 
 // believe takes another node's word for what a tag was, for tag_ttl. It stays
-// known here, in case that node goes too.
+// known here, in case that node goes too, unless this node knows by itself: what was
+// imported here must not be undone by one that knows what was before.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
-	if key.accept == "" {
+	if _, known := p.lastKnown(key); key.accept == "" && !known {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
 	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, desc)

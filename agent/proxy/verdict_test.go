@@ -192,7 +192,7 @@ func TestDecisionsAreCounted(t *testing.T) {
 	n.get("/v2/denied/manifests/v1?ns=" + host)
 	n.registry.Down()
 	n.get(blobPath(img.Layers[0].Digest), "Authorization", "Basic bm9ib2R5")
-	want := map[string]float64{"challenged": 1, "granted": 2, "refused": 1, "public": 1, "denied": 1, "unknown": 1, "node": 0, "remembered": 0, "offline": 0, "pinned": 0}
+	want := map[string]float64{"challenged": 1, "granted": 2, "refused": 1, "public": 1, "denied": 1, "unknown": 1, "node": 0, "remembered": 0, "offline": 0, "pinned": 0, "imported": 0}
 	if got := count(); !maps.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}

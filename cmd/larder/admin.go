@@ -83,6 +83,11 @@ func (a adminAPI) do(ctx context.Context, method, path string, body any) (*http.
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
+	return a.answer(req)
+}
+
+// answer sends a request whose answer is to be 200.
+func (a adminAPI) answer(req *http.Request) (*http.Response, error) {
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return nil, a.unreachable(err)
@@ -95,7 +100,7 @@ func (a adminAPI) do(ctx context.Context, method, path string, body any) (*http.
 	if why := strings.TrimSpace(string(text)); why != "" {
 		return nil, fmt.Errorf("%s (%s answers %s)", why, a.base, resp.Status)
 	}
-	return nil, fmt.Errorf("%s%s: %s", a.base, path, resp.Status)
+	return nil, fmt.Errorf("%s%s: %s", a.base, req.URL.Path, resp.Status)
 }
 
 func (a adminAPI) unreachable(err error) error {

@@ -72,7 +72,7 @@ other nodes, and only then from the registry.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newAgent(), newStatus(), newExplain(), newDoctor(), newHosts(), newWarm(), newPin(), newUnpin(), newKeygen(), newDemo(), newVersion())
+	root.AddCommand(newAgent(), newStatus(), newExplain(), newDoctor(), newHosts(), newWarm(), newPin(), newUnpin(), newExport(), newImport(), newKeygen(), newDemo(), newVersion())
 	for _, cmd := range root.Commands() {
 		markUsage(cmd)
 	}

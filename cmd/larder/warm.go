@@ -62,15 +62,21 @@ func warm(ctx context.Context, api adminAPI, out io.Writer, req agent.WarmReques
 // warmView shows the events of one warm request.
 type warmView interface {
 	event(agent.WarmEvent)
+	say(format string, args ...any) // a line
 	close()
+}
+
+// newWarmView draws bars on a terminal, and writes lines elsewhere.
+func newWarmView(w io.Writer) warmView {
+	if width, ok := terminal(w); ok {
+		return &warmBars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(min(width, 64))), bars: map[digest.Digest]*mpb.Bar{}}
+	}
+	return &warmLines{w: w, images: map[string]*warmTotal{}}
 }
 
 // showWarm reads events until every image is done.
 func showWarm(w io.Writer, events io.Reader, images int) error {
-	var view warmView = &warmLines{w: w, images: map[string]*warmTotal{}}
-	if width, ok := terminal(w); ok {
-		view = &warmBars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(min(width, 64))), bars: map[digest.Digest]*mpb.Bar{}}
-	}
+	view := newWarmView(w)
 	defer view.close()
 	done, failed := 0, 0
 	for dec := json.NewDecoder(events); ; {
@@ -120,9 +126,15 @@ func (v *warmLines) event(e agent.WarmEvent) {
 		fmt.Fprintf(v.w, "%s: done: %s\n", e.Image, bySource(total.bytes))
 	case e.Source != "":
 		total.bytes[e.Source] += e.Bytes
-		fmt.Fprintf(v.w, "%s: %s %s %s from %s\n", e.Image, e.Kind, short(e.Digest.String()), size(e.Bytes), e.Source)
+		image := ""
+		if e.Image != "" {
+			image = e.Image + ": "
+		}
+		fmt.Fprintf(v.w, "%s%s %s %s from %s\n", image, e.Kind, short(e.Digest.String()), size(e.Bytes), e.Source)
 	}
 }
+
+func (v *warmLines) say(format string, args ...any) { fmt.Fprintf(v.w, format+"\n", args...) }
 
 func (v *warmLines) close() {}
 
@@ -153,6 +165,8 @@ func (v *warmBars) event(e agent.WarmEvent) {
 		b.SetTotal(e.Bytes, true)
 	}
 }
+
+func (v *warmBars) say(format string, args ...any) { fmt.Fprintf(v.progress, format+"\n", args...) }
 
 // close takes unfinished bars down; mpb would wait for them for ever.
 func (v *warmBars) close() {

@@ -1,0 +1,152 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/archive"
+)
+
+// Export pulls images and writes them to w as an OCI image layout in a tar, each under
+// its full name and its own bytes, what they share once. An index is written as it is,
+// with the content of p.Platform alone. The same images make the same bytes. What w got
+// before an error is of no use.
+func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
+	p.Client = cmp.Or(p.Client, http.DefaultClient)
+	var plans []*exported
+	for _, image := range images {
+		plan, err := p.plan(ctx, image)
+		if err != nil {
+			return fmt.Errorf("export %s: %w", image, err)
+		}
+		plans = append(plans, plan)
+	}
+	var roots []archive.Root
+	for _, plan := range plans {
+		plan.root.Name, plan.root.Descriptor = plan.image.String(), plan.parts[0].Descriptor
+		roots = append(roots, plan.root)
+	}
+	out, err := archive.NewWriter(w, roots)
+	if err != nil {
+		return err
+	}
+	for _, plan := range plans {
+		if err := plan.write(ctx, out); err != nil {
+			return fmt.Errorf("export %s: %w", plan.image, err)
+		}
+	}
+	return out.Close()
+}
+
+// exported is an image on its way into an archive.
+type exported struct {
+	pull
+	parts []blob // the root first
+	root  archive.Root
+}
+
+// plan reads the manifests of an image.
+func (p Puller) plan(ctx context.Context, image Image) (*exported, error) {
+	e := &exported{pull: pull{Puller: p, image: image, seen: map[digest.Digest]bool{}}}
+	root, err := e.resolve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return e, e.add(ctx, root)
+}
+
+// add plans a manifest and what is below it.
+func (e *exported) add(ctx context.Context, d digest.Digest) error {
+	if !e.first(d) {
+		return nil
+	}
+	resp, err := e.request(ctx, http.MethodGet, "manifests", d.String())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
+	if err != nil {
+		return fmt.Errorf("read manifest %s: %w", d, err)
+	}
+	m, err := parseManifest(body)
+	if err != nil {
+		return fmt.Errorf("manifest %s: %w", d, err)
+	}
+	desc := ocispec.Descriptor{MediaType: resp.Header.Get("Content-Type"), Digest: d, Size: int64(len(body))}
+	e.parts = append(e.parts, blob{desc, "manifest"})
+	if !m.isIndex() {
+		e.parts = slices.Concat(e.parts, m.blobs())
+		e.simple(m)
+		return nil
+	}
+	chosen, err := m.choose(e.Platform)
+	if err != nil {
+		return err
+	}
+	for _, child := range chosen {
+		if err := e.add(ctx, child.Digest); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// simple makes the first image that can be run the one for programs that know no
+// indexes.
+func (e *exported) simple(m manifest) {
+	runs := m.Config.MediaType == ocispec.MediaTypeImageConfig || m.Config.MediaType == dockerConfig
+	if e.root.Config != "" || !runs {
+		return
+	}
+	var layers []digest.Digest
+	for _, l := range m.Layers {
+		if len(l.URLs) > 0 {
+			return // it would not be in the archive
+		}
+		layers = append(layers, l.Digest)
+	}
+	e.root.Config, e.root.Layers = m.Config.Digest, layers
+}
+
+const dockerConfig = "application/vnd.docker.container.image.v1+json"
+
+// write pulls the parts, one after the other as a tar wants them.
+func (e *exported) write(ctx context.Context, out *archive.Writer) error {
+	for _, part := range e.parts {
+		if out.Has(part.Digest) {
+			continue
+		}
+		if err := e.writePart(ctx, part, out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer) error {
+	kind := "blobs"
+	if part.kind == "manifest" {
+		kind = "manifests"
+	}
+	started := time.Now()
+	resp, err := e.request(ctx, http.MethodGet, kind, part.Digest.String())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	counter := &progressWriter{w: io.Discard, pull: &e.pull, d: part.Digest, total: part.Size}
+	if err := out.Blob(part.Digest, part.Size, io.TeeReader(resp.Body, counter)); err != nil {
+		return err
+	}
+	e.record(Pulled{Kind: part.kind, Digest: part.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: part.Size, Took: time.Since(started)})
+	return nil
+}

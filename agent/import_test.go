@@ -1,0 +1,495 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/archive"
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// bundle is an archive of one image under a name.
+func bundle(t *testing.T, name string, img *registrytest.Image) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w, err := archive.NewWriter(&out, []archive.Root{{Name: name, Descriptor: img.Descriptor}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range img.Manifests {
+		if err := w.Blob(m.Digest, m.Size, bytes.NewReader(m.Data)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for d, c := range img.Blobs {
+		if err := w.Blob(d, c.Size(), io.NewSectionReader(c, 0, c.Size())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// importTar has the agent import an archive, and returns what it said of images, and how
+// it ended.
+func (r *running) importTar(t *testing.T, body io.Reader, name string) (images []ImportedImage, failed string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.AdminAddr()+"/api/v1/import?name="+url.QueryEscape(name), body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", tarType)
+	req.Header.Set("Expect", "100-continue")
+	client := &http.Client{Transport: &http.Transport{ExpectContinueTimeout: time.Minute}}
+	defer client.CloseIdleConnections()
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nil, resp.Status + ": " + string(text)
+	}
+	for dec := json.NewDecoder(resp.Body); ; {
+		var e ImportEvent
+		if err := dec.Decode(&e); err != nil {
+			t.Fatalf("the answer ends without an end: %v", err)
+		}
+		if e.Image != nil {
+			images = append(images, *e.Image)
+		}
+		if e.Done {
+			return images, e.Error
+		}
+	}
+}
+
+// mustImport imports one image.
+func (r *running) mustImport(t *testing.T, name string, img *registrytest.Image) ImportedImage {
+	t.Helper()
+	images, failed := r.importTar(t, bytes.NewReader(bundle(t, name, img)), "")
+	if failed != "" || len(images) != 1 || images[0].Error != "" {
+		t.Fatalf("import: %v, %s", images, failed)
+	}
+	return images[0]
+}
+
+// pullRef pulls as a runtime does, every platform.
+func (r *running) pullRef(t *testing.T, ref string) error {
+	t.Helper()
+	image, err := ParseImage(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Puller{Proxy: "http://" + r.ProxyAddr(), Client: r.client, Platform: "all"}.Pull(t.Context(), image)
+	return err
+}
+
+// mustPull pulls until what gossip brings has come.
+func (r *running) mustPull(t *testing.T, ref string) {
+	t.Helper()
+	eventually(t, "pulled by "+r.config.Peer.Name, func() error { return r.pullRef(t, ref) })
+}
+
+// TestAirGap: what one node imported, every node pulls by its name, by tag and by digest,
+// with every client and under every rule for outages; after restarts too, and when the
+// node that imported is gone.
+func TestAirGap(t *testing.T) {
+	for _, mode := range []string{"", "remembered", "none"} {
+		t.Run("offline="+mode, func(t *testing.T) {
+			t.Parallel()
+			img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 60, Layers: []int64{1 << 20, 5 << 10}})
+			next := clusterConfigs(t, upstream.Registry{Host: testRegistry, ContactUpstream: new(false), Offline: mode})
+			nodes := startCluster(t, 4, next)
+			tag, byDigest := testRegistry+"/team/app:v1", testRegistry+"/team/app@"+img.Digest.String()
+			got := nodes[0].mustImport(t, tag, img)
+			if got.Name != tag || got.Digest != img.Digest || got.Blobs != 4 || got.There != 0 || got.Bytes < 1<<20 {
+				t.Errorf("%+v", got)
+			}
+			if again := nodes[0].mustImport(t, tag, img); again.There != 4 || again.BytesThere != got.Bytes {
+				t.Errorf("once more: %+v", again)
+			}
+			nodes[1].mustPull(t, tag)
+			nodes[2].mustPull(t, byDigest)
+			if err := nodes[3].pullByPath(t, img); err != nil {
+				t.Errorf("path-encoded: %v", err)
+			}
+			nodes[0].config.Peer.Join = []string{nodes[1].config.Peer.Gossip} // the first had nobody to join
+			nodes[0] = nodes[0].restart(t)
+			nodes[2] = nodes[2].restart(t)
+			for _, n := range []*running{nodes[0], nodes[2]} {
+				n.awaitMembers(t, 4)
+				n.mustPull(t, tag)
+				n.mustPull(t, byDigest)
+			}
+			if err := nodes[0].stop(t); err != nil {
+				t.Fatal(err)
+			}
+			c := next()
+			c.Peer.Join = []string{nodes[1].config.Peer.Gossip}
+			late := start(t, c)
+			late.awaitMembers(t, 4)
+			late.mustPull(t, tag)
+			late.mustPull(t, byDigest)
+		})
+	}
+}
+
+// restart ends the agent and starts another on its directory.
+func (r *running) restart(t *testing.T) *running {
+	t.Helper()
+	if err := r.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	return start(t, r.config)
+}
+
+// pullByPath asks as CRI-O and podman do, which fail for good after the manifest.
+func (r *running) pullByPath(t *testing.T, img *registrytest.Image) error {
+	get := func(path string) error {
+		resp, err := r.client.Get("http://" + r.ProxyAddr() + "/v2/" + testRegistry + "/team/app/" + path)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if _, err = io.Copy(io.Discard, resp.Body); err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s: %s", path, resp.Status)
+		}
+		return err
+	}
+	eventually(t, "promised", func() error { return get("manifests/v1") })
+	for d := range img.Blobs {
+		if err := get("blobs/" + d.String()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// TestImportOpensNothingElse: in a repository of which one image was imported, that one
+// is everybody's while the registry is down, and the other is not; and once the registry
+// has refused somebody, neither is (A4).
+func TestImportOpensNothingElse(t *testing.T) {
+	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
+		t.Run(string(scheme), func(t *testing.T) {
+			t.Parallel()
+			p := newPrivate(t, scheme, 3, nil)
+			p.pull(0, ann, repoA) // v1, which stays private
+			p.pull(1, ann, repoA)
+			img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 61, Layers: []int64{1 << 20, 5 << 10}, Opaque: true})
+			p.reg.Put(repoA, img, "v2")
+			p.reg.Down()
+			ref := testRegistry + "/" + repoA + ":v2"
+			p.nodes[0].mustImport(t, ref, img)
+			for _, n := range p.nodes {
+				n.mustPull(t, ref)
+			}
+			for i := range p.nodes {
+				for _, q := range content(repoA, p.images[repoA]) {
+					for _, who := range []caller{nobody, guesser} {
+						if r := p.ask(p.at(i), q, who.auth(p, repoA)); r.ok() {
+							t.Errorf("node %d: %s of what was not imported for %s: %v", i, q.name, who.name, r)
+						}
+					}
+				}
+				if err := p.nodes[i].pullRef(t, testRegistry+"/"+repoB+"@"+img.Digest.String()); err == nil {
+					t.Errorf("node %d: served in another repository", i)
+				}
+			}
+			if err := p.reg.Up(); err != nil {
+				t.Fatal(err)
+			}
+			for i, n := range p.nodes {
+				eventually(t, "refused while the registry answers", func() error {
+					if err := n.pullRef(t, ref); err == nil || !strings.Contains(err.Error(), "401") {
+						return fmt.Errorf("node %d: %s", i, fmt.Sprint(err))
+					}
+					return nil
+				})
+			}
+			p.reg.Down()
+			for i, n := range p.nodes {
+				if err := n.pullRef(t, ref); err == nil {
+					t.Errorf("node %d: served after the registry refused", i)
+				}
+			}
+		})
+	}
+}
+
+// TestImportAgain: a tag that comes again with other content is the new one where it was
+// imported, for good, although other nodes know the old one.
+func TestImportAgain(t *testing.T) {
+	next := clusterConfigs(t, upstream.Registry{Host: testRegistry, ContactUpstream: new(false), Offline: "remembered"})
+	nodes := startCluster(t, 3, func() Config {
+		c := next()
+		c.Upstream.TagTTL = 0 // others are asked each time
+		return c
+	})
+	ref := testRegistry + "/team/app:v1"
+	for _, seed := range []uint64{65, 66} {
+		img := registrytest.OCIImage(registrytest.ImageSpec{Seed: seed, Layers: []int64{10 << 10}})
+		nodes[0].mustImport(t, ref, img)
+		for range 3 {
+			nodes[0].mustPull(t, ref)
+			nodes[0].sameAs(t, "team/app", img.Descriptor)
+		}
+		nodes[1].mustPull(t, ref)
+		nodes[2].mustPull(t, ref)
+	}
+	nodes[1].mustImport(t, ref, registrytest.OCIImage(registrytest.ImageSpec{Seed: 66, Layers: []int64{10 << 10}}))
+	nodes[1].sameAs(t, "team/app", registrytest.OCIImage(registrytest.ImageSpec{Seed: 66, Layers: []int64{10 << 10}}).Descriptor)
+}
+
+// TestRegistryHasTheWord: an imported tag is what the registry says, as soon as it says.
+func TestRegistryHasTheWord(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	old := registrytest.OCIImage(registrytest.ImageSpec{Seed: 62, Layers: []int64{10 << 10}})
+	a.mustImport(t, testImage.String(), old)
+	reg.Down()
+	if parts := a.pull(t); parts[0].Digest != old.Digest {
+		t.Errorf("down: %s, want the imported %s", parts[0].Digest, old.Digest)
+	}
+	if err := reg.Up(); err != nil {
+		t.Fatal(err)
+	}
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client}
+	eventually(t, "what the registry says", func() error {
+		parts, err := puller.Pull(t.Context(), testImage)
+		if err == nil && parts[0].Digest != img.Digest {
+			err = fmt.Errorf("%s", parts[0].Digest)
+		}
+		return err
+	})
+}
+
+// TestExportThenImport: what is exported from one cluster and imported into another is
+// the same, byte for byte, and twice the same archive.
+func TestExportThenImport(t *testing.T) {
+	var registries Config
+	reg, _ := startRegistry(t, &registries)
+	platforms := []*registrytest.Image{}
+	for i, arch := range []string{"amd64", "arm64"} {
+		platforms = append(platforms, registrytest.OCIImage(registrytest.ImageSpec{Seed: uint64(70 + i), Layers: []int64{200 << 10, 3 << 10},
+			Platform: ocispec.Platform{OS: "linux", Architecture: arch}}))
+	}
+	index := registrytest.Index(platforms...)
+	docker := registrytest.DockerImage(registrytest.ImageSpec{Seed: 70, Layers: []int64{200 << 10}})
+	reg.Put("team/multi", index, "v1")
+	reg.Put("team/docker", docker, "v1")
+	connected := testConfig(t)
+	connected.Registries = registries.Registries
+	from := start(t, connected)
+	images := []Image{{testRegistry, "team/multi", "v1"}, {testRegistry, "team/docker", "v1"}, {testRegistry, "team/app", "v1"}}
+	for platform, parts := range map[string]int{"all": 2, "linux/arm64": 1} {
+		t.Run(platform, func(t *testing.T) {
+			var first, second bytes.Buffer
+			for _, out := range []*bytes.Buffer{&first, &second} {
+				p := Puller{Proxy: "http://" + from.ProxyAddr(), Client: from.client, Platform: platform}
+				if err := p.Export(t.Context(), images, out); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if !bytes.Equal(first.Bytes(), second.Bytes()) {
+				t.Error("two exports differ")
+			}
+			apart := testConfig(t)
+			apart.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+			to := start(t, apart)
+			got, failed := to.importTar(t, &first, "")
+			if failed != "" || len(got) != len(images) {
+				t.Fatalf("%v, %s", got, failed)
+			}
+			if len(got[0].Missing) != 2-parts {
+				t.Errorf("missing: %v", got[0].Missing)
+			}
+			to.sameAs(t, "team/multi", index.Descriptor)
+			to.sameAs(t, "team/docker", docker.Descriptor)
+			for _, image := range images {
+				if _, err := (Puller{Proxy: "http://" + to.ProxyAddr(), Client: to.client, Platform: platform}).Pull(t.Context(), image); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// sameAs compares the manifest that a tag gives with the registry's.
+func (r *running) sameAs(t *testing.T, repo string, want ocispec.Descriptor) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+r.ProxyAddr()+"/v2/"+repo+"/manifests/v1?ns="+testRegistry, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", "*/*")
+	resp, err := r.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || digest.FromBytes(body) != want.Digest || resp.Header.Get("Content-Type") != want.MediaType {
+		t.Errorf("%s: %s, %s, %v; want %s of type %s", repo, resp.Status, resp.Header.Get("Content-Type"), err, want.Digest, want.MediaType)
+	}
+}
+
+// TestImportRefusals: what cannot be imported is refused for a reason that helps, and
+// leaves nothing behind.
+func TestImportRefusals(t *testing.T) {
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 63, Layers: []int64{300 << 10, 200 << 10}, Opaque: true})
+	good := bundle(t, testImage.String(), img)
+	for name, tc := range map[string]struct {
+		body   io.Reader
+		rename string
+		change func(*Config)
+		want   []string
+	}{
+		"denied": {bytes.NewReader(good), "", func(c *Config) {
+			c.Registries = []upstream.Registry{{Host: testRegistry, Deny: []string{"team/**"}}}
+		}, []string{"denied", "registry.example.test/team/app:v1"}},
+		"not allowed under another name": {bytes.NewReader(good), "quay.io/other/app:v1", func(c *Config) {
+			c.Registries = []upstream.Registry{{Host: "quay.io", Allow: []string{"org/*"}}}
+		}, []string{"denied", "quay.io/other/app:v1"}},
+		"larger than the cache": {bytes.NewReader(good), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
+			[]string{"507", fmt.Sprint(len(good)), fmt.Sprint(400 << 10), "cache.max_bytes"}},
+		"larger than the cache, unknown before": {io.MultiReader(bytes.NewReader(good)), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
+			[]string{"no room", "needed", fmt.Sprint(400 << 10), "cache.max_bytes"}},
+		"cut off":             {bytes.NewReader(good[:200<<10]), "", nil, []string{"EOF"}},
+		"nothing":             {bytes.NewReader(nil), "", nil, []string{"nothing in it"}},
+		"damaged":             {bytes.NewReader(flip(good)), "", nil, []string{"blobs/sha256/", "damaged"}},
+		"no tar":              {strings.NewReader(strings.Repeat("no tar ", 1000)), "", nil, []string{"no tar"}},
+		"no name":             {bytes.NewReader(bundle(t, "v1", img)), "", nil, []string{"not an image name", "v1"}},
+		"another digest":      {bytes.NewReader(good), testRegistry + "/team/app@" + digest.FromString("x").String(), nil, []string{"1 of 1 images"}},
+		"a name that is none": {bytes.NewReader(good), "a b", nil, []string{"400", "not an image name"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := testConfig(t)
+			c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+			if tc.change != nil {
+				tc.change(&c)
+			}
+			a := start(t, c)
+			images, failed := a.importTar(t, tc.body, tc.rename)
+			if name == "no name" { // "v1" alone would be docker.io/library/v1
+				if failed != "" || images[0].Name != "docker.io/library/v1:latest" {
+					t.Errorf("%v %s", images, failed)
+				}
+				return
+			}
+			for _, w := range tc.want {
+				if !strings.Contains(failed, w) {
+					t.Errorf("%q does not say %q", failed, w)
+				}
+			}
+			eventually(t, "as before", func() error {
+				if s := a.cache.Stats(); s.Blobs+s.Fills != 0 || s.Bytes != 0 {
+					return fmt.Errorf("%+v", s)
+				}
+				return nil
+			})
+			if err := a.pullRef(t, testImage.String()); err == nil {
+				t.Error("the tag is known")
+			}
+		})
+	}
+}
+
+// flip changes a byte of the last blob.
+func flip(b []byte) []byte {
+	b = bytes.Clone(b)
+	b[len(b)-10<<10]++
+	return b
+}
+
+// TestImportIsNoForm: a web page cannot send one.
+func TestImportIsNoForm(t *testing.T) {
+	a := start(t, testConfig(t))
+	for header, want := range map[[2]string]int{
+		{"Content-Type", "text/plain"}:          http.StatusUnsupportedMediaType,
+		{"Content-Type", "multipart/form-data"}: http.StatusUnsupportedMediaType,
+		{"Content-Type", ""}:                    http.StatusUnsupportedMediaType,
+		{"Origin", "http://evil.example"}:       http.StatusForbidden,
+		{"Host", "evil.example"}:                http.StatusForbidden,
+	} {
+		if code, body := a.admin(t, "POST", "/api/v1/import", "x", header[0], header[1]); code != want {
+			t.Errorf("%v: %d %s, want %d", header, code, body, want)
+		}
+	}
+}
+
+// TestImportDuringAFetch: an import completes a fetch of the same blob that gets nowhere,
+// and who waits for it is served.
+func TestImportDuringAFetch(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	layer := img.Layers[0].Digest
+	stuck := reg.Inject(registrytest.Match{Kind: registrytest.Blob, Reference: layer.String()}, registrytest.StallAfter(100_000))
+	a := start(t, c)
+	if resp, err := a.client.Get("http://" + a.ProxyAddr() + "/v2/team/app/manifests/v1?ns=" + testRegistry); err != nil {
+		t.Fatal(err)
+	} else {
+		resp.Body.Close()
+	}
+	got := make(chan error, 1)
+	go func() {
+		_, err := a.readBlob(layer)
+		got <- err
+	}()
+	eventually(t, "fetching", func() error {
+		if f := a.cache.Fills(); len(f) == 0 || f[0].Present < 50_000 {
+			return fmt.Errorf("%+v", f)
+		}
+		return nil
+	})
+	a.mustImport(t, testImage.String(), img)
+	select {
+	case err := <-got:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(15 * time.Second):
+		t.Error("who waited for the blob still waits")
+	}
+	stuck.Remove()
+	stuck.Release()
+}
+
+// TestContainerdPullsWhatWasImported uses containerd's own resolver and fetcher, on the
+// node that imported and on another.
+func TestContainerdPullsWhatWasImported(t *testing.T) {
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 64, Layers: []int64{1 << 20, 5 << 10}})
+	next := clusterConfigs(t, upstream.Registry{Host: testRegistry, ContactUpstream: new(false)})
+	nodes := startCluster(t, 2, next)
+	nodes[0].mustImport(t, testRegistry+"/team/app:v1", img)
+	p := &private{t: t}
+	for _, n := range nodes {
+		n.mustPull(t, testRegistry+"/team/app:v1") // gossip has told of it
+		for _, ref := range []string{testRegistry + "/team/app:v1", testRegistry + "/team/app@" + img.Digest.String()} {
+			r, err := p.containerd(n).Pull(t.Context(), ref, nil)
+			if err != nil || !slices.ContainsFunc(r.Content, func(d ocispec.Descriptor) bool { return d.Digest == img.Layers[0].Digest }) {
+				t.Errorf("%s: %s: %v", n.config.Peer.Name, ref, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/registrytest"
+)
+
+// apart is a node that may reach no registry.
+func apart(t *testing.T) *node {
+	return startNode(t, func(c *agent.Config) {
+		c.Registries = []upstream.Registry{{Host: testHost, ContactUpstream: new(false)}}
+	})
+}
+
+// TestExportAndImport carries an image in a file from a node that reaches the registry to
+// one that does not, as a user would.
+func TestExportAndImport(t *testing.T) {
+	from, to := startNode(t, nil), apart(t)
+	file := filepath.Join(t.TempDir(), "bundle.tar")
+	code, out, errs := larder(t, "export", testImage, "-o", file, "--platform", "linux/amd64", "--admin", from.admin)
+	if code != 0 || !strings.Contains(out, "1 image, ") || strings.Count(out, " from upstream") != 4 {
+		t.Fatalf("export: exit %d: %s%s", code, out, errs)
+	}
+	only(t, filepath.Dir(file), "bundle.tar")
+	code, out, errs = larder(t, "import", file, "--admin", to.admin)
+	want := testImage + ": imported: " + from.image.Digest.String() + ", 4 blobs, 2"
+	if code != 0 || !strings.Contains(out, want) || strings.Count(out, " from the archive") != 4 {
+		t.Fatalf("import: exit %d: %s%s", code, out, errs)
+	}
+	code, out, errs = larder(t, "warm", testImage, "--platform", "linux/amd64", "--admin", to.admin)
+	if code != 0 || !strings.Contains(out, "from disk") || strings.Contains(out, "upstream") {
+		t.Errorf("pull: exit %d: %s%s", code, out, errs)
+	}
+	code, out, _ = larder(t, "explain", testImage, "--platform", "linux/amd64", "--admin", to.admin)
+	if code != 0 || strings.Count(out, "import") < 4 {
+		t.Errorf("explain: exit %d: %s", code, out)
+	}
+	code, out, errs = larder(t, "import", file, "--name", testHost+"/other/name:v2", "--admin", to.admin)
+	if code != 0 || !strings.Contains(out, testHost+"/other/name:v2: imported") || !strings.Contains(out, "of which 4 (") || strings.Count(out, "was here already") != 4 {
+		t.Errorf("import under another name: exit %d: %s%s", code, out, errs)
+	}
+}
+
+// TestExportToPipe: standard output has the archive and nothing else, and standard input
+// takes it.
+func TestExportToPipe(t *testing.T) {
+	from, to := startNode(t, nil), apart(t)
+	code, out, errs := larder(t, "export", testImage, "-o", "-", "--platform", "linux/amd64", "--admin", from.admin)
+	if code != 0 || !strings.Contains(errs, "1 image, ") {
+		t.Fatalf("export: exit %d: %s", code, errs)
+	}
+	root := newRoot()
+	var answer bytes.Buffer
+	root.SetArgs([]string{"import", "-", "--admin", to.admin})
+	root.SetIn(strings.NewReader(out))
+	root.SetOut(&answer)
+	if err := root.ExecuteContext(t.Context()); err != nil || !strings.Contains(answer.String(), testImage+": imported") {
+		t.Errorf("import: %v\n%s", err, answer.String())
+	}
+}
+
+// TestExportLeavesNothing: a file has all of it or is what it was.
+func TestExportLeavesNothing(t *testing.T) {
+	n := startNode(t, nil)
+	fault := n.registry.Inject(registrytest.Match{Kind: registrytest.Blob}, registrytest.StallAfter(100))
+	dir := t.TempDir()
+	file := filepath.Join(dir, "bundle.tar")
+	if err := os.WriteFile(file, []byte("last week's"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out, errs bytes.Buffer
+	code := make(chan int, 1)
+	go func() {
+		code <- run(ctx, []string{"export", testImage, "-o", file, "--admin", n.admin, "--platform", "linux/amd64"}, &out, &errs)
+	}()
+	eventually(t, "fetching", func() error {
+		if len(n.Status().Fills) == 0 {
+			return errors.New("no fill runs")
+		}
+		return nil
+	})
+	cancel()
+	if code := <-code; code != exitFailed || !strings.Contains(errs.String(), "interrupted; nothing was written") {
+		t.Errorf("exit %d: %s", code, errs.String())
+	}
+	fault.Remove()
+	fault.Release()
+	code2, _, errs2 := larder(t, "export", testImage, testHost+"/team/gone:v1", "-o", file, "--admin", n.admin, "--platform", "linux/amd64")
+	if code2 != exitFailed || !strings.Contains(errs2, "team/gone") {
+		t.Errorf("exit %d: %s", code2, errs2)
+	}
+	only(t, dir, "bundle.tar")
+	if got, err := os.ReadFile(file); err != nil || string(got) != "last week's" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// only holds that a directory has one file.
+func only(t *testing.T, dir, name string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != name {
+		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// TestAirGapMistakes holds that an error says what to do.
+func TestAirGapMistakes(t *testing.T) {
+	from := startNode(t, nil)
+	small := startNode(t, func(c *agent.Config) { c.Cache.MaxBytes = cache.Bytes(10_000) })
+	dir := t.TempDir()
+	file, text := filepath.Join(dir, "bundle.tar"), filepath.Join(dir, "text")
+	if code, _, errs := larder(t, "export", testImage, "-o", file, "--platform", "linux/amd64", "--admin", from.admin); code != 0 {
+		t.Fatal(errs)
+	}
+	if err := os.WriteFile(text, bytes.Repeat([]byte("text "), 1000), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"no output":          {[]string{"export", "nginx"}, exitUsage, "-o FILE"},
+		"no image":           {[]string{"export", "-o", "x"}, exitUsage, "larder export --help"},
+		"bad image":          {[]string{"export", "-o", "x", "a b"}, exitUsage, "not an image name"},
+		"no such directory":  {[]string{"export", "-o", filepath.Join(dir, "gone", "x"), testImage, "--admin", from.admin}, exitFailed, "no such file"},
+		"no file":            {[]string{"import"}, exitUsage, "larder import --help"},
+		"no such file":       {[]string{"import", filepath.Join(dir, "gone")}, exitFailed, "no such file"},
+		"no archive":         {[]string{"import", text, "--admin", from.admin}, exitFailed, "no tar"},
+		"one name for files": {[]string{"import", "a", "b", "--name", "nginx"}, exitUsage, "one file"},
+		"bad name":           {[]string{"import", "a", "--name", "a b"}, exitUsage, "not an image name"},
+		"no room":            {[]string{"import", file, "--admin", small.admin}, exitFailed, "cache.max_bytes is 10000"},
+		"no agent":           {[]string{"import", file, "--admin", "127.0.0.1:1"}, exitFailed, "is it running"},
+	} {
+		code, out, errs := larder(t, tc.args...)
+		if code != tc.code || !strings.Contains(errs, tc.want) {
+			t.Errorf("%s: exit %d, want %d with %q:\n%s%s", name, code, tc.code, tc.want, out, errs)
+		}
+	}
+}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+
+	"github.com/larder-cache/larder/agent"
+	"github.com/spf13/cobra"
+)
+
+func newImport() *cobra.Command {
+	var admin adminFlags
+	var name string
+	cmd := &cobra.Command{
+		Use:   "import FILE...",
+		Short: "Put images from files into this node's cache, for the whole cluster",
+		Long: `Put images from files into this node's cache. Every node of the cluster can then
+pull them under their own names, by tag and by digest, from this node and from
+each other, also where no registry can be reached. Whoever may ask a node may pull
+them as long as their registry cannot be asked; where it can, its word stands.
+
+Files are OCI image layouts in a tar, as "larder export", "ctr image export",
+"skopeo copy ... oci-archive:", "podman save --format oci-archive", "docker save"
+and "docker buildx build -o type=oci" write them, or what older versions of
+"docker save" wrote; also compressed with gzip or zstd. Images of the latter have
+no manifest, so their digest is a new one.`,
+		Example: `  larder import bundle.tar
+  larder import --name registry.example.com/team/app:1.2 app.tar
+  zcat bundle.tar.gz | larder import -`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			api, err := admin.api()
+			if err != nil {
+				return err
+			}
+			if _, err := agent.ParseImage(name); name != "" && err != nil {
+				return usageError{err}
+			}
+			if name != "" && len(args) > 1 {
+				return usageError{errors.New("--name is for one file with one image")}
+			}
+			for _, file := range args {
+				if err := importFile(cmd, api, file, name); err != nil {
+					return fmt.Errorf("%s: %w", file, err)
+				}
+			}
+			return nil
+		},
+	}
+	admin.bind(cmd)
+	cmd.Flags().StringVar(&name, "name", "", "the image's full name, for an archive of one image that carries none, or another")
+	return cmd
+}
+
+func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
+	in, length := cmd.InOrStdin(), int64(-1)
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return errors.Unwrap(err)
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		if in = f; info.Mode().IsRegular() {
+			length = info.Size()
+		}
+	}
+	ctx, cancel := context.WithCancel(cmd.Context())
+	defer cancel() // ends the sending, which the agent may not have taken to its end
+	events, err := api.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), in, length)
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+	if err := showImport(cmd.OutOrStdout(), events); err != nil {
+		if cmd.Context().Err() != nil {
+			return errors.New("interrupted; nothing of this file was imported")
+		}
+		return err
+	}
+	return nil
+}
+
+// send has the agent read an archive of so many bytes, -1 if unknown, and returns its
+// answer, which begins while it reads.
+func (a adminAPI) send(ctx context.Context, path string, body io.Reader, length int64) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, a.base+path, io.NopCloser(body))
+	if err != nil {
+		return nil, fmt.Errorf("%s%s: %w", a.base, path, err)
+	}
+	req.ContentLength = length
+	req.Header.Set("Content-Type", "application/x-tar")
+	// An agent that has no room says so before anything is sent.
+	req.Header.Set("Expect", "100-continue")
+	resp, err := a.answer(req)
+	if err != nil {
+		return nil, err
+	}
+	return resp.Body, nil
+}
+
+// showImport reads events until the agent is done.
+func showImport(w io.Writer, events io.Reader) error {
+	view := newWarmView(w)
+	defer view.close()
+	for dec := json.NewDecoder(events); ; {
+		var e agent.ImportEvent
+		if err := dec.Decode(&e); err != nil {
+			return fmt.Errorf("the agent went away; nothing may have been imported: %w", err)
+		}
+		switch {
+		case e.Done && e.Error != "":
+			return errors.New(e.Error)
+		case e.Done:
+			return nil
+		case e.Image != nil:
+			view.say("%s", importLine(*e.Image))
+		default:
+			view.event(importedBlob(e))
+		}
+	}
+}
+
+// importedBlob is the event of a blob as views show those that are fetched.
+func importedBlob(e agent.ImportEvent) agent.WarmEvent {
+	out := agent.WarmEvent{Kind: "blob", Digest: e.Digest, Bytes: e.Bytes, Total: e.Total}
+	if e.Whole {
+		out.Source = "the archive"
+	}
+	if e.There {
+		out.Source += ", was here already"
+	}
+	return out
+}
+
+func importLine(i agent.ImportedImage) string {
+	name := i.Name
+	if name == "" {
+		name = short(i.Digest.String())
+	}
+	if i.Error != "" {
+		return fmt.Sprintf("%s: not imported: %s", name, i.Error)
+	}
+	line := fmt.Sprintf("%s: imported: %s, %s, %s", name, i.Digest, plural(i.Blobs, "blob"), size(i.Bytes))
+	if i.There > 0 {
+		line += fmt.Sprintf(", of which %d (%s) were here already", i.There, size(i.BytesThere))
+	}
+	if n := len(i.Missing); n > 0 {
+		line += fmt.Sprintf("; without %s that the archive has not", plural(n, "platform"))
+	}
+	return line
+}
