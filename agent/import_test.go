@@ -499,3 +499,20 @@ func TestContainerdPullsWhatWasImported(t *testing.T) {
 		}
 	}
 }
+
+// TestPinWhatWasImported: an import can be pinned while its registry is away, and is
+// known to be no more than what was imported.
+func TestPinWhatWasImported(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	a := start(t, c)
+	reg.Down()
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 64, Layers: []int64{1 << 20}})
+	a.mustImport(t, pinnedName, img)
+	if e := a.pin(t, pinnedName)[pinnedName]; !strings.HasPrefix(e.Error, "pinned, and the agent goes on trying: ") {
+		t.Errorf("%+v", e)
+	}
+	if p := a.pinOf(t, pinnedName); p.State != PinStale || p.Digest != img.Digest || p.Error == "" || !a.holds(img) {
+		t.Errorf("%+v, held: %v", p, a.holds(img))
+	}
+}

@@ -24,6 +24,9 @@ func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error 
 		err = s.bring(ctx, p, d, follow)
 	}
 	held := s.heldBy(p)
+	if held == "" && d == "" && !definite(err) {
+		held = s.remembered(ctx, p)
+	}
 	if err != nil && held != "" && held != d {
 		if mend := s.bring(ctx, p, held, follow); mend != nil {
 			err = mend
@@ -63,6 +66,17 @@ func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
 	defer s.mu.Unlock()
 	p.checked = time.Now()
 	return d, nil
+}
+
+// remembered is what p's tag stood for when somebody knew last, or what was imported: a
+// beginning, while its registry cannot be asked. It is "" if nobody knows.
+func (s *pins) remembered(ctx context.Context, p *pin) digest.Digest {
+	d, err := s.puller().Resolve(ctx, p.image)
+	if err != nil {
+		s.agent.log.Debug("nothing is known of a pinned image", "image", p.name, "err", err)
+		return ""
+	}
+	return d
 }
 
 // bring makes version d of p whole, and makes it the held one.
