@@ -227,11 +227,18 @@ func TestImportOpensNothingElse(t *testing.T) {
 				})
 			}
 			p.reg.Down()
-			for i, n := range p.nodes { // restarted, for what is remembered of the refusal in memory ends soon
-				n.config.Peer.Join = []string{p.nodes[(i+1)%len(p.nodes)].config.Peer.Gossip}
-				p.nodes[i] = n.restart(t)
-				p.nodes[i].awaitMembers(t, len(p.nodes))
-				if err := p.nodes[i].pullRef(t, ref); err == nil {
+			// All are restarted: what they remember of a refusal in memory ends soon.
+			for _, n := range p.nodes {
+				if err := n.stop(t); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i, n := range p.nodes {
+				p.nodes[i] = start(t, n.config)
+			}
+			for i, n := range p.nodes {
+				n.awaitMembers(t, len(p.nodes))
+				if err := n.pullRef(t, ref); err == nil {
 					t.Errorf("node %d: served after the registry refused", i)
 				}
 			}
