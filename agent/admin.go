@@ -206,12 +206,8 @@ func (a *Agent) serveCanary(w http.ResponseWriter, r *http.Request) {
 
 func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 	var req WarmRequest
-	if !readJSON(w, r, &req) {
-		return
-	}
-	images, err := parseImages(req.Images)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
+	images, ok := readImages(w, r, &req, &req.Images)
+	if !ok {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")

@@ -68,20 +68,15 @@ func (e *exported) add(ctx context.Context, d digest.Digest) error {
 	if !e.first(d) {
 		return nil
 	}
-	resp, err := e.request(ctx, http.MethodGet, "manifests", d.String())
+	body, header, err := e.readManifest(ctx, d)
 	if err != nil {
 		return err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
-	if err != nil {
-		return fmt.Errorf("read manifest %s: %w", d, err)
 	}
 	m, err := parseManifest(body)
 	if err != nil {
 		return fmt.Errorf("manifest %s: %w", d, err)
 	}
-	desc := ocispec.Descriptor{MediaType: resp.Header.Get("Content-Type"), Digest: d, Size: int64(len(body))}
+	desc := ocispec.Descriptor{MediaType: header.Get("Content-Type"), Digest: d, Size: int64(len(body))}
 	e.parts = append(e.parts, blob{desc, "manifest"})
 	if !m.isIndex() {
 		e.parts = slices.Concat(e.parts, m.blobs())

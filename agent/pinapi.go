@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"mime"
 	"net/http"
 	"time"
 
@@ -20,12 +19,8 @@ func (a *Agent) servePins(w http.ResponseWriter, _ *http.Request) {
 // pinned before the first is fetched: who hangs up stops nothing.
 func (a *Agent) servePin(w http.ResponseWriter, r *http.Request) {
 	var req PinRequest
-	if !readJSON(w, r, &req) {
-		return
-	}
-	images, err := parseImages(req.Images)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
+	images, ok := readImages(w, r, &req, &req.Images)
+	if !ok {
 		return
 	}
 	pinned, err := a.pins.addAll(images)
@@ -64,18 +59,24 @@ func (a *Agent) serveUnpin(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// readJSON reads the body of a request that changes something. A form in a web page
-// cannot send its type without asking first. It answers what is not acceptable.
-func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
+// readImages reads the body of a request that is about images into req, of which names is
+// the field with theirs. A form in a web page cannot send its type without asking first.
+// It answers what is not acceptable.
+func readImages(w http.ResponseWriter, r *http.Request, req any, names *[]string) ([]Image, bool) {
+	if !hasType(r, "application/json") {
 		http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
-		return false
+		return nil, false
 	}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxImagesRequest)).Decode(v); err != nil {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxImagesRequest)).Decode(req); err != nil {
 		http.Error(w, "want {\"images\": [...]}: "+err.Error(), http.StatusBadRequest)
-		return false
+		return nil, false
 	}
-	return true
+	images, err := parseImages(*names)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return nil, false
+	}
+	return images, true
 }
 
 // maxImagesRequest is room for hundreds of image names.

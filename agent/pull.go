@@ -216,24 +216,34 @@ func (p *pull) manifest(ctx context.Context, d digest.Digest) error {
 		return nil
 	}
 	started := time.Now()
-	resp, err := p.request(ctx, http.MethodGet, "manifests", d.String())
+	body, header, err := p.readManifest(ctx, d)
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
-	if err != nil {
-		return fmt.Errorf("read manifest %s: %w", d, err)
-	}
-	if d.Algorithm().FromBytes(body) != d {
-		return fmt.Errorf("manifest %s: the bytes have another digest", d)
-	}
-	p.record(Pulled{Kind: "manifest", Digest: d, Source: resp.Header.Get("X-Larder-Source"), Bytes: int64(len(body)), Took: time.Since(started)})
+	p.record(Pulled{Kind: "manifest", Digest: d, Source: header.Get("X-Larder-Source"), Bytes: int64(len(body)), Took: time.Since(started)})
 	m, err := parseManifest(body)
 	if err != nil {
 		return fmt.Errorf("manifest %s: %w", d, err)
 	}
 	return p.children(ctx, m)
+}
+
+// readManifest returns the bytes of a manifest or index, which have digest d, and the
+// header that they came with.
+func (p *pull) readManifest(ctx context.Context, d digest.Digest) ([]byte, http.Header, error) {
+	resp, err := p.request(ctx, http.MethodGet, "manifests", d.String())
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read manifest %s: %w", d, err)
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return nil, nil, fmt.Errorf("manifest %s: the bytes have another digest", d)
+	}
+	return body, resp.Header, nil
 }
 
 func (p *pull) children(ctx context.Context, m manifest) error {
