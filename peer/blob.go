@@ -73,22 +73,24 @@ type blob struct {
 	rng       *rand.Rand
 	pace      pace
 	progress  time.Time // last piece that came, or bytes of one
-	word      time.Time // when a home said last that it gets bytes itself
-	heeded    time.Time // since when that home is asked
-	sources   map[string]int64
-	stop      context.CancelCauseFunc // of the fetch
-	writing   int                     // pieces on their way into fill
-	complete  bool                    // the last fetch has brought all of it
-	void      bool                    // and upstream had got them wrong, see attempt.go
-	failure   error                   // of this node as home, for leases that come back
-	failedAt  time.Time
-	lastUse   time.Time
-	scanning  bool // a goroutine hashes the blob in the store
-	rotten    bool // and found that it is not what it should be
-	src       *handle
-	pass      pass              // this node's own
-	admitted  map[string]string // member: registry whose bytes it may have, see admit
-	turned    time.Time         // when somebody last closed on us
+	word      time.Time // when a home said last that it, or a source, gets bytes
+	// sourceWord is when one said so that goes upstream itself.
+	sourceWord time.Time
+	heeded     time.Time // since when that home is asked
+	sources    map[string]int64
+	stop       context.CancelCauseFunc // of the fetch
+	writing    int                     // pieces on their way into fill
+	complete   bool                    // the last fetch has brought all of it
+	void       bool                    // and upstream had got them wrong, see attempt.go
+	failure    error                   // of this node as home, for leases that come back
+	failedAt   time.Time
+	lastUse    time.Time
+	scanning   bool // a goroutine hashes the blob in the store
+	rotten     bool // and found that it is not what it should be
+	src        *handle
+	pass       pass              // this node's own
+	admitted   map[string]string // member: registry whose bytes it may have, see admit
+	turned     time.Time         // when somebody last closed on us
 }
 
 // neighbour is another node that takes part in the blob.

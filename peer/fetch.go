@@ -8,6 +8,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -19,12 +21,16 @@ const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	giveUpAfter = 20 * time.Second        // without progress and without a permit
+	youngFor    = time.Hour               // a home that began before this node may still get a blob
 
-	// A home's word that it gets bytes is as good as a byte for wordTime, and for as
-	// long as a piece takes at wordRate bytes a second: a slow registry is not a dead one. A home that
-	// has given nothing by then cannot, or does not want to.
-	wordTime = 15 * time.Second
-	wordRate = 64 << 10
+	// A home's word that it gets bytes is as good as a byte for wordTime: a slow registry
+	// is not a dead one, and a piece may take long behind a poor uplink. A home that has
+	// given nothing by then cannot, or does not want to. The next one has to give
+	// something before those who wait here have lost their patience, see Coming.
+	wordTime = 30 * time.Second
+	// sourceTime is the same for a home that waits for another one which gets the blob
+	// already: it has to go upstream before those who wait for it turn to the next.
+	sourceTime = wordTime / 2
 )
 
 // Fetch completes a fill from the swarm. If this node is the blob's home, and
@@ -102,7 +108,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.authority, b.rotten = false, false
 	b.failure = nil
 	b.progress = time.Now()
-	b.word, b.heeded = time.Time{}, b.progress
+	b.word, b.sourceWord, b.heeded = time.Time{}, time.Time{}, b.progress
 	b.pace = pace{}
 	clear(b.sources)
 	if b.size != 0 {
@@ -237,7 +243,27 @@ type fetch struct {
 	joinedAt time.Time
 	homeLink *link // while the home is a neighbour
 	tried    map[string]bool
+	idle     []string // of tried: said that they get the blob, and gave nothing
 	refused  error
+}
+
+// Coming reports whether the blob is on its way here: bytes of it came within the
+// last seconds, or a home said that it gets them. Who waits for a byte of it does
+// better to go on waiting than to ask the registry too. A home that is believed no
+// longer was heard of a moment ago, and the next one may need as long to begin.
+func (s *Swarm) Coming(d digest.Digest) bool {
+	k, err := parseKey(d.String())
+	if err != nil {
+		return false
+	}
+	for attempt := range lastAttempt + 1 {
+		coming := false
+		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) { coming = b.coming(time.Now()) })
+		if coming {
+			return true
+		}
+	}
+	return false
 }
 
 func (x *fetch) whole() bool {
@@ -263,6 +289,9 @@ func (x *fetch) run(ctx context.Context) error {
 
 // step finds a home, or is one, and exchanges until that has to change.
 func (x *fetch) step(ctx context.Context) error {
+	for _, name := range x.b.home.idlers(time.Now()) {
+		x.tried[name] = true
+	}
 	for m := x.next(x.tried); m != nil; m = x.next(x.tried) {
 		if m.Name == x.s.self.Name {
 			return x.asHome(ctx)
@@ -326,7 +355,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
-	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
+	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
 	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
@@ -365,7 +394,7 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 		x.homeLink = l
 	}
 	if reply.Moving {
-		x.b.told(time.Now().Add(-stallRejoin / 2))
+		x.b.told(time.Now().Add(-stallRejoin/2), reply.Source)
 	}
 	for _, name := range reply.Meet[:min(len(reply.Meet), 4*introduce)] {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
@@ -427,8 +456,10 @@ func (x *fetch) takePart(ctx context.Context) error {
 		switch {
 		case x.b.talks(now):
 			x.s.log.Debug("home gives nothing", "digest", x.w.Digest, "peer", x.joined)
-			x.tried[x.joined] = true
+			x.tried[x.joined], x.idle = true, append(x.idle, x.joined)
 			return nil // the next home
+		case slices.Contains(x.b.home.idlers(now), x.joined):
+			return nil // others came here as to the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
 		case x.b.forsaken(x.joinedAt):
@@ -501,7 +532,7 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 		if min(idle, time.Since(peeked)) <= stallRejoin/2 {
 			continue
 		}
-		if !source || idle > stallFetch {
+		if !source || idle > stallFetch || !x.b.trusts(time.Now()) {
 			return nil
 		}
 		source, _ = x.peek(ctx) // it may be hashing what it has, or wait for upstream
@@ -522,7 +553,7 @@ func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 		reply joinReply
 		err   error
 	}
-	answers := make(chan answer, 2*homesPerBlob)
+	answers := make(chan answer, 3*homesPerBlob)
 	asked := 0
 	for _, m := range x.otherHomes() {
 		asked++
@@ -550,6 +581,9 @@ func (x *fetch) otherHomes() (out []*Member) {
 	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
 	if !x.s.cfg.ZoneScope {
 		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
+	}
+	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {
+		homes = append(homes, x.s.roster.elders(x.b.k, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
 	}
 	for _, m := range homes {
 		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
@@ -639,7 +673,7 @@ func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
-	if b.word.After(last) && b.believesLocked(now, last) {
+	if b.word.After(last) && b.believesLocked(now, last, wordTime) {
 		last = b.word
 	}
 	return now.Sub(last), len(b.nbrs)
@@ -649,7 +683,17 @@ func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 func (b *blob) talks(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked())
+	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked(), wordTime)
+}
+
+func (b *blob) coming(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	last := b.cameLocked()
+	if b.word.After(last) {
+		last = b.word
+	}
+	return b.fill != nil && now.Sub(last) < stallFetch
 }
 
 // cameLocked is when the last bytes came.
@@ -665,19 +709,41 @@ func (b *blob) cameLocked() time.Time {
 	return last
 }
 
-// believesLocked reports whether a home's word counts, if the last bytes came then.
-func (b *blob) believesLocked(now, last time.Time) bool {
+// believesLocked reports whether a home's word still counts that does for so long, if
+// the last bytes came then.
+func (b *blob) believesLocked(now, last time.Time, long time.Duration) bool {
 	if b.heeded.After(last) {
 		last = b.heeded
 	}
-	return now.Sub(last) < wordTime+time.Duration(b.pieceSize)*time.Second/wordRate
+	return now.Sub(last) < long
 }
 
-// told notes a home's word that it got bytes then.
-func (b *blob) told(at time.Time) {
+// trusts reports whether a source's word counts, for a home that waits for it.
+func (b *blob) trusts(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.believesLocked(now, b.cameLocked(), sourceTime)
+}
+
+// told notes a home's word that it, or the source that it waits for, got bytes then.
+func (b *blob) told(at time.Time, source bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.word = at
+	if source {
+		b.sourceWord = at
+	}
+}
+
+// moves reports whether bytes of the blob came here lately, or a source said that they
+// come there: a home that came later waits for the one before it, and who asks it has
+// to know. The word of one that is no source goes no further, else two homes that wait
+// for each other would believe each other for ever.
+func (b *blob) moves(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	last := b.cameLocked()
+	return b.fill != nil && (now.Sub(last) < stallRejoin || now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
 }
 
 // heed begins to believe a home.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -31,8 +32,9 @@ type meeting struct {
 	members map[string]*attendee
 	names   []string // of members, in no order
 	permits []time.Time
-	resumed bool      // somebody came with pieces: another home was here before
-	doubted time.Time // when somebody last did, so likely because that home is gone
+	resumed bool                 // somebody came with pieces: another home was here before
+	doubted time.Time            // when somebody last did, so likely because that home is gone
+	idle    map[string]time.Time // homes that somebody waited for in vain, and when he said so
 }
 
 type attendee struct {
@@ -161,6 +163,9 @@ type joinAsk struct {
 	Size          int64  `json:",omitempty"` // see Want
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
+	// Idle are homes that said they get the blob, and gave nothing: one that is asked
+	// instead must not wait for them in its turn.
+	Idle []string `json:",omitempty"`
 }
 
 // joinReply is all that a node needs to take part: one round trip. Piece
@@ -171,7 +176,7 @@ type joinReply struct {
 	Vouch   []string `json:",omitempty"` // whose piece digests count
 	Stay    bool     `json:",omitempty"` // the home itself is a neighbour
 	Body    []byte   `json:",omitempty"` // all of a small blob
-	Moving  bool     `json:",omitempty"` // the home itself got bytes lately
+	Moving  bool     `json:",omitempty"` // the home, or the source that it waits for, got bytes lately
 	Source  bool     `json:",omitempty"` // the home goes upstream itself, or has all of it
 	Holders []string `json:",omitempty"` // to a peek: who of Meet should have all of it
 	Attempt int      `json:",omitempty"` // more than that of the question: come back with this one
@@ -229,12 +234,11 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		// The size of a file that is still to be checked is no more than a guess.
 		reply.Size = b.sized()
 	}
-	idle, _ := b.look(time.Now())
 	reply.Source = b.source()
 	if ask.Peek {
 		reply.Holders = holders
 	}
-	reply.Moving = b.active() && idle < stallRejoin/2
+	reply.Moving = b.moves(time.Now())
 	if b.lets(l.peer) {
 		reply.Body = b.inline()
 	}
@@ -262,6 +266,22 @@ func (b *blob) note(l *link, ask joinAsk) {
 	if ask.Have > 0 && b.home.members[l.peer] == nil {
 		b.home.resumed, b.home.doubted = true, time.Now()
 	}
+	for _, name := range ask.Idle {
+		if len(b.home.idle) < 2*homesPerBlob && len(name) <= maxName && name != b.s.self.Name {
+			if b.home.idle == nil {
+				b.home.idle = make(map[string]time.Time)
+			}
+			b.home.idle[name] = time.Now()
+		}
+	}
+}
+
+// idlers are the homes that others lately waited for in vain.
+func (m *meeting) idlers(now time.Time) (names []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.idle, func(_ string, at time.Time) bool { return now.Sub(at) > lease })
+	return slices.Collect(maps.Keys(m.idle))
 }
 
 // gather makes sure that the blob is here, on its way, or held by somebody.

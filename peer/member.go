@@ -243,6 +243,22 @@ func (r *roster) homes(k key, zone string, zoned bool) []*Member {
 	return r.view.Load().homes(k, zone, zoned, r.fallenAway())
 }
 
+// elders are the members that were homes before a node of this epoch came. Where
+// several come at once, as an autoscaler brings them, none of a blob's homes may have
+// been there before, while one that was still gets the blob behind a poor uplink.
+func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member {
+	v, without := r.view.Load(), r.fallenAway()
+	if without == nil {
+		without = make(map[string]bool)
+	}
+	for _, m := range v.all {
+		if m.Epoch >= epoch {
+			without[m.Name] = true
+		}
+	}
+	return v.homes(k, zone, zoned, without)
+}
+
 // fallenAway is who cannot be reached now; nil if nobody.
 func (r *roster) fallenAway() map[string]bool {
 	r.mu.Lock()

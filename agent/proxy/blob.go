@@ -97,9 +97,10 @@ func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	return !ok || off >= f.from
 }
 
-// sendBlob calls begun when the first byte is there.
+// sendBlob calls begun when the size is known.
 func (p *Proxy) sendBlob(x *exchange, begun func()) error {
 	b, err := p.openBody(x)
+	begun()
 	if err != nil {
 		return err
 	}
@@ -109,14 +110,24 @@ func (p *Proxy) sendBlob(x *exchange, begun func()) error {
 	refuseEmptyRange(x.r, size)
 	x.describe(b.at.source(), size, 0)
 	if off, ok := firstOffset(x.r, size, etag(x.route.digest)); ok {
-		if err := b.readyAt(off); err != nil {
+		if err := b.readyAt(off, x.start.Add(p.patience(x))); err != nil {
 			return err
 		}
 	}
-	begun()
 	http.ServeContent(x, x.r, "", time.Time{}, b)
 	return b.failure()
 }
+
+const (
+	// swarmPatience is how long a body may wait for a byte that is on its way from
+	// another node, where a poor uplink brings a piece in more time than StallTimeout:
+	// less than the minute after which containerd 1.6 gives up the pull, more than it
+	// takes the swarm to find out that a node lied, and to do without it.
+	swarmPatience = 50 * time.Second
+	// swarmPathPatience is the same for path-encoded clients, which can go nowhere else
+	// and have no such deadline.
+	swarmPathPatience = 5 * time.Minute
+)
 
 // patience is how long a client may wait for the first byte.
 func (p *Proxy) patience(x *exchange) time.Duration {
@@ -134,11 +145,12 @@ func (p *Proxy) openBody(x *exchange) (*body, error) {
 			return nil, err
 		}
 	}
-	stall := p.opts.StallTimeout
+	b := &body{x: x, stall: p.opts.StallTimeout, swarm: swarmPatience, heal: h.next, at: c}
 	if x.route.pathEncoded {
-		stall = max(stall, pathPatience)
+		b.stall, b.swarm = max(b.stall, pathPatience), swarmPathPatience
 	}
-	return &body{x: x, stall: stall, heal: h.next, at: c}, nil
+	b.coming = func() bool { return p.swarm != nil && p.swarm.Coming(x.route.digest) }
+	return b, nil
 }
 
 // judge remembers how the blob went, unless the client or this agent's end

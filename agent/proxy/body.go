@@ -81,18 +81,22 @@ func (h held) read(p []byte, off int64) (int, error) {
 }
 
 // body is one blob as http.ServeContent reads it, wherever its bytes are. It
-// waits no longer than the stall deadline for a byte, and changes to another
-// place in the middle of the blob when heal has one.
+// waits no longer than the stall deadline for a byte, or than the swarm's deadline
+// while coming says that it is on its way, and changes to another place in the
+// middle of the blob when heal has one.
 type body struct {
-	x     *exchange
-	stall time.Duration
+	x      *exchange
+	stall  time.Duration
+	swarm  time.Duration
+	coming func() bool
 	// heal finds another place for the bytes from off on, or returns err.
 	heal func(err error, off int64) (content, error)
 
-	mu  sync.Mutex // guards the fields below: a multi-range answer reads from a goroutine that outlives ServeContent
-	at  content
-	off int64
-	err error // why bytes could not be had
+	mu   sync.Mutex // guards the fields below: a multi-range answer reads from a goroutine that outlives ServeContent
+	at   content
+	off  int64
+	late bool  // the headers go out before the first byte is there
+	err  error // why bytes could not be had
 }
 
 func (b *body) Seek(offset int64, whence int) (int64, error) {
@@ -128,8 +132,19 @@ func (b *body) Read(p []byte) (int, error) {
 
 // await returns when a byte at the cursor can be read. It is called with mu held.
 func (b *body) await() error {
+	err := b.until(b.ready)
+	if err == nil && b.late {
+		b.late = false
+		b.x.foundAt(b.at.source())
+	}
+	return err
+}
+
+// until calls ready for one place after another, until it returns nil or there is
+// none left.
+func (b *body) until(ready func() error) error {
 	for {
-		err := b.ready()
+		err := ready()
 		if err == nil {
 			return nil
 		}
@@ -142,11 +157,27 @@ func (b *body) await() error {
 	}
 }
 
-// ready bounds the wait by the stall deadline.
+// comingLook is how often a wait longer than the stall deadline asks whether the
+// byte is still on its way.
+const comingLook = time.Second
+
+// ready bounds the wait by the stall deadline; by the swarm's while coming.
 func (b *body) ready() error {
-	stop := b.x.within(b.stall, errStalled)
+	err := b.within(b.stall, errStalled)
+	for begun := time.Now(); errors.Is(err, errStalled); err = b.within(comingLook, errStalled) {
+		if time.Since(begun) >= b.swarm-b.stall || !b.coming() {
+			b.x.cancel(err)
+			break
+		}
+	}
+	return err
+}
+
+// within waits for the byte at the cursor, and returns cause if d passes before.
+func (b *body) within(d time.Duration, cause error) error {
+	ctx, stop := context.WithTimeoutCause(b.x.ctx, d, cause)
 	defer stop()
-	return b.at.ready(b.x.ctx, b.off)
+	return b.at.ready(ctx, b.off)
 }
 
 // note keeps the first error that was not the client's.
@@ -157,15 +188,33 @@ func (b *body) note(err error) error {
 	return err
 }
 
-// readyAt waits for the first byte of an answer and says where it comes from.
-func (b *body) readyAt(off int64) error {
+// readyAt waits until then for the first byte of an answer and says where it comes
+// from. A byte that is on its way from another node by then is taken for granted: a
+// client that got an error instead would ask the registry, from which that node gets
+// it already, and so would every node's.
+func (b *body) readyAt(off int64, then time.Time) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.off = off
-	if err := b.await(); err != nil {
+	err := b.until(func() error {
+		err := b.within(time.Until(then), errBudget)
+		if !errors.Is(err, errBudget) {
+			return err
+		}
+		if b.late = b.coming(); b.late {
+			return nil
+		}
+		b.x.cancel(err)
+		return err
+	})
+	if err != nil {
 		return err
 	}
-	b.x.describe(b.at.source(), b.at.size(), off)
+	from := b.at.source()
+	if b.late {
+		from = sourcePeer
+	}
+	b.x.describe(from, b.at.size(), off)
 	return nil
 }
 
@@ -173,6 +222,9 @@ func (b *body) readyAt(off int64) error {
 func (b *body) sendTo(x *exchange, n int64) (int64, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.late {
+		x.flush()
+	}
 	var sent int64
 	for sent < n {
 		m, err := b.sendSome(x, n-sent)

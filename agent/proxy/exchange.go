@@ -164,6 +164,15 @@ func (x *exchange) extend() {
 	}
 }
 
+// flush sends the headers before there is a body.
+func (x *exchange) flush() {
+	x.extend()
+	err := http.NewResponseController(x.ResponseWriter).Flush()
+	if err != nil && !errors.Is(err, http.ErrNotSupported) && x.err == nil {
+		x.err = err
+	}
+}
+
 // within ends the exchange with cause unless stop is called within d.
 func (x *exchange) within(d time.Duration, cause error) (stop func()) {
 	t := time.AfterFunc(d, func() { x.cancel(cause) })
@@ -182,6 +191,13 @@ func (x *exchange) describe(s source, size, offset int64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.source, x.size, x.offset = s, size, offset
+}
+
+// foundAt corrects where what is being served comes from.
+func (x *exchange) foundAt(s source) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.source = s
 }
 
 func (x *exchange) sourceLabel() source {

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -23,6 +25,7 @@ type swarmFunc struct {
 	resolve func(tag string) (ocispec.Descriptor, error)
 	may     func(upstream.Target, Question) error
 	holds   func(digest.Digest) bool
+	coming  func(digest.Digest) bool
 }
 
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
@@ -46,7 +49,8 @@ func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error 
 	return s.may(t, q)
 }
 
-func (s *swarmFunc) Holds(d digest.Digest) bool { return s.holds != nil && s.holds(d) }
+func (s *swarmFunc) Holds(d digest.Digest) bool  { return s.holds != nil && s.holds(d) }
+func (s *swarmFunc) Coming(d digest.Digest) bool { return s.coming != nil && s.coming(d) }
 
 func (s *swarmFunc) Remember(upstream.Target, string) {}
 func (s *swarmFunc) Forget(upstream.Target, string)   {}
@@ -166,5 +170,69 @@ func TestSwarmRemembersTag(t *testing.T) {
 	last, ok := n.proxy.lastKnown(tagKey{registry: host, repository: repo, tag: "v1", lists: true})
 	if !ok || last.desc.Digest != img.Digest {
 		t.Errorf("last known: %v, %t", last, ok)
+	}
+}
+
+// TestComing: a byte that takes longer than the first-byte budget, and then than the
+// stall deadline, while the swarm says that it is on its way. The headers go out within
+// the budget, and the body waits; when the swarm says so no longer, it ends.
+func TestComing(t *testing.T) {
+	const budget, stall = 200 * time.Millisecond, 300 * time.Millisecond
+	for name, tc := range map[string]struct {
+		coming time.Duration // the swarm says so
+		bytes  time.Duration // when they are there
+		status int
+		whole  bool
+	}{
+		"in time":   {0, budget / 4, 200, true},
+		"never":     {0, time.Minute, 503, false},
+		"late":      {time.Minute, budget + stall/2, 200, true},
+		"very late": {time.Minute, budget + 6*stall, 200, true},
+		"given up":  {budget + 6*stall, time.Minute, 200, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{1_000_000}, Opaque: true})
+			d := img.Layers[0].Digest
+			want := bytesOf(t, img, d)
+			begun := time.Now()
+			n := startNode(t, func(s *setup) {
+				s.proxy.FirstByteBudget, s.proxy.StallTimeout = budget, stall
+				s.proxy.Swarm = &swarmFunc{
+					fetch: func(ctx context.Context, f *cache.Fill) error {
+						if err := f.Writer(cache.Origin{Kind: cache.FromPeer}).SetSize(int64(len(want))); err != nil {
+							return err
+						}
+						select {
+						case <-time.After(tc.bytes):
+							return give(f, want)
+						case <-ctx.Done():
+							return ctx.Err()
+						}
+					},
+					coming: func(asked digest.Digest) bool { return asked == d && time.Since(begun) < tc.coming },
+				}
+			})
+			n.put(img)
+			begun = time.Now()
+			resp := n.open(t.Context(), "GET", blobPath(d))
+			headers := time.Since(begun)
+			body, err := io.ReadAll(resp.Body)
+			if err := resp.Body.Close(); err != nil {
+				t.Error(err)
+			}
+			if resp.StatusCode != tc.status || (tc.status == 200) != (resp.Header.Get(headerSource) == "peer") {
+				t.Errorf("%d from %q", resp.StatusCode, resp.Header.Get(headerSource))
+			}
+			if headers > budget+stall/2 {
+				t.Errorf("headers after %v", headers)
+			}
+			if whole := err == nil && bytes.Equal(body, want); whole != tc.whole {
+				t.Errorf("%d bytes, %v", len(body), err)
+			}
+			if got := n.registry.Count(registrytest.Match{Kind: registrytest.Blob, Method: "GET"}); got != 0 {
+				t.Errorf("%d requests upstream", got)
+			}
+		})
 	}
 }

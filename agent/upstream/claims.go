@@ -71,7 +71,11 @@ func (f *fetch) next(st *stream) (*claim, bool) {
 	if !ok {
 		return f.split(piece, time.Now())
 	}
-	cut := (off + f.segment(f.src.known()-off) + piece - 1) / piece * piece
+	size := f.segment(f.src.known() - off)
+	if st.extra && f.trial > 0 {
+		size = min(size, f.trialSize())
+	}
+	cut := (off + size + piece - 1) / piece * piece
 	if cut+segmentMin < end { // no crumbs
 		end = cut
 	}
@@ -108,6 +112,13 @@ func (f *fetch) segment(left int64) int64 {
 		return max(most, segmentMax)
 	}
 	return max(min(most, segmentMax, left/int64(2*max(f.target, 2))), segmentMin)
+}
+
+// trialSize is what a stream on trial claims: it brings that even if it does not help.
+// Behind a poor uplink segmentMin would take a minute, in which what readers wait for
+// comes at half the pace.
+func (f *fetch) trialSize() int64 {
+	return int64(f.rate / float64(f.target) * segmentTime.Seconds())
 }
 
 // single says that there never is but one stream, which then may as well ask

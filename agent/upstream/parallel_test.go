@@ -76,28 +76,31 @@ func TestStreamsFollowTheLimit(t *testing.T) {
 func TestWiden(t *testing.T) {
 	const ms = time.Millisecond
 	for _, tc := range []struct {
-		name string
-		rate func(streams int, at time.Duration) int64 // MiB/s
-		want int
-		by   time.Duration // since the first byte; 0 = whenever
+		name  string
+		rate  func(streams int, at time.Duration) int64 // MiB/s
+		want  int
+		by    time.Duration // since the first byte; 0 = whenever
+		piece int64         // MiB
 	}{
-		{"each connection limited", func(n int, _ time.Duration) int64 { return 20 * int64(n) }, 4, 900 * ms},
-		{"the node limited", func(int, time.Duration) int64 { return 40 }, 1, 0},
-		{"two help", func(n int, _ time.Duration) int64 { return 20 * int64(min(n, 2)) }, 2, 0},
-		{"coming up to speed", func(_ int, at time.Duration) int64 { return min(int64(1)<<(at/(100*ms)), 40) }, 1, 0},
+		{"each connection limited", func(n int, _ time.Duration) int64 { return 20 * int64(n) }, 4, 900 * ms, 1},
+		{"the node limited", func(int, time.Duration) int64 { return 40 }, 1, 0, 1},
+		{"two help", func(n int, _ time.Duration) int64 { return 20 * int64(min(n, 2)) }, 2, 0, 1},
+		{"coming up to speed", func(_ int, at time.Duration) int64 { return min(int64(1)<<(at/(100*ms)), 40) }, 1, 0, 1},
 		{"a hiccup in the baseline", func(_ int, at time.Duration) int64 {
 			if at > 200*ms && at < 300*ms {
 				return 5
 			}
 			return 40
-		}, 1, 0},
+		}, 1, 0, 1},
 		{"each limited, with a hiccup in the trial", func(n int, at time.Duration) int64 {
 			if at > 350*ms && at < 600*ms {
 				return 1
 			}
 			return 20 * int64(n)
-		}, 4, 0},
-		{"done within a second", func(n int, _ time.Duration) int64 { return 900 * int64(n) }, 1, 0},
+		}, 4, 0, 1},
+		{"done within a second", func(n int, _ time.Duration) int64 { return 900 * int64(n) }, 1, 0, 1},
+		{"a stream brings a piece in 8 s", func(n int, _ time.Duration) int64 { return int64(n) }, 1, 0, 8},
+		{"a stream brings a piece in 4 s", func(n int, _ time.Duration) int64 { return int64(n) }, 4, 0, 4},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newClient(t, nil, Registry{Host: "test"})
@@ -106,7 +109,7 @@ func TestWiden(t *testing.T) {
 				t.Fatal(err)
 			}
 			src.size = 1 << 30
-			sink := newSink(mib)
+			sink := newSink(tc.piece * mib)
 			sink.discard = true
 			if err := sink.SetSize(src.size); err != nil {
 				t.Fatal(err)

@@ -67,6 +67,47 @@ func TestHomeFrozen(t *testing.T) {
 	c.finish()
 }
 
+// TestPoorUplink is an uplink that brings three layers so slowly that a piece takes
+// longer than a request may wait for its first byte, and longer than a body may stall:
+// nobody who waits for the home goes to the registry as well.
+func TestPoorUplink(t *testing.T) {
+	t.Parallel()
+	const layer = 520_000 // two pieces, each 22 s
+	c := newCluster(t, options{nodes: 4, layers: []int64{layer, layer, layer}, uplink: 36_000})
+	s := c.pull(c.nodes...)
+	c.calm()
+	s.wait(1)
+	if got := c.copies(); got > 1.02 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	c.finish()
+}
+
+// TestNewNodesBehindPoorUplink is nodes that come in the middle of a slow pull and start
+// the same image. They are homes of some of its blobs, all three even, and wait for the
+// one that was home before.
+func TestNewNodesBehindPoorUplink(t *testing.T) {
+	t.Parallel()
+	const layer = 2 * mb
+	c := newCluster(t, options{nodes: 4, layers: []int64{layer, layer, layer}, uplink: 240_000}) // 25 s
+	s := c.pull(c.nodes...)
+	c.calm()
+	c.awaitSent(0.2)
+	var late []*node
+	for range 4 {
+		n := c.add()
+		n.up()
+		n.rest()
+		late = append(late, n)
+	}
+	c.pull(late...).wait(1)
+	s.wait(1)
+	if got := c.copies(); got > 1.2 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	c.finish()
+}
+
 // TestEveryHolderKilled takes away all who had the image while others fetch it
 // from them.
 func TestEveryHolderKilled(t *testing.T) {
