@@ -72,7 +72,8 @@ type blob struct {
 	flushed   time.Time // the last one
 	rng       *rand.Rand
 	pace      pace
-	progress  time.Time // last piece that came, or bytes of one
+	begun     time.Time // the fetch
+	progress  time.Time // last piece that came, or bytes of one, or begun
 	word      time.Time // when a home said last that it, or a source, gets bytes
 	// sourceWord is when one said so that goes upstream itself.
 	sourceWord time.Time

@@ -107,8 +107,9 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.fill, b.stop, b.complete = f, stop, false
 	b.authority, b.rotten = false, false
 	b.failure = nil
-	b.progress = time.Now()
-	b.word, b.sourceWord, b.heeded = time.Time{}, time.Time{}, b.progress
+	b.begun = time.Now()
+	b.progress, b.heeded = b.begun, b.begun
+	b.word, b.sourceWord = time.Time{}, time.Time{}
 	b.pace = pace{}
 	clear(b.sources)
 	if b.size != 0 {
@@ -458,7 +459,7 @@ func (x *fetch) takePart(ctx context.Context) error {
 			x.s.log.Debug("home gives nothing", "digest", x.w.Digest, "peer", x.joined)
 			x.tried[x.joined], x.idle = true, append(x.idle, x.joined)
 			return nil // the next home
-		case slices.Contains(x.b.home.idlers(now), x.joined):
+		case x.b.quiet(now) > stallRejoin && slices.Contains(x.b.home.idlers(now), x.joined):
 			return nil // others came here as to the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
@@ -679,6 +680,13 @@ func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 	return now.Sub(last), len(b.nbrs)
 }
 
+// quiet is for how long no byte came.
+func (b *blob) quiet(now time.Time) time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return now.Sub(b.cameLocked())
+}
+
 // talks reports whether a home goes on to say that it gets bytes, and none comes.
 func (b *blob) talks(now time.Time) bool {
 	b.mu.Lock()
@@ -690,6 +698,9 @@ func (b *blob) coming(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
+	if last.Equal(b.begun) {
+		last = time.Time{} // no byte yet
+	}
 	if b.word.After(last) {
 		last = b.word
 	}

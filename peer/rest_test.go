@@ -358,6 +358,64 @@ func TestAlone(t *testing.T) {
 	})
 }
 
+// TestComing: a fetch alone brings nothing; bytes do, or a home's word that it gets
+// them, for some seconds each. A home's word is believed for so long, and passed on by
+// whoever waits for it half as long, if it was the source's own.
+func TestComing(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		_, nodes := restWorld(t, baseSim(1, 4))
+		s := nodes[0].s
+		b := s.blob(blobID{key: key{1}})
+		want := func(coming, moves, idle bool, when string) {
+			t.Helper()
+			now := time.Now()
+			quiet, _ := b.look(now)
+			if got := s.Coming(b.d); got != coming {
+				t.Errorf("%s: coming %t", when, got)
+			}
+			if got := b.moves(now); got != moves {
+				t.Errorf("%s: moves %t", when, got)
+			}
+			if got := quiet > stallFetch; got != idle {
+				t.Errorf("%s: quiet for %v", when, quiet)
+			}
+		}
+		want(false, false, true, "nobody fetches it")
+		if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil {
+			t.Fatal(err)
+		}
+		wait(t.Context(), stallFetch-time.Second)
+		want(false, false, false, "begun")
+		b.told(time.Now(), false)
+		wait(t.Context(), stallFetch-time.Second)
+		want(true, false, false, "a home's word")
+		wait(t.Context(), 2*time.Second)
+		want(false, false, true, "a word of long ago")
+		b.moved()
+		want(true, true, false, "a byte")
+		wait(t.Context(), sourceTime-time.Second)
+		b.told(time.Now(), true)
+		want(true, true, false, "a source's word")
+		wait(t.Context(), 2*time.Second)
+		b.told(time.Now(), true)
+		want(true, false, false, "a source's word, for long")
+		wait(t.Context(), wordTime-sourceTime-2*time.Second)
+		b.told(time.Now(), true)
+		want(true, false, false, "not long enough")
+		wait(t.Context(), 2*time.Second)
+		b.told(time.Now(), true)
+		want(true, false, true, "for too long")
+		if !b.talks(time.Now()) {
+			t.Error("it still talks")
+		}
+		b.end(nil)
+		want(false, false, true, "over")
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestNothingForEachOther pins that two nodes that have nothing of a blob stop
 // talking of it, also when one of them gave up before the other answered.
 func TestNothingForEachOther(t *testing.T) {
