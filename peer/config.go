@@ -242,12 +242,12 @@ var (
 	ErrStalled = errors.New("swarm made no progress")
 )
 
-// PieceSize is the piece size of a blob: the size over 256, rounded up to a
+// PieceSize is the piece size of a blob: the size over 1024, rounded up to a
 // power of two, no less than 256 KiB and no more than 8 MiB.
 func PieceSize(size int64) int64 {
 	const least, most = 256 << 10, 8 << 20
 	p := int64(least)
-	for p < most && p*256 < size {
+	for p < most && p*1024 < size {
 		p <<= 1
 	}
 	return p

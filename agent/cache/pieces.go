@@ -5,19 +5,21 @@ import "math/bits"
 const (
 	minPiece = 256 << 10
 	maxPiece = 8 << 20
+	// piecesPerBlob is how many pieces a blob of up to 8 GiB has at most.
+	piecesPerBlob = 1024
 	// maxBlob bounds what a hostile size can make the cache reserve: 1 TiB
 	// is 131,072 pieces, about 5 MiB of state (see I8).
 	maxBlob = 1 << 40
 )
 
 // PieceSize returns the size of all pieces but the last of a blob of size
-// bytes: size/256 rounded up to a power of two, between 256 KiB and 8 MiB.
+// bytes: size/1024 rounded up to a power of two, between 256 KiB and 8 MiB.
 // Every node computes the same.
 func PieceSize(size int64) int64 {
-	if size <= 256*minPiece {
+	if size <= piecesPerBlob*minPiece {
 		return minPiece
 	}
-	share := uint64(size+255) / 256
+	share := uint64(size+piecesPerBlob-1) / piecesPerBlob
 	return min(int64(1)<<bits.Len64(share-1), maxPiece)
 }
 

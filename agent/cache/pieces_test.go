@@ -12,8 +12,8 @@ import (
 func TestPieceSize(t *testing.T) {
 	const mib = 1 << 20
 	for _, tt := range []struct{ size, want int64 }{
-		{0, minPiece}, {1, minPiece}, {64 * mib, minPiece}, {64*mib + 1, 512 << 10}, {128 * mib, 512 << 10},
-		{100 * mib, 512 << 10}, {1 << 30, 4 * mib}, {2 << 30, 8 * mib}, {20 << 30, 8 * mib}, {maxBlob, 8 * mib},
+		{0, minPiece}, {1, minPiece}, {256 * mib, minPiece}, {256*mib + 1, 512 << 10}, {512 * mib, 512 << 10},
+		{400 * mib, 512 << 10}, {1 << 30, 1 * mib}, {4 << 30, 4 * mib}, {8 << 30, 8 * mib}, {20 << 30, 8 * mib}, {maxBlob, 8 * mib},
 	} {
 		if got := PieceSize(tt.size); got != tt.want {
 			t.Errorf("PieceSize(%d) = %d, want %d", tt.size, got, tt.want)
