@@ -99,8 +99,8 @@ func TestWiden(t *testing.T) {
 			return 20 * int64(n)
 		}, 4, 0, 1},
 		{"done within a second", func(n int, _ time.Duration) int64 { return 900 * int64(n) }, 1, 0, 1},
-		{"a stream brings a piece in 8 s", func(n int, _ time.Duration) int64 { return int64(n) }, 1, 0, 8},
-		{"a stream brings a piece in 4 s", func(n int, _ time.Duration) int64 { return int64(n) }, 4, 0, 4},
+		{"a stream brings a piece in 16 s", func(n int, _ time.Duration) int64 { return int64(n) }, 1, 0, 16},
+		{"a stream brings a piece in 8 s", func(n int, _ time.Duration) int64 { return int64(n) }, 4, 0, 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newClient(t, nil, Registry{Host: "test"})

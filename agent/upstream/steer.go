@@ -17,7 +17,7 @@ const (
 	// worthwhile is how long a blob must still take for one more stream.
 	worthwhile = time.Second
 	// soonEnough is how long a stream may take for a piece where another is to be started.
-	soonEnough = 5 * time.Second
+	soonEnough = 10 * time.Second
 	// hungry ticks in a row with a reader far from any stream start one there;
 	// starved ticks, where no more streams may be, move one there. That costs
 	// what its connection holds, and mostly another comes free before.
@@ -155,8 +155,8 @@ func (f *fetch) widen(now time.Time) (start int) {
 }
 
 // worth says whether enough is left for another stream, and each piece comes soon
-// enough. Streams share a poor uplink: what came first in 5 s then comes with what
-// follows it in 10, and nobody can use half a piece. A stream may also gain what it
+// enough. Streams share a poor uplink: what came first in 10 s then comes with what
+// follows it in 20, and nobody can use half a piece. A stream may also gain what it
 // takes from other nodes' (measured: three blobs on 2 Mbit/s went to nine streams, and
 // no piece of 1 MiB was whole after 30 s).
 func (f *fetch) worth(rate float64) bool {
