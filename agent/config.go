@@ -49,7 +49,7 @@ type ProxyConfig struct {
 	Listen          string        `key:"listen" default:"127.0.0.1:5050" help:"address of the pull API; loopback only, unless proxy.allow_remote"`
 	AllowRemote     bool          `key:"allow_remote" default:"false" help:"let proxy.listen be reachable from other machines: whoever reaches it can pull what this node may pull"`
 	DefaultRegistry string        `key:"default_registry" default:"" help:"registry for requests that name none (no ns, no registry in the path)"`
-	FirstByteBudget time.Duration `key:"first_byte_budget" default:"5s" help:"answer headers within this or fail early, so that the runtime goes direct; a blob that is on its way from another node gets its headers, and the body waits"`
+	FirstByteBudget time.Duration `key:"first_byte_budget" default:"5s" help:"answer headers within this or fail early, so that the runtime goes direct; a blob that other nodes wait for too gets its headers, and the body waits"`
 	DrainTimeout    time.Duration `key:"drain_timeout" default:"20s" help:"on stop, how long pulls in progress may take to finish; keep it below the pod's grace period"`
 }
 

@@ -249,22 +249,22 @@ type fetch struct {
 }
 
 // Coming reports whether the blob is on its way here: bytes of it came within the
-// last seconds, or a home said that it gets them. Who waits for a byte of it does
-// better to go on waiting than to ask the registry too. A home that is believed no
-// longer was heard of a moment ago, and the next one may need as long to begin.
-func (s *Swarm) Coming(d digest.Digest) bool {
+// last seconds, or a home said that it gets them, or waits for the registry's answer.
+// Who waits for a byte of it does better to go on waiting than to ask the registry too.
+// A home that is believed no longer was heard of a moment ago, and the next one may
+// need as long to begin. Ours means that this node gets it from upstream for others.
+func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	k, err := parseKey(d.String())
 	if err != nil {
-		return false
+		return false, false
 	}
 	for attempt := range lastAttempt + 1 {
-		coming := false
-		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) { coming = b.coming(time.Now()) })
+		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) { coming, ours = b.coming(time.Now()) })
 		if coming {
-			return true
+			break
 		}
 	}
-	return false
+	return coming, ours
 }
 
 func (x *fetch) whole() bool {
@@ -609,7 +609,7 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 // if neighbours do not deliver what they have, everything.
 func (x *fetch) upstream(ctx context.Context) error {
 	x.b.mu.Lock()
-	x.b.authority = true
+	x.b.authority, x.b.askedAt = true, time.Now()
 	x.b.mu.Unlock()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {
@@ -694,17 +694,27 @@ func (b *blob) talks(now time.Time) bool {
 	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked(), wordTime)
 }
 
-func (b *blob) coming(now time.Time) bool {
+func (b *blob) coming(now time.Time) (coming, ours bool) {
+	alone := len(b.s.roster.view.Load().all) == 1
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
+	if b.fill != nil && b.authority && !alone && b.asksLocked(now, last) {
+		return true, true
+	}
 	if last.Equal(b.begun) {
 		last = time.Time{} // no byte yet
 	}
 	if b.word.After(last) {
 		last = b.word
 	}
-	return b.fill != nil && now.Sub(last) < stallFetch
+	return b.fill != nil && now.Sub(last) < stallFetch, b.authority
+}
+
+// asksLocked reports whether this node has asked upstream, and no byte has come since
+// last. Registries that are caches themselves may take long to answer.
+func (b *blob) asksLocked(now, last time.Time) bool {
+	return b.authority && !last.After(b.askedAt) && now.Sub(b.askedAt) < wordTime
 }
 
 // cameLocked is when the last bytes came.
@@ -754,7 +764,8 @@ func (b *blob) moves(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
-	return b.fill != nil && (now.Sub(last) < stallRejoin || now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
+	return b.fill != nil && (now.Sub(last) < stallRejoin || b.asksLocked(now, last) ||
+		now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
 }
 
 // heed begins to believe a home.

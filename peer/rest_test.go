@@ -370,7 +370,7 @@ func TestComing(t *testing.T) {
 			t.Helper()
 			now := time.Now()
 			quiet, _ := b.look(now)
-			if got := s.Coming(b.d); got != coming {
+			if got, _ := s.Coming(b.d); got != coming {
 				t.Errorf("%s: coming %t", when, got)
 			}
 			if got := b.moves(now); got != moves {

@@ -39,7 +39,8 @@ func keyOf(t upstream.Target, d digest.Digest) blobKey {
 
 // serveBlob answers GET and HEAD of a blob: the straight line of I1.
 func (p *Proxy) serveBlob(x *exchange) error {
-	stop := x.within(p.patience(x), errBudget)
+	then := x.start.Add(p.patience(x))
+	stop := x.within(time.Until(then), errBudget)
 	defer stop()
 	if err := p.auth.permit(x.ctx, &x.access, KindBlob, x.route.digest); err != nil {
 		return err
@@ -51,7 +52,8 @@ func (p *Proxy) serveBlob(x *exchange) error {
 	if !x.route.pathEncoded && p.refuses(x, key) {
 		return errRecent
 	}
-	err := p.sendBlob(x, stop)
+	stop()
+	err := p.sendBlob(x, then)
 	p.judge(x, key, err)
 	return err
 }
@@ -97,10 +99,9 @@ func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	return !ok || off >= f.from
 }
 
-// sendBlob calls begun when the size is known.
-func (p *Proxy) sendBlob(x *exchange, begun func()) error {
-	b, err := p.openBody(x)
-	begun()
+// sendBlob answers before then, with an error at least.
+func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
+	b, err := p.openBody(x, then)
 	if err != nil {
 		return err
 	}
@@ -110,7 +111,7 @@ func (p *Proxy) sendBlob(x *exchange, begun func()) error {
 	refuseEmptyRange(x.r, size)
 	x.describe(b.at.source(), size, 0)
 	if off, ok := firstOffset(x.r, size, etag(x.route.digest)); ok {
-		if err := b.readyAt(off, x.start.Add(p.patience(x))); err != nil {
+		if err := b.readyAt(off, then); err != nil {
 			return err
 		}
 	}
@@ -137,10 +138,12 @@ func (p *Proxy) patience(x *exchange) time.Duration {
 	return p.opts.FirstByteBudget
 }
 
-func (p *Proxy) openBody(x *exchange) (*body, error) {
+func (p *Proxy) openBody(x *exchange, then time.Time) (*body, error) {
 	h := &healer{p: p, x: x}
-	c, err := p.open(x.ctx, x.access.target, x.route.digest, KindBlob)
+	c, err := p.openBy(x, then)
 	if err != nil {
+		stop := x.within(time.Until(then), errBudget)
+		defer stop()
 		if c, err = h.next(err, 0); err != nil {
 			return nil, err
 		}
@@ -149,8 +152,43 @@ func (p *Proxy) openBody(x *exchange) (*body, error) {
 	if x.route.pathEncoded {
 		b.stall, b.swarm = max(b.stall, pathPatience), swarmPathPatience
 	}
-	b.coming = func() bool { return p.swarm != nil && p.swarm.Coming(x.route.digest) }
+	b.coming = func() (coming, ours bool) {
+		if p.swarm != nil {
+			coming, ours = p.swarm.Coming(x.route.digest)
+		}
+		return coming, ours
+	}
 	return b, nil
+}
+
+// openBy is open, until then. If the registry has not told the blob's size by then but
+// the manifest did, and the swarm waits for the registry, the blob is promised.
+func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
+	t, d := x.access.target, x.route.digest
+	listed := p.Listed(t, d)
+	if listed == 0 || p.swarm == nil || x.route.pathEncoded || p.cache.Has(d) {
+		stop := x.within(time.Until(then), errBudget)
+		defer stop()
+		return p.open(x.ctx, t, d, KindBlob)
+	}
+	c := &promised{length: listed, opened: make(chan struct{})}
+	go func() {
+		defer close(c.opened)
+		c.at, c.err = p.open(x.ctx, t, d, KindBlob)
+	}()
+	timer := time.NewTimer(time.Until(then))
+	defer timer.Stop()
+	select {
+	case <-c.opened:
+		return c.at, c.err
+	case <-timer.C:
+	}
+	if coming, _ := p.swarm.Coming(d); coming {
+		return c, nil
+	}
+	x.cancel(errBudget)
+	_ = c.Close() // nothing was read
+	return nil, errBudget
 }
 
 // judge remembers how the blob went, unless the client or this agent's end

@@ -80,6 +80,68 @@ func (h held) read(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+// promised is a blob that is being opened, of the size that its manifest lists.
+type promised struct {
+	length int64
+	opened chan struct{} // closed once the next two are set
+	at     content
+	err    error
+}
+
+// place is where the blob is; nil while it is being opened.
+func (c *promised) place() (content, error) {
+	select {
+	case <-c.opened:
+	default:
+		return nil, nil
+	}
+	if c.err == nil && c.at.size() != c.length {
+		return nil, fmt.Errorf("%w: %d bytes, but the manifest says %d", cache.ErrSizeMismatch, c.at.size(), c.length)
+	}
+	return c.at, c.err
+}
+
+func (c *promised) size() int64 { return c.length }
+
+func (c *promised) source() source {
+	if at, err := c.place(); at != nil && err == nil {
+		return at.source()
+	}
+	return sourceNone
+}
+
+func (c *promised) ready(ctx context.Context, off int64) error {
+	select {
+	case <-c.opened:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	at, err := c.place()
+	if err != nil {
+		return err
+	}
+	return at.ready(ctx, off)
+}
+
+func (c *promised) extent(off int64) (*os.File, int64, error) {
+	at, err := c.place()
+	if at == nil || err != nil {
+		return nil, 0, err
+	}
+	return at.extent(off)
+}
+
+func (c *promised) read(p []byte, off int64) (int, error) { return c.at.read(p, off) } // it is ready
+
+// Close waits for the end of opening, which the caller has cancelled.
+func (c *promised) Close() error {
+	<-c.opened
+	if c.err != nil {
+		return nil
+	}
+	return c.at.Close()
+}
+
 // body is one blob as http.ServeContent reads it, wherever its bytes are. It
 // waits no longer than the stall deadline for a byte, or than the swarm's deadline
 // while coming says that it is on its way, and changes to another place in the
@@ -88,7 +150,7 @@ type body struct {
 	x      *exchange
 	stall  time.Duration
 	swarm  time.Duration
-	coming func() bool
+	coming func() (coming, ours bool)
 	// heal finds another place for the bytes from off on, or returns err.
 	heal func(err error, off int64) (content, error)
 
@@ -165,7 +227,7 @@ const comingLook = time.Second
 func (b *body) ready() error {
 	err := b.within(b.stall, errStalled)
 	for begun := time.Now(); errors.Is(err, errStalled); err = b.within(comingLook, errStalled) {
-		if time.Since(begun) >= b.swarm-b.stall || !b.coming() {
+		if coming, _ := b.coming(); !coming || time.Since(begun) >= b.swarm-b.stall {
 			b.x.cancel(err)
 			break
 		}
@@ -196,12 +258,13 @@ func (b *body) readyAt(off int64, then time.Time) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.off = off
+	ours := false
 	err := b.until(func() error {
 		err := b.within(time.Until(then), errBudget)
 		if !errors.Is(err, errBudget) {
 			return err
 		}
-		if b.late = b.coming(); b.late {
+		if b.late, ours = b.coming(); b.late {
 			return nil
 		}
 		b.x.cancel(err)
@@ -211,7 +274,10 @@ func (b *body) readyAt(off int64, then time.Time) error {
 		return err
 	}
 	from := b.at.source()
-	if b.late {
+	switch {
+	case ours:
+		from = sourceUpstream
+	case b.late:
 		from = sourcePeer
 	}
 	b.x.describe(from, b.at.size(), off)

@@ -57,8 +57,9 @@ type Swarm interface {
 	// Holds reports whether another node says that it has d. It asks nobody.
 	Holds(d digest.Digest) bool
 	// Coming reports whether Fetch is getting d at this moment: bytes come, or go to
-	// the node that passes them on.
-	Coming(d digest.Digest) bool
+	// the node that passes them on, or that has asked the registry. Ours: that node is
+	// this one.
+	Coming(d digest.Digest) (coming, ours bool)
 	// Remember says that this node knows what a tag stood for, which other nodes may
 	// want to know while the registry cannot be asked; Forget, that it does not.
 	Remember(t upstream.Target, tag string)

@@ -49,8 +49,10 @@ func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error 
 	return s.may(t, q)
 }
 
-func (s *swarmFunc) Holds(d digest.Digest) bool  { return s.holds != nil && s.holds(d) }
-func (s *swarmFunc) Coming(d digest.Digest) bool { return s.coming != nil && s.coming(d) }
+func (s *swarmFunc) Holds(d digest.Digest) bool { return s.holds != nil && s.holds(d) }
+func (s *swarmFunc) Coming(d digest.Digest) (coming, ours bool) {
+	return s.coming != nil && s.coming(d), false
+}
 
 func (s *swarmFunc) Remember(upstream.Target, string) {}
 func (s *swarmFunc) Forget(upstream.Target, string)   {}
@@ -181,14 +183,21 @@ func TestComing(t *testing.T) {
 	for name, tc := range map[string]struct {
 		coming time.Duration // the swarm says so
 		bytes  time.Duration // when they are there
+		size   int64         // in the manifest that the client has seen; 0 = it has seen none, and the swarm says it at once
 		status int
 		whole  bool
 	}{
-		"in time":   {0, budget / 4, 200, true},
-		"never":     {0, time.Minute, 503, false},
-		"late":      {time.Minute, budget + stall/2, 200, true},
-		"very late": {time.Minute, budget + 6*stall, 200, true},
-		"given up":  {budget + 6*stall, time.Minute, 200, false},
+		"in time":              {0, budget / 4, 0, 200, true},
+		"never":                {0, time.Minute, 0, 503, false},
+		"late":                 {time.Minute, budget + stall/2, 0, 200, true},
+		"very late":            {time.Minute, budget + 6*stall, 0, 200, true},
+		"given up":             {budget + 6*stall, time.Minute, 0, 200, false},
+		"size in time":         {0, budget / 4, 1_000_000, 200, true},
+		"size never":           {0, time.Minute, 1_000_000, 503, false},
+		"size very late":       {time.Minute, budget + 6*stall, 1_000_000, 200, true},
+		"size given up":        {budget + 6*stall, time.Minute, 1_000_000, 200, false},
+		"another size":         {time.Minute, budget + stall/2, 999_999, 200, false},
+		"another size in time": {time.Minute, budget / 4, 999_999, 200, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -200,8 +209,10 @@ func TestComing(t *testing.T) {
 				s.proxy.FirstByteBudget, s.proxy.StallTimeout = budget, stall
 				s.proxy.Swarm = &swarmFunc{
 					fetch: func(ctx context.Context, f *cache.Fill) error {
-						if err := f.Writer(cache.Origin{Kind: cache.FromPeer}).SetSize(int64(len(want))); err != nil {
-							return err
+						if tc.size == 0 {
+							if err := f.Writer(cache.Origin{Kind: cache.FromPeer}).SetSize(int64(len(want))); err != nil {
+								return err
+							}
 						}
 						select {
 						case <-time.After(tc.bytes):
@@ -214,6 +225,9 @@ func TestComing(t *testing.T) {
 				}
 			})
 			n.put(img)
+			if tc.size != 0 {
+				n.proxy.list(n.target(), ocispec.Descriptor{Digest: d, Size: tc.size})
+			}
 			begun = time.Now()
 			resp := n.open(t.Context(), "GET", blobPath(d))
 			headers := time.Since(begun)

@@ -204,18 +204,20 @@ func (r ruling) dial(base net.Dialer) func(context.Context, string, string) (net
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		d := base
 		d.Timeout = dialTimeout
-		if !r.proxies[address] {
-			host, _, err := net.SplitHostPort(address)
+		host, _, err := net.SplitHostPort(address)
+		if err != nil {
+			return nil, err
+		}
+		d.ControlContext = func(_ context.Context, _, resolved string, c syscall.RawConn) error {
+			setOptions(c)
+			if r.proxies[address] {
+				return nil
+			}
+			ap, err := netip.ParseAddrPort(resolved)
 			if err != nil {
-				return nil, err
+				return fmt.Errorf("%w: %w", ErrRefused, err)
 			}
-			d.ControlContext = func(_ context.Context, _, resolved string, _ syscall.RawConn) error {
-				ap, err := netip.ParseAddrPort(resolved)
-				if err != nil {
-					return fmt.Errorf("%w: %w", ErrRefused, err)
-				}
-				return r.checkAddr(host, ap.Addr())
-			}
+			return r.checkAddr(host, ap.Addr())
 		}
 		return d.DialContext(ctx, network, address)
 	}

@@ -200,14 +200,24 @@ func (ep *endpoint) build(ctx context.Context, t Target, q request, auth string)
 
 const maxRedirects = 5
 
+// blobPatience is how many times FirstByte the last of a registry's upstreams has for
+// a blob. Some that are caches themselves (Nexus) fetch all of it before they answer,
+// and begin anew when they are asked again. A path that is dead is noticed before, see
+// setOptions.
+const blobPatience = 6
+
 // follow sends req and goes where it is sent. moved is the final URL if that
 // is another origin. The credential stays with the endpoint's own origin, and
 // once another was visited it is gone for good.
 func (ep *endpoint) follow(ctx context.Context, req *http.Request, q request) (resp *http.Response, moved *url.URL, err error) {
 	visited := map[string]bool{}
+	patience := ep.c.cfg.FirstByte
+	if q.bulk && ep.last {
+		patience *= blobPatience
+	}
 	for {
 		visited[req.URL.String()] = true
-		resp, err = ep.exchange(ctx, req, q.kind, ep.c.cfg.FirstByte)
+		resp, err = ep.exchange(ctx, req, q.kind, patience)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -48,7 +48,7 @@ type Config struct {
 	Registries        []Registry
 	MaxBytesPerSecond int64         // all registries together; 0 = no limit
 	StreamsPerBlob    int           // parallel ranges of one blob; default 4
-	FirstByte         time.Duration // from request to headers; default 10 s
+	FirstByte         time.Duration // from request to headers; default 10 s, see blobPatience
 	Stall             time.Duration // between bytes of a body; default 15 s
 	UserAgent         string        // default "larder"
 	Logger            *slog.Logger

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -64,6 +66,25 @@ func TestHomeFrozen(t *testing.T) {
 	s.pulls = map[*node]*pulling{home: frozen}
 	s.wait(2)
 	c.awaitMembers()
+	c.finish()
+}
+
+// TestSlowToAnswer is a registry that fetches a blob itself before it answers, which
+// takes longer than a request may wait for its first byte. It is asked once.
+func TestSlowToAnswer(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{nodes: 4, layers: []int64{4 * mb, 1 * mb}})
+	blobs := registrytest.Match{Kind: registrytest.Blob, Method: http.MethodGet}
+	c.reg.Inject(blobs, registrytest.Delay(12*time.Second))
+	s := c.pull(c.nodes...)
+	c.calm()
+	s.wait(1)
+	if got := c.copies(); got > 1.02 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	if got := c.reg.Count(blobs); got != len(c.img.Blobs) {
+		t.Errorf("%d requests for %d blobs", got, len(c.img.Blobs))
+	}
 	c.finish()
 }
 

@@ -1,0 +1,20 @@
+package upstream
+
+import (
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// unanswered is how long what was sent, or a keep-alive probe, may stay without an
+// acknowledgement: then the path is dead, while a registry that only takes its time
+// acknowledges at once.
+const unanswered = 10 * time.Second
+
+// setOptions sets what a connection can do without.
+func setOptions(c syscall.RawConn) {
+	_ = c.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unanswered.Milliseconds()))
+	})
+}
