@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http/httptrace"
 	"os"
 	"slices"
 	"strings"
@@ -100,6 +101,11 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 		Size: s.agent.proxy.Listed(t, f.Digest()),
 	}
 	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, want.Size}, func(ctx context.Context, into peer.Sink) error {
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(r httptrace.WroteRequestInfo) {
+			if r.Err == nil {
+				into.Asked()
+			}
+		}})
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
 	if errors.Is(err, peer.ErrVoid) {

@@ -78,7 +78,7 @@ type blob struct {
 	// sourceWord is when one said so that goes upstream itself.
 	sourceWord time.Time
 	heeded     time.Time // since when that home is asked
-	askedAt    time.Time // when upstream was
+	askedAt    time.Time // when upstream got the last request
 	sources    map[string]int64
 	stop       context.CancelCauseFunc // of the fetch
 	writing    int                     // pieces on their way into fill

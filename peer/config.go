@@ -208,6 +208,8 @@ type Origin interface {
 // Missing leaves out what peers are about to deliver, so that a new home
 // fetches only what the swarm has lost.
 type Sink interface {
+	// Asked says that upstream has a request for the blob and is yet to answer.
+	Asked()
 	SetSize(int64) error
 	Size() int64
 	Missing(off int64) (start, end int64, ok bool)

@@ -609,7 +609,7 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 // if neighbours do not deliver what they have, everything.
 func (x *fetch) upstream(ctx context.Context) error {
 	x.b.mu.Lock()
-	x.b.authority, x.b.askedAt = true, time.Now()
+	x.b.authority, x.b.askedAt = true, time.Time{}
 	x.b.mu.Unlock()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {
@@ -711,8 +711,9 @@ func (b *blob) coming(now time.Time) (coming, ours bool) {
 	return b.fill != nil && now.Sub(last) < stallFetch, b.authority
 }
 
-// asksLocked reports whether this node has asked upstream, and no byte has come since
-// last. Registries that are caches themselves may take long to answer.
+// asksLocked reports whether upstream has been asked, and no byte has come since, if the
+// last one came then. Registries that are caches themselves may take long to answer. One
+// that cannot be reached has not been asked.
 func (b *blob) asksLocked(now, last time.Time) bool {
 	return b.authority && !last.After(b.askedAt) && now.Sub(b.askedAt) < wordTime
 }

@@ -441,6 +441,9 @@ func (n *testNode) start(d digest.Digest) *testFill {
 // alone is a fill that comes from upstream without a swarm.
 type alone struct{ *memBlob }
 
+// Asked tells nobody: nobody waits.
+func (a alone) Asked() {}
+
 func (a alone) WriteAt(p []byte, off int64) (int, error) { return a.From("").WriteAt(p, off) }
 
 // settled counts mismatches, and throws away what did not match.

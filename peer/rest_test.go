@@ -408,6 +408,15 @@ func TestComing(t *testing.T) {
 		if !b.talks(time.Now()) {
 			t.Error("it still talks")
 		}
+		s.roster.set(Member{Name: startName("other", 1), Node: "other"})
+		b.authority = true
+		wait(t.Context(), stallFetch+time.Second)
+		want(false, false, true, "goes upstream")
+		b.asks()
+		wait(t.Context(), wordTime-time.Second)
+		want(true, true, true, "upstream was asked")
+		wait(t.Context(), 2*time.Second)
+		want(false, false, true, "it does not answer")
 		b.end(nil)
 		want(false, false, true, "over")
 		if err := s.Close(); err != nil {

@@ -20,6 +20,8 @@ func (k *sink) SetSize(n int64) error {
 	return nil
 }
 
+func (k *sink) Asked() { k.x.b.asks() }
+
 func (k *sink) Size() int64   { return k.x.f.Size() }
 func (k *sink) Wanted() int64 { return k.x.f.Wanted() }
 
@@ -37,6 +39,12 @@ func (b *blob) moved() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.progress = time.Now()
+}
+
+func (b *blob) asks() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.askedAt = time.Now()
 }
 
 // Missing leaves out pieces that neighbours hold or are sending.
