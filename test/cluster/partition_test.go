@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"slices"
 	"strconv"
 	"testing"
@@ -67,6 +68,22 @@ func TestAsymmetricPartition(t *testing.T) {
 	s.wait(1)
 	w.healAll(t, c)
 	c.awaitMembers()
+	c.finish()
+}
+
+// TestHomeWithoutRegistry is a first home whose packets to the registry get no answer,
+// while all other nodes reach both. One of them goes upstream, and the rest wait for it.
+func TestHomeWithoutRegistry(t *testing.T) {
+	t.Parallel()
+	w := newNetwork(t)
+	c := newCluster(t, options{nodes: 4, net: w})
+	home := slices.MaxFunc(c.nodes, func(a, b *node) int { return cmp.Compare(score(c.layer(), a.name), score(c.layer(), b.name)) })
+	w.deaf(t, c.hosts(home)[0], 0)
+	c.pull(c.but(home)...).wait(1)
+	if got := c.copies(); got > 1.5 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	w.healAll(t, c)
 	c.finish()
 }
 
