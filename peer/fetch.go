@@ -699,7 +699,7 @@ func (b *blob) coming(now time.Time) (coming, ours bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
-	if b.fill != nil && b.authority && !alone && b.asksLocked(now, last) {
+	if b.fill != nil && b.authority && !alone && b.triesLocked(now, last) {
 		return true, true
 	}
 	if last.Equal(b.begun) {
@@ -711,11 +711,15 @@ func (b *blob) coming(now time.Time) (coming, ours bool) {
 	return b.fill != nil && now.Sub(last) < stallFetch, b.authority
 }
 
-// asksLocked reports whether upstream has been asked, and no byte has come since, if the
-// last one came then. Registries that are caches themselves may take long to answer. One
-// that cannot be reached has not been asked.
-func (b *blob) asksLocked(now, last time.Time) bool {
-	return b.authority && !last.After(b.askedAt) && now.Sub(b.askedAt) < wordTime
+// triesLocked reports whether this node goes upstream with some hope, if the last bytes
+// came then: it has asked, and registries that are caches themselves may take long to
+// answer; or there was a byte, and it tries to go on where an uplink failed for a moment.
+// A registry that cannot be reached in the first place has not been asked.
+func (b *blob) triesLocked(now, last time.Time) bool {
+	if last.Equal(b.begun) || b.askedAt.After(last) {
+		last = b.askedAt
+	}
+	return b.authority && now.Sub(last) < wordTime
 }
 
 // cameLocked is when the last bytes came.
@@ -765,7 +769,7 @@ func (b *blob) moves(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	last := b.cameLocked()
-	return b.fill != nil && (now.Sub(last) < stallRejoin || b.asksLocked(now, last) ||
+	return b.fill != nil && (now.Sub(last) < stallRejoin || b.triesLocked(now, last) ||
 		now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
 }
 

@@ -87,6 +87,28 @@ func TestHomeWithoutRegistry(t *testing.T) {
 	c.finish()
 }
 
+// TestUplinkFails is an uplink that carries nothing for a while in the middle of a pull,
+// as that of an edge site does: the homes go on when it is back, and everybody else is
+// still there.
+func TestUplinkFails(t *testing.T) {
+	t.Parallel()
+	w := newNetwork(t)
+	c := newCluster(t, options{nodes: 4, net: w, layers: []int64{1 * mb, 1 * mb, 1 * mb}, uplink: 240_000})
+	s := c.pull(c.nodes...)
+	c.calm()
+	c.awaitSent(0.3)
+	for _, host := range c.hosts(c.nodes...) {
+		w.deaf(t, host, 0)
+	}
+	time.Sleep(22 * time.Second) // longer than the proxy's stall deadline
+	w.healAll(t, c)
+	s.wait(1)
+	if got := c.copies(); got > 1.5 {
+		t.Errorf("the registry sent %.2f copies", got)
+	}
+	c.finish()
+}
+
 // TestNobodyReached is a cluster whose members see each other in gossip, and can do
 // nothing with it: a firewall drops what comes to their data ports, or the network
 // loses packets of full size. The first pulls find that out, and later ones do without
