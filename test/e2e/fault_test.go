@@ -2,7 +2,10 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"net/url"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -87,5 +90,54 @@ func pullWithin(t *testing.T, c *containerd, ref string, retry bool) {
 	}
 	if err != nil {
 		t.Errorf("pull: %v", err)
+	}
+}
+
+// TestSlowRegistry is a registry that takes longer to answer than a request may wait for
+// its first byte. Two nodes pull: both kinds of containerd take an answer whose body
+// comes late, and the registry is asked once.
+func TestSlowRegistry(t *testing.T) {
+	t.Parallel()
+	r := registrytest.Start(t, registrytest.Options{})
+	u, err := url.Parse(r.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := registrytest.OCIImage(registrytest.ImageSpec{Seed: 77, Layers: []int64{5 << 20, 100 << 10}})
+	r.Put("slow/app", image, "v1")
+	r.Inject(aBlob, registrytest.Delay(8*time.Second))
+	var join string
+	var agents []*agent
+	var runtimes []*containerd
+	for _, v := range containerdVersions {
+		c := startContainerd(t, v)
+		gossip := "127.0.0.1:" + strconv.Itoa(freePort(t))
+		agents = append(agents, startAgent(t, agentOptions{containerd: c,
+			config: "[[registry]]\nhost = \"" + u.Host + "\"\nupstreams = [\"" + r.URL() + "\"]\n",
+			flags: []string{"--peer.enabled=true", "--peer.name", v.name, "--peer.gossip", gossip, "--peer.join", join,
+				"--peer.data", "127.0.0.1:" + strconv.Itoa(freePort(t))}}))
+		runtimes, join = append(runtimes, c), gossip
+	}
+	for _, a := range agents {
+		eventually(t, 30*time.Second, "the agents know each other", func() error {
+			if n := a.metric("larder_peer_members"); n != 2 {
+				return fmt.Errorf("%v members", n)
+			}
+			return nil
+		})
+	}
+	var pulls sync.WaitGroup
+	for _, c := range runtimes {
+		pulls.Go(func() {
+			start := time.Now()
+			if err := c.pull(t.Context(), u.Host+"/slow/app:v1", nil); err != nil {
+				t.Errorf("%s: %v", c.version.name, err)
+			}
+			t.Logf("%s pulled in %v", c.version.name, time.Since(start).Round(time.Millisecond))
+		})
+	}
+	pulls.Wait()
+	if got, want := r.Count(aBlob), len(image.Blobs); got != want {
+		t.Errorf("the registry was asked for blobs %d times, want %d", got, want)
 	}
 }
