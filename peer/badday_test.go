@@ -553,8 +553,31 @@ func TestOtherVersion(t *testing.T) {
 	}
 	nodes[0].start(d)
 	nodes[0].wantOK(d)
-	if !nodes[0].s.roster.isDown(other.Name) {
-		t.Error("the node of another version stays the home")
+	waitFor(t, func() bool { return nodes[0].s.roster.isDown(other.Name) }) // no longer the home
+}
+
+// TestMute: one that hung up without a word is passed over, unless its own link is here a
+// moment later, as where both dialed at once.
+func TestMute(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	other := Member{Name: startName("other", 1), Node: "other", Home: true}
+	n.s.roster.set(other)
+	l := fuzzLink(n.s, nil)
+	time.AfterFunc(muteWait/2, func() {
+		n.s.mu.Lock()
+		defer n.s.mu.Unlock()
+		n.s.links[other.Name] = l
+	})
+	n.s.mute(t.Context(), other.Name)
+	if n.s.roster.isDown(other.Name) {
+		t.Error("passed over although its link is here")
+	}
+	n.s.mu.Lock()
+	delete(n.s.links, other.Name)
+	n.s.mu.Unlock()
+	n.s.mute(t.Context(), other.Name)
+	if !n.s.roster.isDown(other.Name) {
+		t.Error("not passed over")
 	}
 }
 

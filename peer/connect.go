@@ -202,6 +202,23 @@ func (s *Swarm) unreached(name string) {
 	}
 }
 
+// mute notes that a member has hung up without a word: it speaks another version of the
+// protocol, or bans this node, and others have to be homes in its place. Or both dialed
+// at once, the other side keeps its own link, and that one is here a moment later: two
+// nodes that take each other for unreachable then are both home (seen on a busy
+// machine: a blob was fetched twice).
+func (s *Swarm) mute(ctx context.Context, name string) {
+	wait(ctx, muteWait)
+	s.mu.Lock()
+	l := s.links[name]
+	s.mu.Unlock()
+	if l == nil && ctx.Err() == nil {
+		s.unreached(name)
+	}
+}
+
+const muteWait = 250 * time.Millisecond
+
 // dial makes a link and serves it until it ends.
 func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	l, err := s.reach(ctx, m)
@@ -308,10 +325,11 @@ func (s *Swarm) serve(l *link) {
 	s.mu.Unlock()
 	s.uploads.drop(l)
 	silent := errors.Is(err, errSilent)
-	if silent || l.dialed && !l.spoke.Load() && !errors.Is(err, errReplaced) {
-		// One that hangs up without a word speaks another version of the protocol, or
-		// bans this node: others have to be homes in its place.
+	switch {
+	case silent:
 		s.unreached(l.peer)
+	case l.dialed && !l.spoke.Load() && heir == nil && !errors.Is(err, errReplaced):
+		s.spawn(func(ctx context.Context) { s.mute(ctx, l.peer) })
 	}
 	for _, b := range s.allBlobs() {
 		if silent {

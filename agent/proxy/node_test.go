@@ -74,7 +74,10 @@ func startNode(t *testing.T, change func(*setup)) *node {
 	if n.cache, err = cache.New(s.cache); err != nil {
 		t.Fatal(err)
 	}
-	s.proxy.Cache, s.proxy.Upstream, s.proxy.Logger, s.proxy.Registerer = n.cache, client, log, n.metrics
+	s.proxy.Cache, s.proxy.Upstream, s.proxy.Registerer = n.cache, client, n.metrics
+	if s.proxy.Logger == nil {
+		s.proxy.Logger = log
+	}
 	if n.proxy, err = New(s.proxy); err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
@@ -40,6 +41,7 @@ func TestWedge(t *testing.T) {
 	n := startNode(t, func(s *setup) {
 		s.proxy.Before = w.before
 		s.proxy.Watch = Watch{Interval: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
+		s.proxy.Logger = slog.New(slog.DiscardHandler) // what is freed at the end may still log after it
 	})
 	n.image()
 	w.on.Store(true)
