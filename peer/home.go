@@ -267,7 +267,7 @@ func (b *blob) note(l *link, ask joinAsk) {
 		b.home.resumed, b.home.doubted = true, time.Now()
 	}
 	for _, name := range ask.Idle {
-		if len(b.home.idle) < 2*homesPerBlob && len(name) <= maxName && name != b.s.self.Name {
+		if _, ok := b.s.roster.get(name); ok && len(b.home.idle) < 2*homesPerBlob && name != b.s.self.Name {
 			if b.home.idle == nil {
 				b.home.idle = make(map[string]time.Time)
 			}

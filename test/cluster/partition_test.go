@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"strconv"
 	"testing"
@@ -97,10 +98,23 @@ func TestUplinkFails(t *testing.T) {
 	s := c.pull(c.nodes...)
 	c.calm()
 	c.awaitSent(0.3)
+	cut := time.Now()
 	for _, host := range c.hosts(c.nodes...) {
 		w.deaf(t, host, 0)
 	}
-	time.Sleep(22 * time.Second) // longer than the proxy's stall deadline
+	// Its connection has brought nothing for 15 s, and another one could not be made: by
+	// then the proxies would let their clients go.
+	eventually(t, "noticed by a home", func() error {
+		for _, n := range c.nodes {
+			for _, h := range n.status().Upstreams {
+				if h.Failures > 0 && time.Since(cut) > 15*time.Second {
+					return nil
+				}
+			}
+		}
+		return errors.New("no upstream has failed")
+	})
+	t.Logf("the uplink was gone for %.1f s", time.Since(cut).Seconds())
 	w.healAll(t, c)
 	s.wait(1)
 	if got := c.copies(); got > 1.5 {
