@@ -213,6 +213,9 @@ func (o swarmOrigin) Admit(ctx context.Context, w peer.Want) error {
 	return o.agent.proxy.Admit(ctx, t, kind, w.Digest)
 }
 
+// Reaches reports whether this node gets connections to the registry.
+func (o swarmOrigin) Reaches(registry string) bool { return o.agent.upstream.Reaches(registry) }
+
 // refusalOf keeps, of a registry's own answer or an operator's, what another node needs
 // to give the same answer to its client.
 func refusalOf(err error) error {

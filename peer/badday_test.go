@@ -260,6 +260,60 @@ func TestSilentHome(t *testing.T) {
 	w.within(t, d, 2)
 }
 
+// TestHomesUnreached: homes that find no way to the registry leave the blob to the next
+// one, get it from there themselves, and refuse the blobs that come after; when nobody
+// has a way, everybody waits for the one that has it first.
+func TestHomesUnreached(t *testing.T) {
+	for name, tc := range map[string]struct {
+		cut   int           // homes
+		until time.Duration // 0 = for good
+		most  time.Duration
+	}{
+		"first":       {1, 0, 4 * time.Second},
+		"two":         {2, 0, 8 * time.Second},
+		"all for 3 s": {5, 3 * time.Second, 12 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newTestWorld()
+			nodes := w.nodes(t, 5)
+			d := w.add(4<<20, 1)
+			k := sha256Of(d)
+			ranked := nodes[0].s.roster.view.Load().homes(k, "", false, nil)
+			for _, n := range nodes {
+				rank := slices.IndexFunc(ranked, func(m *Member) bool { return m.Name == n.s.self.Name })
+				n.cutOff.Store(rank >= 0 && rank < tc.cut || tc.cut == len(nodes))
+			}
+			if tc.until > 0 {
+				time.AfterFunc(tc.until, func() {
+					for _, n := range nodes {
+						n.cutOff.Store(false)
+					}
+				})
+			}
+			begun := time.Now()
+			allOK(t, d, nodes...)
+			if took := time.Since(begun); took > tc.most {
+				t.Errorf("took %v", took)
+			}
+			if got := w.requests.Load(); got > 2 {
+				t.Errorf("%d requests to the registry", got)
+			}
+			w.within(t, d, 1.1)
+			if tc.until > 0 {
+				return
+			}
+			begun = time.Now()
+			for seed := range uint64(6) {
+				allOK(t, w.add(1<<20, 10+seed), nodes...)
+			}
+			if took := time.Since(begun); took > 2*time.Second {
+				t.Errorf("what came after took %v", took)
+			}
+		})
+	}
+}
+
 // TestCorruptUpstream: a home whose upstream gives a wrong byte has passed on what
 // it got: the caches' digests find that out, and nobody bans another for it.
 func TestCorruptUpstream(t *testing.T) {

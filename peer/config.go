@@ -202,6 +202,9 @@ type Origin interface {
 	// Admit is May for another node that wants a blob from this one as its home.
 	// It should not take longer than a second.
 	Admit(ctx context.Context, w Want) error
+	// Reaches reports, at once, whether the node gets connections to a registry, as far
+	// as it tried lately. A home that does not leaves it to the next one to try.
+	Reaches(registry string) bool
 }
 
 // Sink takes a blob from upstream. It is the fill seen through the swarm:

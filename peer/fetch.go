@@ -295,7 +295,13 @@ func (x *fetch) step(ctx context.Context) error {
 	}
 	for m := x.next(x.tried); m != nil; m = x.next(x.tried) {
 		if m.Name == x.s.self.Name {
-			return x.asHome(ctx)
+			err := x.asHome(ctx)
+			if !errors.Is(err, errUnreached) {
+				return err
+			}
+			x.tried[m.Name] = true
+			x.refused = errors.Join(x.refused, err)
+			continue
 		}
 		stop := x.s.ahead(m, x.route())
 		err := x.join(ctx, m, false)
@@ -356,7 +362,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
-	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
+	ask.Pass, ask.Idle, ask.More = !x.b.passFrom(m.Name, x.w.Registry), x.idle, x.more(m.Name)
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
 	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
@@ -606,17 +612,23 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 }
 
 // upstream fetches until the fill is whole: first what no neighbour has, then,
-// if neighbours do not deliver what they have, everything.
+// if neighbours do not deliver what they have, everything. It fails with errUnreached
+// if it could not begin, and there is another home to do it.
 func (x *fetch) upstream(ctx context.Context) error {
-	x.b.mu.Lock()
-	x.b.authority, x.b.askedAt = true, time.Time{}
-	x.b.mu.Unlock()
+	x.b.goesUp(true)
+	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return x.b.barren(time.Now()) && x.more(x.s.self.Name) })
+	defer stop()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {
-		if ctx.Err() != nil {
-			return ctx.Err()
+		err := ctx.Err()
+		if err == nil {
+			err = x.up(ctx, sink)
 		}
-		if err := x.up(ctx, sink); err != nil {
+		if err != nil && unreached(ctx) {
+			x.b.goesUp(false)
+			return errUnreached
+		}
+		if err != nil {
 			return err
 		}
 		if x.whole() {
@@ -630,11 +642,20 @@ func (x *fetch) upstream(ctx context.Context) error {
 	return nil
 }
 
+// goesUp notes whether this node is to get the blob from upstream.
+func (b *blob) goesUp(yes bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.authority, b.askedAt = yes, time.Time{}
+}
+
 // ownFetch goes upstream beside the home, if a home permits it or none answers.
 func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 	if x.permit(ctx) {
 		x.s.log.Info("swarm stalls, fetching from upstream", "digest", x.w.Digest)
-		return x.upstream(ctx)
+		if err := x.upstream(ctx); !errors.Is(err, errUnreached) {
+			return err
+		}
 	}
 	if idle > giveUpAfter {
 		return ErrStalled

@@ -163,6 +163,7 @@ type joinAsk struct {
 	Size          int64  `json:",omitempty"` // see Want
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
+	More          bool   `json:",omitempty"` // there is another home to ask
 	// Idle are homes that said they get the blob, and gave nothing: one that is asked
 	// instead must not wait for them in its turn.
 	Idle []string `json:",omitempty"`
@@ -221,7 +222,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	holders := s.holders(b.k, l.zone)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
-		if errors.Is(err, errForeign) {
+		if errors.Is(err, errForeign) || errors.Is(err, errUnreached) {
 			b.home.forget(l.peer) // nothing for it meets here
 		}
 		reply.Refused = truncate(err.Error(), maxStatusLen)
@@ -292,9 +293,17 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 		}
 		return errForeign
 	}
+	// Others may have a way to the registry where this node has none.
+	unreached := func() bool {
+		return (ask.More || ask.Peek) && b.barren(time.Now()) && !s.cfg.Origin.Reaches(ask.Registry)
+	}
+	others := held && !ask.Stalled
 	if b.active() {
-		if ask.Peek && !held && b.waits() {
+		switch {
+		case ask.Peek && !held && b.waits():
 			return errNothing
+		case !others && unreached():
+			return errUnreached
 		}
 		return ours()
 	}
@@ -307,11 +316,13 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	case errors.Is(err, errWrongBlob):
 		return err // the store would serve it again: another home must fetch it
 	}
-	if held && !ask.Stalled {
+	switch {
+	case others:
 		return nil
-	}
-	if ask.Peek {
+	case ask.Peek:
 		return errNothing
+	case unreached():
+		return errUnreached
 	}
 	if err := b.recentFailure(); err != nil {
 		return err

@@ -27,6 +27,9 @@ type testNode struct {
 	stop  context.CancelFunc
 	gone  chan struct{}
 	told  atomic.Int64 // the size, when it was last asked to Fill
+	// cutOff: what it sends to the registry is lost, and it knows since when it tries.
+	cutOff atomic.Bool
+	tries  atomic.Int64
 
 	mu     sync.Mutex // guards the following
 	blobs  map[digest.Digest]*memBlob
@@ -380,6 +383,11 @@ func (n *testNode) Admit(_ context.Context, w Want) error {
 	return n.admit(w)
 }
 
+func (n *testNode) Reaches(string) bool {
+	since := n.tries.Load()
+	return since == 0 || time.Since(time.Unix(0, since)) < 1500*time.Millisecond
+}
+
 func (n *testNode) Gives(_ digest.Digest, registry string) bool {
 	return n.gives == nil || n.gives(registry)
 }
@@ -467,6 +475,15 @@ var errRegistryDown = errors.New("registry is down")
 func (n *testNode) upstream(d digest.Digest) Upstream {
 	return func(ctx context.Context, into Sink) error {
 		p := n.world.bytes(d)
+		for n.cutOff.Load() && ctx.Err() == nil {
+			n.tries.CompareAndSwap(0, time.Now().UnixNano())
+			wait(ctx, 10*time.Millisecond)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		n.tries.Store(0)
+		into.Asked()
 		n.world.requests.Add(1)
 		if n.world.corrupt.Add(-1) >= 0 {
 			p = bytes.Clone(p)

@@ -229,9 +229,15 @@ func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, tim
 		octx, cancel = context.WithTimeout(ctx, originTime)
 	}
 	defer cancel()
+	here := r.Memory // then nobody is asked
+	octx, stop := s.whileReached(octx, r.Registry, func() bool { return !here })
+	defer stop()
 	body, ttl, err := s.askUpstream(octx, method, r)
 	if err == nil || refused(err) {
 		return body, ttl, err
+	}
+	if unreached(octx) {
+		err = errUnreached
 	}
 	r.Memory = true
 	for _, m := range witnesses {

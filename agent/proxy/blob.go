@@ -165,13 +165,12 @@ func (p *Proxy) openBody(x *exchange, then time.Time) (*body, error) {
 // the manifest did, and the swarm waits for the registry, the blob is promised.
 func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
 	t, d := x.access.target, x.route.digest
-	listed := p.Listed(t, d)
-	if listed == 0 || p.swarm == nil || x.route.pathEncoded || p.cache.Has(d) {
+	if p.swarm == nil || x.route.pathEncoded || p.cache.Has(d) {
 		stop := x.within(time.Until(then), errBudget)
 		defer stop()
 		return p.open(x.ctx, t, d, KindBlob)
 	}
-	c := &promised{length: listed, opened: make(chan struct{})}
+	c := &promised{opened: make(chan struct{})}
 	go func() {
 		defer close(c.opened)
 		c.at, c.err = p.open(x.ctx, t, d, KindBlob)
@@ -183,7 +182,8 @@ func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
 		return c.at, c.err
 	case <-timer.C:
 	}
-	if coming, _ := p.swarm.Coming(d); coming {
+	c.length = p.Listed(t, d)
+	if coming, _ := p.swarm.Coming(d); coming && c.length > 0 {
 		return c, nil
 	}
 	x.cancel(errBudget)

@@ -78,7 +78,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 		defer cancel()
 	}
 	desc, err = p.upstream.Resolve(ctx, t, tag, accept)
-	if known && mayServeStale(err) {
+	if known && (mayServeStale(err) || ctx.Err() != nil) {
 		return last.desc, true, nil
 	}
 	err = p.auth.withChallenge(ctx, t, tag, err)

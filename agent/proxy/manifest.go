@@ -47,6 +47,9 @@ func (p *Proxy) serveManifest(x *exchange) error {
 	}
 	m, err := p.manifest(x.ctx, x.access.target, d)
 	if err != nil {
+		if errors.Is(context.Cause(x.ctx), errBudget) {
+			p.learnLate(x.access.target, d)
+		}
 		return err
 	}
 	if x.route.pathEncoded {
@@ -117,6 +120,23 @@ func (p *Proxy) manifest(ctx context.Context, t upstream.Target, d digest.Digest
 		return m, err
 	}
 	return m, p.learn(t, &m)
+}
+
+// lateManifest is how long a manifest may take that nobody waits for any more.
+const lateManifest = time.Minute
+
+// learnLate reads a manifest that came too late for its client, which goes on with the
+// registry's: what it lists is asked for here next.
+func (p *Proxy) learnLate(t upstream.Target, d digest.Digest) {
+	_, _ = p.late.join(keyOf(t, d), func(ctx context.Context) (struct{}, error) {
+		ctx, cancel := context.WithTimeout(ctx, lateManifest)
+		defer cancel()
+		_, err := p.manifest(ctx, t, d)
+		if err != nil {
+			p.log.Debug("manifest not learned", "digest", d, "registry", t.Registry, "repository", t.Repository, "err", err)
+		}
+		return struct{}{}, err
+	}) // not begun, at the end of the agent
 }
 
 func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {

@@ -116,6 +116,7 @@ type Proxy struct {
 	resolves   *flights[tagAsk, resolved]
 	stats      *flights[blobKey, int64]
 	pageAsks   *flights[pageKey, upstream.Page]
+	late       *flights[blobKey, struct{}]
 
 	fresh       *recent[tagKey, resolved]       // tags that need not be asked for yet
 	failed      *recent[blobKey, failure]       // ended short; see I4
@@ -157,6 +158,7 @@ func New(opts Options) (*Proxy, error) {
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
 		auth: auth, metrics: m, canary: canary,
 		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
+		late:        newFlights[blobKey, struct{}](b),
 		fresh:       newRecent[tagKey, resolved](maxRemembered),
 		failed:      newRecent[blobKey, failure](maxRemembered),
 		undelivered: newRecent[blobKey, struct{}](maxRemembered),

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net/http"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -21,7 +22,8 @@ var errNoSwarm = errors.New("nobody there")
 
 // swarmFunc is a swarm of functions; without one nobody has anything.
 type swarmFunc struct {
-	fetch   func(context.Context, *cache.Fill) error
+	fetch   func(context.Context, *cache.Fill) error // blobs, and manifests with small
+	small   bool
 	resolve func(tag string) (ocispec.Descriptor, error)
 	may     func(upstream.Target, Question) error
 	holds   func(digest.Digest) bool
@@ -29,7 +31,7 @@ type swarmFunc struct {
 }
 
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
-	if s.fetch == nil || kind != KindBlob {
+	if s.fetch == nil || kind != KindBlob && !s.small {
 		return errNoSwarm
 	}
 	return s.fetch(ctx, f)
@@ -173,6 +175,39 @@ func TestSwarmRemembersTag(t *testing.T) {
 	if !ok || last.desc.Digest != img.Digest {
 		t.Errorf("last known: %v, %t", last, ok)
 	}
+}
+
+// TestLateManifest: a manifest that comes after its client has gone to the registry still
+// tells the sizes of the blobs that the client asks for next.
+func TestLateManifest(t *testing.T) {
+	const budget = 100 * time.Millisecond
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{1_000_000}, Opaque: true})
+	layer := img.Layers[0]
+	there := make(chan struct{})
+	n := startNode(t, func(s *setup) {
+		s.proxy.FirstByteBudget = budget
+		s.proxy.Swarm = &swarmFunc{
+			fetch: func(ctx context.Context, f *cache.Fill) error {
+				select {
+				case <-there:
+					return give(f, img.Manifests[0].Data)
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			},
+			small:  true,
+			coming: func(digest.Digest) bool { return true },
+		}
+	})
+	n.put(img)
+	for range 2 {
+		resp := n.open(t.Context(), "GET", manifestPath(img.Manifests[0].Digest.String()))
+		if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusServiceUnavailable {
+			t.Fatalf("manifest: %d, %v", resp.StatusCode, err)
+		}
+	}
+	close(there)
+	await(t, "size learned", func() bool { return n.proxy.Listed(n.target(), layer.Digest) == layer.Size })
 }
 
 // TestComing: a byte that takes longer than the first-byte budget, and then than the

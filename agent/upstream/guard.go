@@ -219,7 +219,13 @@ func (r ruling) dial(base net.Dialer) func(context.Context, string, string) (net
 			}
 			return r.checkAddr(host, ap.Addr())
 		}
-		return d.DialContext(ctx, network, address)
+		done := func(error, time.Time) {}
+		if !r.foreign {
+			done = r.ep.dials.begin(time.Now())
+		}
+		conn, err := d.DialContext(ctx, network, address)
+		done(err, time.Now())
+		return conn, err
 	}
 }
 

@@ -36,7 +36,8 @@ type endpoint struct {
 	configured bool // by an operator, who may name inside addresses
 	last       bool // of the registry's upstreams; it has the last word on what exists
 	breaker    breaker
-	tokens     breaker      // of the token service
+	tokens     breaker // of the token service
+	dials      dials
 	reach      atomic.Int32 // reach it was last dialled at
 	ranges     atomic.Int32 // rangesUnknown, rangesYes, rangesNo
 	active     atomic.Int32 // requests under way

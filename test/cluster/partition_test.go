@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"cmp"
 	"errors"
 	"slices"
 	"strconv"
@@ -72,17 +71,26 @@ func TestAsymmetricPartition(t *testing.T) {
 	c.finish()
 }
 
-// TestHomeWithoutRegistry is a first home whose packets to the registry get no answer,
-// while all other nodes reach both. One of them goes upstream, and the rest wait for it.
-func TestHomeWithoutRegistry(t *testing.T) {
+// TestWithoutRegistry is two nodes of five whose packets to the registry get no answer,
+// and that are homes as everybody is. The other nodes do without them, and they pull
+// what they could not without Larder.
+func TestWithoutRegistry(t *testing.T) {
 	t.Parallel()
 	w := newNetwork(t)
-	c := newCluster(t, options{nodes: 4, net: w})
-	home := slices.MaxFunc(c.nodes, func(a, b *node) int { return cmp.Compare(score(c.layer(), a.name), score(c.layer(), b.name)) })
-	w.deaf(t, c.hosts(home)[0], 0)
-	c.pull(c.but(home)...).wait(1)
+	c := newCluster(t, options{net: w, more: 2, layers: []int64{6 * mb, 2 * mb}})
+	for _, n := range c.nodes[1:3] {
+		w.deaf(t, c.hosts(n)[0], 0)
+	}
+	s := c.pull(c.nodes...)
+	s.wait(1)
 	if got := c.copies(); got > 1.5 {
 		t.Errorf("the registry sent %.2f copies", got)
+	}
+	// 7 to 9 s were seen, 3 of them for the bytes.
+	for n, p := range s.pulls {
+		if p.took > 20*time.Second {
+			t.Errorf("%s took %v", n.name, p.took)
+		}
 	}
 	w.healAll(t, c)
 	c.finish()

@@ -1,0 +1,87 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+const (
+	// unconnected is how long a connect waits until an endpoint is taken to be out of
+	// reach: a SYN that was lost is sent again after one second.
+	unconnected = 1500 * time.Millisecond
+	// unconnectedMemory is how long that stays so after a connect that failed.
+	unconnectedMemory = 10 * time.Second
+)
+
+// dials knows whether an endpoint's connects get an answer. A network that drops them
+// lets each wait for dialTimeout, and breaker counts failed requests: both come too late
+// for other nodes that wait for this one, and might have a way to the registry.
+// The zero value is ready.
+type dials struct {
+	mu      sync.Mutex // guards all below
+	waiting int
+	since   time.Time // the first connect since the last that got an answer; zero = none
+	failed  time.Time // the last connect that took too long
+}
+
+// begin notes a connect; done has to be told how it ended.
+func (d *dials) begin(now time.Time) (done func(err error, now time.Time)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.waiting == 0 && now.Sub(d.failed) > unconnectedMemory {
+		d.since = time.Time{}
+	}
+	if d.since.IsZero() {
+		d.since = now
+	}
+	d.waiting++
+	return func(err error, end time.Time) { d.end(err, now, end) }
+}
+
+func (d *dials) end(err error, begun, now time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.waiting--
+	switch {
+	case err != nil && now.Sub(begun) > unconnected:
+		d.failed = now
+	case errors.Is(err, context.Canceled):
+		if d.waiting == 0 && d.failed.IsZero() {
+			d.since = time.Time{} // says nothing
+		}
+	default: // an answer, if only a refusal
+		d.since, d.failed = time.Time{}, time.Time{}
+		if d.waiting > 0 {
+			d.since = now
+		}
+	}
+}
+
+// silent reports whether connects get no answer.
+func (d *dials) silent(now time.Time) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.since.IsZero() || now.Sub(d.since) < unconnected {
+		return false
+	}
+	return d.waiting > 0 || now.Sub(d.failed) < unconnectedMemory
+}
+
+// Reaches reports whether this machine gets connections to one of the upstreams of a
+// registry, as far as it tried lately. A refusal, and every other error that comes at
+// once, counts as an answer: the request tells by itself. It asks nobody.
+func (c *Client) Reaches(host string) bool {
+	reg, err := c.lookup(host)
+	if err != nil {
+		return true // the request will say what is wrong
+	}
+	now := time.Now()
+	for _, ep := range reg.endpoints {
+		if !ep.dials.silent(now) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,61 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// A home whose connects to upstream get no answer (a firewall, a missing route) leaves
+// the blob to the next home before those who wait for it lose their patience.
+
+// reachCheck is how often a home looks whether upstream can be reached at all.
+const reachCheck = 250 * time.Millisecond
+
+// errUnreached: another home may have a way to the registry.
+var errUnreached = errors.New("the registry cannot be reached from here")
+
+// whileReached returns a context that ends, with errUnreached as its cause, when this
+// node does not reach the registry and leave agrees. The caller calls stop.
+func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() bool) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	look := func() {
+		if !s.cfg.Origin.Reaches(registry) && leave() {
+			cancel(errUnreached)
+		}
+	}
+	look()
+	s.spawn(func(context.Context) {
+		tick := time.NewTicker(reachCheck)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				look()
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return ctx, func() { cancel(nil) }
+}
+
+// unreached reports whether a context of whileReached ended because of that.
+func unreached(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errUnreached) }
+
+// barren reports whether nothing of the blob is here, nor asked of upstream with hope.
+func (b *blob) barren(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.haveN == 0 && !b.triesLocked(now, b.cameLocked())
+}
+
+// more reports whether there is another home to ask than m.
+func (x *fetch) more(m string) bool {
+	for _, other := range x.route() {
+		if other.Name != m && !x.tried[other.Name] {
+			return len(x.tried) < maxAsked-1
+		}
+	}
+	return false
+}
