@@ -314,6 +314,22 @@ func TestHomesUnreached(t *testing.T) {
 	}
 }
 
+// TestSlowHome: another home fetches from the far end what the first one gets slowly.
+func TestSlowHome(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 5)
+	d := w.add(24<<20, 1)
+	home, _ := homeOf(d, nodes)
+	home.delay = 60 * time.Millisecond // 24 s in all
+	begun := time.Now()
+	allOK(t, d, nodes...)
+	if took := time.Since(begun); took > 15*time.Second {
+		t.Errorf("took %v", took)
+	}
+	w.within(t, d, 1.1)
+}
+
 // TestCorruptUpstream: a home whose upstream gives a wrong byte has passed on what
 // it got: the caches' digests find that out, and nobody bans another for it.
 func TestCorruptUpstream(t *testing.T) {

@@ -79,6 +79,9 @@ type blob struct {
 	sourceWord time.Time
 	heeded     time.Time // since when that home is asked
 	askedAt    time.Time // when upstream got the last request
+	upSince    time.Time // when upstream's first byte came
+	upBytes    int64
+	helper     helper
 	sources    map[string]int64
 	stop       context.CancelCauseFunc // of the fetch
 	writing    int                     // pieces on their way into fill

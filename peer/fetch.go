@@ -111,6 +111,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.progress, b.heeded = b.begun, b.begun
 	b.word, b.sourceWord = time.Time{}, time.Time{}
 	b.pace = pace{}
+	b.upSince, b.upBytes, b.helper = time.Time{}, 0, helper{}
 	clear(b.sources)
 	if b.size != 0 {
 		b.here, b.have, b.missing, b.haveN = newBitmap(b.n), newBitmap(b.n), b.n, 0
@@ -246,6 +247,8 @@ type fetch struct {
 	tried    map[string]bool
 	idle     []string // of tried: said that they get the blob, and gave nothing
 	refused  error
+	helping  *helping // the home; nil = not now
+	helped   int64    // bytes, before
 }
 
 // Coming reports whether the blob is on its way here: bytes of it came within the
@@ -274,6 +277,7 @@ func (x *fetch) whole() bool {
 
 // run finds the home, and goes on until the fill is whole.
 func (x *fetch) run(ctx context.Context) error {
+	defer x.endHelp()
 	if size := x.f.Size(); size >= 0 {
 		x.b.setSize(size)
 	}
@@ -353,14 +357,18 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 	if err != nil {
 		return err
 	}
-	return x.accept(ctx, m, l, reply)
+	if err := x.accept(ctx, m, l, reply); err != nil {
+		return err
+	}
+	x.help(ctx, reply.Help)
+	return nil
 }
 
 // askHome sends ask, completed with what the blob is, and returns the answer of
 // a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
-	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
+	ask.Attempt, ask.Size, ask.Helped = x.w.Attempt, x.w.Size, x.fetched()
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
 	ask.Pass, ask.Idle, ask.More = !x.b.passFrom(m.Name, x.w.Registry), x.idle, x.more(m.Name)
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
@@ -451,6 +459,10 @@ func (x *fetch) takePart(ctx context.Context) error {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	rejoined := time.Now()
+	renew := renewEvery
+	if x.s.mayBeHome(x.b.k, x.s.self.Name) {
+		renew /= 2 // it may be needed, see help
+	}
 	for !x.whole() {
 		select {
 		case <-x.b.grown():
@@ -474,7 +486,7 @@ func (x *fetch) takePart(ctx context.Context) error {
 			if err := x.rejoin(ctx, true); err != nil {
 				return nil // the next home
 			}
-		case now.Sub(x.joinedAt) > renewEvery, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
+		case now.Sub(x.joinedAt) > renew, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
 			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second:
 			rejoined = now
 			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
@@ -615,6 +627,7 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 // if neighbours do not deliver what they have, everything. It fails with errUnreached
 // if it could not begin, and there is another home to do it.
 func (x *fetch) upstream(ctx context.Context) error {
+	x.endHelp()
 	x.b.goesUp(true)
 	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return x.b.barren(time.Now()) && x.more(x.s.self.Name) })
 	defer stop()
@@ -635,9 +648,8 @@ func (x *fetch) upstream(ctx context.Context) error {
 			break
 		}
 		x.rest(ctx, lookAgain)
-		if idle, _ := x.b.look(time.Now()); idle > stallRejoin/2 {
-			sink.all = true
-		}
+		idle, _ := x.b.look(time.Now())
+		sink.all = idle > stallRejoin
 	}
 	return nil
 }

@@ -161,6 +161,7 @@ type joinAsk struct {
 	Attempt       int    `json:",omitempty"`
 	Have          int    `json:",omitempty"` // pieces
 	Size          int64  `json:",omitempty"` // see Want
+	Helped        int64  `json:",omitempty"` // bytes that it fetched from upstream, see Help
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
 	More          bool   `json:",omitempty"` // there is another home to ask
@@ -181,6 +182,7 @@ type joinReply struct {
 	Source  bool     `json:",omitempty"` // the home goes upstream itself, or has all of it
 	Holders []string `json:",omitempty"` // to a peek: who of Meet should have all of it
 	Attempt int      `json:",omitempty"` // more than that of the question: come back with this one
+	Help    int64    `json:",omitempty"` // fetch from the far end too: the home's own pace, bytes per second
 	Refused string   `json:",omitempty"` // ask the next home: why
 	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
 }
@@ -245,6 +247,9 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	}
 	if reply.Body == nil {
 		reply.Stay = b.stay(l)
+	}
+	if reply.Stay && !ask.Peek {
+		reply.Help = b.wantsHelp(l.peer, ask.Registry, ask.Helped)
 	}
 	return reply, nil
 }

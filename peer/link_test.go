@@ -35,6 +35,7 @@ type testNode struct {
 	blobs  map[digest.Digest]*memBlob
 	fills  map[digest.Digest]*testFill
 	wrong  map[digest.Digest]int                      // fills in a row whose bytes did not match
+	delay  time.Duration                              // per chunk, besides the world's
 	refuse error                                      // of Fill, as a node without room
 	tag    func() (Descriptor, error)                 // what Resolve says; nil = the tag's own digest
 	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
@@ -494,6 +495,10 @@ func (n *testNode) upstream(d digest.Digest) Upstream {
 		}
 		for off := int64(0); ctx.Err() == nil; {
 			start, end, ok := into.Missing(off)
+			if !ok && off > 0 {
+				off = 0
+				continue
+			}
 			if !ok {
 				return nil
 			}
@@ -501,8 +506,8 @@ func (n *testNode) upstream(d digest.Digest) Upstream {
 			if n.world.failFrom > 0 && n.world.fetched.Load() >= n.world.failFrom {
 				return errRegistryDown
 			}
-			if n.world.delay > 0 {
-				wait(ctx, n.world.delay)
+			if delay := n.world.delay + n.delay; delay > 0 {
+				wait(ctx, delay)
 			}
 			n.world.fetched.Add(end - start)
 			if _, err := into.WriteAt(p[start:end], start); err != nil {

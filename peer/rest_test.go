@@ -391,7 +391,7 @@ func TestComing(t *testing.T) {
 		want(true, false, false, "a home's word")
 		wait(t.Context(), 2*time.Second)
 		want(false, false, true, "a word of long ago")
-		b.moved()
+		b.moved(1)
 		want(true, true, false, "a byte")
 		wait(t.Context(), sourceTime-time.Second)
 		b.told(time.Now(), true)

@@ -30,15 +30,18 @@ func (k *sink) Wanted() int64 { return k.x.f.Wanted() }
 func (k *sink) WriteAt(p []byte, off int64) (int, error) {
 	n, err := k.w.WriteAt(p, off)
 	if n > 0 {
-		k.x.b.moved()
+		k.x.b.moved(n)
 	}
 	return n, err
 }
 
-func (b *blob) moved() {
+func (b *blob) moved(n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.progress = time.Now()
+	if b.upBytes += int64(n); b.upSince.IsZero() {
+		b.upSince = b.progress
+	}
 }
 
 func (b *blob) asks() {

@@ -37,6 +37,7 @@ type Swarm struct {
 	traffic  traffics
 	gossip   *gossip // nil without a gossip address
 	answers  answers
+	vain     vain
 	limiter  *rate.Limiter // nil = none
 	buffers  buffers
 	chunks   sync.Pool

@@ -224,7 +224,9 @@ func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 		// Someone else may fill the same blob: do not fetch what is there.
 		if st.off >= check {
 			check = st.off + 4*chunk
-			if off, _, ok := f.sink.Missing(st.off); !ok || off > st.off+farAway {
+			off, _, ok := f.sink.Missing(st.off)
+			end := f.end(cl)
+			if !ok || off > st.off+farAway || off >= end && end > st.off+cheapSkip {
 				return nil
 			}
 		}
@@ -258,10 +260,12 @@ func (f *fetch) begin(st *stream, cl *claim) {
 	cl.start, cl.since = cl.off, time.Now()
 }
 
-func (f *fetch) left(cl *claim) int64 {
+func (f *fetch) left(cl *claim) int64 { return f.end(cl) - cl.off }
+
+func (f *fetch) end(cl *claim) int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return cl.end - cl.off
+	return cl.end
 }
 
 func (f *fetch) write(cl *claim, p []byte) error {

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -84,6 +85,27 @@ func TestSlowToAnswer(t *testing.T) {
 	}
 	if got := c.reg.Count(blobs); got != len(c.img.Blobs) {
 		t.Errorf("%d requests for %d blobs", got, len(c.img.Blobs))
+	}
+	c.finish()
+}
+
+// TestSlowHome is a home that gets from the registry a hundredth of what everybody else
+// could: nothing stalls, and all would wait 41 s for what takes one of the others one.
+func TestSlowHome(t *testing.T) {
+	t.Parallel()
+	w := newNetwork(t)
+	c := newCluster(t, options{net: w, layers: []int64{40 * mb, 1 * mb}, uplink: 100 * mb})
+	home := slices.MaxFunc(c.nodes, func(a, b *node) int { return cmp.Compare(score(c.layer(), a.name), score(c.layer(), b.name)) })
+	w.narrow(t, c.hosts(home)[0], 1*mb)
+	s := c.pull(c.nodes...)
+	s.wait(1)
+	for n, p := range s.pulls {
+		if p.took > 25*time.Second { // 5 s were seen
+			t.Errorf("%s took %v", n.name, p.took)
+		}
+	}
+	if got := c.copies(); got > 1.3 {
+		t.Errorf("the registry sent %.2f copies", got)
 	}
 	c.finish()
 }

@@ -121,6 +121,18 @@ func (w *network) lose(t *testing.T, host int, share float64) {
 	w.filter(t, host, fmt.Sprintf("-A INPUT -i eth0 -m statistic --mode random --probability %.2f -j DROP", share))
 }
 
+// narrow limits what the registry sends to a host to so many bytes a second. A network
+// has one such host at most.
+func (w *network) narrow(t *testing.T, host int, rate int64) {
+	t.Helper()
+	tc := "tc -n " + w.name(0)
+	w.must(t,
+		tc+" qdisc add dev eth0 root handle 1: htb default 1",
+		tc+" class add dev eth0 parent 1: classid 1:1 htb rate 10gbit quantum 60000",
+		tc+fmt.Sprintf(" class add dev eth0 parent 1: classid 1:2 htb rate %dbps", rate),
+		tc+" filter add dev eth0 parent 1: protocol ip u32 match ip dst "+address(host)+"/32 flowid 1:2")
+}
+
 // heal ends everything that deaf, part and lose did to a host.
 func (w *network) heal(t *testing.T, host int) {
 	t.Helper()
