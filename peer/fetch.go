@@ -629,7 +629,8 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 func (x *fetch) upstream(ctx context.Context) error {
 	x.endHelp()
 	x.b.goesUp(true)
-	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return x.b.barren(time.Now()) && x.more(x.s.self.Name) })
+	more := x.more(x.s.self.Name)
+	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return more && x.b.barren(time.Now()) })
 	defer stop()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {

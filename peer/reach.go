@@ -16,7 +16,8 @@ const reachCheck = 250 * time.Millisecond
 var errUnreached = errors.New("the registry cannot be reached from here")
 
 // whileReached returns a context that ends, with errUnreached as its cause, when this
-// node does not reach the registry and leave agrees. The caller calls stop.
+// node does not reach the registry and leave agrees, which is asked on another goroutine
+// until stop is called, and perhaps once more. The caller calls stop.
 func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() bool) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	look := func() {
@@ -54,7 +55,7 @@ func (b *blob) barren(now time.Time) bool {
 func (x *fetch) more(m string) bool {
 	for _, other := range x.route() {
 		if other.Name != m && !x.tried[other.Name] {
-			return len(x.tried) < maxAsked-1
+			return len(x.tried)+1 < maxAsked
 		}
 	}
 	return false
