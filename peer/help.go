@@ -15,12 +15,12 @@ import (
 
 const (
 	helpAfter  = 3 * time.Second // of upstream's bytes, before a home knows its pace
-	helpWorth  = 5 * time.Second // at least, that the rest takes at this pace
+	helpWorth  = 10 * time.Second // at least, that the rest takes at this pace
 	helpTrial  = 4 * time.Second // until it is clear whether help brings anything
 	helpMemory = 10 * time.Minute
 	// helpLeast is the pace of a home behind an uplink that is poor for everybody: readers
 	// need all of it at the near end.
-	helpLeast = 128 << 10
+	helpLeast = 256 << 10
 	// Help pays if both together are helpGain as fast as the home was and this is no less
 	// fast than helpShare: else they share something. Where that is the home's own link,
 	// which also brings it what the helper got, both are far faster.
