@@ -14,9 +14,9 @@ import (
 // an uplink. What they fetch is disjoint but for what is under way where they meet.
 
 const (
-	helpAfter  = 3 * time.Second // of upstream's bytes, before a home knows its pace
+	helpAfter  = 3 * time.Second  // of upstream's bytes, before a home knows its pace
 	helpWorth  = 10 * time.Second // at least, that the rest takes at this pace
-	helpTrial  = 4 * time.Second // until it is clear whether help brings anything
+	helpTrial  = 4 * time.Second  // until it is clear whether help brings anything
 	helpMemory = 10 * time.Minute
 	// helpLeast is the pace of a home behind an uplink that is poor for everybody: readers
 	// need all of it at the near end.
