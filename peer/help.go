@@ -2,14 +2,15 @@ package peer
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
 // A home whose way to the registry is slow, but steady, sets the pace for everybody, and
-// nothing stalls. It lets another home of the blob that takes part fetch from the far
-// end, for as long as both together get it faster than it did alone: they do where the
+// nothing stalls. It lets another node that takes part, if possible a home of the blob,
+// fetch from the far end, for as long as both together get it faster than it did alone: they do where the
 // way from this node is slow or the registry limits each client, and not where they share
 // an uplink. What they fetch is disjoint but for what is under way where they meet.
 
@@ -51,10 +52,27 @@ func (h *helper) pays(ours, theirs int64, took time.Duration) bool {
 
 // wantsHelp decides whether a member that joins, and has fetched so many bytes as helper
 // before, is to help now. It returns the pace in bytes per second of this node alone if
-// so, and 0 if not.
+// so, and 0 if not. What a home of the blob signs counts everywhere at once; another
+// member is taken where none takes part.
 func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 	now := time.Now()
-	may := b.s.mayBeHome(b.k, member) && !b.s.vain.has(registry, now)
+	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.k, member) || !b.homesMeet())
+	rate := b.appoint(may, member, registry, fetched, now)
+	if rate > 0 {
+		b.vouch([]string{member})
+	}
+	return rate
+}
+
+// homesMeet reports whether another home of the blob takes part.
+func (b *blob) homesMeet() bool {
+	homes := append(b.s.roster.homes(b.k, "", false), b.s.roster.homes(b.k, b.s.cfg.Zone, true)...)
+	b.home.mu.Lock()
+	defer b.home.mu.Unlock()
+	return slices.ContainsFunc(homes, func(m *Member) bool { return b.home.members[m.Name] != nil })
+}
+
+func (b *blob) appoint(may bool, member, registry string, fetched int64, now time.Time) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	h := &b.helper
@@ -75,7 +93,9 @@ func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 		took := now.Sub(h.since)
 		if took > helpTrial && !h.pays(b.upBytes, fetched, took) {
 			b.s.log.Debug("help brings nothing", "digest", b.d, "peer", member, "before", int64(h.before))
-			b.s.vain.add(registry, now)
+			if fetched > h.theirs { // else it did not begin
+				b.s.vain.add(registry, now)
+			}
 			*h = helper{}
 			return 0
 		}

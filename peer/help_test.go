@@ -2,6 +2,7 @@ package peer
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
@@ -71,7 +72,15 @@ func TestWantsHelp(t *testing.T) {
 		runs(10*second, rate)
 		want(false, homes[1], "r", 0, "somebody else gets it")
 		b.goesUp(true)
-		want(false, stranger, "r", 0, "no home")
+		b.home.join(homes[1], "", b.rng0())
+		want(false, stranger, "r", 0, "no home, and another one takes part")
+		b.home.forget(homes[1])
+		want(true, stranger, "r", 0, "no home, and none takes part")
+		if !slices.Contains(b.vouched(), stranger) {
+			t.Error("what it fetches does not count")
+		}
+		runs(5*second, rate)
+		want(false, stranger, "r", 0, "it did not begin")
 		want(true, homes[1], "r", 0, "slow")
 		want(false, homes[2], "r", 0, "there is a helper")
 		runs(5*second, rate)
