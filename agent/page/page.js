@@ -452,7 +452,7 @@ const showStorage = s => {
   });
 };
 
-const healthHue = {ok: "good", failing: "bad", open: "bad", paused: "warn"};
+const healthHue = {ok: "good", failing: "bad", unreachable: "bad", open: "bad", paused: "warn"};
 
 const showUpstreams = s => {
   $("upstreams").querySelector(".none").hidden = s.upstreams.length > 0;

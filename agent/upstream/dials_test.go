@@ -87,6 +87,11 @@ func TestReaches(t *testing.T) {
 	if c.Reaches("a.test") {
 		t.Error("nobody answers, and it is within reach")
 	}
+	for _, h := range c.Health() {
+		if h.State != "unreachable" {
+			t.Errorf("%s is %s", h.Endpoint, h.State)
+		}
+	}
 	if !c.Reaches("b.test") || !c.Reaches("no host") {
 		t.Error("a registry that was not tried is out of reach")
 	}

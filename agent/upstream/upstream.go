@@ -92,7 +92,7 @@ type Page struct {
 type Health struct {
 	Registry    string        `json:"registry"`
 	Endpoint    string        `json:"endpoint"`
-	State       string        `json:"state"` // unused, ok, failing, open, paused, no-contact
+	State       string        `json:"state"` // unused, ok, failing, unreachable, open, paused, no-contact
 	Failures    int           `json:"failures"`
 	LastError   string        `json:"last_error,omitempty"`
 	LastErrorAt time.Time     `json:"last_error_at,omitzero"`
@@ -269,6 +269,8 @@ func (ep *endpoint) health(now time.Time) Health {
 		h.State, h.RetryAt = "open", until
 	case !paused.IsZero():
 		h.State, h.RetryAt = "paused", paused
+	case ep.dials.silent(now):
+		h.State = "unreachable"
 	case failures > 0:
 		h.State = "failing"
 	case h.LastOKAt.IsZero():

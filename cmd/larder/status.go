@@ -268,7 +268,7 @@ func state(st style, s string) string {
 	switch s {
 	case "ok":
 		return st.good(s)
-	case "failing", "open":
+	case "failing", "unreachable", "open":
 		return st.bad(s)
 	case "paused":
 		return st.warn(s)
