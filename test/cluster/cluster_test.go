@@ -45,6 +45,7 @@ type options struct {
 	auth   registrytest.Auth
 	net    *network      // nil: loopback
 	try    time.Duration // after which a pull is ended and tried again; 0 = patience
+	tries  int           // that the pulls of a node have time for, if try is set; 0 = those within patience
 	sent   float64       // copies that the registry may send, if not copiesMost; -1 = any number
 	// smallDisks, if set, gives each cache a file system of that size.
 	smallDisks string
@@ -323,7 +324,7 @@ func (c *cluster) pull(nodes ...*node) *storm { return c.pullRefs(c.refs, nodes.
 func (c *cluster) pullRefs(refs []string, nodes ...*node) *storm {
 	s := &storm{c: c, begun: time.Now(), pulls: map[*node]*pulling{}}
 	for _, n := range nodes {
-		ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+		ctx, cancel := context.WithTimeout(c.t.Context(), max(patience, time.Duration(c.opts.tries)*c.opts.try))
 		p := &pulling{done: make(chan struct{}), cancel: cancel}
 		s.pulls[n] = p
 		go func() {
