@@ -86,6 +86,7 @@ type Cache struct {
 	faults  func(step, digest.Digest) error
 	statfs  func() (total, free int64, err error)
 	started chan struct{}  // closed when Run begins
+	booked  chan struct{}  // says that metadata is to be written soon; buffered
 	fills   sync.WaitGroup // running fills; added to under mu while running
 
 	mu         sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
@@ -137,7 +138,7 @@ func New(opts Options) (*Cache, error) {
 		opts.Logger = slog.Default()
 	}
 	c := &Cache{
-		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}),
+		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}), booked: make(chan struct{}, 1),
 		blobs: map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
 		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, mismatches: map[digest.Digest]mismatches{},
 	}

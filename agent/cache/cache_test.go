@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
@@ -135,6 +136,29 @@ func settle(c *Cache, d digest.Digest) {
 	c.mu.Unlock()
 	if f != nil {
 		<-f.done
+	}
+}
+
+// TestBookedIsWrittenSoon: what is known of a blob, as who gave it, is on disk long
+// before other metadata has to be.
+func TestBookedIsWrittenSoon(t *testing.T) {
+	c := start(t, Options{})
+	for seed := range uint64(3) { // a flush is followed by another one
+		begun := time.Now()
+		body, d := content(seed, minPiece)
+		mustRead(t, c, d, all(body))
+		settle(c, d)
+		written := func() bool {
+			c.meta.db.mu.Lock()
+			defer c.meta.db.mu.Unlock()
+			return c.meta.db.waiting == 0 && len(c.meta.db.writing) == 0
+		}
+		for !written() && time.Since(begun) < flushInterval/2 {
+			<-time.After(10 * time.Millisecond)
+		}
+		if !written() {
+			t.Fatalf("blob %d: facts wait after %v", seed, time.Since(begun))
+		}
 	}
 }
 

@@ -308,6 +308,10 @@ func (c *Cache) book(f *fill, size int64) {
 	if f.giver != "" {
 		c.meta.AddGiver(f.digest, f.giver)
 	}
+	select {
+	case c.booked <- struct{}{}:
+	default: // it is to be written soon already
+	}
 	if c.opts.Events.Committed != nil {
 		c.opts.Events.Committed(f.digest, size)
 	}

@@ -12,8 +12,11 @@ const (
 	// tendInterval is how often the cache looks after its bounds and its
 	// directory when nothing else makes it: others use the disk, too.
 	tendInterval = 10 * time.Second
-	// flushInterval bounds how much metadata a kill -9 loses.
-	flushInterval = 2 * time.Second
+	// flushInterval bounds how much metadata a kill -9 loses, and bookedInterval what it
+	// loses of a blob that was committed: without its giver the blob is given to nobody
+	// while the registry cannot be asked.
+	flushInterval  = 2 * time.Second
+	bookedInterval = 250 * time.Millisecond
 	// useInterval is how often access times are written: they are worth
 	// little and change with every hit.
 	useInterval = time.Minute
@@ -26,6 +29,7 @@ func (c *Cache) tend(ctx context.Context) {
 	defer flush.Stop()
 	defer use.Stop()
 	seen := map[string]time.Time{}
+	soon := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -36,8 +40,17 @@ func (c *Cache) tend(ctx context.Context) {
 			c.balance()
 		case <-use.C:
 			c.meta.recordUse(c.touched())
+		case <-c.booked:
+			if !soon {
+				soon = true
+				flush.Reset(bookedInterval)
+			}
 		case <-flush.C:
 			c.meta.flush()
+			if soon {
+				soon = false
+				flush.Reset(flushInterval)
+			}
 		case <-c.meta.db.full:
 			c.meta.flush()
 		}
