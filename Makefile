@@ -4,6 +4,7 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 20s
+SEEDS ?= 1 2 3
 # The name of the image in the deploy files: the chart's default.
 IMAGE ?= ghcr.io/larder-cache/larder:$(shell sed -n 's/^appVersion: *"\(.*\)"/\1/p' deploy/chart/Chart.yaml)
 # Daemons are not in a user's PATH.
@@ -98,6 +99,10 @@ bench: build ## One node beside nginx and docker-registry: throughput, requests,
 .PHONY: sim
 sim: ## Storms of up to 1,000 simulated nodes, and 500 real members in one process (an hour)
 	LARDER_SIM=1 $(GO) test ./peer -run 'TestStormOfThousand|FiveHundred' -v -timeout 90m
+
+.PHONY: bad-days
+bad-days: ## The bad days of test/cluster with other digests, so with other homes (SEEDS="1 2 3", five minutes each; root)
+	for seed in $(SEEDS); do echo "seed $$seed"; LARDER_CLUSTER_SEED=$$seed $(GO) test -count=1 ./test/cluster; done
 
 .PHONY: bench-storm
 bench-storm: build ## Pull storms on shaped links in network namespaces (root)
