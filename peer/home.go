@@ -356,11 +356,16 @@ func (b *blob) waits() bool {
 
 var errNothing = errors.New("nothing of it here")
 
-// stay makes the asker a neighbour of the home while there is room.
+// stay makes the asker a neighbour of the home while there is room. There is more for
+// other homes of the blob: one may have to help.
 func (b *blob) stay(l *link) bool {
+	room := homeDegree
+	if b.s.mayBeHome(b.k, l.peer) {
+		room = maxNeighbours
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if _, ok := b.nbrs[l.peer]; !ok && len(b.nbrs) >= homeDegree {
+	if _, ok := b.nbrs[l.peer]; !ok && len(b.nbrs) >= room {
 		return false
 	}
 	return b.meetLocked(l) != nil
