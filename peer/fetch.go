@@ -360,7 +360,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 	if err := x.accept(ctx, m, l, reply); err != nil {
 		return err
 	}
-	x.help(ctx, reply.Help)
+	x.help(ctx, min(reply.Help, maxBlobSize)) // whatever the home says
 	return nil
 }
 
@@ -368,9 +368,12 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 // a home that can help.
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
-	ask.Attempt, ask.Size, ask.Helped = x.w.Attempt, x.w.Size, x.fetched()
+	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
-	ask.Pass, ask.Idle, ask.More = !x.b.passFrom(m.Name, x.w.Registry), x.idle, x.more(m.Name)
+	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
+	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
+		ask.More, ask.Helped = x.more(m.Name), x.fetched()
+	}
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
 	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)

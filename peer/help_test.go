@@ -58,7 +58,7 @@ func TestWantsHelp(t *testing.T) {
 		}
 		runs := func(d time.Duration, pace int) { // this node gets bytes
 			for range int(d / second) {
-				time.Sleep(second)
+				time.Sleep(second) // of the bubble
 				b.moved(pace)
 			}
 		}
@@ -94,7 +94,7 @@ func TestWantsHelp(t *testing.T) {
 		want(false, homes[1], "r", 0, "it was in vain")
 		want(true, homes[1], "r2", 0, "of another registry")
 		b.helper = helper{}
-		time.Sleep(helpMemory + second)
+		time.Sleep(helpMemory + second) // of the bubble
 		b.upSince, b.upBytes = time.Now().Add(-10*second), 10*rate
 		want(true, homes[1], "r", 0, "long after")
 		b.missing = 4 * rate / int(b.pieceSize)
