@@ -42,6 +42,7 @@ type Agent struct {
 	imported    []hostsconfig.Imported // what upstream was last told; set by New, then by importsChanged alone
 	swarm       *swarm                 // nil: alone
 	pins        *pins
+	replicas    *replicas
 	audit       *auditLog    // nil: none
 	self        *http.Client // to this agent's own proxy
 	recent      recentPulls
@@ -71,6 +72,7 @@ type options struct {
 	wedge func(*http.Request) // see WithBefore
 	watch proxy.Watch         // tests make it impatient
 	pins  time.Duration       // see pinDelay
+	look  time.Duration       // see replicaInterval
 }
 
 // WithLogger sets the logger; without one the agent is silent.
@@ -87,7 +89,7 @@ func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedg
 // starts nothing. When it fails it takes back host configuration that an
 // earlier agent left behind: nobody will serve it now.
 func New(c Config, opts ...Option) (*Agent, error) {
-	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay}
+	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay, look: replicaInterval}
 	for _, opt := range opts {
 		opt(&o)
 	}
@@ -97,6 +99,7 @@ func New(c Config, opts ...Option) (*Agent, error) {
 	}
 	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now(),
 		importing: make(chan struct{}, 1)}
+	a.replicas = newReplicas(a, o.look)
 	a.events = newEvents(a.sample, a.Status, o.log)
 	if err := a.open(o); err != nil {
 		RemoveLeftovers(c, o.log)
@@ -137,6 +140,7 @@ func (a *Agent) open(o options) error {
 	if err = a.openPins(o.pins); err != nil {
 		return err
 	}
+	a.registry.MustRegister(a.replicas)
 	a.counters.MustRegister(a.proxy.ServedBytes(), a.cache.FetchedBytes())
 	if a.swarm != nil {
 		a.counters.MustRegister(a.swarm.UploadedBytes())
@@ -267,6 +271,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	p.start("watchdog", a.proxy.Run)
 	p.start("proxy", func(ctx context.Context) error { return a.proxy.Serve(ctx, a.listeners.proxy) })
 	p.start("pins", a.pins.Run)
+	if a.swarm != nil && a.replicas.others > 0 {
+		p.start("replicas", a.replicas.Run)
+	}
 	if a.hosts != nil {
 		p.start("hosts", a.runHosts)
 	}

@@ -25,10 +25,12 @@ type Status struct {
 	Ready   bool      `json:"ready"`
 	Checks  []Check   `json:"checks"`
 
-	Cache CacheStatus  `json:"cache"`
-	Pins  PinsStatus   `json:"pins"`
-	Pulls []proxy.Pull `json:"pulls"` // on their way to a runtime, oldest first
-	Fills []FillStatus `json:"fills"` // on their way to this node's disk, oldest first
+	Cache CacheStatus `json:"cache"`
+	Pins  PinsStatus  `json:"pins"`
+	// Replicas is about what would be lost with this node.
+	Replicas ReplicasStatus `json:"replicas"`
+	Pulls    []proxy.Pull   `json:"pulls"` // on their way to a runtime, oldest first
+	Fills    []FillStatus   `json:"fills"` // on their way to this node's disk, oldest first
 	// Served are bytes to runtimes by X-Larder-Source, Fetched are bytes by
 	// where they came from ("upstream", "peer"); both since the start.
 	Served   map[string]int64 `json:"served_bytes"`
@@ -282,6 +284,14 @@ type PinsStatus struct {
 	States  map[string]int `json:"states"`
 	Problem string         `json:"problem,omitempty"`
 	Trouble []Pin          `json:"trouble"` // those with an Error, at most 20
+}
+
+// ReplicasStatus says how much of what this node has is on too few nodes.
+type ReplicasStatus struct {
+	Wanted  int    `json:"wanted"`            // cache.replicas
+	Lacking int    `json:"lacking"`           // blobs and tags that fewer nodes have
+	Made    int64  `json:"made"`              // copies that others keep because this node asked, since its start
+	Problem string `json:"problem,omitempty"` // why the last thing could not be copied
 }
 
 // ImportEvent is one line of the answer of POST /api/v1/import, whose body is an archive.

@@ -59,6 +59,7 @@ type CacheConfig struct {
 	MaxBytes      cache.Limit   `key:"max_bytes" default:"20%" help:"most the cache may hold: bytes (50GiB) or a share of the file system (20%)"`
 	MinFree       cache.Limit   `key:"min_free" default:"20%" help:"never leave the file system with less free: bytes or a share"`
 	ScrubInterval time.Duration `key:"scrub_interval" default:"24h" help:"how often every blob is hashed again; 0 = never"`
+	Replicas      int           `key:"replicas" default:"2" help:"nodes that are to have each blob and tag that one of them pulled, so that it outlives a node; 1 = make no copies"`
 	Pins          []string      `key:"pins" default:"" help:"images that this node always keeps, for its own platform, whatever becomes of their registry"`
 }
 

@@ -127,7 +127,6 @@ func TestConfiguredPin(t *testing.T) {
 	}
 	a.config.Upstream.TagTTL = 0
 	before := reg.Count(registrytest.Match{})
-	a.proxy.RememberTags(t.Context())
 	if err := a.again(t, pinnedName); err != nil || reg.Count(registrytest.Match{})-before > 1 {
 		t.Errorf("%v, %d requests to look again", err, reg.Count(registrytest.Match{})-before)
 	}

@@ -45,13 +45,13 @@ func (a *Agent) runtimeSourced(d digest.Digest, registry string) {
 	a.cache.Meta().AddGiver(d, proxy.RuntimeGiver(registry))
 }
 
-// keep says what a blob is worth to the cache: one that containerd holds too
-// is the first to go, one that no other node holds the last.
+// keep says what a blob is worth to the cache: one that containerd holds too is the
+// first to go, one that would be missed if this node were lost the last.
 func (a *Agent) keep(d digest.Digest) cache.KeepHint {
 	switch {
 	case a.inRuntime(d):
 		return cache.EvictFirst
-	case a.swarm.lastCopy(d):
+	case a.swarm.few(d, max(a.replicas.others, 1)):
 		return cache.EvictLast
 	}
 	return cache.Normal

@@ -26,6 +26,7 @@ func (a *Agent) Status() Status {
 			Limit: stats.Limit, Free: stats.Free, MinFree: stats.MinFree,
 		},
 		Pins:      a.pinsStatus(),
+		Replicas:  a.replicas.status(),
 		Pulls:     append([]proxy.Pull{}, a.proxy.Pulls()...),
 		Fills:     a.fills(),
 		Served:    totals.Served,

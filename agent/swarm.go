@@ -89,8 +89,16 @@ func (s *swarm) Run(ctx context.Context) error {
 			return ctx.Err() == nil
 		})
 	}
-	s.agent.proxy.RememberTags(ctx)
+	s.rememberTags()
 	return s.Swarm.Run(ctx)
+}
+
+func (s *swarm) rememberTags() {
+	for r, tags := range s.agent.proxy.Tags() {
+		for _, tag := range tags {
+			s.Remember(upstream.Target{Registry: r.Registry, Repository: r.Name}, tag)
+		}
+	}
 }
 
 // Fetch fills f from the swarm: the proxy's way to other nodes.
@@ -215,6 +223,11 @@ func (o swarmOrigin) Admit(ctx context.Context, w peer.Want) error {
 
 // Reaches reports whether this node gets connections to the registry.
 func (o swarmOrigin) Reaches(registry string) bool { return o.agent.upstream.Reaches(registry) }
+
+// Keep fetches what another node asks this one to keep.
+func (o swarmOrigin) Keep(ctx context.Context, c peer.Copy) error {
+	return refusalOf(o.agent.replicas.keep(ctx, c))
+}
 
 // refusalOf keeps, of a registry's own answer or an operator's, what another node needs
 // to give the same answer to its client.
@@ -351,8 +364,10 @@ func (a *Agent) runtimeRemoved(d digest.Digest) {
 	}
 }
 
-// lastCopy reports whether no other node is known to hold d.
-func (s *swarm) lastCopy(d digest.Digest) bool { return s != nil && len(s.Holders(d)) == 0 }
+// few reports whether fewer other nodes than that are known to hold d.
+func (s *swarm) few(d digest.Digest, others int) bool {
+	return s != nil && s.Others(peer.Copy{Want: peer.Want{Digest: d}}) < others
+}
 
 // check waits, for readiness, until the first attempt to join was made; a lone
 // node is ready whatever came of it.

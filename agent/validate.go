@@ -132,8 +132,14 @@ func (v *validator) cache(c CacheConfig) {
 		v.bad("cache.min_free", c.MinFree.String(), "would leave no room for a single blob; use 20%%")
 	}
 	v.notNegative("cache.scrub_interval", c.ScrubInterval)
+	if c.Replicas < 1 || c.Replicas > maxReplicas {
+		v.bad("cache.replicas", strconv.Itoa(c.Replicas), "want 1 (no copies) to %d", maxReplicas)
+	}
 	v.pins(c.Pins)
 }
+
+// maxReplicas is below the number of holders that are told of in the index.
+const maxReplicas = 8
 
 func (v *validator) pins(names []string) {
 	if len(names) > cache.MaxPins {

@@ -19,6 +19,7 @@ const (
 	methodMay
 	methodDelta
 	methodSnapshot
+	methodKeep
 )
 
 // Statuses of answers.
@@ -143,6 +144,8 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a joinAsk) (joinReply, error) { return s.joined(ctx, l, a) })
 	case methodPermit:
 		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
+	case methodKeep:
+		return answerAs(c.body, func(a Copy) (struct{}, error) { return s.keeps(ctx, a) })
 	}
 	switch c.method {
 	case methodResolve, methodMay:

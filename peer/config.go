@@ -205,6 +205,9 @@ type Origin interface {
 	// Reaches reports, at once, whether the node gets connections to a registry, as far
 	// as it tried lately. A home that does not leaves it to the next one to try.
 	Reaches(registry string) bool
+	// Keep fetches a copy of what another node has, or may be about to lose, and returns
+	// once it is here. An error makes the asker turn to somebody else.
+	Keep(ctx context.Context, c Copy) error
 }
 
 // Sink takes a blob from upstream. It is the fill seen through the swarm:

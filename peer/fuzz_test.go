@@ -142,6 +142,8 @@ func FuzzQuestions(f *testing.F) {
 	}
 	f.Add(methodResolve, marshal(Reference{Registry: "r", Repository: "a", Tag: "v1", Accept: []string{"x"}}))
 	f.Add(methodMay, marshal(Reference{Registry: "r", Repository: "a", Tag: held.String(), Blob: true, Node: true}))
+	f.Add(methodKeep, marshal(Copy{Want: Want{Digest: missed, Registry: "r", Repository: "a", Size: 7}, Idle: time.Hour}))
+	f.Add(methodKeep, marshal(Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1"}))
 	f.Add(methodDelta, make([]byte, 12))
 	f.Add(methodSnapshot, pageAsk{pageMembers, 0}.append(nil))
 	f.Add(methodSnapshot, pageAsk{pageShards, 3}.append(nil))
@@ -173,6 +175,8 @@ func readable(method byte, question, got []byte) bool {
 		err = call{body: got}.into(&permitReply{}, "")
 	case methodResolve:
 		err = call{body: got}.into(&Descriptor{}, "")
+	case methodKeep:
+		err = call{body: got}.into(&struct{}{}, "")
 	case methodDelta:
 		_, err = parseDelta(got)
 	case methodSnapshot:

@@ -40,6 +40,7 @@ type testNode struct {
 	tag    func() (Descriptor, error)                 // what Resolve says; nil = the tag's own digest
 	taint  func(d digest.Digest, p []byte, off int64) // changes what peers read
 	admit  func(Want) error                           // nil = everybody
+	keep   func(Copy) error                           // nil = nothing
 	gives  func(registry string) bool                 // nil = to everybody
 }
 
@@ -387,6 +388,14 @@ func (n *testNode) Admit(_ context.Context, w Want) error {
 func (n *testNode) Reaches(string) bool {
 	since := n.tries.Load()
 	return since == 0 || time.Since(time.Unix(0, since)) < 1500*time.Millisecond
+}
+
+// Keep takes whatever it is asked to.
+func (n *testNode) Keep(_ context.Context, c Copy) error {
+	if n.keep == nil {
+		return errors.New("keeps nothing")
+	}
+	return n.keep(c)
 }
 
 func (n *testNode) Gives(_ digest.Digest, registry string) bool {

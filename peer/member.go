@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -257,6 +258,17 @@ func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member 
 		}
 	}
 	return v.homes(k, zone, zoned, without)
+}
+
+// homeBut is the best home that is not in without; nil if there is none.
+func (r *roster) homeBut(k key, zone string, zoned bool, without map[string]bool) *Member {
+	fallen := r.fallenAway()
+	without = maps.Clone(without)
+	maps.Copy(without, fallen)
+	if homes := r.view.Load().homes(k, zone, zoned, without); len(homes) > 0 {
+		return homes[0]
+	}
+	return nil
 }
 
 // fallenAway is who cannot be reached now; nil if nobody.

@@ -103,6 +103,34 @@ func (c *Cache) Room() (int64, error) {
 	return max(room, 0), nil
 }
 
+// Welcome reports whether a blob of n bytes that was last used then would take the place
+// of nothing that was used later, nor of what is hinted to be evicted last.
+func (c *Cache) Welcome(n int64, used time.Time) bool {
+	total, free, err := c.space()
+	if err != nil {
+		return false
+	}
+	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
+	c.mu.Lock()
+	room := free - c.unbacked - minFree
+	if limit > 0 {
+		room = min(room, limit-c.used)
+	}
+	c.mu.Unlock()
+	if room >= n {
+		return true
+	}
+	for _, b := range c.oldest(false) {
+		if room >= n || b.used >= used.Unix() {
+			break
+		}
+		if c.opts.Keep == nil || c.opts.Keep(b.digest) != EvictLast {
+			room += b.size
+		}
+	}
+	return room >= n
+}
+
 // reserve makes room for a fill of n bytes, or returns ErrNoRoom, having
 // evicted nothing if that could not have helped. The caller says with backed
 // when the file system has set the bytes aside.

@@ -92,7 +92,7 @@ func (m *Meta) SetTag(r Repository, tag string, t Tag) {
 }
 
 // WalkTags calls f with every tag that is remembered, until it returns false; what
-// was remembered in the last seconds may be left out.
+// was remembered in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
 	m.db.walk(bucketTags, func(k []byte) bool {
 		parts := strings.Split(string(k), "\x00")
@@ -168,6 +168,15 @@ func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispe
 func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok bool) {
 	v, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))
 	return digest.Digest(v), ok
+}
+
+// WalkMembers calls f with all that was seen in some repository, until it returns false;
+// what was seen in the last seconds may be left out. f must not call the Meta.
+func (m *Meta) WalkMembers(f func(r Repository, d digest.Digest) bool) {
+	m.db.walk(bucketMembers, func(k []byte) bool {
+		parts := strings.Split(string(k), "\x00")
+		return len(parts) != 3 || f(Repository{Registry: parts[0], Name: parts[1]}, digest.Digest(parts[2]))
+	})
 }
 
 // AnyGiver is the giver of what anybody is known to have given.

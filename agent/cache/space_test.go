@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -119,6 +120,44 @@ func TestEvictionOrder(t *testing.T) {
 				t.Errorf("%+v", s)
 			}
 		})
+	}
+}
+
+// TestWelcome: a blob is welcome where nothing goes for it that was used later, is pinned,
+// or is to go last.
+func TestWelcome(t *testing.T) {
+	now := time.Now()
+	last := map[digest.Digest]bool{}
+	c := start(t, Options{MaxBytes: Bytes(10 * kib), Keep: func(d digest.Digest) KeepHint {
+		if last[d] {
+			return EvictLast
+		}
+		return Normal
+	}})
+	all := fillUp(t, c, 8, kib)
+	c.mu.Lock()
+	for i, d := range all { // used 8, 7... 1 hours ago
+		c.blobs[d].used = now.Add(-time.Duration(8-i) * time.Hour).Unix()
+	}
+	c.mu.Unlock()
+	last[all[1]] = true
+	c.Pin(all[2])
+	for _, tt := range []struct {
+		n    int64
+		ago  time.Duration
+		want bool
+	}{
+		{2 * kib, 100 * time.Hour, true}, // there is room
+		{2*kib + 1, 8 * time.Hour, false},
+		{3 * kib, 7 * time.Hour, true}, // the oldest goes
+		{3*kib + 1, 5*time.Hour + time.Minute, false},
+		{4 * kib, 4*time.Hour + time.Minute, true}, // and the fourth
+		{8 * kib, 0, true},
+		{8*kib + 1, 0, false},
+	} {
+		if got := c.Welcome(tt.n, now.Add(-tt.ago)); got != tt.want {
+			t.Errorf("%d bytes, used %v ago: %v", tt.n, tt.ago, got)
+		}
 	}
 }
 

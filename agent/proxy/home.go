@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -166,6 +167,37 @@ func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
 	return err == nil && a.belongs(keyOf(t, d))
 }
 
+// Keep brings a blob here for others, as far as this node may have it by itself: t has no
+// client's credential, and unlike for Admit nobody's word stands for a verdict. It returns
+// once the blob is committed.
+func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, size int64) error {
+	acc, err := p.homeAccess(t)
+	if err == nil && !acc.allowed {
+		err = p.look(ctx, &acc, kind, d)
+	}
+	if err != nil && !errors.Is(err, ErrImported) {
+		return err
+	}
+	if p.Listed(t, d) == 0 {
+		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
+	}
+	c, err := p.openCache(ctx, t, d, kind)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := p.cache.Settled(ctx, d); err != nil {
+		return err
+	}
+	if !p.cache.Has(d) {
+		return fmt.Errorf("keep %s: %w", d, errNotKept)
+	}
+	return nil
+}
+
+// errNotKept is what became of a fill that nobody else heard the end of.
+var errNotKept = errors.New("it could not be had, or not be stored")
+
 // Admit reports, as home of a blob, whether another node's caller may read the
 // repository: nil is yes. What the repository's home has found out before costs the
 // registry nothing.
@@ -174,19 +206,26 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	if err != nil || acc.allowed {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, admitPatience)
-	defer cancel()
-	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
-	err = p.swarm.May(ctx, t, q)
-	p.auth.learn(&acc, q, err)
+	err = p.look(ctx, &acc, kind, d)
 	if errors.Is(err, ErrImported) {
 		return nil
 	}
-	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc, q.Reference)) {
+	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc, d.String())) {
 		// On a bad network nobody may know in time. Then the asker's word that the
 		// registry shows the repository to anyone counts: who refused it would drive
 		// every node to the registry.
 		return nil
 	}
+	return err
+}
+
+// look asks the repository's home whether what acc stands for may read the repository
+// that d is in, as another node says.
+func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
+	ctx, cancel := context.WithTimeout(ctx, admitPatience)
+	defer cancel()
+	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
+	err := p.swarm.May(ctx, acc.target, q)
+	p.auth.learn(acc, q, err)
 	return err
 }

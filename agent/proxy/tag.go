@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -280,12 +282,26 @@ func (p *Proxy) keepTag(key tagKey, tag cache.Tag) {
 	}
 }
 
-// RememberTags tells the swarm of all tags that are known here, at the start.
-func (p *Proxy) RememberTags(ctx context.Context) {
+// Tags lists what tags are known here, but for those of the last seconds.
+func (p *Proxy) Tags() map[cache.Repository][]string {
+	tags := map[cache.Repository][]string{}
 	p.cache.Meta().WalkTags(func(r cache.Repository, tag string) bool {
-		p.swarm.Remember(upstream.Target{Registry: r.Registry, Repository: r.Name}, strings.TrimSuffix(tag, notListed))
-		return ctx.Err() == nil
+		if tag = strings.TrimSuffix(tag, notListed); !slices.Contains(tags[r], tag) {
+			tags[r] = append(tags[r], tag)
+		}
+		return true
 	})
+	return tags
+}
+
+// KnownTag is what a tag stood for when this node heard of it last.
+func (p *Proxy) KnownTag(r cache.Repository, tag string) (digest.Digest, bool) {
+	for _, stored := range []string{tag, tag + notListed} {
+		if known, ok := p.cache.Meta().Tag(r, stored); ok {
+			return known.Descriptor.Digest, true
+		}
+	}
+	return "", false
 }
 
 func (k tagKey) target() upstream.Target {

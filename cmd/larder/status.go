@@ -61,6 +61,9 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	if s.Pins.Images > 0 {
 		facts.row("pins", pinsLine(st, s.Pins))
 	}
+	if s.Replicas.Wanted > 1 && len(s.Members) > 1 {
+		facts.row("replicas", replicasLine(st, s.Replicas))
+	}
 	facts.row("served", bySource(s.Served))
 	facts.row("fetched", bySource(s.Fetched))
 	if s.Uploaded > 0 {
@@ -94,6 +97,18 @@ func cacheLine(c agent.CacheStatus) string {
 		line += " of at most " + size(c.Limit)
 	}
 	return fmt.Sprintf("%s; %s free on %s", line, size(c.Free), c.Dir)
+}
+
+// replicasLine says what would be lost with this node.
+func replicasLine(st style, r agent.ReplicasStatus) string {
+	if r.Lacking == 0 {
+		return fmt.Sprintf("what is here is on %d nodes or more", r.Wanted)
+	}
+	line := st.warn(fmt.Sprintf("%d blobs and tags are on fewer than %d nodes", r.Lacking, r.Wanted))
+	if r.Problem != "" {
+		line += ": " + r.Problem
+	}
+	return line
 }
 
 // bySource is "1.0 GiB disk, 3.2 MiB upstream", largest first.

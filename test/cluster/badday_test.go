@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -403,4 +405,38 @@ func TestLateJoinerWithoutRegistry(t *testing.T) {
 		t.Error("the registry was never asked; nothing was tested")
 	}
 	c.finish()
+}
+
+// TestNodeLost loses, for good, the one node that pulled or imported something: all of
+// that is on one more node by then, tags too, and the others start from it without a
+// registry.
+func TestNodeLost(t *testing.T) {
+	for name, bring := range map[string]func(c *cluster, n *node){
+		"pulled": func(c *cluster, n *node) { c.pull(n).wait(1) },
+		"imported": func(c *cluster, n *node) {
+			c.reg.Down()
+			if err := n.importTar(bytes.NewReader(c.bundle()), func(agent.ImportEvent) bool { return true }); err != nil {
+				c.t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newCluster(t, options{nodes: 4, uplink: 50 * mb, layers: []int64{5 * mb, 1 * mb, 200_000, 100_000, 20_000}, sent: 1})
+			only := c.nodes[0]
+			bring(c, only)
+			c.calm()
+			eventually(t, "all of it elsewhere too", func() error {
+				if s := only.status().Replicas; s.Lacking > 0 || s.Made == 0 {
+					return fmt.Errorf("%+v", s)
+				}
+				return nil
+			})
+			only.kill()
+			c.reg.Down()
+			c.awaitMembers()
+			c.pull(c.but(only)...).wait(1)
+			c.finish()
+		})
+	}
 }

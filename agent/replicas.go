@@ -1,0 +1,342 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/peer"
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+const (
+	// replicaInterval is how often a node looks what it alone has. What is so twice in a
+	// row is copied: of what a rollout brings, others have it by then.
+	replicaInterval = 20 * time.Second
+	// replicaBackoff is the first pause after nobody would keep something; it doubles up
+	// to replicaPatience, which is also how long a registry's no is believed.
+	replicaBackoff  = time.Minute
+	replicaPatience = time.Hour
+	// replicaRest is the longest pause after a copy. It is as long as the copy took, so
+	// that copying never takes more than half of the time.
+	replicaRest = time.Minute
+	// replicaWorkers is how many copies a node fetches for others at once.
+	replicaWorkers = 2
+)
+
+// replicas sees to it that what this node has is not lost with it: the blobs, and what
+// the tags stood for, that fewer nodes have than cache.replicas says. It asks others to
+// fetch them, and fetches what others ask it to. Nobody in particular is in charge of a
+// blob: all who have it ask the same others, who have it after the first.
+type replicas struct {
+	agent    *Agent
+	others   int // that are to have what this node has; 0 = none need
+	interval time.Duration
+	fetching chan struct{} // holds a token for each copy that is fetched for another node
+
+	mu      sync.Mutex // guards what is below; not held across calls
+	lone    map[digest.Digest]*lone
+	refused map[cache.Repository]time.Time // until when nobody is asked for its content
+	made    map[string]float64             // copies asked for, by result
+	problem error                          // why the last thing that was asked for could not be copied
+}
+
+// lone is what too few nodes have.
+type lone struct {
+	peer.Copy // without a Repository while none is known
+	due       time.Time
+	tries     int  // in vain
+	homeless  bool // no repository is known, or none that others may have it from
+}
+
+// Results of copies, as the metric names them.
+const (
+	replicaMade   = "made"
+	replicaFailed = "failed"
+)
+
+func newReplicas(a *Agent, interval time.Duration) *replicas {
+	return &replicas{
+		agent: a, others: a.config.Cache.Replicas - 1, interval: interval, fetching: make(chan struct{}, replicaWorkers),
+		lone: map[digest.Digest]*lone{}, refused: map[cache.Repository]time.Time{},
+		made: map[string]float64{replicaMade: 0, replicaFailed: 0},
+	}
+}
+
+// Run looks and asks until ctx ends.
+func (r *replicas) Run(ctx context.Context) error {
+	for pause(ctx, r.interval*9/10+rand.N(r.interval/5)) {
+		r.look(time.Now())
+		for _, one := range r.take(time.Now()) {
+			if !r.calm(ctx) {
+				break
+			}
+			if r.agent.swarm.Others(one) >= r.others {
+				continue // the next look finds so too
+			}
+			start := time.Now()
+			r.spread(ctx, one)
+			pause(ctx, min(time.Since(start), replicaRest))
+		}
+	}
+	return nil
+}
+
+// pause waits; it reports false once ctx has ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	wait := time.NewTimer(d)
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// calm waits until this node's runtime pulls nothing, which goes before copies.
+func (r *replicas) calm(ctx context.Context) bool {
+	for len(r.agent.proxy.Pulls()) > 0 {
+		if !pause(ctx, time.Second) {
+			break
+		}
+	}
+	return ctx.Err() == nil
+}
+
+// look finds out what too few nodes have now.
+func (r *replicas) look(now time.Time) {
+	found := r.find(now)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	maps.DeleteFunc(r.lone, func(d digest.Digest, _ *lone) bool { _, still := found[d]; return !still })
+	maps.DeleteFunc(r.refused, func(_ cache.Repository, until time.Time) bool { return now.After(until) })
+	for d, c := range found {
+		if known := r.lone[d]; known != nil {
+			known.Idle = c.Idle
+		} else {
+			r.lone[d] = &lone{Copy: c, due: now.Add(r.interval / 2)} // the next look decides
+		}
+	}
+}
+
+// find lists what too few nodes have, each under the name that the index has for it.
+func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
+	a, found := r.agent, map[digest.Digest]peer.Copy{}
+	note := func(c peer.Copy) {
+		if a.swarm.Others(c) < r.others {
+			found[c.Entry()] = c
+		}
+	}
+	a.cache.Walk(func(i cache.Info) bool {
+		note(peer.Copy{Want: peer.Want{Digest: i.Digest, Size: i.Size}, Idle: max(now.Sub(i.Used), 0)})
+		return true
+	})
+	if a.runtime != nil {
+		a.runtime.Walk(func(d digest.Digest, size int64) bool {
+			note(peer.Copy{Want: peer.Want{Digest: d, Size: size}})
+			return true
+		})
+	}
+	for repository, tags := range a.proxy.Tags() {
+		for _, tag := range tags {
+			c := peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag}
+			if d, known := a.proxy.KnownTag(repository, tag); known && (a.cache.Has(d) || a.inRuntime(d)) {
+				note(c)
+			}
+		}
+	}
+	return found
+}
+
+// take returns what is due, the smallest first: without its manifests no image starts.
+func (r *replicas) take(now time.Time) []peer.Copy {
+	r.mu.Lock()
+	due := map[digest.Digest]peer.Copy{}
+	for d, one := range r.lone {
+		if !now.Before(one.due) {
+			due[d] = one.Copy
+		}
+	}
+	r.mu.Unlock()
+	if len(due) == 0 {
+		return nil
+	}
+	r.locate(due)
+	return slices.SortedFunc(maps.Values(due), func(a, b peer.Copy) int {
+		return cmp.Or(cmp.Compare(a.Size, b.Size), cmp.Compare(a.Entry(), b.Entry()))
+	})
+}
+
+// locate completes copies of blobs with a repository that they may be asked for by, and
+// leaves out, until later, those that have none.
+func (r *replicas) locate(due map[digest.Digest]peer.Copy) {
+	places := map[digest.Digest][]cache.Repository{}
+	r.agent.cache.Meta().WalkMembers(func(repository cache.Repository, d digest.Digest) bool {
+		if c, in := due[d]; in && c.Tag == "" {
+			places[d] = append(places[d], repository)
+		}
+		return true
+	})
+	for d, c := range due {
+		candidates := places[d]
+		if c.Tag != "" {
+			candidates = []cache.Repository{{Registry: c.Registry, Name: c.Repository}}
+		}
+		i := slices.IndexFunc(candidates, func(place cache.Repository) bool { return r.mayAsk(place, c) })
+		if i < 0 {
+			delete(due, d)
+			r.setAside(d)
+			continue
+		}
+		_, c.Manifest = r.agent.cache.Meta().Manifest(d)
+		c.Registry, c.Repository = candidates[i].Registry, candidates[i].Name
+		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
+		due[d] = c
+	}
+}
+
+// mayAsk reports whether others could have what c names out of a repository.
+func (r *replicas) mayAsk(place cache.Repository, c peer.Copy) bool {
+	r.mu.Lock()
+	_, no := r.refused[place]
+	r.mu.Unlock()
+	return !no && r.agent.upstream.Policy(place.Registry).Allows(place.Name) &&
+		(c.Tag != "" || r.agent.proxy.Gives(c.Digest, place.Registry))
+}
+
+func (r *replicas) setAside(d digest.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if one := r.lone[d]; one != nil {
+		one.homeless, one.due = true, time.Now().Add(replicaPatience)
+	}
+}
+
+// spread asks others to keep one thing, and notes how that went.
+func (r *replicas) spread(ctx context.Context, c peer.Copy) {
+	_, err := r.agent.swarm.Keep(ctx, c, r.others)
+	if ctx.Err() != nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	one := r.lone[c.Entry()]
+	if one == nil {
+		return
+	}
+	if err == nil {
+		r.made[replicaMade]++
+		r.problem = nil
+		delete(r.lone, c.Entry()) // the index knows before the next look
+		return
+	}
+	r.made[replicaFailed]++
+	r.problem = err
+	one.due = time.Now().Add(min(replicaBackoff<<min(one.tries, 10), replicaPatience))
+	one.tries++
+	if no, ok := errors.AsType[*peer.Refusal](err); ok && refused(no.Status) {
+		r.refused[cache.Repository{Registry: c.Registry, Name: c.Repository}] = time.Now().Add(replicaPatience)
+	}
+}
+
+var (
+	errNoReplicas   = errors.New("cache.replicas has this node keep no copies for others")
+	errReplicasBusy = errors.New("this node fetches other things now")
+)
+
+// keep fetches what another node asks this one to keep, if that costs nothing that was
+// used later.
+func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
+	a := r.agent
+	if r.others < 1 {
+		return errNoReplicas
+	}
+	select {
+	case r.fetching <- struct{}{}:
+		defer func() { <-r.fetching }()
+	default:
+		return errReplicasBusy
+	}
+	if len(a.proxy.Pulls()) > 0 {
+		return errReplicasBusy
+	}
+	if c.Tag != "" {
+		return r.keepTag(ctx, c)
+	}
+	if (a.cache.Has(c.Digest) || a.inRuntime(c.Digest)) && a.proxy.Gives(c.Digest, c.Registry) {
+		return nil
+	}
+	if !a.cache.Welcome(c.Size, time.Now().Add(-c.Idle)) {
+		return fmt.Errorf("%d bytes: %w", c.Size, cache.ErrNoRoom)
+	}
+	t, kind := wanted(c.Want)
+	return a.proxy.Keep(ctx, t, kind, c.Digest, c.Size)
+}
+
+// replicaUserAgent marks what is asked so that this node remembers it for others.
+const replicaUserAgent = "larder-replica"
+
+// keepTag asks what a tag stands for, as a runtime would. This node remembers the answer.
+func (r *replicas) keepTag(ctx context.Context, c peer.Copy) error {
+	puller := Puller{Proxy: "http://" + r.agent.ProxyAddr(), Client: r.agent.self, UserAgent: replicaUserAgent}
+	_, err := puller.Resolve(ctx, Image{Registry: c.Registry, Repository: c.Repository, Reference: c.Tag})
+	if status := statusOf(err); refused(status) || status == http.StatusNotFound {
+		return &peer.Refusal{Status: status, Text: err.Error()}
+	}
+	return err
+}
+
+// status sums up for people.
+func (r *replicas) status() ReplicasStatus {
+	s := ReplicasStatus{Wanted: r.others + 1}
+	if r.agent.swarm == nil {
+		return s
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.Lacking, s.Made = r.lacking(), int64(r.made[replicaMade])
+	if r.problem != nil && s.Lacking > 0 {
+		s.Problem = r.problem.Error()
+	}
+	return s
+}
+
+// lacking counts what could be on more nodes. mu is held.
+func (r *replicas) lacking() (n int) {
+	for _, one := range r.lone {
+		if !one.homeless {
+			n++
+		}
+	}
+	return n
+}
+
+var (
+	loneDesc     = prometheus.NewDesc("larder_replicas_lacking", "Blobs and tags on this node that fewer nodes have than cache.replicas says.", nil, nil)
+	replicasDesc = prometheus.NewDesc("larder_replicas_total", "Copies that this node asked others to keep, by result.", []string{"result"}, nil)
+)
+
+// Describe and Collect tell Prometheus.
+func (r *replicas) Describe(descs chan<- *prometheus.Desc) {
+	descs <- loneDesc
+	descs <- replicasDesc
+}
+
+func (r *replicas) Collect(metrics chan<- prometheus.Metric) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	metrics <- prometheus.MustNewConstMetric(loneDesc, prometheus.GaugeValue, float64(r.lacking()))
+	for result, n := range r.made {
+		metrics <- prometheus.MustNewConstMetric(replicasDesc, prometheus.CounterValue, n, result)
+	}
+}

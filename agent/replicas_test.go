@@ -1,0 +1,231 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/peer"
+	"github.com/larder-cache/larder/test/registrytest"
+	"github.com/opencontainers/go-digest"
+)
+
+// impatient makes an agent copy what it alone has after half a second.
+func impatient(o *options) { o.look = 250 * time.Millisecond }
+
+// copied waits until an agent finds everything on enough nodes.
+func (r *running) copied(t *testing.T) {
+	t.Helper()
+	eventually(t, "copied", func() error {
+		if s := r.Status().Replicas; s.Made == 0 || s.Lacking > 0 {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+}
+
+// holding counts the nodes that have each of the blobs, manifests included.
+func holding(nodes []*running, img *registrytest.Image) map[digest.Digest]int {
+	count := map[digest.Digest]int{}
+	for _, n := range nodes {
+		for d := range img.Blobs {
+			if n.cache.Has(d) {
+				count[d]++
+			}
+		}
+		for _, m := range img.Manifests {
+			if n.cache.Has(m.Digest) {
+				count[m.Digest]++
+			}
+		}
+	}
+	return count
+}
+
+// TestReplicas: what one node pulled is on another too, tag and all, and the registry was
+// not asked for a byte of it twice. A copy that goes is made again, elsewhere.
+func TestReplicas(t *testing.T) {
+	reg, img, nodes := replicated(t, 4, 2)
+	first := nodes[0]
+	first.pull(t)
+	first.settle(t)
+	first.copied(t)
+	for d, n := range holding(nodes, img) {
+		if n < 2 {
+			t.Errorf("%d nodes have %s", n, d)
+		}
+	}
+	for d := range img.Blobs {
+		if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: d.String()}); n != 1 {
+			t.Errorf("%s was asked for %d times", d, n)
+		}
+	}
+	layer := img.Layers[0].Digest
+	for _, n := range nodes[1:] {
+		if n.cache.Has(layer) {
+			if err := n.cache.Remove(layer); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	eventually(t, "copied again", func() error {
+		if n := holding(nodes, img)[layer]; n < 2 {
+			return fmt.Errorf("%d have it", n)
+		}
+		return nil
+	})
+	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: layer.String()}); n != 1 {
+		t.Errorf("the layer was asked for %d times", n)
+	}
+}
+
+// replicated is a cluster with an image that nobody has, and a setting of cache.replicas.
+func replicated(t *testing.T, nodes, replicas int) (*registrytest.Server, *registrytest.Image, []*running) {
+	t.Helper()
+	var c Config
+	reg, img := startRegistry(t, &c)
+	next := clusterConfigs(t, c.Registries...)
+	return reg, img, startCluster(t, nodes, func() Config {
+		c := next()
+		c.Cache.Replicas = replicas
+		return c
+	}, impatient)
+}
+
+// TestNoReplicas: with 1 no node makes any, nor keeps any for others.
+func TestNoReplicas(t *testing.T) {
+	_, img, nodes := replicated(t, 2, 1)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	c := peer.Copy{Want: peer.Want{Digest: img.Layers[0].Digest, Registry: testImage.Registry, Repository: testImage.Repository}}
+	if _, err := nodes[0].swarm.Keep(t.Context(), c, 1); err == nil && !nodes[1].cache.Has(c.Digest) || err != nil && !strings.Contains(err.Error(), errNoReplicas.Error()) {
+		t.Errorf("asked to keep a copy: %v", err)
+	}
+	if s := nodes[0].Status().Replicas; s.Wanted != 1 || s.Made+int64(s.Lacking) != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestPrivateReplicas: a copy is no way round a registry. What only a client's credential
+// opens is not copied, and the node that has it says so and leaves the registry alone;
+// what the nodes' own credentials open is.
+func TestPrivateReplicas(t *testing.T) {
+	for name, own := range map[string]bool{"by a client's credential": false, "by the node's own": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPrivate(t, registrytest.Basic, 3, func(c *Config) {
+				if own {
+					file := filepath.Join(t.TempDir(), "config.json")
+					replace(t, file, `{"auths":{"`+testRegistry+`":{"username":"ann","password":"HUSH-ann"}}}`)
+					c.Registries = []upstream.Registry{{Host: testRegistry, Upstreams: c.Registries[0].Upstreams, Auth: "node", CredentialsFile: file}}
+				}
+			}, impatient)
+			first, img := p.nodes[0], p.images[repoA]
+			p.pull(0, ann, repoA)
+			before := holding(p.nodes, img)
+			if own {
+				first.copied(t)
+				for d, n := range holding(p.nodes, img) {
+					if n < 2 {
+						t.Errorf("%d nodes have %s", n, d)
+					}
+				}
+				return
+			}
+			eventually(t, "refused", func() error {
+				if s := first.Status().Replicas; s.Lacking == 0 || !strings.Contains(s.Problem, "401") {
+					return fmt.Errorf("%+v", s)
+				}
+				return nil
+			})
+			p.reg.ResetCounts()
+			time.Sleep(2 * time.Second)
+			if n := p.reg.Count(registrytest.Match{}); n > 0 {
+				t.Errorf("the registry was asked %d times more", n)
+			}
+			for d, n := range holding(p.nodes, img) {
+				if n != before[d] {
+					t.Errorf("%s: %d nodes have it, %d had it", d, n, before[d])
+				}
+			}
+		})
+	}
+}
+
+// TestKeepRefuses: a node does not take a copy when it has better to do, or no room but
+// what was used later.
+func TestKeepRefuses(t *testing.T) {
+	_, img, nodes := replicated(t, 2, 2)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	r := nodes[1].replicas
+	c := peer.Copy{Want: peer.Want{Digest: img.Layers[0].Digest, Registry: testImage.Registry, Repository: testImage.Repository, Size: img.Layers[0].Size}}
+	huge := c
+	huge.Digest, huge.Size = digest.FromString("huge"), 1<<50
+	if err := r.keep(t.Context(), huge); !errors.Is(err, cache.ErrNoRoom) {
+		t.Errorf("a petabyte: %v", err)
+	}
+	for range replicaWorkers {
+		r.fetching <- struct{}{}
+	}
+	if err := r.keep(t.Context(), c); !errors.Is(err, errReplicasBusy) {
+		t.Errorf("while busy: %v", err)
+	}
+	for range replicaWorkers {
+		<-r.fetching
+	}
+	if err := r.keep(t.Context(), c); err != nil || !nodes[1].cache.Has(c.Digest) {
+		t.Errorf("at last: %v", err)
+	}
+}
+
+// TestReplicasInAnOutage: while the registry cannot be asked a node keeps what was public
+// for others, and nobody's word opens what is private.
+func TestReplicasInAnOutage(t *testing.T) {
+	for repo, who := range map[string]caller{repoB: bob, repoC: nobody} {
+		t.Run(repo, func(t *testing.T) {
+			t.Parallel()
+			p := newPrivate(t, registrytest.Basic, 4, nil)
+			for _, q := range questions(repo, p.images[repo]) {
+				p.ask(p.at(0), q, who.auth(p, repo))
+			}
+			p.nodes[0].settle(t)
+			for d := range p.images[repo].Blobs {
+				for _, n := range p.nodes[1:] {
+					if !p.nodes[0].cache.Has(d) {
+						continue // not among the questions
+					}
+					eventually(t, "told of", func() error {
+						if !n.swarm.Holds(d) && !n.cache.Has(d) {
+							return errors.New("nobody else holds it")
+						}
+						return nil
+					})
+				}
+			}
+			p.reg.Down()
+			kept := 0
+			for d, b := range p.images[repo].Blobs {
+				c := peer.Copy{Want: peer.Want{Digest: d, Registry: testRegistry, Repository: repo, Size: b.Size()}}
+				for _, n := range p.nodes[1:] {
+					if n.cache.Has(d) || !p.nodes[0].cache.Has(d) {
+						continue
+					}
+					err := n.replicas.keep(t.Context(), c)
+					if open := repo == repoC; (err == nil) != open || n.cache.Has(d) != open {
+						t.Errorf("%s on %s: %v, here: %v", d, n.nodeName(), err, n.cache.Has(d))
+					}
+					kept++
+				}
+			}
+			if kept == 0 {
+				t.Error("every node had all of it; nothing was tested")
+			}
+		})
+	}
+}

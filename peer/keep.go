@@ -1,0 +1,138 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// What one node alone has is lost with that node. So it asks others to have it too:
+// those that would be asked for it, the homes, first.
+
+const (
+	// keepTime is how long a member may take to fetch what it was asked to keep. It
+	// goes on with what takes longer.
+	keepTime = 2 * time.Minute
+	// maxIdle bounds what a member says of how long something was not used.
+	maxIdle = 10 * 365 * 24 * time.Hour
+)
+
+// Copy is what a node asks another one to keep: a blob, or what a tag stands for. No
+// client's credential goes with it: whoever keeps it must be let read it himself.
+type Copy struct {
+	Want
+	// Tag is asked for instead of a blob if it is not "".
+	Tag string `json:",omitempty"`
+	// Idle is how long ago the asker used it last.
+	Idle time.Duration `json:",omitempty"`
+}
+
+// Entry is the digest under which the index knows who has it.
+func (c Copy) Entry() digest.Digest {
+	if c.Tag != "" {
+		return c.reference().entry()
+	}
+	return c.Digest
+}
+
+// home decides who is asked to keep it.
+func (c Copy) home() (key, error) {
+	if c.Tag != "" {
+		return c.reference().home(), nil
+	}
+	return parseKey(c.Digest.String())
+}
+
+func (c Copy) reference() Reference {
+	return Reference{Registry: c.Registry, Repository: c.Repository, Tag: c.Tag, Node: c.Node}
+}
+
+// ErrNobody means that no other member may be asked.
+var ErrNobody = errors.New("no other node may be a home")
+
+// Others counts the members beside this one that, by the index, have what c names.
+func (s *Swarm) Others(c Copy) int { return len(s.others(c)) }
+
+func (s *Swarm) others(c Copy) (names []string) {
+	k, err := parseKey(c.Entry().String())
+	if err != nil {
+		return nil
+	}
+	for _, name := range s.index.holders(prefixOf(k), s.cfg.Zone, maxHolders) {
+		if m, live := s.roster.get(name); live && name != s.self.Name && (!s.cfg.ZoneScope || m.Zone == s.cfg.Zone) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// Keep asks members, one after the other, to keep what this node has, until others that
+// have it are as many as wanted. It returns how many are then, and why not more. What is
+// asked of a member that is still fetching after two minutes counts as kept.
+func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err error) {
+	ctx, stop, err := s.enter(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer stop()
+	home, err := c.home()
+	if err != nil {
+		return 0, err
+	}
+	c.Authorization = ""
+	passed := map[string]bool{s.self.Name: true}
+	for _, name := range s.others(c) {
+		passed[name] = true
+		others++
+	}
+	err = ErrNobody
+	for range maxAsked {
+		if others >= wanted {
+			return others, nil
+		}
+		m := s.roster.homeBut(home, s.cfg.Zone, s.cfg.ZoneScope, passed)
+		if m == nil {
+			break
+		}
+		passed[m.Name] = true
+		switch failed := s.askToKeep(ctx, m, c); {
+		case failed == nil:
+			others++
+		case ctx.Err() != nil:
+			return others, ctx.Err()
+		default:
+			s.log.Debug("member does not keep a copy", "peer", m.Node, "digest", c.Entry(), "err", failed)
+			err = failed
+		}
+	}
+	if others >= wanted {
+		return others, nil
+	}
+	return others, err
+}
+
+func (s *Swarm) askToKeep(ctx context.Context, m *Member, c Copy) error {
+	wait, cancel := context.WithTimeout(ctx, keepTime)
+	defer cancel()
+	_, err := s.askMember(wait, m, methodKeep, c, new(struct{}))
+	if err != nil && wait.Err() != nil && ctx.Err() == nil {
+		return nil
+	}
+	return err
+}
+
+// keeps answers who asks this node to keep something.
+func (s *Swarm) keeps(ctx context.Context, c Copy) (struct{}, error) {
+	if c.Idle < 0 || c.Idle > maxIdle || c.Size < 0 || c.Size > maxBlobSize {
+		return struct{}{}, errWire
+	}
+	if _, err := c.home(); err != nil {
+		return struct{}{}, err
+	}
+	c.Authorization = ""
+	ctx, cancel := context.WithTimeout(ctx, keepTime)
+	defer cancel()
+	return struct{}{}, s.cfg.Origin.Keep(ctx, c)
+}
