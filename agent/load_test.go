@@ -22,7 +22,7 @@ var update = flag.Bool("update", false, "rewrite golden files and the README's c
 var contractDefaults = map[string]string{
 	"log.level": "info", "log.format": "text",
 	"proxy.listen": "127.0.0.1:5050", "proxy.allow_remote": "false", "proxy.default_registry": "", "proxy.first_byte_budget": "5s",
-	"cache.dir": "/var/lib/larder", "cache.max_bytes": "20%", "cache.min_free": "20%", "cache.scrub_interval": "24h",
+	"cache.dir": "/var/lib/larder", "cache.max_bytes": "20%", "cache.min_free": "20%", "cache.scrub_interval": "24h", "cache.replicas": "2",
 	"upstream.tag_ttl": "10s", "upstream.max_bytes_per_second": "0", "upstream.streams_per_blob": "4",
 	"peer.enabled": "true", "peer.name": "", "peer.gossip": ":5052", "peer.data": ":5051", "peer.advertise": "", "peer.join": "",
 	"peer.key_file": "", "peer.zone": "", "peer.home": "true", "peer.upstream_scope": "cluster",

@@ -22,6 +22,12 @@ const (
 	// replicaInterval is how often a node looks what it alone has. What is so twice in a
 	// row is copied: of what a rollout brings, others have it by then.
 	replicaInterval = 20 * time.Second
+	// replicaFresh is how long ago something was used at most to be news, of which there
+	// may be no copy yet. What is older had its copy: the node with that is likely
+	// restarting, and comes back with it. Else a new version of the agent, rolled out node
+	// by node, would have each copy everything that the one before it holds.
+	replicaFresh = 2 * time.Minute
+	replicaGrace = 10 * time.Minute
 	// replicaBackoff is the first pause after nobody would keep something; it doubles up
 	// to replicaPatience, which is also how long a registry's no is believed.
 	replicaBackoff  = time.Minute
@@ -123,9 +129,13 @@ func (r *replicas) look(now time.Time) {
 	for d, c := range found {
 		if known := r.lone[d]; known != nil {
 			known.Idle = c.Idle
-		} else {
-			r.lone[d] = &lone{Copy: c, due: now.Add(r.interval / 2)} // the next look decides
+			continue
 		}
+		wait := replicaGrace
+		if c.Idle < replicaFresh {
+			wait = r.interval / 2 // the next look decides
+		}
+		r.lone[d] = &lone{Copy: c, due: now.Add(wait)}
 	}
 }
 
@@ -137,21 +147,20 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 			found[c.Entry()] = c
 		}
 	}
+	if a.runtime != nil {
+		a.runtime.Walk(func(d digest.Digest, size int64) bool {
+			note(peer.Copy{Want: peer.Want{Digest: d, Size: size}, Idle: replicaFresh})
+			return true
+		})
+	}
 	a.cache.Walk(func(i cache.Info) bool {
 		note(peer.Copy{Want: peer.Want{Digest: i.Digest, Size: i.Size}, Idle: max(now.Sub(i.Used), 0)})
 		return true
 	})
-	if a.runtime != nil {
-		a.runtime.Walk(func(d digest.Digest, size int64) bool {
-			note(peer.Copy{Want: peer.Want{Digest: d, Size: size}})
-			return true
-		})
-	}
 	for repository, tags := range a.proxy.Tags() {
 		for _, tag := range tags {
-			c := peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag}
-			if d, known := a.proxy.KnownTag(repository, tag); known && (a.cache.Has(d) || a.inRuntime(d)) {
-				note(c)
+			if d, checked, known := a.proxy.KnownTag(repository, tag); known && (a.cache.Has(d) || a.inRuntime(d)) {
+				note(peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag, Idle: max(now.Sub(checked), 0)})
 			}
 		}
 	}
@@ -218,7 +227,7 @@ func (r *replicas) setAside(d digest.Digest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if one := r.lone[d]; one != nil {
-		one.homeless, one.due = true, time.Now().Add(replicaPatience)
+		one.homeless, one.due = true, time.Now().Add(replicaGrace)
 	}
 }
 

@@ -50,7 +50,7 @@ func holding(nodes []*running, img *registrytest.Image) map[digest.Digest]int {
 // TestReplicas: what one node pulled is on another too, tag and all, and the registry was
 // not asked for a byte of it twice. A copy that goes is made again, elsewhere.
 func TestReplicas(t *testing.T) {
-	reg, img, nodes := replicated(t, 4, 2)
+	reg, img, nodes := replicated(t, 4, 2, impatient)
 	first := nodes[0]
 	first.pull(t)
 	first.settle(t)
@@ -84,8 +84,47 @@ func TestReplicas(t *testing.T) {
 	}
 }
 
+// TestReplicasWait: what was used a moment ago is copied when it is seen twice, what is
+// older when the node that has it had ten minutes to come back.
+func TestReplicasWait(t *testing.T) {
+	_, img, nodes := replicated(t, 2, 2)
+	r := newReplicas(nodes[0].Agent, time.Minute)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	for _, n := range nodes[1:] { // it may be home
+		for d := range img.Blobs {
+			if err := n.cache.Remove(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := nodes[0].cache.Meta().Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	one := peer.Copy{Want: peer.Want{Digest: img.Layers[0].Digest}}
+	for old, wait := range map[time.Duration]time.Duration{time.Minute: time.Minute / 2, 2 * replicaFresh: replicaGrace} {
+		eventually(t, "alone", func() error {
+			if n := nodes[0].swarm.Others(one); n > 0 {
+				return fmt.Errorf("%d others", n)
+			}
+			return nil
+		})
+		clear(r.lone)
+		now := time.Now().Add(old)
+		r.look(now)
+		for _, at := range []time.Duration{0, wait - time.Second} {
+			if due := r.take(now.Add(at)); len(due) > 0 {
+				t.Errorf("used %v ago: %d are due after %v", old, len(due), at)
+			}
+		}
+		if due := r.take(now.Add(wait)); len(due) == 0 {
+			t.Errorf("used %v ago: nothing is due after %v", old, wait)
+		}
+	}
+}
+
 // replicated is a cluster with an image that nobody has, and a setting of cache.replicas.
-func replicated(t *testing.T, nodes, replicas int) (*registrytest.Server, *registrytest.Image, []*running) {
+func replicated(t *testing.T, nodes, replicas int, opts ...Option) (*registrytest.Server, *registrytest.Image, []*running) {
 	t.Helper()
 	var c Config
 	reg, img := startRegistry(t, &c)
@@ -94,12 +133,12 @@ func replicated(t *testing.T, nodes, replicas int) (*registrytest.Server, *regis
 		c := next()
 		c.Cache.Replicas = replicas
 		return c
-	}, impatient)
+	}, opts...)
 }
 
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.
 func TestNoReplicas(t *testing.T) {
-	_, img, nodes := replicated(t, 2, 1)
+	_, img, nodes := replicated(t, 2, 1, impatient)
 	nodes[0].pull(t)
 	nodes[0].settle(t)
 	c := peer.Copy{Want: peer.Want{Digest: img.Layers[0].Digest, Registry: testImage.Registry, Repository: testImage.Repository}}

@@ -294,14 +294,14 @@ func (p *Proxy) Tags() map[cache.Repository][]string {
 	return tags
 }
 
-// KnownTag is what a tag stood for when this node heard of it last.
-func (p *Proxy) KnownTag(r cache.Repository, tag string) (digest.Digest, bool) {
+// KnownTag is what a tag stood for when this node heard of it last, and when that was.
+func (p *Proxy) KnownTag(r cache.Repository, tag string) (d digest.Digest, checked time.Time, ok bool) {
 	for _, stored := range []string{tag, tag + notListed} {
 		if known, ok := p.cache.Meta().Tag(r, stored); ok {
-			return known.Descriptor.Digest, true
+			return known.Descriptor.Digest, known.Checked, true
 		}
 	}
-	return "", false
+	return "", time.Time{}, false
 }
 
 func (k tagKey) target() upstream.Target {
