@@ -232,6 +232,7 @@ func TestProblems(t *testing.T) {
 		{name: "relative hosts directory", args: []string{"--hosts.containerd=certs.d"}, want: []string{"hosts.containerd", "absolute"}},
 		{name: "hosts registries", args: []string{"--hosts.registries=docker.io,https://quay.io"}, want: []string{"hosts.registries", "https://quay.io"}},
 		{name: "budget", args: []string{"--proxy.first_byte_budget=2m"}, want: []string{"proxy.first_byte_budget", "30s"}},
+		{name: "no replica at all", args: []string{"--cache.replicas=0"}, want: []string{"cache.replicas", "1 (no copies) to 8"}},
 		{name: "file missing", want: []string{"cannot read the configuration", "no-such.toml"}},
 	}
 	for _, tt := range tests {

@@ -249,13 +249,14 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 		delete(r.lone, c.Entry()) // the index knows before the next look
 		return
 	}
-	r.made[replicaFailed]++
-	r.problem = err
 	one.due = time.Now().Add(min(replicaBackoff<<min(one.tries, 10), replicaPatience))
 	one.tries++
 	if no, ok := errors.AsType[*peer.Refusal](err); ok && refused(no.Status) {
 		r.refused[cache.Repository{Registry: c.Registry, Name: c.Repository}] = time.Now().Add(replicaPatience)
+		err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
 	}
+	r.made[replicaFailed]++
+	r.problem = err
 }
 
 var (
