@@ -17,7 +17,6 @@ import (
 	"github.com/larder-cache/larder/agent/runtimestore"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
-	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 )
@@ -216,7 +215,7 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 		Logger:          a.log,
 		Registerer:      a.registry,
 		Before:          o.wedge,
-		Pinned:          func(r cache.Repository, ref string) (digest.Digest, bool) { return a.pins.pinned(r, ref) },
+		Pinned:          func(r cache.Repository, ref string) (proxy.Pinned, bool) { return a.pins.pinned(r, ref) },
 		Audit:           a.pulled,
 	}
 	var err error

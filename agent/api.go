@@ -259,6 +259,7 @@ type Pin struct {
 	// whole, what is being fetched; Next is a newer version on its way.
 	Digest  digest.Digest `json:"digest,omitempty"`
 	Next    digest.Digest `json:"next_digest,omitempty"`
+	Public  bool          `json:"public"`           // the registry showed Digest to everybody: it is served here also when it refuses that later
 	Bytes   int64         `json:"bytes"`            // of Digest
 	Present int64         `json:"present"`          // of which here
 	Since   time.Time     `json:"since"`            // when it was pinned

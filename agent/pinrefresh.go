@@ -52,20 +52,63 @@ func (s *pins) puller() Puller {
 // pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
 const pinUserAgent = "larder-pin"
 
-// resolve asks for the registry's own answer, which a pinned tag outlives: its error
-// says what the proxy would gloss over. Of a registry that is never to be asked, what is
-// known here is all there is to know.
+// resolve finds what p's name stands for.
 func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
-	puller := s.puller()
-	puller.NoStale = s.agent.upstream.Policy(p.image.Registry).Contact()
-	d, err := puller.Resolve(ctx, p.image)
-	if err != nil {
+	d, err := digest.Parse(p.image.Reference)
+	if err == nil {
+		s.inquire(ctx, p, d)
+	} else if d, err = s.ask(ctx, p); err != nil {
 		return "", s.explainTag(p, err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.checked = time.Now()
 	return d, nil
+}
+
+// ask asks for the registry's own answer, which a pinned image outlives: its error says
+// what the proxy would gloss over. Of a registry that is never to be asked, what is known
+// here is all there is to know.
+func (s *pins) ask(ctx context.Context, p *pin) (digest.Digest, error) {
+	policy := s.agent.upstream.Policy(p.image.Registry)
+	puller := s.puller()
+	puller.NoStale = policy.Contact()
+	d, err := puller.Resolve(ctx, p.image)
+	if err == nil && puller.NoStale {
+		s.confirm(p, d, !policy.NodeAuth(p.image.Repository))
+	}
+	return d, err
+}
+
+// inquire asks whether an image that is pinned by its digest is public, unless that is
+// known or of no use: nothing else about it can change.
+func (s *pins) inquire(ctx context.Context, p *pin, d digest.Digest) {
+	if s.isPublic(p, d) || s.agent.upstream.Policy(p.image.Registry).NodeAuth(p.image.Repository) {
+		return
+	}
+	if _, err := s.ask(ctx, p); err != nil {
+		s.agent.log.Debug("the registry does not confirm a pinned image", "image", p.name, "err", err)
+	}
+}
+
+// confirm notes that the registry says that p stands for d, and to whom: to a question
+// without any credential, or to one with the node's own. Nothing else makes a version
+// public, and nothing but another such answer takes it back.
+func (s *pins) confirm(p *pin, d digest.Digest, public bool) {
+	v, err := s.versionOf(p, d)
+	if err != nil {
+		return // unpinned meanwhile
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v.public = public
+}
+
+// isPublic reports whether d is the held version of p, and public.
+func (s *pins) isPublic(p *pin, d digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return p.held != nil && p.held.digest == d && p.held.public
 }
 
 // remembered is what p's tag stood for when somebody knew last, or what was imported: a
@@ -324,12 +367,15 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, al
 // explainTag makes of an error about what a tag stands for what the user should know
 // and do.
 func (s *pins) explainTag(p *pin, err error) error {
-	held := s.heldBy(p) != ""
+	d := s.heldBy(p)
+	held, public := d != "", s.isPublic(p, d)
 	switch status := statusOf(err); {
 	case held && status == http.StatusNotFound:
 		return fmt.Errorf("the registry has it no more, so it is kept and served as it was; `larder unpin %s` lets it go: %w", p.name, err)
+	case held && refused(status) && public:
+		return fmt.Errorf("the registry shows it to this node no more: it was made private, or deleted with its repository. It was public, so it is kept and served to all of this node as it was; `larder unpin %s` ends that: %w", p.name, err)
 	case held && refused(status):
-		return fmt.Errorf("the registry shows it to this node no more: it was made private, or deleted with its repository. It is kept, and served to those alone whom the registry lets read it: %w", err)
+		return fmt.Errorf("the registry shows it to this node no more: it was made private, or deleted with its repository. It was never seen to be public, so it is kept, and served to those alone whom the registry lets read it; `larder unpin %s` lets it go: %w", p.name, err)
 	}
 	return s.withTrouble(p, err)
 }

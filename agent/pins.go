@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -74,6 +75,9 @@ type version struct {
 	// parts are its manifests, config and layers, as far as they are known.
 	parts map[digest.Digest]struct{}
 	all   bool // they all are
+	// public says that the registry showed it to a request without any credential when
+	// it confirmed it last. A refusal later changes nothing of that.
+	public bool
 }
 
 // pinnedPart is a blob that versions have in common.
@@ -125,6 +129,7 @@ func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
 	}
 	if record.Digest != "" {
 		p.held = newVersion(record.Digest)
+		p.held.public = record.Public
 		s.list(p.held)
 		p.whole = p.held.all && len(s.lacking(p.image, p.held)) == 0
 	}
@@ -138,7 +143,7 @@ func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
 func (s *pins) save(p *pin) {
 	record := cache.PinnedImage{Since: p.since, Checked: p.checked, Command: p.command}
 	if p.held != nil {
-		record.Digest = p.held.digest
+		record.Digest, record.Public = p.held.digest, p.held.public
 	}
 	s.agent.cache.Meta().SetPinnedImage(p.name, record)
 }
@@ -274,26 +279,30 @@ func (p *pin) partsHeld() map[digest.Digest]struct{} {
 }
 
 // pinned is proxy.Options.Pinned: what is held under a tag, or as part of an image.
-func (s *pins) pinned(r cache.Repository, ref string) (digest.Digest, bool) {
+func (s *pins) pinned(r cache.Repository, ref string) (found proxy.Pinned, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	d := digest.Digest(ref)
 	if strings.Contains(ref, ":") {
-		if s.parts[d] == nil {
-			return "", false
-		}
-		for _, p := range s.images {
-			if _, in := p.partsHeld()[d]; in && p.image.in(r) {
-				return d, true
-			}
-		}
-		return "", false
+		return s.pinnedPart(r, digest.Digest(ref))
 	}
 	p := s.images[Image{Registry: r.Registry, Repository: r.Name, Reference: ref}.String()]
 	if p == nil || p.held == nil {
-		return "", false
+		return found, false
 	}
-	return p.held.digest, true
+	return proxy.Pinned{Digest: p.held.digest, Public: p.held.public}, true
+}
+
+// pinnedPart is pinned for a digest, which several images may have. mu is held.
+func (s *pins) pinnedPart(r cache.Repository, d digest.Digest) (found proxy.Pinned, ok bool) {
+	if s.parts[d] == nil {
+		return found, false
+	}
+	for _, p := range s.images {
+		if _, in := p.partsHeld()[d]; in && p.image.in(r) {
+			found.Digest, found.Public, ok = d, found.Public || p.held.public, true
+		}
+	}
+	return found, ok
 }
 
 // in reports whether the image is of the repository.
@@ -482,7 +491,7 @@ func (s *pins) describe(p *pin, arriving map[digest.Digest]int64) Pin {
 	if v == nil {
 		return out
 	}
-	out.Digest = v.digest
+	out.Digest, out.Public = v.digest, p.held != nil && v.public
 	if p.held != nil && p.next != nil {
 		out.Next = p.next.digest
 	}

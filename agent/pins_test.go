@@ -233,7 +233,8 @@ func TestPinnedTagMoves(t *testing.T) {
 }
 
 // TestPinnedAndDeleted: after the registry has deleted an image it can be pulled by its
-// tag, and is again when the cache lost a blob that others have; 401 and 403 are believed.
+// tag, and is again when the cache lost a blob that others have; what was public also when
+// the registry refuses it.
 func TestPinnedAndDeleted(t *testing.T) {
 	c := testConfig(t)
 	c.Upstream.TagTTL = 0
@@ -266,15 +267,226 @@ func TestPinnedAndDeleted(t *testing.T) {
 	if err := a.again(t, pinnedName); err == nil || !strings.Contains(err.Error(), "made private, or deleted with its repository") {
 		t.Errorf("refused: %v", err)
 	}
-	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}
 	for _, when := range []string{"refused", "not found again"} {
-		if _, err := puller.Pull(t.Context(), testImage); err == nil {
-			t.Errorf("%s: served to somebody whom the registry refused", when)
+		if got := sources(a.pull(t)); got["upstream"] != 0 {
+			t.Errorf("%s: pulled from %v", when, got)
 		}
 		fault.Remove()
 	}
 	if !a.holds(img) {
 		t.Error("it was let go")
+	}
+}
+
+// pulls reports whether somebody without a credential can pull an image through r.
+func (r *running) pulls(t *testing.T, reference string) error {
+	t.Helper()
+	image := testImage
+	image.Reference = reference
+	parts, err := Puller{Proxy: "http://" + r.ProxyAddr(), Client: r.client, Platform: "linux/amd64"}.Pull(t.Context(), image)
+	if err == nil && sources(parts)["upstream"] != 0 {
+		return fmt.Errorf("pulled from %v", sources(parts))
+	}
+	return err
+}
+
+// TestPublicPinOutlivesARefusal: what was public when it was pinned, by tag or digest, is
+// served when the registry refuses the repository, also after a restart, and nothing else
+// of the repository is. What it lost then cannot be had, which is said; when the registry
+// shows it again all goes on as before, and unpinning ends it.
+func TestPublicPinOutlivesARefusal(t *testing.T) {
+	for _, by := range []string{"tag", "digest"} {
+		for _, status := range []int{401, 403} {
+			t.Run(fmt.Sprintf("%s, %d", by, status), func(t *testing.T) {
+				t.Parallel()
+				c := testConfig(t)
+				c.Upstream.TagTTL = 0
+				reg, img := startRegistry(t, &c)
+				other := registrytest.OCIImage(registrytest.ImageSpec{Seed: 72, Layers: []int64{20 << 10}})
+				reg.Put("team/app", other, "v2")
+				name, reference := pinnedName, "v1"
+				if by == "digest" {
+					name, reference = testRegistry+"/team/app@"+img.Digest.String(), img.Digest.String()
+				}
+				a := start(t, c)
+				if e := a.pin(t, name)[name]; e.Error != "" {
+					t.Fatal(e.Error)
+				}
+				_ = a.pulls(t, "v2")
+				a.settle(t)
+				fault := reg.Inject(registrytest.Match{Repository: "team/app"}, registrytest.Status(status))
+				for _, when := range []string{"refused", "restarted", "restarted, and looked at"} {
+					if when == "restarted, and looked at" {
+						err := a.again(t, name)
+						if by == "tag" && (err == nil || !strings.Contains(err.Error(), "It was public, so it is kept and served to all of this node as it was; `larder unpin "+name)) {
+							t.Errorf("the refusal is not told: %v", err)
+						}
+					}
+					if p := a.pinOf(t, name); !p.Public || p.Present != p.Bytes || p.Digest != img.Digest {
+						t.Errorf("%s: %+v", when, p)
+					}
+					for range 2 { // asked, and remembered
+						for _, ref := range []string{reference, img.Digest.String()} {
+							if err := a.pulls(t, ref); err != nil {
+								t.Errorf("%s: %v", when, err)
+							}
+						}
+						if by == "tag" {
+							if err := a.pullByPath(t, img); err != nil {
+								t.Errorf("%s: as CRI-O: %v", when, err)
+							}
+						}
+						for _, ref := range []string{"v2", other.Digest.String()} {
+							if err := a.pulls(t, ref); err == nil {
+								t.Errorf("%s: %s is served too", when, ref)
+							}
+						}
+					}
+					if when == "refused" {
+						a = a.restart(t)
+					}
+				}
+				if err := a.cache.Remove(img.Layers[0].Digest); err != nil {
+					t.Fatal(err)
+				}
+				if err := a.again(t, name); err == nil || !strings.Contains(err.Error(), "neither the registry nor another node gives it") || a.pinOf(t, name).State != PinMissing {
+					t.Errorf("a blob is lost: %v, %+v", err, a.pinOf(t, name))
+				}
+				fault.Remove()
+				a = a.restart(t)
+				if err := errors.Join(a.again(t, name), a.pulls(t, reference)); err != nil {
+					t.Errorf("shown again: %v", err)
+				}
+				if p := a.pinOf(t, name); p.State != PinHeld || !p.Public {
+					t.Errorf("shown again: %+v", p)
+				}
+				reg.Inject(registrytest.Match{Repository: "team/app"}, registrytest.Status(status))
+				a = a.restart(t)
+				if code, body := a.unpin(t, name); code != 200 {
+					t.Fatalf("%d %s", code, body)
+				}
+				for _, ref := range []string{reference, img.Digest.String()} {
+					if err := a.pulls(t, ref); err == nil {
+						t.Errorf("unpinned, and %s is served", ref)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestPublicPinFollows: a repository that was refused and is shown again, with another
+// image under the tag, is followed.
+func TestPublicPinFollows(t *testing.T) {
+	c := testConfig(t)
+	c.Upstream.TagTTL = 0
+	reg, old := startRegistry(t, &c)
+	c.Cache.Pins = []string{pinnedName}
+	a := start(t, c, atOnce)
+	a.reaches(t, pinnedName, PinHeld)
+	fault := reg.Inject(registrytest.Match{}, registrytest.Status(401))
+	if err := a.again(t, pinnedName); err == nil || a.pulls(t, "v1") != nil || !a.holds(old) {
+		t.Fatalf("refused: %v", err)
+	}
+	newer := registrytest.OCIImage(registrytest.ImageSpec{Seed: 73, Layers: []int64{30 << 10}})
+	reg.Put("team/app", newer, "v1")
+	fault.Remove()
+	a = a.restart(t)
+	if err := a.again(t, pinnedName); err != nil {
+		t.Fatal(err)
+	}
+	if p := a.pinOf(t, pinnedName); p.Digest != newer.Digest || !p.Public {
+		t.Errorf("%+v", p)
+	}
+	reg.Inject(registrytest.Match{}, registrytest.Status(401))
+	_ = a.again(t, pinnedName)
+	if err := a.pulls(t, newer.Digest.String()); err != nil {
+		t.Errorf("the new version: %v", err)
+	}
+	if err := a.pulls(t, old.Digest.String()); err == nil {
+		t.Error("the old version is served, which is pinned no more")
+	}
+}
+
+// TestWhatMakesAPinPublic: an answer of the registry to a question without a credential,
+// and that alone. The node's own credentials, and a record of before, do not.
+func TestWhatMakesAPinPublic(t *testing.T) {
+	c := testConfig(t)
+	c.Upstream.TagTTL = 0
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	a.cache.Meta().SetPinnedImage(pinnedName, cache.PinnedImage{Digest: img.Digest, Since: time.Now(), Command: true})
+	if err := a.pins.sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(when string) {
+		t.Helper()
+		fault := reg.Inject(registrytest.Match{}, registrytest.Status(401))
+		defer fault.Remove()
+		if err := a.again(t, pinnedName); err == nil || strings.Contains(err.Error(), "It was public") {
+			t.Errorf("%s: %v", when, err)
+		}
+		if _, err := (Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client}).Resolve(t.Context(), testImage); err == nil {
+			t.Errorf("%s: the tag is told", when)
+		}
+		if p := a.pinOf(t, pinnedName); p.Public || a.pulls(t, img.Digest.String()) == nil {
+			t.Errorf("%s: it is served: %+v", when, p)
+		}
+	}
+	a = a.restart(t)
+	refused("nobody knows whether it was")
+	a = a.restart(t)
+	if err := a.again(t, pinnedName); err != nil {
+		t.Fatal(err)
+	}
+	if !a.pinOf(t, pinnedName).Public {
+		t.Error("confirmed, and not public")
+	}
+	file := filepath.Join(t.TempDir(), "config.json")
+	replace(t, file, `{"auths":{"`+testRegistry+`":{"username":"ann","password":"HUSH"}}}`)
+	a.config.Registries = []upstream.Registry{{Host: testRegistry, Upstreams: []string{reg.URL()}, Auth: "node", CredentialsFile: file}}
+	a = a.restart(t)
+	if !a.pinOf(t, pinnedName).Public {
+		t.Error("forgotten over a restart")
+	}
+	if err := a.again(t, pinnedName); err != nil || a.pinOf(t, pinnedName).Public {
+		t.Errorf("confirmed to the node: %v, %+v", err, a.pinOf(t, pinnedName))
+	}
+	refused("the node's own")
+}
+
+// TestPublicPinIsItsNodesOwn: a node that pins what the registry refuses serves it to its
+// own callers, and is no leave for those of another, also while the registry is down.
+func TestPublicPinIsItsNodesOwn(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 7, Layers: []int64{300 << 10, 5 << 10}})
+	reg.Put("team/app", img, "v1")
+	next := clusterConfigs(t, upstream.Registry{Host: testRegistry, Upstreams: []string{reg.URL()}})
+	nodes := startCluster(t, 3, func() Config {
+		c := next()
+		c.Upstream.TagTTL = 0
+		return c
+	})
+	if e := nodes[0].pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	nodes[0].settle(t)
+	reg.Inject(registrytest.Match{}, registrytest.Status(401))
+	for _, when := range []string{"refused", "and down"} {
+		for i, n := range nodes {
+			for _, ref := range []string{"v1", img.Digest.String()} {
+				if err := n.pulls(t, ref); (err == nil) != (i == 0) {
+					t.Errorf("%s: node %d, %s: %v", when, i, ref, err)
+				}
+			}
+			if _, err := n.readBlob(img.Layers[1].Digest); (err == nil) != (i == 0) {
+				t.Errorf("%s: node %d, a blob: %v", when, i, err)
+			}
+		}
+		reg.Down()
 	}
 }
 
@@ -596,9 +808,11 @@ func TestPinsOfACluster(t *testing.T) {
 }
 
 // TestPinCopiesWhatTheRuntimeHas: containerd deletes what its own images need no more.
-// Its blobs are copied, without the registry, and served when it has them no longer.
+// Its blobs are copied, without the registry, and served when it has them no longer. What
+// the cache loses comes from there again, also when the registry refuses the image.
 func TestPinCopiesWhatTheRuntimeHas(t *testing.T) {
 	c := testConfig(t)
+	c.Upstream.TagTTL = 0
 	reg, img := startRegistry(t, &c)
 	c.Runtime.ContentDir = t.TempDir()
 	blobs := filepath.Join(c.Runtime.ContentDir, "blobs", "sha256")
@@ -631,6 +845,14 @@ func TestPinCopiesWhatTheRuntimeHas(t *testing.T) {
 	if n := reg.Count(registrytest.Match{Method: "GET"}); n != 0 || !a.holds(img) {
 		t.Errorf("%d requests for what containerd has; held %v", n, a.holds(img))
 	}
+	fault := reg.Inject(registrytest.Match{}, registrytest.Status(401))
+	if err := errors.Join(a.cache.Remove(img.Layers[0].Digest), a.cache.Remove(img.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.again(t, pinnedName); err == nil || !a.holds(img) {
+		t.Errorf("refused, and lost: %v, held %v", err, a.holds(img))
+	}
+	fault.Remove()
 	if err := os.RemoveAll(blobs); err != nil {
 		t.Fatal(err)
 	}

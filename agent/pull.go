@@ -80,8 +80,8 @@ type Puller struct {
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
 	Platform  string
 	UserAgent string // "" for Go's own
-	// NoStale makes Resolve fail when the registry cannot be asked, or has a tag no
-	// more, though the proxy knows what it stood for.
+	// NoStale makes Resolve ask the registry, of a digest too, and fail when that cannot
+	// be asked, or shows it no more, though the proxy knows what it stood for.
 	NoStale bool
 	// Choose, if set, is told what a manifest lists (its config and layers) before any
 	// of that is pulled, and returns what is to be. Its error ends the pull.
@@ -194,7 +194,7 @@ func ociMessage(r io.Reader) string {
 }
 
 func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
-	if d, err := digest.Parse(p.image.Reference); err == nil {
+	if d, err := digest.Parse(p.image.Reference); err == nil && !p.NoStale {
 		return d, nil
 	}
 	resp, err := p.request(ctx, http.MethodHead, "manifests", p.image.Reference)

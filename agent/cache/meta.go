@@ -109,6 +109,9 @@ type PinnedImage struct {
 	Digest  digest.Digest `json:"digest,omitempty"`
 	Since   time.Time     `json:"since"`
 	Checked time.Time     `json:"checked,omitzero"`
+	// Public says that the registry showed that version to a request without any
+	// credential when it confirmed it last.
+	Public bool `json:"public,omitempty"`
 	// Command says that somebody asked for it, and not the configuration alone.
 	Command bool `json:"command,omitempty"`
 }

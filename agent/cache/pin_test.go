@@ -153,7 +153,7 @@ func TestPinnedImages(t *testing.T) {
 	m := openTestMeta(t, path)
 	since := time.Now().UTC().Truncate(time.Second)
 	_, d := content(72, 10)
-	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Digest: d, Since: since, Checked: since, Command: true})
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Digest: d, Since: since, Checked: since, Public: true, Command: true})
 	m.SetPinnedImage("docker.io/library/b:1", PinnedImage{Since: since})
 	m.SetPinnedImage("docker.io/library/c:1", PinnedImage{Since: since})
 	m.SetPinnedImage("docker.io/library/d:1", PinnedImage{Digest: "../../etc", Since: since})
@@ -163,7 +163,7 @@ func TestPinnedImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := openTestMeta(t, path).PinnedImages()
-	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Command {
+	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Public || !a.Command || got["docker.io/library/b:1"].Public {
 		t.Errorf("%+v", got)
 	}
 }

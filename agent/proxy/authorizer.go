@@ -25,7 +25,7 @@ const (
 	decidedGranted    decision = "granted"    // the caller's own credential
 	decidedRemembered decision = "remembered" // the registry is down; it let the same credential before
 	decidedOffline    decision = "offline"    // the registry is down; offline = "all"
-	decidedPinned     decision = "pinned"     // the registry has it no more, and refused nobody; it is pinned here
+	decidedPinned     decision = "pinned"     // the registry gives it no more; it is pinned here. For that alone
 	decidedImported   decision = "imported"   // the registry is down; an operator gave this to everybody
 	decidedChallenged decision = "challenged" // no credential came; the registry wants one
 	decidedRefused    decision = "refused"    // by the registry, or not of this repository
@@ -82,7 +82,7 @@ type authorizer struct {
 	meta     *cache.Meta
 	log      *slog.Logger
 	budget   time.Duration // for a request's headers
-	pinned   func(cache.Repository, string) (digest.Digest, bool)
+	pinned   func(cache.Repository, string) (Pinned, bool)
 
 	secret   *keyed // of this process
 	lasting  lasting
@@ -142,12 +142,15 @@ func (a *authorizer) begin(r *http.Request, rt *route) (access, error) {
 		}
 		a.present(&acc, r.Header.Get("Authorization"))
 	}
-	if v, ok := a.verdicts.get(acc.key()); ok {
-		acc.allowed, acc.decision = v.allowed, v.decision
-		if !v.allowed {
-			acc.decision = acc.no(v.refusal)
-			return acc, a.refusal(&acc, rt.kind, v.refusal)
+	switch v, ok := a.verdicts.get(acc.key()); {
+	case ok && v.allowed:
+		acc.allowed, acc.decision = true, v.decision
+	case ok:
+		if stand, in := a.shownPin(acc, rt.reference()); in && rt.content() && !current(r) {
+			return stand, nil
 		}
+		acc.decision = acc.no(v.refusal)
+		return acc, a.refusal(&acc, rt.kind, v.refusal)
 	}
 	return acc, nil
 }
@@ -212,9 +215,9 @@ func (a *authorizer) enlist(t upstream.Target, d ocispec.Descriptor) {
 // cannot be asked, or not soon enough, what is known decides (A5).
 func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question) error {
 	patience := a.budget * 4 / 5
-	if stand, in := a.stands(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
+	if stand, in := a.standsHere(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
 		patience = a.budget * 2 / 5
-		if stand.decision == decidedImported && a.silent.has(acc.key()) {
+		if stand.forOne() && a.silent.has(acc.key()) {
 			*acc = stand
 			return nil
 		}
@@ -236,21 +239,19 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 		return nil
 	case ctx.Err() != nil:
 		return err
-	case upstream.IsNotFound(err):
-		stand, in := a.keeps(*acc, q.Reference)
+	case upstream.IsNotFound(err), upstream.IsUnauthorized(err):
+		stand, in := a.keeps(*acc, q.Reference, err)
 		if !in {
 			return a.refuse(acc, kind, err)
 		}
 		*acc = stand
 		return nil
-	case upstream.IsUnauthorized(err):
-		return a.refuse(acc, kind, err)
 	}
-	stand, in := a.stands(*acc, q.Reference) // now, for somebody may have been told no meanwhile (A4)
+	stand, in := a.standsHere(*acc, q.Reference) // now, for somebody may have been told no meanwhile (A4)
 	if !in || !q.Known {
 		return a.unknown(acc, err)
 	}
-	if stand.decision == decidedImported { // which holds for this question, not for the repository
+	if stand.forOne() {
 		a.silent.put(acc.key(), struct{}{}, outageLife)
 		*acc = stand
 		return nil
@@ -270,13 +271,44 @@ func (a *authorizer) stands(acc access, reference string) (access, bool) {
 	return acc, acc.allowed || a.offline(&acc, reference)
 }
 
-// keeps returns what holds for a caller who asks for something that the registry has no
-// more, and whether that lets him in: it is pinned here, and he may read the repository,
-// or it was public, or the node's, when the registry said last. A 404 takes no earlier
-// yes back (A2); only a no does (A4). The leave is for this one thing.
-func (a *authorizer) keeps(acc access, ref string) (access, bool) {
-	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
+// standsHere is stands for a caller of this node, who may have a public pin besides.
+// Other nodes' callers may not (A12).
+func (a *authorizer) standsHere(acc access, reference string) (access, bool) {
+	if stand, in := a.stands(acc, reference); in {
+		return stand, true
+	}
+	return a.shownPin(acc, reference)
+}
+
+// forOne reports whether a leave holds for one question, and not for the repository.
+func (a *access) forOne() bool {
+	return a.decision == decidedImported || a.decision == decidedPinned
+}
+
+// shownPin returns what holds for a caller of this node who asks for something that is
+// pinned here, and whether that lets him in whatever the registry says: it showed it to
+// everybody when it confirmed it last (A12).
+func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
+	if p, ok := a.pinned(acc.repository(), ref); !ok || !p.Public {
 		return acc, false
+	}
+	acc.asAnyone(decidedPinned)
+	return acc, true
+}
+
+// keeps returns what holds for a caller of this node who asks for something that the
+// registry does not give, no being its answer, and whether that lets him in: it is pinned
+// here, and was public. If the registry says only that it has it no more, and it was not,
+// he gets it if he may read the repository, or if that was public, or the node's, when the
+// registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
+// for this one thing.
+func (a *authorizer) keeps(acc access, ref string, no error) (access, bool) {
+	v, ok := a.verdicts.get(acc.key())
+	refused := ok && !v.allowed || upstream.IsUnauthorized(no)
+	if refused || !acc.allowed {
+		if stand, in := a.shownPin(acc, ref); in || refused {
+			return stand, in
+		}
 	}
 	if _, ok := a.pinned(acc.repository(), ref); !ok {
 		return acc, false

@@ -93,11 +93,11 @@ func (p *Proxy) setTag(i Import) {
 	}
 }
 
-// imported reports whether a caller about whom nothing is known may have a reference as
-// long as the registry cannot be asked, because it was imported.
-func (a *authorizer) imported(acc *access, reference string) bool {
-	stand, in := a.stands(*acc, reference)
-	if in && stand.decision == decidedImported {
+// open reports whether a caller about whom nothing is known may have a reference as long
+// as the registry cannot be asked, because it was imported, or is pinned and was public.
+func (a *authorizer) open(acc *access, reference string) bool {
+	stand, in := a.standsHere(*acc, reference)
+	if in && stand.forOne() {
 		*acc = stand
 		return true
 	}

@@ -31,11 +31,16 @@ const membershipMemory = time.Hour
 func (p *Proxy) serveManifest(x *exchange) error {
 	defer x.within(p.manifestPatience(x), errBudget)()
 	d, stale := x.route.digest, false
-	if x.route.tag == "" {
+	switch {
+	case x.route.tag == "" && current(x.r):
+		if err := p.confirm(x.ctx, &x.access, d); err != nil {
+			return err
+		}
+	case x.route.tag == "":
 		if err := p.auth.permit(x.ctx, &x.access, KindManifest, d); err != nil {
 			return err
 		}
-	} else {
+	default:
 		tag, err := p.resolve(x.ctx, &x.access, queryOf(x))
 		if err != nil {
 			return err

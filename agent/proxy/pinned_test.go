@@ -2,11 +2,13 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -15,20 +17,20 @@ import (
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
-// pinning says that img is pinned under the tag v1 of repo.
-func pinning(img *registrytest.Image) func(cache.Repository, string) (digest.Digest, bool) {
-	return func(r cache.Repository, ref string) (digest.Digest, bool) {
+// pinning says that img is pinned under the tag v1 of repo, and was public or not.
+func pinning(img *registrytest.Image, public bool) func(cache.Repository, string) (Pinned, bool) {
+	return func(r cache.Repository, ref string) (Pinned, bool) {
 		if r != (cache.Repository{Registry: host, Name: repo}) {
-			return "", false
+			return Pinned{}, false
 		}
 		d := digest.Digest(ref)
 		switch _, blob := img.Blobs[d]; {
 		case ref == "v1":
-			return img.Digest, true
+			return Pinned{img.Digest, public}, true
 		case blob, d == img.Digest:
-			return d, true
+			return Pinned{d, public}, true
 		}
-		return "", false
+		return Pinned{}, false
 	}
 }
 
@@ -68,7 +70,7 @@ func (n *node) vanish(img *registrytest.Image) {
 
 // TestPinnedOutlivesItsRegistry: what the registry has no more is served to whom it
 // showed it before, by every route and kind of client. A no is a no all the same, and
-// ends for good what was public.
+// ends for good what was public: but not of a pin that was.
 func TestPinnedOutlivesItsRegistry(t *testing.T) {
 	open := registrytest.Auth{}
 	basic := registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}}
@@ -86,20 +88,43 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 	forget := func(n *node) { // as ten minutes do
 		n.proxy.auth.verdicts.forget(verdictKey{host, repo, anyone})
 	}
+	refuseAll := func(status int) func(*node) {
+		return func(n *node) {
+			n.registry.Inject(registrytest.Match{}, registrytest.Status(status), registrytest.EvenUnauthorized())
+			forget(n)
+		}
+	}
+	down := func(n *node) { n.registry.Down() }
 	for name, tc := range map[string]struct {
 		auth   registrytest.Auth
 		puller []string // header of who pulled it before
+		asker  []string // header of who asks at the end
 		pinned bool
+		public bool          // the pin
 		then   []func(*node) // beside vanishing
 		status int           // to anybody who asks then
 	}{
-		"public":                           {auth: open, pinned: true, status: 200},
-		"public, some time later":          {auth: open, pinned: true, then: []func(*node){forget}, status: 200},
-		"public, refused by 401 meanwhile": {auth: open, pinned: true, then: []func(*node){refuse(401), forget}, status: 404},
-		"public, refused by 403 meanwhile": {auth: open, pinned: true, then: []func(*node){refuse(403), forget}, status: 404},
-		"private":                          {auth: basic, puller: ann, pinned: true, status: 401},
-		"private, and hidden by 404":       {auth: basic, puller: ann, pinned: true, then: []func(*node){hide}, status: 404},
-		"not pinned":                       {auth: open, status: 404},
+		"open":                                {auth: open, pinned: true, status: 200},
+		"open, some time later":               {auth: open, pinned: true, then: []func(*node){forget}, status: 200},
+		"open, refused by 401 meanwhile":      {auth: open, pinned: true, then: []func(*node){refuse(401), forget}, status: 404},
+		"open, refused by 403 meanwhile":      {auth: open, pinned: true, then: []func(*node){refuse(403), forget}, status: 404},
+		"open, refused by 401":                {auth: open, pinned: true, then: []func(*node){refuseAll(401)}, status: 401},
+		"open, refused by 403":                {auth: open, pinned: true, then: []func(*node){refuseAll(403)}, status: 403},
+		"public":                              {auth: open, pinned: true, public: true, status: 200},
+		"public, refused by 401 meanwhile":    {auth: open, pinned: true, public: true, then: []func(*node){refuse(401), forget}, status: 200},
+		"public, refused by 403 meanwhile":    {auth: open, pinned: true, public: true, then: []func(*node){refuse(403), forget}, status: 200},
+		"public, refused by 401 a moment ago": {auth: open, pinned: true, public: true, then: []func(*node){refuse(401)}, status: 200},
+		"public, refused by 401":              {auth: open, pinned: true, public: true, then: []func(*node){refuseAll(401)}, status: 200},
+		"public, refused by 403":              {auth: open, pinned: true, public: true, then: []func(*node){refuseAll(403)}, status: 200},
+		"public, a credential is refused":     {auth: open, pinned: true, public: true, asker: ann, then: []func(*node){refuseAll(401)}, status: 200},
+		"public, all else is private now":     {auth: basic, puller: ann, pinned: true, public: true, status: 200},
+		"public, a wrong password":            {auth: basic, puller: ann, asker: []string{"Authorization", "Basic YW5uOmd1ZXNz"}, pinned: true, public: true, status: 200},
+		"public, refused, and then down":      {auth: open, pinned: true, public: true, then: []func(*node){refuse(401), forget, down}, status: 200},
+		"open, refused, and then down":        {auth: open, pinned: true, then: []func(*node){refuse(401), forget, down}, status: 503},
+		"public, and hidden by 404":           {auth: basic, puller: ann, pinned: true, public: true, then: []func(*node){hide}, status: 200},
+		"private":                             {auth: basic, puller: ann, pinned: true, status: 401},
+		"private, and hidden by 404":          {auth: basic, puller: ann, pinned: true, then: []func(*node){hide}, status: 404},
+		"not pinned":                          {auth: open, status: 404},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -107,7 +132,7 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 			n := startNode(t, func(s *setup) {
 				s.registry.Auth = tc.auth
 				if tc.pinned {
-					s.proxy.Pinned = pinning(img)
+					s.proxy.Pinned = pinning(img, tc.public)
 				}
 			})
 			n.put(img)
@@ -125,11 +150,11 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 				pathBlob(layer):                   bytesOf(t, img, layer),
 			} {
 				want := tc.status
-				if want == 401 && path[:8+len(host)] == pathManifest("v1")[:8+len(host)] {
+				if (want == 401 || want == 403) && path[:8+len(host)] == pathManifest("v1")[:8+len(host)] {
 					want = 404 // who cannot answer a challenge
 				}
 				for _, method := range []string{"HEAD", "GET"} {
-					a := n.do(method, path)
+					a := n.do(method, path, tc.asker...)
 					if !tc.pinned && a.status == 200 && path != manifestPath("v1") && path != pathManifest("v1") {
 						continue // by the verdict that still holds
 					}
@@ -138,13 +163,163 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 					}
 				}
 			}
-			if a := n.get(manifestPath("v1")); a.status == 200 && a.header.Get(headerSource) != "stale" {
+			if a := n.get(manifestPath("v1"), tc.asker...); a.status == 200 && a.header.Get(headerSource) != "stale" {
 				t.Errorf("from %q", a.header.Get(headerSource))
 			}
-			if a := n.get(manifestPath("v2")); a.status == 200 {
+			if a := n.get(manifestPath("v2"), tc.asker...); a.status == 200 {
 				t.Error("a tag that is not pinned is served")
 			}
 		})
+	}
+}
+
+// TestPublicPinOpensNothingElse: of a repository that was made private a public pin opens
+// its own image, to callers of this node, and nothing to other nodes; by what is asked
+// first, by a no that is remembered, and while the registry is down after it.
+func TestPublicPinOpensNothingElse(t *testing.T) {
+	img, other := smallImage(1000), registrytest.OCIImage(registrytest.ImageSpec{Seed: 8, Layers: []int64{2000}, Opaque: true})
+	swarm := &swarmFunc{}
+	n := startNode(t, func(s *setup) { s.proxy.Pinned, s.proxy.Swarm = pinning(img, true), swarm })
+	n.put(other)
+	n.whole(other)
+	n.registry.Tag(repo, "v2", other.Digest)
+	if a := n.get(manifestPath("v2")); a.status != 200 {
+		t.Fatalf("v2: %d", a.status)
+	}
+	n.put(img)
+	n.whole(img)
+	n.registry.Inject(registrytest.Match{}, registrytest.Status(401))
+	decided := func() decision { // of the last exchange
+		acc := access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}
+		v, _ := n.proxy.auth.verdicts.get(acc.key())
+		return v.decision
+	}
+	closed := []string{
+		manifestPath("v2"), manifestPath(other.Digest.String()), blobPath(other.Layers[0].Digest), pathManifest("v2"), pathBlob(other.Layers[0].Digest),
+		"/v2/" + repo + "/tags/list?ns=" + host, "/v2/" + repo + "/referrers/" + img.Digest.String() + "?ns=" + host,
+	}
+	forget := func() { n.proxy.auth.verdicts.forget(verdictKey{host, repo, anyone}) }
+	nobody, stranger := n.target(), n.target()
+	nobody.Anonymous, stranger.Authorization = true, "Basic bm86Ym9keQ=="
+	swarm.may = func(t upstream.Target, q Question) error { return n.proxy.MayFor(context.Background(), t, q) }
+	for _, when := range []string{"asked", "remembered", "down"} {
+		forget()
+		for _, who := range []upstream.Target{nobody, stranger} {
+			n.notFor(who, img)
+			if err := n.proxy.Admit(t.Context(), who, KindBlob, img.Layers[0].Digest); err == nil {
+				t.Errorf("%s: another node gets a pass", when)
+			}
+		}
+		if when == "down" {
+			n.registry.Down()
+		}
+		for _, path := range closed {
+			if when != "remembered" {
+				forget()
+			}
+			if a := n.get(path); a.status == 200 {
+				t.Errorf("%s: %s: 200 from %q", when, path, a.header.Get(headerSource))
+			}
+			if when != "remembered" {
+				forget()
+			}
+			for _, pin := range []string{manifestPath("v1"), pathManifest(img.Digest.String()), blobPath(img.Layers[0].Digest)} {
+				if a := n.get(pin); a.status != 200 {
+					t.Errorf("%s: the pin's %s: %d", when, pin, a.status)
+				}
+			}
+			if d := decided(); d != "" {
+				t.Errorf("%s: anyone may read the repository: %s", when, d)
+			}
+		}
+	}
+	n.notFor(nobody, img)
+	n.notFor(stranger, img)
+}
+
+// notFor checks that this node tells others nothing about what img is to a target.
+func (n *node) notFor(t upstream.Target, img *registrytest.Image) {
+	n.t.Helper()
+	ctx, d := n.t.Context(), img.Layers[0].Digest
+	if desc, stale, err := n.proxy.ResolveFor(ctx, t, "v1", acceptAll); err == nil {
+		n.t.Errorf("another node is told the tag: %s, stale %v", desc.Digest, stale)
+	}
+	if desc, err := n.proxy.RememberedFor(t, "v1", acceptAll); err == nil {
+		n.t.Errorf("another node is told what the tag was: %s", desc.Digest)
+	}
+	for _, known := range []bool{false, true} {
+		q := Question{Reference: d.String(), Blob: true, Known: known}
+		if err := n.proxy.MayFor(ctx, t, q); err == nil {
+			n.t.Error("another node may read")
+		}
+		if err := n.proxy.MayByMemory(t, q); err == nil {
+			n.t.Error("another node may read by memory")
+		}
+	}
+}
+
+// TestPublicPinAndPrivateVersion: when the tag went on in private, who may read it gets
+// what the registry says, and the others what is pinned, whoever asked first. For both a
+// client that takes other media types is answered for itself.
+func TestPublicPinAndPrivateVersion(t *testing.T) {
+	img := smallImage(1000)
+	n := startNode(t, func(s *setup) {
+		s.proxy.Pinned, s.proxy.TagTTL = pinning(img, true), time.Hour
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}}
+	})
+	ann := []string{"Authorization", "Basic YW5uOnNlY3JldA=="}
+	n.put(img)
+	n.whole(img, ann...)
+	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1"}) // pulled and pinned an hour ago
+	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true})
+	newer := n.put(registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}))
+	stranger := []string{"Accept", "application/vnd.example.other"}
+	for range 3 { // asked, and remembered
+		for _, method := range []string{"HEAD", "GET"} {
+			if a := n.do(method, manifestPath("v1")); a.header.Get(headerDigest) != img.Digest.String() || a.header.Get(headerSource) != "stale" {
+				t.Errorf("nobody: %d, %s from %q", a.status, a.header.Get(headerDigest), a.header.Get(headerSource))
+			}
+			if a := n.do(method, manifestPath("v1"), stranger...); a.status != 404 {
+				t.Errorf("nobody, of another type: %d", a.status)
+			}
+			if a := n.do(method, manifestPath("v1"), ann...); a.header.Get(headerDigest) != newer.Digest.String() || a.header.Get(headerSource) == "stale" {
+				t.Errorf("ann: %d, %s from %q", a.status, a.header.Get(headerDigest), a.header.Get(headerSource))
+			}
+			if a := n.do(method, manifestPath(newer.Digest.String())); a.status != 401 {
+				t.Errorf("nobody, the new version: %d", a.status)
+			}
+		}
+	}
+	if a := n.do("HEAD", manifestPath("v1"), "Cache-Control", NoStale); a.status != 401 {
+		t.Errorf("nobody, what is current: %d", a.status)
+	}
+}
+
+// TestNoStaleIsAsked: what is current of a tag or a manifest, for somebody without a
+// credential, is not what others with one were told a moment ago, nor what a verdict of
+// before lets him have: a version that came after a repository had been made private is
+// not public.
+func TestNoStaleIsAsked(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.proxy.TagTTL = time.Hour
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "secret"}}
+	})
+	img := n.image(1000)
+	n.whole(img, "Authorization", "Basic YW5uOnNlY3JldA==")
+	for _, ref := range []string{"v1", img.Digest.String()} {
+		n.proxy.auth.accept(&access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}) // it was public some minutes ago
+		if a := n.do("HEAD", manifestPath(ref)); a.status != 200 {
+			t.Fatalf("%s: %d; the test shows nothing", ref, a.status)
+		}
+		for range 2 {
+			if a := n.do("HEAD", manifestPath(ref), "Cache-Control", NoStale); a.status != 401 {
+				t.Errorf("%s: %d", ref, a.status)
+			}
+		}
+	}
+	n.registry.Down()
+	if a := n.do("HEAD", manifestPath(img.Digest.String()), "Authorization", "Basic YW5uOnNlY3JldA==", "Cache-Control", NoStale); a.status != 503 {
+		t.Errorf("while nobody can say: %d", a.status)
 	}
 }
 
@@ -152,7 +327,7 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 // cannot be asked, and never what is pinned or was known.
 func TestNoStale(t *testing.T) {
 	img := smallImage(1000)
-	n := startNode(t, func(s *setup) { s.proxy.Pinned = pinning(img) })
+	n := startNode(t, func(s *setup) { s.proxy.Pinned = pinning(img, false) })
 	n.put(img)
 	n.whole(img)
 	ask := func(want, current int) {
@@ -179,7 +354,7 @@ func TestNoStale(t *testing.T) {
 // pinned, and not for a newer image of which nothing more than its name is known.
 func TestPinnedTagDuringAnOutage(t *testing.T) {
 	img := smallImage(1000)
-	n := startNode(t, func(s *setup) { s.proxy.Pinned = pinning(img) })
+	n := startNode(t, func(s *setup) { s.proxy.Pinned = pinning(img, false) })
 	n.put(img)
 	n.whole(img)
 	newer := n.put(registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}))

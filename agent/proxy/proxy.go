@@ -58,13 +58,22 @@ type Options struct {
 	// who was let read what, for offline = "remembered". Nil keeps nothing.
 	VerdictKey []byte
 	// Pinned says what an image that is pinned on this node has under ref, a tag or
-	// a digest of something in the repository: its digest. It reads memory alone. Nil:
-	// nothing is pinned.
-	Pinned func(r cache.Repository, ref string) (d digest.Digest, ok bool)
+	// a digest of something in the repository. It reads memory alone. Nil: nothing is
+	// pinned.
+	Pinned func(r cache.Repository, ref string) (p Pinned, ok bool)
 	// Audit is called after each exchange, from its goroutine.
 	Audit func(Event)
 	// Before is called first for each request. Tests wedge the proxy with it.
 	Before func(*http.Request)
+}
+
+// Pinned is what a pinned image has under a tag or a digest.
+type Pinned struct {
+	Digest digest.Digest
+	// Public says that the registry showed the image to a request without any
+	// credential when it confirmed it last. Callers on this node get it then whatever
+	// the registry says of the repository later.
+	Public bool
 }
 
 // Event is one finished exchange.
@@ -187,7 +196,7 @@ func (o *Options) setDefaults() {
 		o.Logger = slog.Default()
 	}
 	if o.Pinned == nil {
-		o.Pinned = func(cache.Repository, string) (digest.Digest, bool) { return "", false }
+		o.Pinned = func(cache.Repository, string) (Pinned, bool) { return Pinned{}, false }
 	}
 }
 

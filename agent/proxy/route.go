@@ -195,3 +195,6 @@ func (rt *route) reference() string {
 	}
 	return rt.digest.String()
 }
+
+// content reports whether the route leads to a manifest or a blob.
+func (rt *route) content() bool { return rt.kind == KindManifest || rt.kind == KindBlob }

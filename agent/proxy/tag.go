@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -33,6 +34,7 @@ type tagAsk struct {
 type resolved struct {
 	desc  ocispec.Descriptor
 	stale bool // last known: upstream could not be asked
+	shown bool // upstream said so to a question without any credential
 }
 
 // complete says whether a HEAD can be answered without the manifest.
@@ -53,11 +55,13 @@ type tagQuery struct {
 	current bool     // what the registry says now, or why it does not
 }
 
-// queryOf reads a request for a tag. "Cache-Control: stale-if-error=0" (RFC 5861,
-// section 4) asks for what is current.
 func queryOf(x *exchange) tagQuery {
-	return tagQuery{tag: x.route.tag, accept: accepted(x.r.Header), current: x.r.Header.Get("Cache-Control") == NoStale}
+	return tagQuery{tag: x.route.tag, accept: accepted(x.r.Header), current: current(x.r)}
 }
+
+// current reports whether a request asks for what the registry says now:
+// "Cache-Control: stale-if-error=0" (RFC 5861, section 4).
+func current(r *http.Request) bool { return r.Header.Get("Cache-Control") == NoStale }
 
 // NoStale is the Cache-Control of a request that an error answers better than what a
 // tag stood for once.
@@ -65,9 +69,8 @@ const NoStale = "stale-if-error=0"
 
 // resolve finds what a tag stands for: by memory within tag_ttl, else by asking
 // upstream once for all who wait, else, when upstream cannot say, the last that
-// was known. A registry that says no is believed at once, unless the image is pinned
-// and it only has it no more. The answer is also the verdict on a caller who has
-// none yet.
+// was known. A registry that says no is believed at once, but for what is pinned, see
+// keeps. The answer is also the verdict on a caller who has none yet.
 func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved, error) {
 	key := tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: q.tag, lists: acceptsLists(q.accept)}
 	usual := q
@@ -92,13 +95,20 @@ func (k tagKey) accepts() []string {
 }
 
 func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQuery) (resolved, error) {
-	if found, ok := p.fresh.get(key); ok && !(q.current && found.stale) && (acc.allowed || found.stale && p.auth.imported(acc, found.desc.Digest.String())) {
+	if acc.decision == decidedPinned { // a moment ago he was refused all else
+		pinned, ok := p.pinned(key)
+		if !ok || !pinned.shown {
+			return resolved{}, errUnacceptable
+		}
+		return pinned, nil
+	}
+	if found, ok := p.fresh.get(key); ok && p.suffices(acc, q, found) {
 		return found, nil
 	}
 	last, known := p.lastKnown(key)
 	known = known && !q.current
 	wait, cancel := ctx, context.CancelFunc(func() {})
-	if _, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
+	if _, in := p.auth.standsHere(*acc, last.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
 		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
 	}
 	defer cancel()
@@ -110,16 +120,17 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	case err == nil && !found.stale:
 		acc.allowed, acc.decision = true, acc.yes()
 		return found, nil
-	case upstream.IsNotFound(err) && !q.current:
-		return p.resolvePinned(acc, key, err)
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
-		return resolved{}, p.auth.refuse(acc, KindManifest, err)
+		if q.current {
+			return resolved{}, p.auth.refuse(acc, KindManifest, err)
+		}
+		return p.resolvePinned(acc, key, err)
 	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
 		return resolved{}, err
 	case q.current:
 		return resolved{}, cmp.Or(err, error(errStale))
 	}
-	if stand, in := p.auth.stands(*acc, last.desc.Digest.String()); in && known {
+	if stand, in := p.auth.standsHere(*acc, last.desc.Digest.String()); in && known {
 		*acc = stand
 		// Those who come within the next tag_ttl need not wait as well.
 		p.fresh.put(key, last, p.tagTTL(key.registry))
@@ -128,27 +139,62 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	return p.resolveStale(ctx, acc, key, found, err)
 }
 
-// resolvePinned answers when the registry has a tag no more: with what is pinned
+// suffices reports whether what is remembered of a tag answers a query. Who asks as
+// anyone for what is current wants the registry's word to anyone.
+func (p *Proxy) suffices(acc *access, q tagQuery, found resolved) bool {
+	if q.current && (found.stale || acc.who == anyone && !found.shown) {
+		return false
+	}
+	return acc.allowed || found.stale && p.auth.open(acc, found.desc.Digest.String())
+}
+
+// resolvePinned answers when the registry does not give a tag: with what is pinned
 // under it here, to those who may have that, else with the registry's own no.
 func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, error) {
 	pinned, ok := p.pinned(key)
-	stand, in := p.auth.keeps(*acc, key.tag)
+	stand, in := p.auth.keeps(*acc, pinned.desc.Digest.String(), err)
 	if !ok || !in {
 		return resolved{}, p.auth.refuse(acc, KindManifest, err)
 	}
 	*acc = stand
-	p.fresh.put(key, pinned, p.tagTTL(key.registry))
+	if upstream.IsNotFound(err) { // a refusal is about this caller; others may get another answer
+		p.fresh.put(key, pinned, p.tagTTL(key.registry))
+	}
 	return pinned, nil
 }
 
 // pinned is what a tag stands for by a pin.
 func (p *Proxy) pinned(key tagKey) (resolved, bool) {
-	d, ok := p.opts.Pinned(key.place(), key.tag)
+	pin, ok := p.opts.Pinned(key.place(), key.tag)
 	if !ok || key.accept != "" {
 		return resolved{}, false
 	}
-	m, _ := p.cache.Meta().Manifest(d)
-	return resolved{desc: ocispec.Descriptor{MediaType: m.MediaType, Digest: d}, stale: true}, true
+	m, _ := p.cache.Meta().Manifest(pin.Digest)
+	return resolved{desc: ocispec.Descriptor{MediaType: m.MediaType, Digest: pin.Digest}, stale: true, shown: pin.Public}, true
+}
+
+// confirm asks whether the registry shows the caller a manifest now: who wants no stale
+// answer wants no verdict from memory either.
+func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error {
+	asker, key := *acc, tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: d.String(), lists: true}
+	_, err := p.resolves.do(ctx, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
+		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+		defer cancel()
+		_, err := p.resolveRemote(ctx, asker.target, key.tag, acceptAll)
+		if _, stale := errors.AsType[*StaleTag](err); stale {
+			return resolved{}, errStale
+		}
+		err = p.auth.withChallenge(ctx, asker.target, key.tag, err)
+		p.auth.learn(&asker, Question{Reference: key.tag}, err)
+		return resolved{}, err
+	})
+	switch {
+	case err == nil:
+		acc.allowed, acc.decision = true, acc.yes()
+	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+		return p.auth.refuse(acc, KindManifest, err)
+	}
+	return err
 }
 
 // resolveStale answers while the registry cannot be asked and this node knows not
@@ -205,7 +251,7 @@ func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor)
 	if key.accept == "" {
 		p.keepTag(key, cache.Tag{Descriptor: desc, Checked: time.Now()})
 	}
-	found := resolved{desc: desc}
+	found := resolved{desc: desc, shown: t.Anonymous}
 	p.fresh.put(key, found, p.tagTTL(key.registry))
 	return found
 }

@@ -20,8 +20,9 @@ func newPin() *cobra.Command {
 		Use:   "pin [IMAGE...]",
 		Short: "Keep images on this node for good, or list those that are kept",
 		Long: `Keep images on this node: fetch them, never evict them, follow their tags, and
-serve them also when their registry is down or has deleted them. What is pinned
-already is looked at now, and not within ten minutes.
+serve them also when their registry is down or has deleted them, or, if they were
+public, refuses them. What is pinned already is looked at now, and not within ten
+minutes.
 
 The pins last over restarts, but not longer than the metadata in the cache
 directory; name images in cache.pins to have them on every node that shares the
