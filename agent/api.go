@@ -292,7 +292,7 @@ type ReplicasStatus struct {
 	Wanted  int    `json:"wanted"`            // cache.replicas
 	Lacking int    `json:"lacking"`           // blobs and tags that fewer nodes have
 	Made    int64  `json:"made"`              // copies that others keep because this node asked, since its start
-	Problem string `json:"problem,omitempty"` // why the last thing could not be copied
+	Problem string `json:"problem,omitempty"` // why one of them could not be copied
 }
 
 // ImportEvent is one line of the answer of POST /api/v1/import, whose body is an archive.

@@ -30,7 +30,7 @@ const (
 	replicaGrace = 10 * time.Minute
 	// replicaBackoff is the first pause after nobody would keep something; it doubles up
 	// to replicaPatience, which is also how long a registry's no is believed.
-	replicaBackoff  = time.Minute
+	replicaBackoff  = 15 * time.Second
 	replicaPatience = time.Hour
 	// replicaRest is the longest pause after a copy. It is as long as the copy took, so
 	// that copying never takes more than half of the time.
@@ -53,7 +53,6 @@ type replicas struct {
 	lone    map[digest.Digest]*lone
 	refused map[cache.Repository]time.Time // until when nobody is asked for its content
 	made    map[string]float64             // copies asked for, by result
-	problem error                          // why the last thing that was asked for could not be copied
 }
 
 // lone is what too few nodes have.
@@ -62,6 +61,7 @@ type lone struct {
 	due       time.Time
 	tries     int  // in vain
 	homeless  bool // no repository is known, or none that others may have it from
+	problem   error
 }
 
 // Results of copies, as the metric names them.
@@ -153,14 +153,21 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 			return true
 		})
 	}
+	idle := map[digest.Digest]time.Duration{}
 	a.cache.Walk(func(i cache.Info) bool {
-		note(peer.Copy{Want: peer.Want{Digest: i.Digest, Size: i.Size}, Idle: max(now.Sub(i.Used), 0)})
+		idle[i.Digest] = max(now.Sub(i.Used), 0)
+		note(peer.Copy{Want: peer.Want{Digest: i.Digest, Size: i.Size}, Idle: idle[i.Digest]})
 		return true
 	})
 	for repository, tags := range a.proxy.Tags() {
 		for _, tag := range tags {
-			if d, checked, known := a.proxy.KnownTag(repository, tag); known && (a.cache.Has(d) || a.inRuntime(d)) {
-				note(peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag, Idle: max(now.Sub(checked), 0)})
+			d, known := a.proxy.KnownTag(repository, tag)
+			since, here := idle[d]
+			if !here {
+				since, here = replicaFresh, a.inRuntime(d)
+			}
+			if known && here {
+				note(peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag, Idle: since})
 			}
 		}
 	}
@@ -245,7 +252,6 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 	}
 	if err == nil {
 		r.made[replicaMade]++
-		r.problem = nil
 		delete(r.lone, c.Entry()) // the index knows before the next look
 		return
 	}
@@ -256,7 +262,7 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 		err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
 	}
 	r.made[replicaFailed]++
-	r.problem = err
+	one.problem = err
 }
 
 var (
@@ -315,8 +321,10 @@ func (r *replicas) status() ReplicasStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.Lacking, s.Made = r.lacking(), int64(r.made[replicaMade])
-	if r.problem != nil && s.Lacking > 0 {
-		s.Problem = r.problem.Error()
+	for _, one := range r.lone {
+		if one.problem != nil && !one.homeless && (s.Problem == "" || one.problem.Error() < s.Problem) {
+			s.Problem = one.problem.Error()
+		}
 	}
 	return s
 }

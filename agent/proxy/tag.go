@@ -340,14 +340,14 @@ func (p *Proxy) Tags() map[cache.Repository][]string {
 	return tags
 }
 
-// KnownTag is what a tag stood for when this node heard of it last, and when that was.
-func (p *Proxy) KnownTag(r cache.Repository, tag string) (d digest.Digest, checked time.Time, ok bool) {
+// KnownTag is what a tag stood for when this node heard of it last.
+func (p *Proxy) KnownTag(r cache.Repository, tag string) (digest.Digest, bool) {
 	for _, stored := range []string{tag, tag + notListed} {
 		if known, ok := p.cache.Meta().Tag(r, stored); ok {
-			return known.Descriptor.Digest, known.Checked, true
+			return known.Descriptor.Digest, true
 		}
 	}
-	return "", time.Time{}, false
+	return "", false
 }
 
 func (k tagKey) target() upstream.Target {
