@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -81,6 +82,7 @@ type database struct {
 	pending map[bucket]map[string][]byte // nil value: deleted
 	writing map[bucket]map[string][]byte // what flush is writing
 	waiting int
+	dropped bool      // a fact was, since the last flush began
 	next    *flushing // the flush that writes what is pending
 	said    string    // the last complaint, not to be repeated every few seconds
 }
@@ -92,6 +94,9 @@ type flushing struct {
 }
 
 func newFlushing() *flushing { return &flushing{done: make(chan struct{})} }
+
+// errDropped is told to those who wait for a flush: something of theirs may be missing.
+var errDropped = errors.New("too many facts at once: some were dropped")
 
 // errCorrupt is what bbolt's panics and faults become.
 var errCorrupt = errors.New("metadata file is corrupt")
@@ -282,7 +287,11 @@ func (db *database) delete(b bucket, k []byte) { db.enqueue(b, k, nil) }
 func (db *database) enqueue(b bucket, k, stamped []byte) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	if len(k) == 0 || db.waiting >= maxPending && stamped != nil && b != bucketPins {
+	if len(k) == 0 {
+		return
+	}
+	if db.waiting >= maxPending && stamped != nil && b != bucketPins {
+		db.dropped = true
 		return
 	}
 	db.enqueueLocked(b, string(k), stamped)
@@ -330,6 +339,9 @@ func (db *database) flush() {
 	now := db.next
 	db.next = newFlushing()
 	defer close(now.done)
+	if db.dropped {
+		now.err, db.dropped = errDropped, false
+	}
 	if db.waiting == 0 {
 		db.mu.Unlock()
 		return
@@ -345,7 +357,7 @@ func (db *database) flush() {
 		db.log.Debug("write cache metadata", "err", err)
 		undone = db.undeleted()
 	}
-	now.err = err
+	now.err = cmp.Or(err, now.err)
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.writing = nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -138,12 +139,26 @@ func TestSync(t *testing.T) {
 	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
 	m.db.fault = full
 	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
-	failed := make(chan error, 1)
-	go func() { failed <- m.Sync(t.Context()) }()
-	<-m.db.full
-	m.flush()
-	if err := <-failed; !errors.Is(err, full) {
+	sync := func() error {
+		failed := make(chan error, 1)
+		go func() { failed <- m.Sync(t.Context()) }()
+		<-m.db.full
+		m.flush()
+		return <-failed
+	}
+	if err := sync(); !errors.Is(err, full) {
 		t.Errorf("a write that fails: %v", err)
+	}
+	m.db.fault = nil
+	for i := range maxPending + 1 {
+		m.SetTag(Repository{Registry: "docker.io", Name: "library/a"}, strconv.Itoa(i), Tag{})
+	}
+	<-m.db.full
+	if err := sync(); !errors.Is(err, errDropped) {
+		t.Errorf("more than there is room for: %v", err)
+	}
+	if err := sync(); err != nil {
+		t.Errorf("then nothing: %v", err)
 	}
 }
 
