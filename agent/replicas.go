@@ -257,7 +257,11 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 	}
 	one.due = time.Now().Add(min(replicaBackoff<<min(one.tries, 10), replicaPatience))
 	one.tries++
-	if no, ok := errors.AsType[*peer.Refusal](err); ok && refused(no.Status) {
+	no, answered := errors.AsType[*peer.Refusal](err)
+	switch {
+	case answered && no.Status == http.StatusNotFound:
+		one.due = time.Now().Add(replicaPatience)
+	case answered && refused(no.Status):
 		r.refused[cache.Repository{Registry: c.Registry, Name: c.Repository}] = time.Now().Add(replicaPatience)
 		err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
 	}

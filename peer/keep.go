@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"net/http"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -102,6 +103,8 @@ func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err e
 			others++
 		case ctx.Err() != nil:
 			return others, ctx.Err()
+		case missing(failed):
+			return others, failed // whoever asks
 		default:
 			s.log.Debug("member does not keep a copy", "peer", m.Node, "digest", c.Entry(), "err", failed)
 			err = failed
@@ -111,6 +114,12 @@ func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err e
 		return others, nil
 	}
 	return others, err
+}
+
+// missing reports whether upstream has something no more.
+func missing(err error) bool {
+	r, ok := errors.AsType[*Refusal](err)
+	return ok && r.Status == http.StatusNotFound
 }
 
 func (s *Swarm) askToKeep(ctx context.Context, m *Member, c Copy) error {

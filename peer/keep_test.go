@@ -109,6 +109,14 @@ func TestKeep(t *testing.T) {
 		}
 		k.take()
 
+		k.watch(nodes, func(*testNode) error { return &Refusal{Status: http.StatusNotFound, Text: "gone"} })
+		if n, err := asker.s.Keep(t.Context(), c, 1); n != 0 || !missing(err) {
+			t.Errorf("%s, gone: %d, %v", name, n, err)
+		}
+		if asked, _ := k.take(); len(asked) != 1 {
+			t.Errorf("%s, gone: %v were asked", name, asked)
+		}
+
 		holder := nodes[slices.IndexFunc(nodes, func(n *testNode) bool { return n.s.self.Node == others[0] })]
 		holder.s.Announce(c.Entry())
 		waitFor(t, func() bool { return asker.s.Others(c) == 1 })
