@@ -291,6 +291,7 @@ type PinsStatus struct {
 type ReplicasStatus struct {
 	Wanted  int    `json:"wanted"`            // cache.replicas
 	Lacking int    `json:"lacking"`           // blobs and tags that fewer nodes have
+	Stuck   int    `json:"stuck"`             // of these: others may not have them, or nobody knows of which repository they are
 	Made    int64  `json:"made"`              // copies that others keep because this node asked, since its start
 	Problem string `json:"problem,omitempty"` // why one of them could not be copied
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/peer"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -28,6 +29,9 @@ const (
 	// by node, would have each copy everything that the one before it holds.
 	replicaFresh = 2 * time.Minute
 	replicaGrace = 10 * time.Minute
+	// replicaRound is how long copies are made until the node looks again: what is new
+	// goes before what is left of a large loss.
+	replicaRound = time.Minute
 	// replicaBackoff is the first pause after nobody would keep something; it doubles up
 	// to replicaPatience, which is also how long a registry's no is believed.
 	replicaBackoff  = 15 * time.Second
@@ -51,8 +55,8 @@ type replicas struct {
 
 	mu      sync.Mutex // guards what is below; not held across calls
 	lone    map[digest.Digest]*lone
-	refused map[cache.Repository]time.Time // until when nobody is asked for its content
-	made    map[string]float64             // copies asked for, by result
+	refused map[cache.Repository]refusal
+	made    map[string]float64 // copies asked for, by result
 }
 
 // lone is what too few nodes have.
@@ -64,6 +68,16 @@ type lone struct {
 	problem   error
 }
 
+// refusal is the registry's no to other nodes for the content of a repository.
+type refusal struct {
+	until time.Time // nobody is asked
+	times int       // in a row that it had something no more, or hides it: several say what 401 says
+}
+
+// mostMissing is how many things in a row a registry may not have before its repository
+// counts as hidden from other nodes.
+const mostMissing = 3
+
 // Results of copies, as the metric names them.
 const (
 	replicaMade   = "made"
@@ -73,7 +87,7 @@ const (
 func newReplicas(a *Agent, interval time.Duration) *replicas {
 	return &replicas{
 		agent: a, others: a.config.Cache.Replicas - 1, interval: interval, fetching: make(chan struct{}, replicaWorkers),
-		lone: map[digest.Digest]*lone{}, refused: map[cache.Repository]time.Time{},
+		lone: map[digest.Digest]*lone{}, refused: map[cache.Repository]refusal{},
 		made: map[string]float64{replicaMade: 0, replicaFailed: 0},
 	}
 }
@@ -82,19 +96,25 @@ func newReplicas(a *Agent, interval time.Duration) *replicas {
 func (r *replicas) Run(ctx context.Context) error {
 	for pause(ctx, r.interval*9/10+rand.N(r.interval/5)) {
 		r.look(time.Now())
-		for _, one := range r.take(time.Now()) {
-			if !r.calm(ctx) {
-				break
-			}
-			if r.agent.swarm.Others(one) >= r.others {
-				continue // the next look finds so too
-			}
-			start := time.Now()
-			r.spread(ctx, one)
-			pause(ctx, min(time.Since(start), replicaRest))
-		}
+		r.round(ctx, time.Now())
 	}
 	return nil
+}
+
+// round has copies made of what is due.
+func (r *replicas) round(ctx context.Context, now time.Time) {
+	begun := time.Now()
+	for _, one := range r.take(now) {
+		if !r.calm(ctx) || time.Since(begun) > replicaRound {
+			return
+		}
+		if r.agent.swarm.Others(one) >= r.others || !r.mayAsk(one) {
+			continue // the next look decides
+		}
+		start := time.Now()
+		r.spread(ctx, one)
+		pause(ctx, min(time.Since(start), replicaRest))
+	}
 }
 
 // pause waits; it reports false once ctx has ended.
@@ -125,7 +145,7 @@ func (r *replicas) look(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	maps.DeleteFunc(r.lone, func(d digest.Digest, _ *lone) bool { _, still := found[d]; return !still })
-	maps.DeleteFunc(r.refused, func(_ cache.Repository, until time.Time) bool { return now.After(until) })
+	maps.DeleteFunc(r.refused, func(_ cache.Repository, no refusal) bool { return now.After(no.until) })
 	for d, c := range found {
 		if known := r.lone[d]; known != nil {
 			known.Idle = c.Idle
@@ -161,26 +181,28 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 	})
 	for repository, tags := range a.proxy.Tags() {
 		for _, tag := range tags {
-			d, known := a.proxy.KnownTag(repository, tag)
-			since, here := idle[d]
+			stands, known := a.proxy.KnownTag(repository, tag)
+			since, here := idle[stands.Digest]
 			if !here {
-				since, here = replicaFresh, a.inRuntime(d)
+				since, here = replicaFresh, a.inRuntime(stands.Digest) || a.swarm.Holds(stands.Digest)
 			}
-			if known && here {
-				note(peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag, Idle: since})
+			if known && here { // else it leads nowhere
+				note(peer.Copy{Want: peer.Want{Registry: repository.Registry, Repository: repository.Name}, Tag: tag, Idle: since,
+					Stands: peer.Descriptor{MediaType: stands.MediaType, Digest: stands.Digest, Size: stands.Size}})
 			}
 		}
 	}
 	return found
 }
 
-// take returns what is due, the smallest first: without its manifests no image starts.
+// take returns what is due: first what did not fail before, of that what is new, and of
+// that the smallest, for without its manifests no image starts.
 func (r *replicas) take(now time.Time) []peer.Copy {
 	r.mu.Lock()
-	due := map[digest.Digest]peer.Copy{}
+	due, tries := map[digest.Digest]peer.Copy{}, map[digest.Digest]int{}
 	for d, one := range r.lone {
 		if !now.Before(one.due) {
-			due[d] = one.Copy
+			due[d], tries[d] = one.Copy, one.tries
 		}
 	}
 	r.mu.Unlock()
@@ -189,7 +211,8 @@ func (r *replicas) take(now time.Time) []peer.Copy {
 	}
 	r.locate(due)
 	return slices.SortedFunc(maps.Values(due), func(a, b peer.Copy) int {
-		return cmp.Or(cmp.Compare(a.Size, b.Size), cmp.Compare(a.Entry(), b.Entry()))
+		return cmp.Or(cmp.Compare(tries[a.Entry()], tries[b.Entry()]), cmp.Compare(min(a.Idle, replicaFresh), min(b.Idle, replicaFresh)),
+			cmp.Compare(a.Size, b.Size), cmp.Compare(a.Entry(), b.Entry()))
 	})
 }
 
@@ -208,33 +231,37 @@ func (r *replicas) locate(due map[digest.Digest]peer.Copy) {
 		if c.Tag != "" {
 			candidates = []cache.Repository{{Registry: c.Registry, Name: c.Repository}}
 		}
-		i := slices.IndexFunc(candidates, func(place cache.Repository) bool { return r.mayAsk(place, c) })
+		i := slices.IndexFunc(candidates, func(place cache.Repository) bool {
+			c.Registry, c.Repository = place.Registry, place.Name
+			return r.mayAsk(c)
+		})
+		r.setAside(d, i < 0)
 		if i < 0 {
 			delete(due, d)
-			r.setAside(d)
 			continue
 		}
 		_, c.Manifest = r.agent.cache.Meta().Manifest(d)
-		c.Registry, c.Repository = candidates[i].Registry, candidates[i].Name
 		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
 		due[d] = c
 	}
 }
 
-// mayAsk reports whether others could have what c names out of a repository.
-func (r *replicas) mayAsk(place cache.Repository, c peer.Copy) bool {
+// mayAsk reports whether others could have what c names.
+func (r *replicas) mayAsk(c peer.Copy) bool {
 	r.mu.Lock()
-	_, no := r.refused[place]
+	no := r.refused[cache.Repository{Registry: c.Registry, Name: c.Repository}]
 	r.mu.Unlock()
-	return !no && r.agent.upstream.Policy(place.Registry).Allows(place.Name) &&
-		(c.Tag != "" || r.agent.proxy.Gives(c.Digest, place.Registry))
+	return no.times < mostMissing && r.agent.upstream.Policy(c.Registry).Allows(c.Repository) &&
+		(c.Tag != "" || r.agent.proxy.Gives(c.Digest, c.Registry))
 }
 
-func (r *replicas) setAside(d digest.Digest) {
+// setAside notes whether there is somewhere others may have d from. Where it came from
+// may become known: a manifest that lists it, the end of an import.
+func (r *replicas) setAside(d digest.Digest, homeless bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if one := r.lone[d]; one != nil {
-		one.homeless, one.due = true, time.Now().Add(replicaGrace)
+		one.homeless = homeless
 	}
 }
 
@@ -250,48 +277,51 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 	if one == nil {
 		return
 	}
+	place := cache.Repository{Registry: c.Registry, Name: c.Repository}
 	if err == nil {
 		r.made[replicaMade]++
 		delete(r.lone, c.Entry()) // the index knows before the next look
+		delete(r.refused, place)
 		return
+	}
+	if errors.Is(err, peer.ErrBusy) {
+		return // the next look tries again
 	}
 	one.due = time.Now().Add(min(replicaBackoff<<min(one.tries, 10), replicaPatience))
 	one.tries++
-	no, answered := errors.AsType[*peer.Refusal](err)
-	switch {
-	case answered && no.Status == http.StatusNotFound:
-		one.due = time.Now().Add(replicaPatience)
-	case answered && refused(no.Status):
-		r.refused[cache.Repository{Registry: c.Registry, Name: c.Repository}] = time.Now().Add(replicaPatience)
-		err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
+	if no, answered := errors.AsType[*peer.Refusal](err); answered {
+		times := r.refused[place].times + 1
+		switch {
+		case refused(no.Status):
+			times = mostMissing
+			err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
+		case no.Status == http.StatusNotFound:
+			one.due = time.Now().Add(replicaPatience)
+		}
+		r.refused[place] = refusal{time.Now().Add(replicaPatience), times}
 	}
 	r.made[replicaFailed]++
 	one.problem = err
 }
 
-var (
-	errNoReplicas   = errors.New("cache.replicas has this node keep no copies for others")
-	errReplicasBusy = errors.New("this node fetches other things now")
-)
+var errNoReplicas = errors.New("cache.replicas has this node keep no copies for others")
+
+// keepTime is far more than a copy takes on any link that is worth having.
+const keepTime = time.Hour
 
 // keep fetches what another node asks this one to keep, if that costs nothing that was
-// used later.
+// used later. It goes on after ctx has ended: the asker's patience does.
 func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	a := r.agent
 	if r.others < 1 {
 		return errNoReplicas
 	}
-	select {
-	case r.fetching <- struct{}{}:
-		defer func() { <-r.fetching }()
-	default:
-		return errReplicasBusy
-	}
 	if len(a.proxy.Pulls()) > 0 {
-		return errReplicasBusy
+		return peer.ErrBusy
 	}
 	if c.Tag != "" {
-		return r.keepTag(ctx, c)
+		t, _ := wanted(c.Want)
+		return a.proxy.KeepTag(ctx, t, c.Tag, ocispec.Descriptor{MediaType: c.Stands.MediaType, Digest: c.Stands.Digest, Size: c.Stands.Size})
 	}
 	if (a.cache.Has(c.Digest) || a.inRuntime(c.Digest)) && a.proxy.Gives(c.Digest, c.Registry) {
 		return nil
@@ -299,21 +329,36 @@ func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	if !a.cache.Welcome(c.Size, time.Now().Add(-c.Idle)) {
 		return fmt.Errorf("%d bytes: %w", c.Size, cache.ErrNoRoom)
 	}
-	t, kind := wanted(c.Want)
-	return a.proxy.Keep(ctx, t, kind, c.Digest, c.Size)
+	select {
+	case r.fetching <- struct{}{}:
+	default:
+		return peer.ErrBusy
+	}
+	kept := make(chan error, 1)
+	go func() {
+		defer func() { <-r.fetching }()
+		kept <- r.fetch(context.WithoutCancel(ctx), c)
+	}()
+	select {
+	case err := <-kept:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
-// replicaUserAgent marks what is asked so that this node remembers it for others.
-const replicaUserAgent = "larder-replica"
-
-// keepTag asks what a tag stands for, as a runtime would. This node remembers the answer.
-func (r *replicas) keepTag(ctx context.Context, c peer.Copy) error {
-	puller := Puller{Proxy: "http://" + r.agent.ProxyAddr(), Client: r.agent.self, UserAgent: replicaUserAgent}
-	_, err := puller.Resolve(ctx, Image{Registry: c.Registry, Repository: c.Repository, Reference: c.Tag})
-	if status := statusOf(err); refused(status) || status == http.StatusNotFound {
-		return &peer.Refusal{Status: status, Text: err.Error()}
+// fetch makes a copy that is as old as what it is a copy of. It ends with the cache at the
+// latest.
+func (r *replicas) fetch(ctx context.Context, c peer.Copy) error {
+	ctx, cancel := context.WithTimeout(ctx, keepTime)
+	defer cancel()
+	used := time.Now().Add(-c.Idle)
+	t, kind := wanted(c.Want)
+	if err := r.agent.proxy.Keep(ctx, t, kind, c.Digest, c.Size); err != nil {
+		return err
 	}
-	return err
+	r.agent.cache.Age(c.Digest, used)
+	return nil
 }
 
 // status sums up for people.
@@ -324,23 +369,16 @@ func (r *replicas) status() ReplicasStatus {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s.Lacking, s.Made = r.lacking(), int64(r.made[replicaMade])
+	s.Lacking, s.Made = len(r.lone), int64(r.made[replicaMade])
 	for _, one := range r.lone {
-		if one.problem != nil && !one.homeless && (s.Problem == "" || one.problem.Error() < s.Problem) {
+		if one.homeless {
+			s.Stuck++
+		}
+		if one.problem != nil && (s.Problem == "" || one.problem.Error() < s.Problem) {
 			s.Problem = one.problem.Error()
 		}
 	}
 	return s
-}
-
-// lacking counts what could be on more nodes. mu is held.
-func (r *replicas) lacking() (n int) {
-	for _, one := range r.lone {
-		if !one.homeless {
-			n++
-		}
-	}
-	return n
 }
 
 var (
@@ -357,7 +395,7 @@ func (r *replicas) Describe(descs chan<- *prometheus.Desc) {
 func (r *replicas) Collect(metrics chan<- prometheus.Metric) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	metrics <- prometheus.MustNewConstMetric(loneDesc, prometheus.GaugeValue, float64(r.lacking()))
+	metrics <- prometheus.MustNewConstMetric(loneDesc, prometheus.GaugeValue, float64(len(r.lone)))
 	for result, n := range r.made {
 		metrics <- prometheus.MustNewConstMetric(replicasDesc, prometheus.CounterValue, n, result)
 	}

@@ -136,6 +136,107 @@ func replicated(t *testing.T, nodes, replicas int, opts ...Option) (*registrytes
 	}, opts...)
 }
 
+// TestReplicasOfReplicas: what the first node had is on two nodes again after it is gone,
+// though nobody else pulled it, and then after another one is.
+func TestReplicasOfReplicas(t *testing.T) {
+	reg, img, nodes := replicated(t, 5, 2, impatient)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	nodes[0].copied(t)
+	tag := peer.Copy{Want: peer.Want{Registry: testImage.Registry, Repository: testImage.Repository}, Tag: testImage.Reference}
+	for lost := range 2 {
+		if err := nodes[lost].stop(t); err != nil {
+			t.Fatal(err)
+		}
+		left := nodes[lost+1:]
+		eventually(t, "on two nodes again", func() error {
+			for d, n := range holding(left, img) {
+				if n < 2 {
+					return fmt.Errorf("%d lost: %d nodes have %s", lost+1, n, d)
+				}
+			}
+			if len(holding(left, img)) < len(img.Blobs)+1 {
+				return fmt.Errorf("%d lost: %v", lost+1, holding(left, img))
+			}
+			if n := left[0].swarm.Others(tag); n < 1 {
+				return fmt.Errorf("%d others know the tag", n)
+			}
+			return nil
+		})
+	}
+	reg.Down()
+	if _, err := (Puller{Proxy: "http://" + nodes[4].ProxyAddr(), Client: nodes[4].client, Platform: "linux/amd64"}).Pull(t.Context(), testImage); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReplicaOfATag: what is kept of a tag is what its image was, which others have, and
+// not what the registry says now, which nobody has.
+func TestReplicaOfATag(t *testing.T) {
+	reg, img, nodes := replicated(t, 3, 2)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	reg.Put(testImage.Repository, registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}), testImage.Reference)
+	place := cache.Repository{Registry: testImage.Registry, Name: testImage.Repository}
+	stands, ok := nodes[0].proxy.KnownTag(place, testImage.Reference)
+	if !ok {
+		t.Fatal("the tag is not known where it was pulled")
+	}
+	c := peer.Copy{Want: peer.Want{Registry: place.Registry, Repository: place.Name}, Tag: testImage.Reference,
+		Stands: peer.Descriptor{MediaType: stands.MediaType, Digest: stands.Digest, Size: stands.Size}}
+	if err := nodes[1].replicas.keep(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := nodes[1].proxy.KnownTag(place, testImage.Reference); got.Digest != stands.Digest {
+		t.Errorf("kept as %s, want %s of %s", got.Digest, stands.Digest, img.Digest)
+	}
+}
+
+// TestReplicasAreHeld: a copy of what no other node has is none, and asks the registry for
+// not a byte.
+func TestReplicasAreHeld(t *testing.T) {
+	reg, img, nodes := replicated(t, 2, 2)
+	layer := img.Layers[0]
+	c := peer.Copy{Want: peer.Want{Digest: layer.Digest, Registry: testImage.Registry, Repository: testImage.Repository, Size: layer.Size}}
+	if err := nodes[1].replicas.keep(t.Context(), c); err == nil || nodes[1].cache.Has(layer.Digest) {
+		t.Errorf("%v, here: %v", err, nodes[1].cache.Has(layer.Digest))
+	}
+	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Method: "GET"}); n > 0 {
+		t.Errorf("the registry was asked %d times", n)
+	}
+}
+
+// TestHiddenReplicas: a registry that hides with 404 what it does not show is left alone
+// after a few answers.
+func TestHiddenReplicas(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 3, nil)
+	for _, q := range questions(repoA, p.images[repoA]) {
+		p.ask(p.at(0), q, ann.auth(p, repoA))
+	}
+	p.nodes[0].settle(t)
+	if err := p.nodes[0].cache.Meta().Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p.reg.Inject(registrytest.Match{}, registrytest.Status(404), registrytest.EvenUnauthorized())
+	r := newReplicas(p.nodes[0].Agent, time.Second)
+	now := time.Now()
+	r.look(now)
+	for round := range 20 {
+		p.reg.ResetCounts()
+		r.round(t.Context(), now.Add(time.Duration(round)*time.Minute))
+		asked := p.reg.Count(registrytest.Match{})
+		if asked > mostMissing+1 { // the tag may be asked for apart
+			t.Errorf("round %d: the registry was asked %d times", round, asked)
+		}
+		if round > mostMissing && asked > 0 {
+			t.Errorf("round %d: the registry was asked again", round)
+		}
+	}
+	if s := r.status(); s.Lacking == 0 || !strings.Contains(s.Problem, "404") {
+		t.Errorf("%+v", s)
+	}
+}
+
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.
 func TestNoReplicas(t *testing.T) {
 	_, img, nodes := replicated(t, 2, 1, impatient)
@@ -212,7 +313,7 @@ func TestKeepRefuses(t *testing.T) {
 	for range replicaWorkers {
 		r.fetching <- struct{}{}
 	}
-	if err := r.keep(t.Context(), c); !errors.Is(err, errReplicasBusy) {
+	if err := r.keep(t.Context(), c); !errors.Is(err, peer.ErrBusy) {
 		t.Errorf("while busy: %v", err)
 	}
 	for range replicaWorkers {

@@ -103,12 +103,7 @@ func (s *swarm) rememberTags() {
 
 // Fetch fills f from the swarm: the proxy's way to other nodes.
 func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill) error {
-	want := peer.Want{
-		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
-		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t), Attempt: f.Mismatches(),
-		Size: s.agent.proxy.Listed(t, f.Digest()),
-	}
-	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, want.Size}, func(ctx context.Context, into peer.Sink) error {
+	return s.fetch(ctx, t, kind, f, false, func(ctx context.Context, into peer.Sink) error {
 		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(r httptrace.WroteRequestInfo) {
 			if r.Err == nil {
 				into.Asked()
@@ -116,6 +111,23 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 		}})
 		return s.agent.proxy.FetchUpstream(ctx, t, kind, f.Digest(), homeSink{into, f})
 	})
+}
+
+// errHeld ends what would turn to the registry for a copy.
+var errHeld = errors.New("copies are fetched from other nodes alone")
+
+// FetchHeld is Fetch without the registry.
+func (s *swarm) FetchHeld(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill) error {
+	return s.fetch(ctx, t, kind, f, true, func(context.Context, peer.Sink) error { return errHeld })
+}
+
+func (s *swarm) fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill, held bool, up peer.Upstream) error {
+	want := peer.Want{
+		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
+		Manifest: kind == proxy.KindManifest, Authorization: t.Authorization, Node: asNode(t), Attempt: f.Mismatches(),
+		Size: s.agent.proxy.Listed(t, f.Digest()), Held: held,
+	}
+	err := s.Swarm.Fetch(ctx, want, swarmFill{f, t.Registry, want.Size}, up)
 	if errors.Is(err, peer.ErrVoid) {
 		err = fmt.Errorf("%w: %w", cache.ErrDigestMismatch, err)
 	}

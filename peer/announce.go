@@ -455,7 +455,7 @@ func (x *index) catchUp(ctx context.Context, name string) error {
 		var d delta
 		err := l.call(ctx, methodDelta, q, func(c call) (err error) {
 			if c.method != statusOK {
-				return errBusy
+				return ErrBusy
 			}
 			d, err = parseDelta(c.body)
 			return err

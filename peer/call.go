@@ -61,8 +61,6 @@ type remoteError struct{ text string }
 
 func (e *remoteError) Error() string { return e.text }
 
-var errBusy = errors.New("peer answers too many questions already")
-
 // ask calls a method whose answer is one JSON value.
 func (l *link) ask(ctx context.Context, method byte, q, a any) error {
 	return l.call(ctx, method, marshal(q), func(c call) error { return c.into(a, l.node) })
@@ -74,7 +72,7 @@ func (m call) into(a any, node string) error {
 	case statusOK:
 		return json.Unmarshal(m.body, a)
 	case statusBusy:
-		return errBusy
+		return ErrBusy
 	case statusRefused:
 		refusal := new(Refusal)
 		if err := json.Unmarshal(m.body, refusal); err != nil {
@@ -122,6 +120,8 @@ func (s *Swarm) called(l *link, c call) error {
 		body, err := s.answer(ctx, l, c)
 		refusal, refused := errors.AsType[*Refusal](err)
 		switch {
+		case errors.Is(err, ErrBusy):
+			l.send(call{id: c.id, method: statusBusy}.reply)
 		case refused:
 			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
 		case err != nil:

@@ -143,6 +143,8 @@ type Want struct {
 	// with bytes that did not match its digest. The swarm makes a second attempt
 	// at a blob; after that Fetch returns ErrDistrusted.
 	Attempt int
+	// Held: only what other nodes have counts. No home turns to upstream for it.
+	Held bool `json:",omitempty"`
 	// Node: the repository is one that nodes open with credentials of their own.
 	// A home that has none for it must say no.
 	Node bool

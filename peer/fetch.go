@@ -353,7 +353,7 @@ func (x *fetch) route() []*Member {
 
 // join asks a home, takes what it says, and links with whom it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
-	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled})
+	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held})
 	if err != nil {
 		return err
 	}
@@ -681,6 +681,9 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 }
 
 func (x *fetch) permit(ctx context.Context) bool {
+	if x.w.Held {
+		return false
+	}
 	asked := make(map[string]bool)
 	for m := x.next(asked); m != nil; m = x.next(asked) {
 		asked[m.Name] = true

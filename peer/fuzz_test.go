@@ -143,7 +143,7 @@ func FuzzQuestions(f *testing.F) {
 	f.Add(methodResolve, marshal(Reference{Registry: "r", Repository: "a", Tag: "v1", Accept: []string{"x"}}))
 	f.Add(methodMay, marshal(Reference{Registry: "r", Repository: "a", Tag: held.String(), Blob: true, Node: true}))
 	f.Add(methodKeep, marshal(Copy{Want: Want{Digest: missed, Registry: "r", Repository: "a", Size: 7}, Idle: time.Hour}))
-	f.Add(methodKeep, marshal(Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1"}))
+	f.Add(methodKeep, marshal(Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1", Stands: Descriptor{Digest: held}}))
 	f.Add(methodDelta, make([]byte, 12))
 	f.Add(methodSnapshot, pageAsk{pageMembers, 0}.append(nil))
 	f.Add(methodSnapshot, pageAsk{pageShards, 3}.append(nil))

@@ -163,7 +163,7 @@ type joinAsk struct {
 	Size          int64  `json:",omitempty"` // see Want
 	Helped        int64  `json:",omitempty"` // bytes that it fetched from upstream, see Help
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
-	Peek          bool   `json:",omitempty"` // from another home: do not turn to upstream for it
+	Peek          bool   `json:",omitempty"` // do not turn to upstream for it: from another home, or see Want.Held
 	More          bool   `json:",omitempty"` // there is another home to ask
 	// Idle are homes that said they get the blob, and gave nothing: one that is asked
 	// instead must not wait for them in its turn.

@@ -24,8 +24,10 @@ const (
 // client's credential goes with it: whoever keeps it must be let read it himself.
 type Copy struct {
 	Want
-	// Tag is asked for instead of a blob if it is not "".
-	Tag string `json:",omitempty"`
+	// Tag is asked for instead of a blob if it is not "", and Stands is what it stood for
+	// when the asker heard of it last.
+	Tag    string `json:",omitempty"`
+	Stands Descriptor
 	// Idle is how long ago the asker used it last.
 	Idle time.Duration `json:",omitempty"`
 }
@@ -49,6 +51,9 @@ func (c Copy) home() (key, error) {
 func (c Copy) reference() Reference {
 	return Reference{Registry: c.Registry, Repository: c.Repository, Tag: c.Tag, Node: c.Node}
 }
+
+// ErrBusy is a no for now: the node has other things to do, or too many questions.
+var ErrBusy = errors.New("peer is busy")
 
 // ErrNobody means that no other member may be asked.
 var ErrNobody = errors.New("no other node may be a home")
@@ -82,7 +87,7 @@ func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err e
 	if err != nil {
 		return 0, err
 	}
-	c.Authorization = ""
+	c.Authorization, c.Idle = "", min(max(c.Idle, 0), maxIdle)
 	passed := map[string]bool{s.self.Name: true}
 	for _, name := range s.others(c) {
 		passed[name] = true
@@ -138,6 +143,9 @@ func (s *Swarm) keeps(ctx context.Context, c Copy) (struct{}, error) {
 		return struct{}{}, errWire
 	}
 	if _, err := c.home(); err != nil {
+		return struct{}{}, err
+	}
+	if _, err := parseKey(c.Stands.Digest.String()); c.Tag != "" && err != nil {
 		return struct{}{}, err
 	}
 	c.Authorization = ""

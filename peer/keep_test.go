@@ -61,7 +61,7 @@ func TestKeep(t *testing.T) {
 		t.Fatal(err)
 	}
 	blob := Copy{Want: Want{Digest: d, Registry: "r", Repository: "a", Size: 1000, Authorization: "Basic secret"}, Idle: time.Hour}
-	tag := Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1"}
+	tag := Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1", Stands: Descriptor{Digest: d}}
 	for name, c := range map[string]Copy{"blob": blob, "tag": tag} {
 		home := id
 		if c.Tag != "" {
@@ -90,7 +90,7 @@ func TestKeep(t *testing.T) {
 		k.watch(nodes, func(n *testNode) error {
 			switch n.s.self.Node {
 			case others[0]:
-				return errors.New("no room")
+				return ErrBusy
 			case others[1]:
 				return &Refusal{Status: http.StatusUnauthorized, Text: "it is private"}
 			}
@@ -189,6 +189,7 @@ func TestKeepNonsense(t *testing.T) {
 	for name, c := range map[string]Copy{
 		"no digest":     {},
 		"a bad digest":  {Want: Want{Digest: "sha256:00"}},
+		"an empty tag":  {Want: Want{Registry: "r", Repository: "a"}, Tag: "v1"},
 		"negative size": {Want: Want{Digest: d, Size: -1}},
 		"huge size":     {Want: Want{Digest: d, Size: maxBlobSize + 1}},
 		"the future":    {Want: Want{Digest: d}, Idle: -time.Second},

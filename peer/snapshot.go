@@ -165,7 +165,7 @@ func (x *index) pages(ctx context.Context, l *link, kind byte, take func([]byte)
 		var next uint16
 		err := l.call(ctx, methodSnapshot, pageAsk{kind, from}.append(nil), func(c call) (err error) {
 			if c.method != statusOK {
-				return errBusy
+				return ErrBusy
 			}
 			next, err = take(c.body)
 			return err

@@ -116,12 +116,22 @@ func (c *Cache) Welcome(n int64, used time.Time) bool {
 	if limit > 0 {
 		room = min(room, limit-c.used)
 	}
-	c.mu.Unlock()
-	if room >= n {
-		return true
+	var older []*blob
+	for e := c.lru.Back(); e != nil && room < n; e = e.Prev() {
+		b := e.Value.(*blob)
+		if b.used >= used.Unix() {
+			break
+		}
+		if c.pins[b.digest] == 0 {
+			older = append(older, b)
+		}
 	}
-	for _, b := range c.oldest(false) {
-		if room >= n || b.used >= used.Unix() {
+	c.mu.Unlock()
+	if room < n { // who evicts evicts some more
+		n += int64(slack * float64(max(limit, minFree)))
+	}
+	for _, b := range older {
+		if room >= n {
 			break
 		}
 		if c.opts.Keep == nil || c.opts.Keep(b.digest) != EvictLast {
@@ -129,6 +139,22 @@ func (c *Cache) Welcome(n int64, used time.Time) bool {
 		}
 	}
 	return room >= n
+}
+
+// Age makes a blob as old as another node's that it is a copy of: in the order of eviction
+// it takes the place of that, and not the first. It does nothing if the blob is older.
+func (c *Cache) Age(d digest.Digest, used time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b := c.blobs[d]
+	if b == nil || b.place == nil || b.used <= used.Unix() {
+		return
+	}
+	b.used, b.dirty = used.Unix(), true // it may stand among others that are, see touched
+	for e := b.place.Next(); e != nil && e.Value.(*blob).used > b.used; e = b.place.Next() {
+		c.lru.MoveAfter(b.place, e)
+	}
+	c.meta.recordUse([]use{{b.digest, b.used, b.size}})
 }
 
 // reserve makes room for a fill of n bytes, or returns ErrNoRoom, having

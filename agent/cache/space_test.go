@@ -142,6 +142,7 @@ func TestWelcome(t *testing.T) {
 	c.mu.Unlock()
 	last[all[1]] = true
 	c.Pin(all[2])
+	const slack = 10 * kib / 20
 	for _, tt := range []struct {
 		n    int64
 		ago  time.Duration
@@ -149,15 +150,45 @@ func TestWelcome(t *testing.T) {
 	}{
 		{2 * kib, 100 * time.Hour, true}, // there is room
 		{2*kib + 1, 8 * time.Hour, false},
-		{3 * kib, 7 * time.Hour, true}, // the oldest goes
-		{3*kib + 1, 5*time.Hour + time.Minute, false},
-		{4 * kib, 4*time.Hour + time.Minute, true}, // and the fourth
-		{8 * kib, 0, true},
-		{8*kib + 1, 0, false},
+		{3*kib - slack, 7 * time.Hour, true}, // the oldest goes
+		{3*kib - slack + 1, 5*time.Hour + time.Minute, false},
+		{4*kib - slack, 4*time.Hour + time.Minute, true}, // and the fourth
+		{8*kib - slack, 0, true},
+		{8*kib - slack + 1, 0, false},
 	} {
 		if got := c.Welcome(tt.n, now.Add(-tt.ago)); got != tt.want {
 			t.Errorf("%d bytes, used %v ago: %v", tt.n, tt.ago, got)
 		}
+	}
+}
+
+// TestAge: a copy is evicted when what it is a copy of would be, also after a restart.
+func TestAge(t *testing.T) {
+	dir := t.TempDir()
+	c := start(t, Options{Dir: dir, MaxBytes: Bytes(10 * kib)})
+	all := fillUp(t, c, 4, kib)
+	now := time.Now()
+	for i, hours := range []int{1, 4, 2, 3} {
+		c.Age(all[i], now.Add(-time.Duration(hours)*time.Hour))
+	}
+	c.Age(all[0], now) // no younger
+	c.Age(digest.FromString("not here"), now)
+	order := func() (got []digest.Digest) {
+		c.Walk(func(i Info) bool {
+			got = append(got, i.Digest)
+			return true
+		})
+		return got
+	}
+	want := []digest.Digest{all[0], all[2], all[3], all[1]}
+	if got := order(); !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if err := c.Meta().Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if u, ok := c.meta.lastUse(all[1]); !ok || u.when != now.Add(-4*time.Hour).Unix() {
+		t.Errorf("stored: %+v, %v", u, ok)
 	}
 }
 

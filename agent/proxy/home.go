@@ -167,10 +167,36 @@ func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
 	return err == nil && a.belongs(keyOf(t, d))
 }
 
-// Keep brings a blob here for others, as far as this node may have it by itself: t has no
-// client's credential, and unlike for Admit nobody's word stands for a verdict. It returns
-// once the blob is committed.
+// Keep brings a blob here from other nodes, for others, as far as this node may have it by
+// itself: t has no client's credential, and unlike for Admit nobody's word stands for a
+// verdict. It returns once the blob is committed.
 func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, size int64) error {
+	if err := p.mayKeep(ctx, t, kind, d); err != nil {
+		return err
+	}
+	if p.Listed(t, d) == 0 {
+		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
+	}
+	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d), held: true})
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if err := p.cache.Settled(ctx, d); err != nil {
+		return err
+	}
+	if !p.cache.Has(d) {
+		return fmt.Errorf("keep %s: %w", d, errNotKept)
+	}
+	if kind == KindManifest { // what it lists belongs to the repository then, also for who is asked next
+		_, err = p.manifest(ctx, t, d)
+	}
+	return err
+}
+
+// mayKeep asks whether this node may have d by itself, and notes that it belongs to the
+// repository, so that it can ask others in turn.
+func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	acc, err := p.homeAccess(t)
 	if err == nil && !acc.allowed {
 		err = p.look(ctx, &acc, kind, d)
@@ -178,19 +204,24 @@ func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest
 	if err != nil && !errors.Is(err, ErrImported) {
 		return err
 	}
-	if p.Listed(t, d) == 0 {
-		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
-	}
-	c, err := p.openCache(ctx, t, d, kind)
-	if err != nil {
+	p.auth.enlist(t, ocispec.Descriptor{Digest: d})
+	return nil
+}
+
+// KeepTag remembers for others what a tag stood for, unless this node knows of it already.
+// The registry is not asked: what it says now may be an image that nobody has yet.
+func (p *Proxy) KeepTag(ctx context.Context, t upstream.Target, tag string, desc ocispec.Descriptor) error {
+	if err := p.mayKeep(ctx, t, KindManifest, desc.Digest); err != nil {
 		return err
 	}
-	defer c.Close()
-	if err := p.cache.Settled(ctx, d); err != nil {
-		return err
+	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: true}
+	if _, known := p.KnownTag(key.place(), tag); known {
+		p.swarm.Remember(t, tag)
+		return nil
 	}
-	if !p.cache.Has(d) {
-		return fmt.Errorf("keep %s: %w", d, errNotKept)
+	p.keepTag(key, cache.Tag{Descriptor: desc})
+	if !acceptsLists([]string{desc.MediaType}) {
+		p.keepTag(key.other(), cache.Tag{Descriptor: desc})
 	}
 	return nil
 }
@@ -203,8 +234,12 @@ var errNotKept = errors.New("it could not be had, or not be stored")
 // registry nothing.
 func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	acc, err := p.homeAccess(t)
-	if err != nil || acc.allowed {
+	if err != nil {
 		return err
+	}
+	if acc.allowed {
+		p.auth.enlist(t, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
+		return nil
 	}
 	err = p.look(ctx, &acc, kind, d)
 	if errors.Is(err, ErrImported) {

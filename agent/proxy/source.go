@@ -47,6 +47,8 @@ type Swarm interface {
 	// the node asks upstream itself, unless what f has is known to be wrong
 	// (cache.ErrDigestMismatch).
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
+	// FetchHeld is Fetch from other nodes alone: this one does not turn to the registry.
+	FetchHeld(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
 	// Resolve asks the home of the repository, which collapses and caches. It returns a
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
@@ -79,7 +81,7 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
-	r, err := p.cache.Open(ctx, d, fill{p, t, kind, p.giver(t, d)})
+	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d)})
 	if errors.Is(err, cache.ErrForeign) {
 		p.log.Debug("here, but not from this registry", "digest", d, "registry", t.Registry, "repository", t.Repository)
 	}
@@ -262,6 +264,7 @@ type fill struct {
 	t     upstream.Target
 	kind  Kind
 	giver string
+	held  bool // only what other nodes have: a copy is worth no byte of an uplink
 }
 
 var _ cache.Given = fill{}
@@ -270,6 +273,9 @@ func (s fill) Giver() string { return s.giver }
 
 func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 	p, t := s.p, s.t
+	if s.held {
+		return p.swarm.FetchHeld(ctx, t, s.kind, f)
+	}
 	if p.swarm != nil {
 		err := p.swarm.Fetch(ctx, t, s.kind, f)
 		if err == nil || final(err) || errors.Is(err, cache.ErrDigestMismatch) || ctx.Err() != nil {

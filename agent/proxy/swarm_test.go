@@ -30,6 +30,10 @@ type swarmFunc struct {
 	coming  func(digest.Digest) bool
 }
 
+func (s *swarmFunc) FetchHeld(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error {
+	return s.Fetch(ctx, t, kind, f)
+}
+
 func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *cache.Fill) error {
 	if s.fetch == nil || kind != KindBlob && !s.small {
 		return errNoSwarm

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"slices"
 	"strings"
 	"time"
 
@@ -332,8 +331,11 @@ func (p *Proxy) keepTag(key tagKey, tag cache.Tag) {
 func (p *Proxy) Tags() map[cache.Repository][]string {
 	tags := map[cache.Repository][]string{}
 	p.cache.Meta().WalkTags(func(r cache.Repository, tag string) bool {
-		if tag = strings.TrimSuffix(tag, notListed); !slices.Contains(tags[r], tag) {
-			tags[r] = append(tags[r], tag)
+		known := tags[r]
+		// The keys are in order, and no tag has a character below "#": the other answer
+		// of a tag, see notListed, comes right behind it.
+		if tag = strings.TrimSuffix(tag, notListed); len(known) == 0 || known[len(known)-1] != tag {
+			tags[r] = append(known, tag)
 		}
 		return true
 	})
@@ -341,13 +343,13 @@ func (p *Proxy) Tags() map[cache.Repository][]string {
 }
 
 // KnownTag is what a tag stood for when this node heard of it last.
-func (p *Proxy) KnownTag(r cache.Repository, tag string) (digest.Digest, bool) {
+func (p *Proxy) KnownTag(r cache.Repository, tag string) (ocispec.Descriptor, bool) {
 	for _, stored := range []string{tag, tag + notListed} {
 		if known, ok := p.cache.Meta().Tag(r, stored); ok {
-			return known.Descriptor.Digest, true
+			return known.Descriptor, true
 		}
 	}
-	return "", false
+	return ocispec.Descriptor{}, false
 }
 
 func (k tagKey) target() upstream.Target {

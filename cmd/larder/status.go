@@ -105,6 +105,9 @@ func replicasLine(st style, r agent.ReplicasStatus) string {
 		return fmt.Sprintf("what is here is on %d nodes or more", r.Wanted)
 	}
 	line := st.warn(fmt.Sprintf("%d blobs and tags are on fewer than %d nodes", r.Lacking, r.Wanted))
+	if r.Stuck > 0 {
+		line += fmt.Sprintf(", %d of them private or of an unknown image", r.Stuck)
+	}
 	if r.Problem != "" {
 		line += ": " + r.Problem
 	}
