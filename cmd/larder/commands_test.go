@@ -46,7 +46,7 @@ func TestStatusGolden(t *testing.T) {
 		Cache:  agent.CacheStatus{Dir: "/var/lib/larder", Blobs: 42, Bytes: 5 << 30, Limit: 20 << 30, Free: 100 << 30, MinFree: 40 << 30},
 		Pins: agent.PinsStatus{Images: 12, Bytes: 2 << 30, Limit: 16 << 30, States: map[string]int{"held": 9, "fetching": 1, "missing": 2},
 			Problem: "100.0 MiB are free on the disk", Trouble: []agent.Pin{{Image: "quay.io/org/app:v1", State: "missing", Error: "401 Unauthorized; the image is private"}}},
-		Replicas: agent.ReplicasStatus{Wanted: 2, Lacking: 14, Made: 300, Problem: "cache has no room"},
+		Replicas: agent.ReplicasStatus{Wanted: 2, Lacking: 14, Stuck: 3, Made: 300, Problem: "cache has no room"},
 		Pulls: []proxy.Pull{{Digest: d, Registry: "docker.io", Repository: "library/nginx", Reference: "1.29",
 			Size: 40 << 20, Offset: 10 << 20, Source: "upstream", Started: now.Add(-3 * time.Minute)}},
 		Fills: []agent.FillStatus{{Digest: d, Size: 40 << 20, Present: 30 << 20, Readers: 2, Started: now.Add(-4 * time.Minute),
