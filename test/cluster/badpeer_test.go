@@ -78,6 +78,12 @@ func (c *cluster) rot(n *node) {
 	c.t.Helper()
 	name := filepath.Join(n.cache(), "blobs", "sha256", c.layer().Encoded())
 	size := c.img.Layers[0].Size
+	eventually(c.t, "committed", func() error { // the client has it a moment before
+		if !n.has(c.layer()) {
+			return errors.New("the layer is not there")
+		}
+		return nil
+	})
 	err := os.Chmod(name, 0o600)
 	f, oerr := os.OpenFile(name, os.O_RDWR, 0)
 	if err := errors.Join(err, oerr); err != nil {
