@@ -148,7 +148,7 @@ func (r *replicas) look(now time.Time) {
 	maps.DeleteFunc(r.refused, func(_ cache.Repository, no refusal) bool { return now.After(no.until) })
 	for d, c := range found {
 		if known := r.lone[d]; known != nil {
-			known.Idle = c.Idle
+			known.Copy = c
 			continue
 		}
 		wait := replicaGrace
