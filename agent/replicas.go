@@ -71,11 +71,11 @@ type lone struct {
 // refusal is the registry's no to other nodes for the content of a repository.
 type refusal struct {
 	until time.Time // nobody is asked
-	times int       // in a row that it had something no more, or hides it: several say what 401 says
+	times int       // that it had something no more, or hides it: several say what 401 says
 }
 
-// mostMissing is how many things in a row a registry may not have before its repository
-// counts as hidden from other nodes.
+// mostMissing is how many things a registry may not have before their repository counts as
+// hidden from other nodes. What others say that they have is no answer of the registry's.
 const mostMissing = 3
 
 // Results of copies, as the metric names them.
@@ -281,7 +281,6 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 	if err == nil {
 		r.made[replicaMade]++
 		delete(r.lone, c.Entry()) // the index knows before the next look
-		delete(r.refused, place)
 		return
 	}
 	if errors.Is(err, peer.ErrBusy) {

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -206,35 +207,54 @@ func TestReplicasAreHeld(t *testing.T) {
 	}
 }
 
+// asSeen looks as the first node does, after it has pulled an image with ann's credential
+// and nobody has asked without one. Nothing else makes copies.
+func (p *private) asSeen() *replicas {
+	p.t.Helper()
+	for _, q := range questions(repoA, p.images[repoA]) {
+		p.ask(p.at(0), q, ann.auth(p, repoA))
+	}
+	p.nodes[0].settle(p.t)
+	if err := p.nodes[0].cache.Meta().Sync(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+	r := newReplicas(p.nodes[0].Agent, time.Second)
+	r.look(time.Now())
+	return r
+}
+
+// givesUp runs rounds for most of an hour, in which the registry is asked as often as the
+// first of them had to, and says so.
+func (p *private) givesUp(r *replicas, status string) {
+	p.t.Helper()
+	begun := time.Now()
+	for minute := range 50 {
+		p.reg.ResetCounts()
+		r.round(p.t.Context(), begun.Add(time.Duration(minute)*time.Minute))
+		switch asked := p.reg.Count(registrytest.Match{}); {
+		case minute == 0 && asked > 0:
+			p.t.Errorf("the registry was asked %d times before anything was due", asked)
+		case minute == 1 && (asked == 0 || asked > mostMissing+1): // with the tag
+			p.t.Errorf("the registry was asked %d times", asked)
+		case minute > 1 && asked > 0:
+			p.t.Errorf("minute %d: the registry was asked %d times more", minute, asked)
+		}
+	}
+	if s := r.status(); s.Lacking == 0 || !strings.Contains(s.Problem, status) {
+		p.t.Errorf("%+v", s)
+	}
+	if r.mayAsk(peer.Copy{Want: peer.Want{Registry: testRegistry, Repository: repoA}, Tag: "another"}) {
+		p.t.Error("others would be asked for more of that repository")
+	}
+}
+
 // TestHiddenReplicas: a registry that hides with 404 what it does not show is left alone
 // after a few answers.
 func TestHiddenReplicas(t *testing.T) {
 	p := newPrivate(t, registrytest.Basic, 3, nil)
-	for _, q := range questions(repoA, p.images[repoA]) {
-		p.ask(p.at(0), q, ann.auth(p, repoA))
-	}
-	p.nodes[0].settle(t)
-	if err := p.nodes[0].cache.Meta().Sync(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	r := p.asSeen()
 	p.reg.Inject(registrytest.Match{}, registrytest.Status(404), registrytest.EvenUnauthorized())
-	r := newReplicas(p.nodes[0].Agent, time.Second)
-	now := time.Now()
-	r.look(now)
-	for round := range 20 {
-		p.reg.ResetCounts()
-		r.round(t.Context(), now.Add(time.Duration(round)*time.Minute))
-		asked := p.reg.Count(registrytest.Match{})
-		if asked > mostMissing+1 { // the tag may be asked for apart
-			t.Errorf("round %d: the registry was asked %d times", round, asked)
-		}
-		if round > mostMissing && asked > 0 {
-			t.Errorf("round %d: the registry was asked again", round)
-		}
-	}
-	if s := r.status(); s.Lacking == 0 || !strings.Contains(s.Problem, "404") {
-		t.Errorf("%+v", s)
-	}
+	p.givesUp(r, "404")
 }
 
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.
@@ -252,48 +272,30 @@ func TestNoReplicas(t *testing.T) {
 }
 
 // TestPrivateReplicas: a copy is no way round a registry. What only a client's credential
-// opens is not copied, and the node that has it says so and leaves the registry alone;
-// what the nodes' own credentials open is.
+// opens is not copied, and the node that has it says so and leaves the registry alone.
 func TestPrivateReplicas(t *testing.T) {
-	for name, own := range map[string]bool{"by a client's credential": false, "by the node's own": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			p := newPrivate(t, registrytest.Basic, 3, func(c *Config) {
-				if own {
-					file := filepath.Join(t.TempDir(), "config.json")
-					replace(t, file, `{"auths":{"`+testRegistry+`":{"username":"ann","password":"HUSH-ann"}}}`)
-					c.Registries = []upstream.Registry{{Host: testRegistry, Upstreams: c.Registries[0].Upstreams, Auth: "node", CredentialsFile: file}}
-				}
-			}, impatient)
-			first, img := p.nodes[0], p.images[repoA]
-			p.pull(0, ann, repoA)
-			before := holding(p.nodes, img)
-			if own {
-				first.copied(t)
-				for d, n := range holding(p.nodes, img) {
-					if n < 2 {
-						t.Errorf("%d nodes have %s", n, d)
-					}
-				}
-				return
-			}
-			eventually(t, "refused", func() error {
-				if s := first.Status().Replicas; s.Lacking == 0 || !strings.Contains(s.Problem, "401") {
-					return fmt.Errorf("%+v", s)
-				}
-				return nil
-			})
-			p.reg.ResetCounts()
-			time.Sleep(2 * time.Second)
-			if n := p.reg.Count(registrytest.Match{}); n > 0 {
-				t.Errorf("the registry was asked %d times more", n)
-			}
-			for d, n := range holding(p.nodes, img) {
-				if n != before[d] {
-					t.Errorf("%s: %d nodes have it, %d had it", d, n, before[d])
-				}
-			}
-		})
+	p := newPrivate(t, registrytest.Basic, 3, nil)
+	r := p.asSeen()
+	before := holding(p.nodes, p.images[repoA])
+	p.givesUp(r, "401")
+	if now := holding(p.nodes, p.images[repoA]); !maps.Equal(now, before) {
+		t.Errorf("held by %v nodes, before by %v", now, before)
+	}
+}
+
+// TestNodesReplicas: what the nodes' own credentials open is copied.
+func TestNodesReplicas(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 3, func(c *Config) {
+		file := filepath.Join(t.TempDir(), "config.json")
+		replace(t, file, `{"auths":{"`+testRegistry+`":{"username":"ann","password":"HUSH-ann"}}}`)
+		c.Registries = []upstream.Registry{{Host: testRegistry, Upstreams: c.Registries[0].Upstreams, Auth: "node", CredentialsFile: file}}
+	}, impatient)
+	p.pull(0, ann, repoA)
+	p.nodes[0].copied(t)
+	for d, n := range holding(p.nodes, p.images[repoA]) {
+		if n < 2 {
+			t.Errorf("%d nodes have %s", n, d)
+		}
 	}
 }
 

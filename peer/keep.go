@@ -94,29 +94,28 @@ func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err e
 		others++
 	}
 	err = ErrNobody
-	for range maxAsked {
-		if others >= wanted {
-			return others, nil
-		}
+	for tries := 0; others < wanted && tries < maxAsked; tries++ {
 		m := s.roster.homeBut(home, s.cfg.Zone, s.cfg.ZoneScope, passed)
 		if m == nil {
 			break
 		}
 		passed[m.Name] = true
-		switch failed := s.askToKeep(ctx, m, c); {
-		case failed == nil:
+		failed := s.askToKeep(ctx, m, c)
+		if failed == nil {
 			others++
-		case ctx.Err() != nil:
+			continue
+		}
+		if ctx.Err() != nil {
 			return others, ctx.Err()
-		case missing(failed):
-			return others, failed // whoever asks
-		default:
-			s.log.Debug("member does not keep a copy", "peer", m.Node, "digest", c.Entry(), "err", failed)
-			err = failed
+		}
+		s.log.Debug("member does not keep a copy", "peer", m.Node, "digest", c.Entry(), "err", failed)
+		err = failed
+		if missing(failed) { // whoever asks
+			break
 		}
 	}
 	if others >= wanted {
-		return others, nil
+		err = nil
 	}
 	return others, err
 }
