@@ -207,6 +207,60 @@ func TestReplicasAreHeld(t *testing.T) {
 	}
 }
 
+// TestPulledReplica: who pulls what is being copied gets all of it, from the registry too,
+// when the node that has it dies.
+func TestPulledReplica(t *testing.T) {
+	var c Config
+	reg, _ := startRegistry(t, &c)
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 77, Layers: []int64{6 << 20}, Opaque: true})
+	reg.Put(testImage.Repository, img, testImage.Reference)
+	next := clusterConfigs(t, c.Registries...)
+	nodes := startCluster(t, 2, func() Config {
+		c := next()
+		c.Peer.MaxUploadBytesPerSecond = 300 << 10
+		return c
+	})
+	holder, keeper, layer := nodes[0], nodes[1], img.Layers[0]
+	holder.pull(t)
+	holder.settle(t)
+	if err := keeper.cache.Remove(layer.Digest); err != nil { // it may be home
+		t.Fatal(err)
+	}
+	eventually(t, "told of", func() error {
+		if !keeper.swarm.Holds(layer.Digest) {
+			return errors.New("nobody holds it")
+		}
+		return nil
+	})
+	reading := func(readers int) {
+		t.Helper()
+		eventually(t, "under way", func() error {
+			if f := keeper.cache.Fills(); len(f) != 1 || f[0].Readers != readers || f[0].Present == 0 {
+				return fmt.Errorf("%+v", f)
+			}
+			return nil
+		})
+	}
+	one := peer.Copy{Want: peer.Want{Digest: layer.Digest, Registry: testImage.Registry, Repository: testImage.Repository, Size: layer.Size}}
+	kept, pulled := make(chan error, 1), make(chan error, 1)
+	go func() { kept <- keeper.replicas.keep(t.Context(), one) }()
+	reading(1)
+	go func() {
+		n, err := keeper.readBlob(layer.Digest)
+		if err == nil && n != layer.Size {
+			err = fmt.Errorf("%d bytes", n)
+		}
+		pulled <- err
+	}()
+	reading(2)
+	if err := holder.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(<-pulled, <-kept); err != nil {
+		t.Error(err)
+	}
+}
+
 // asSeen looks as the first node does, after it has pulled an image with ann's credential
 // and nobody has asked without one. Nothing else makes copies.
 func (p *private) asSeen() *replicas {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -274,7 +275,10 @@ func (s fill) Giver() string { return s.giver }
 func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 	p, t := s.p, s.t
 	if s.held {
-		return p.swarm.FetchHeld(ctx, t, s.kind, f)
+		err := p.swarm.FetchHeld(ctx, t, s.kind, f)
+		if err == nil || ctx.Err() != nil || errors.Is(err, cache.ErrDigestMismatch) || !p.pulled(f.Digest()) {
+			return err
+		}
 	}
 	if p.swarm != nil {
 		err := p.swarm.Fetch(ctx, t, s.kind, f)
@@ -284,6 +288,12 @@ func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 		p.log.Debug("swarm gave up on a blob", "digest", f.Digest(), "registry", t.Registry, "err", err)
 	}
 	return p.FetchUpstream(ctx, t, s.kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
+}
+
+// pulled reports whether somebody reads a fill beside who keeps a copy: then it is a pull
+// like any other.
+func (p *Proxy) pulled(d digest.Digest) bool {
+	return slices.ContainsFunc(p.cache.Fills(), func(f cache.Progress) bool { return f.Digest == d && f.Readers > 1 })
 }
 
 // final reports whether another source would fail with the same error.
