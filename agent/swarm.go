@@ -236,6 +236,11 @@ func (o swarmOrigin) Admit(ctx context.Context, w peer.Want) error {
 // Reaches reports whether this node gets connections to the registry.
 func (o swarmOrigin) Reaches(registry string) bool { return o.agent.upstream.Reaches(registry) }
 
+// Connect tries to reach the registry.
+func (o swarmOrigin) Connect(ctx context.Context, registry string) error {
+	return o.agent.upstream.Connect(ctx, registry)
+}
+
 // Keep fetches what another node asks this one to keep.
 func (o swarmOrigin) Keep(ctx context.Context, c peer.Copy) error {
 	return refusalOf(o.agent.replicas.keep(ctx, c))

@@ -20,6 +20,7 @@ const (
 	methodDelta
 	methodSnapshot
 	methodKeep
+	methodWay
 )
 
 // Statuses of answers.
@@ -28,6 +29,7 @@ const (
 	statusFailed
 	statusBusy
 	statusRefused // a Refusal follows as JSON
+	statusCutOff  // errUnreached
 )
 
 // Refusal is upstream's own answer to a home, as another node can give it to
@@ -73,6 +75,8 @@ func (m call) into(a any, node string) error {
 		return json.Unmarshal(m.body, a)
 	case statusBusy:
 		return ErrBusy
+	case statusCutOff:
+		return errUnreached
 	case statusRefused:
 		refusal := new(Refusal)
 		if err := json.Unmarshal(m.body, refusal); err != nil {
@@ -122,6 +126,8 @@ func (s *Swarm) called(l *link, c call) error {
 		switch {
 		case errors.Is(err, ErrBusy):
 			l.send(call{id: c.id, method: statusBusy}.reply)
+		case errors.Is(err, errUnreached):
+			l.send(call{id: c.id, method: statusCutOff}.reply)
 		case refused:
 			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
 		case err != nil:
@@ -148,7 +154,7 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a Copy) (struct{}, error) { return s.keeps(ctx, a) })
 	}
 	switch c.method {
-	case methodResolve, methodMay:
+	case methodResolve, methodMay, methodWay:
 		r, err := decode[Reference](c.body)
 		if err != nil {
 			return nil, err

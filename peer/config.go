@@ -207,6 +207,8 @@ type Origin interface {
 	// Reaches reports, at once, whether the node gets connections to a registry, as far
 	// as it tried lately. A home that does not leaves it to the next one to try.
 	Reaches(registry string) bool
+	// Connect tries to reach a registry, without any credential; nil if it answered.
+	Connect(ctx context.Context, registry string) error
 	// Keep fetches a copy of what another node has, or may be about to lose, and returns
 	// once it is here. An error makes the asker turn to somebody else.
 	Keep(ctx context.Context, c Copy) error

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -334,8 +335,11 @@ func (x *fetch) next(asked map[string]bool) *Member { return nextOf(x.route(), a
 
 // route lists the homes to ask, in order; this node itself, where it stands in
 // the list, is the one that goes upstream. The homes of the zone come first; a
-// zone's first home goes on to the cluster's (I4).
-func (x *fetch) route() []*Member {
+// zone's first home goes on to the cluster's (I4). Who is cut off from the registry is
+// left out if somebody else is known to have a way.
+func (x *fetch) route() []*Member { return x.s.around(x.homes(), x.b.k, x.w.Registry) }
+
+func (x *fetch) homes() []*Member {
 	r := x.s.roster
 	zone := r.homes(x.b.k, x.s.cfg.Zone, true)
 	if x.s.cfg.ZoneScope {
@@ -372,7 +376,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
 	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
-		ask.More, ask.Helped = x.more(m.Name), x.fetched()
+		ask.More, ask.Helped = x.more(m.Name, x.tried), x.fetched()
 	}
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
@@ -384,6 +388,9 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 		err = errBehind
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
+		if reply.CutOff {
+			x.s.cutOff(m.Name, x.w.Registry)
+		}
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
 		x.s.unreached(m.Name)
 	}
@@ -607,6 +614,7 @@ func (x *fetch) otherHomes() (out []*Member) {
 	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {
 		homes = append(homes, x.s.roster.elders(x.b.k, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
 	}
+	homes = append(homes, x.s.withWay(x.b.k, x.w.Registry)...)
 	for _, m := range homes {
 		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
 		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
@@ -632,8 +640,8 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 func (x *fetch) upstream(ctx context.Context) error {
 	x.endHelp()
 	x.b.goesUp(true)
-	more := x.more(x.s.self.Name)
-	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return more && x.b.barren(time.Now()) })
+	asked := maps.Clone(x.tried)
+	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return x.b.barren(time.Now()) && x.more(x.s.self.Name, asked) })
 	defer stop()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {

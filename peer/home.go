@@ -184,6 +184,7 @@ type joinReply struct {
 	Attempt int      `json:",omitempty"` // more than that of the question: come back with this one
 	Help    int64    `json:",omitempty"` // fetch from the far end too: the home's own pace, bytes per second
 	Refused string   `json:",omitempty"` // ask the next home: why
+	CutOff  bool     `json:",omitempty"` // refused, because the home does not reach the registry
 	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
 }
 
@@ -227,7 +228,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		if errors.Is(err, errForeign) || errors.Is(err, errUnreached) {
 			b.home.forget(l.peer) // nothing for it meets here
 		}
-		reply.Refused = truncate(err.Error(), maxStatusLen)
+		reply.Refused, reply.CutOff = truncate(err.Error(), maxStatusLen), errors.Is(err, errUnreached)
 		return reply, nil
 	}
 	reply.Meet = append(reply.Meet, holders...)
@@ -300,7 +301,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	}
 	// Others may have a way to the registry where this node has none.
 	unreached := func() bool {
-		return (ask.More || ask.Peek) && b.barren(time.Now()) && !s.cfg.Origin.Reaches(ask.Registry)
+		return (ask.More || ask.Peek) && b.barren(time.Now()) && !s.reaches(ask.Registry)
 	}
 	others := held && !ask.Stalled
 	if b.active() {

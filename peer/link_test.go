@@ -28,8 +28,9 @@ type testNode struct {
 	gone  chan struct{}
 	told  atomic.Int64 // the size, when it was last asked to Fill
 	// cutOff: what it sends to the registry is lost, and it knows since when it tries.
-	cutOff atomic.Bool
-	tries  atomic.Int64
+	cutOff   atomic.Bool
+	tries    atomic.Int64
+	connects atomic.Int64
 
 	mu     sync.Mutex // guards the following
 	blobs  map[digest.Digest]*memBlob
@@ -383,6 +384,14 @@ func (n *testNode) Admit(_ context.Context, w Want) error {
 		return nil
 	}
 	return n.admit(w)
+}
+
+func (n *testNode) Connect(ctx context.Context, _ string) error {
+	n.connects.Add(1)
+	if n.cutOff.Load() {
+		<-ctx.Done()
+	}
+	return ctx.Err()
 }
 
 func (n *testNode) Reaches(string) bool {

@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 )
 
@@ -21,7 +22,7 @@ var errUnreached = errors.New("the registry cannot be reached from here")
 func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() bool) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	look := func() {
-		if !s.cfg.Origin.Reaches(registry) && leave() {
+		if !s.reaches(registry) && leave() {
 			cancel(errUnreached)
 		}
 	}
@@ -48,15 +49,15 @@ func unreached(ctx context.Context) bool { return errors.Is(context.Cause(ctx), 
 func (b *blob) barren(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.haveN == 0 && !b.triesLocked(now, b.cameLocked())
+	return b.haveN == 0 && !b.triesLocked(now, b.begun) // pieces on their way here may not count
 }
 
-// more reports whether there is another home to ask than m.
-func (x *fetch) more(m string) bool {
-	for _, other := range x.route() {
-		if other.Name != m && !x.tried[other.Name] {
-			return len(x.tried)+1 < maxAsked
-		}
+// more reports whether there is another home to ask than m, if these were asked. Who
+// stands in for homes is never the last: these are asked again if he loses his way too.
+func (x *fetch) more(m string, asked map[string]bool) bool {
+	if len(asked)+1 >= maxAsked {
+		return false
 	}
-	return false
+	other := func(o *Member) bool { return o.Name != m && !asked[o.Name] }
+	return slices.ContainsFunc(x.route(), other) || !slices.ContainsFunc(x.homes(), func(h *Member) bool { return h.Name == m })
 }

@@ -265,11 +265,12 @@ func (n *simNode) Resolve(context.Context, Reference) (Descriptor, error) {
 	return Descriptor{}, errors.ErrUnsupported
 }
 
-func (n *simNode) May(context.Context, Reference) error { return errors.ErrUnsupported }
-func (n *simNode) Admit(context.Context, Want) error    { return nil }
-func (n *simNode) Reaches(string) bool                  { return true }
-func (n *simNode) Keep(context.Context, Copy) error     { return errors.ErrUnsupported }
-func (n *simNode) Gives(digest.Digest, string) bool     { return true }
+func (n *simNode) May(context.Context, Reference) error  { return errors.ErrUnsupported }
+func (n *simNode) Admit(context.Context, Want) error     { return nil }
+func (n *simNode) Reaches(string) bool                   { return true }
+func (n *simNode) Connect(context.Context, string) error { return nil }
+func (n *simNode) Keep(context.Context, Copy) error      { return errors.ErrUnsupported }
+func (n *simNode) Gives(digest.Digest, string) bool      { return true }
 
 // start fetches a blob, once, as the node's cache would.
 func (n *simNode) start(w Want) {

@@ -112,7 +112,9 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 	var failed error
 	taken, reached := false, false
 	asked := make(map[string]bool)
-	homes := func() []*Member { return s.roster.homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope) }
+	homes := func() []*Member {
+		return s.around(s.roster.homes(r.home(), s.cfg.Zone, s.cfg.ZoneScope), r.home(), r.Registry)
+	}
 	next := func() *Member { return nextOf(homes(), asked) }
 	for m := next(); m != nil; m = next() {
 		asked[m.Name] = true
@@ -138,6 +140,9 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 			break
 		}
 		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
+		if errors.Is(err, errUnreached) {
+			s.cutOff(m.Name, r.Registry)
+		}
 		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
 	switch {
@@ -164,7 +169,7 @@ func refused(err error) bool {
 func answered(err error) bool {
 	_, remote := errors.AsType[*remoteError](err)
 	_, refused := errors.AsType[*Refusal](err)
-	return remote || refused
+	return remote || refused || errors.Is(err, errUnreached)
 }
 
 // put asks one home.
@@ -229,9 +234,11 @@ func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, tim
 		octx, cancel = context.WithTimeout(ctx, originTime)
 	}
 	defer cancel()
-	here := r.Memory // then nobody is asked
-	octx, stop := s.whileReached(octx, r.Registry, func() bool { return !here })
-	defer stop()
+	if !r.Memory {
+		var stop func()
+		octx, stop = s.whileReached(octx, r.Registry, func() bool { return true })
+		defer stop()
+	}
 	body, ttl, err := s.askUpstream(octx, method, r)
 	if err == nil || refused(err) {
 		return body, ttl, err
@@ -266,6 +273,12 @@ func (s *Swarm) witnesses(r Reference) (out []*Member) {
 }
 
 func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
+	if method == methodWay {
+		if err := s.giveWay(ctx, r.Registry); err != nil {
+			return nil, wayAgain, err
+		}
+		return marshal(leave{}), wayCheck, nil
+	}
 	if method == methodMay { // the node itself knows for how long to remember it
 		err := s.cfg.Origin.May(ctx, r)
 		if errors.Is(err, ErrImported) {

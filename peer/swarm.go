@@ -31,6 +31,7 @@ type Swarm struct {
 	trust    *trust // nil on loopback without a key
 	listener net.Listener
 	roster   *roster
+	ways     *ways
 	bans     *bans
 	uploads  *uploads
 	index    *index
@@ -77,7 +78,7 @@ func New(cfg Config) (*Swarm, error) {
 		return nil, fmt.Errorf("swarm metrics: %w", err)
 	}
 	s := &Swarm{
-		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), bans: &bans{m: m, until: make(map[string]time.Time)},
+		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]time.Time)},
 		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce),
 		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}

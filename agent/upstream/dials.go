@@ -3,7 +3,12 @@ package upstream
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -47,6 +52,8 @@ func (d *dials) end(err error, begun, now time.Time) {
 	switch {
 	case err != nil && now.Sub(begun) > unconnected:
 		d.failed = now
+	case noRoute(err):
+		d.since, d.failed = now.Add(-unconnected), now
 	case errors.Is(err, context.Canceled):
 		if d.waiting == 0 && d.failed.IsZero() {
 			d.since = time.Time{} // says nothing
@@ -57,6 +64,13 @@ func (d *dials) end(err error, begun, now time.Time) {
 			d.since = now
 		}
 	}
+}
+
+// noRoute reports whether a connect failed on this machine, or before it got to the
+// endpoint: others may have a route to it, or a name server that knows it.
+func noRoute(err error) bool {
+	_, dns := errors.AsType[*net.DNSError](err)
+	return dns || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EHOSTUNREACH)
 }
 
 // silent reports whether connects get no answer.
@@ -71,7 +85,7 @@ func (d *dials) silent(now time.Time) bool {
 
 // Reaches reports whether this machine gets connections to one of the upstreams of a
 // registry, as far as it tried lately. A refusal, and every other error that comes at
-// once, counts as an answer: the request tells by itself. It asks nobody.
+// once, counts as an answer, but for a missing route or name. It asks nobody.
 func (c *Client) Reaches(host string) bool {
 	reg, err := c.lookup(host)
 	if err != nil {
@@ -84,4 +98,37 @@ func (c *Client) Reaches(host string) bool {
 		}
 	}
 	return false
+}
+
+// Connect tries now to reach one of a registry's upstreams: it asks for the root of its
+// API without a credential, and takes every answer that is not a gateway's. Only
+// contact_upstream = false keeps it from that (ErrNoContact), no pause and no breaker.
+func (c *Client) Connect(ctx context.Context, host string) error {
+	reg, err := c.lookup(host)
+	if err != nil {
+		return err
+	}
+	if !reg.Contact() {
+		return ErrNoContact
+	}
+	for _, ep := range reg.endpoints {
+		if err = ep.connect(ctx); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+func (ep *endpoint) connect(ctx context.Context) error {
+	root := &url.URL{Scheme: ep.addr.scheme, Host: ep.addr.host, Path: ep.addr.base}
+	req := ep.build(ctx, Target{Registry: ep.reg.Host}, request{method: http.MethodGet, at: root}, "")
+	resp, err := ep.exchange(ctx, req, kindPing, ep.c.cfg.FirstByte)
+	if err != nil {
+		return err
+	}
+	drain(resp.Body)
+	if resp.StatusCode == http.StatusBadGateway || resp.StatusCode == http.StatusGatewayTimeout {
+		return fmt.Errorf("%s: %s", ep.addr.host, resp.Status)
+	}
+	return nil
 }

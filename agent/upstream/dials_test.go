@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -28,6 +32,12 @@ func TestDials(t *testing.T) {
 			map[time.Duration]bool{2 * time.Second: false, 9 * time.Second: false}},
 		"refused": {[]event{{0, begins, nil}, {time.Second, 1, syscall.ECONNREFUSED}},
 			map[time.Duration]bool{2 * time.Second: false, 9 * time.Second: false}},
+		"no route": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ENETUNREACH)}}},
+			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
+		"no name": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}}},
+			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
+		"no route, then one": {[]event{{0, begins, nil}, {0, 1, syscall.EHOSTUNREACH}, {time.Second, begins, nil}, {time.Second, 2, nil}},
+			map[time.Duration]bool{time.Second: false}},
 		"timed out": {[]event{{0, begins, nil}, {5 * time.Second, 1, timeout}},
 			map[time.Duration]bool{6 * time.Second: true, 14 * time.Second: true, 16 * time.Second: false}},
 		"tried again": {[]event{{0, begins, nil}, {5 * time.Second, 1, timeout}, {6 * time.Second, begins, nil}},
@@ -98,5 +108,45 @@ func TestReaches(t *testing.T) {
 	reg.endpoints[0].dials.end(errors.New("refused"), time.Now(), time.Now())
 	if !c.Reaches("a.test") {
 		t.Error("one answers, and it is out of reach")
+	}
+}
+
+// TestConnect: any answer of a registry will do, but not a gateway's in its place; no
+// credential goes along, and an operator's contact_upstream = false stands.
+func TestConnect(t *testing.T) {
+	var status, asked atomic.Int32
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if r.URL.Path != "/v2/" || r.Header.Get("Authorization") != "" {
+			t.Errorf("%s with Authorization %q", r.URL, r.Header.Get("Authorization"))
+		}
+		w.WriteHeader(int(status.Load()))
+	}))
+	t.Cleanup(srv.Close)
+	no := false
+	c, err := New(Config{Registries: []Registry{
+		{Host: "a.test", Upstreams: []string{"http://127.0.0.1:1", srv.URL}},
+		{Host: "never.test", Upstreams: []string{srv.URL}, ContactUpstream: &no},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for code, ok := range map[int32]bool{200: true, 401: true, 404: true, 500: true, 503: true, 502: false, 504: false} {
+		status.Store(code)
+		if err := c.Connect(t.Context(), "a.test"); (err == nil) != ok {
+			t.Errorf("%d: %v", code, err)
+		}
+	}
+	before := asked.Load()
+	if err := c.Connect(t.Context(), "never.test"); !errors.Is(err, ErrNoContact) || asked.Load() != before {
+		t.Errorf("contact_upstream = false: %v, %d requests", err, asked.Load()-before)
+	}
+	if err := c.Connect(t.Context(), "127.0.0.1:1"); err == nil {
+		t.Error("an address inside was connected to")
 	}
 }

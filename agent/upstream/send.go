@@ -26,6 +26,7 @@ const (
 	kindTag       kind = "tag"
 	kindReferrers kind = "referrers"
 	kindToken     kind = "token"
+	kindPing      kind = "ping"
 )
 
 // request is one question to an endpoint.

@@ -96,6 +96,44 @@ func TestWithoutRegistry(t *testing.T) {
 	c.finish()
 }
 
+// TestFewWaysOut is a cluster of which two nodes alone reach the registry, and these do
+// not pull. Of most blobs and tags no home does, so the others have to find those two.
+// Then one of them dies.
+func TestFewWaysOut(t *testing.T) {
+	for name, rule := range map[string]string{
+		"no answer": "-A INPUT -s " + address(0) + " -j DROP",
+		"no route":  "-A OUTPUT -d " + address(0) + " -j REJECT --reject-with icmp-net-unreachable",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newNetwork(t)
+			c := newCluster(t, options{nodes: 9, net: w, more: 5, layers: []int64{2 * mb, 1 * mb}})
+			ways, others := c.nodes[:2], c.nodes[2:]
+			for _, host := range c.hosts(others...) {
+				w.filter(t, host, rule)
+			}
+			// Who finds out first that it is cut off, and that others are not, may be
+			// too late for its own client.
+			first := c.pullRefs(c.refs[:3], others...)
+			first.wait(3)
+			if got := c.copies(); got > 3.5/6 {
+				t.Errorf("the registry sent %.2f copies of three images of six", got)
+			}
+			used := ways[0]
+			if ways[1].status().Fetched["upstream"] > used.status().Fetched["upstream"] {
+				used = ways[1]
+			}
+			used.kill()
+			c.pullRefs(c.refs[3:], others...).wait(4)
+			for _, host := range c.hosts(others...) {
+				w.heal(t, host)
+				w.filter(t, host, "-F OUTPUT")
+			}
+			c.finish()
+		})
+	}
+}
+
 // TestUplinkFails is an uplink that carries nothing for a while in the middle of a pull,
 // as that of an edge site does: the homes go on when it is back, and everybody else is
 // still there.

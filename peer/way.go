@@ -1,0 +1,273 @@
+package peer
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Where only some members have a way to a registry, none of a blob's homes may. So a
+// member that has none looks for others that have. These say so in the index, like
+// holders of a blob, and stand in for the homes that are cut off: the best of them by
+// rank, so that all nodes turn to the same ones. In a cluster where everybody has a way
+// nobody asks, and the index knows nothing of it.
+
+const (
+	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
+	wayRarely = 2 * time.Minute  // and up to this, twice as long each time, if nobody has one
+	wayCheck  = 2 * time.Second  // if somebody has, it looks so often whether that is still so
+	wayTime   = 3 * time.Second  // for one member to try: a connect without an answer is known after 1.5 s
+	wayAsked  = 64               // members that are asked each time
+	wayAtOnce = 8                // of them, at the same time
+	// keepSure is how long a node that reached a registry, in a cluster where others do
+	// not, does without trying it again.
+	keepSure = 10 * time.Minute
+	keepCut  = keepDown // a member that said it is cut off is passed over; it says so at once
+	maxCut   = 4096
+	maxWays  = 256 // registries
+)
+
+// ways is what this node knows of who reaches which registry.
+type ways struct {
+	mu     sync.Mutex           // guards the following
+	cut    map[access]time.Time // other members without a way, until when
+	sure   map[string]time.Time // registries that this node reached when it tried, until when that counts
+	ours   map[string]bool      // those of which it has told others
+	sought map[string]seeking
+}
+
+type access struct{ member, registry string }
+
+// seeking is when this node may look again for a way to a registry.
+type seeking struct {
+	pause time.Duration
+	next  time.Time
+}
+
+func newWays() *ways {
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]time.Time), ours: make(map[string]bool), sought: make(map[string]seeking)}
+}
+
+// wayTo is what the index calls a way to a registry.
+func wayTo(registry string) key { return sha256.Sum256([]byte("larder way\x00" + registry)) }
+
+func (k key) digest() digest.Digest { return digest.NewDigestFromBytes(digest.SHA256, k[:]) }
+
+// reaches reports, at once, whether this node is to try the registry for those who
+// wait. Where others are known to have a way it has to be sure of its own: to find out
+// that an answer does not come takes longer than to ask them. If it is not to try, it
+// looks for a way in the background.
+func (s *Swarm) reaches(registry string) bool {
+	switch {
+	case !s.cfg.Origin.Reaches(registry):
+		s.loseWay(registry)
+	case s.ways.isSure(registry), len(s.withWay(key{}, registry)) == 0:
+		return true
+	}
+	if s.ways.maySeek(registry, time.Now()) {
+		s.spawn(func(ctx context.Context) { s.seekWay(ctx, registry) })
+	}
+	return false
+}
+
+func (w *ways) isSure(registry string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Now().Before(w.sure[registry])
+}
+
+// loseWay takes back what this node said of its way to a registry.
+func (s *Swarm) loseWay(registry string) {
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.sure, registry)
+	if w.ours[registry] {
+		delete(w.ours, registry)
+		s.Withdraw(wayTo(registry).digest())
+	}
+}
+
+// cutOff notes that another member does not reach a registry.
+func (s *Swarm) cutOff(member, registry string) {
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	if len(w.cut) >= maxCut {
+		maps.DeleteFunc(w.cut, func(_ access, until time.Time) bool { return now.After(until) })
+	}
+	if len(w.cut) < maxCut && member != s.self.Name {
+		w.cut[access{member, registry}] = now.Add(keepCut)
+	}
+}
+
+// isCut reports whether a member is not to be asked to try a registry, where another
+// one has a way.
+func (s *Swarm) isCut(member, registry string) bool {
+	if member == s.self.Name {
+		return !s.reaches(registry)
+	}
+	s.ways.mu.Lock()
+	defer s.ways.mu.Unlock()
+	return time.Now().Before(s.ways.cut[access{member, registry}])
+}
+
+// maySeek reports whether it is time to look for a way, and notes that it is done.
+func (w *ways) maySeek(registry string, now time.Time) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k, known := w.sought[registry]
+	if now.Before(k.next) {
+		return false
+	}
+	if !known && len(w.sought) >= maxWays {
+		maps.DeleteFunc(w.sought, func(_ string, k seeking) bool { return now.After(k.next) })
+		if len(w.sought) >= maxWays {
+			return false
+		}
+	}
+	k.pause = min(max(2*k.pause, wayAgain), wayRarely)
+	k.next = now.Add(k.pause)
+	w.sought[registry] = k
+	return true
+}
+
+// found says that somebody has a way, if only this node.
+func (w *ways) found(registry string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.sought[registry] = seeking{next: time.Now().Add(wayCheck)}
+}
+
+// around puts those that have a way to the registry in the place of homes that have
+// none. Where nobody is known to have one, the homes stay.
+func (s *Swarm) around(homes []*Member, k key, registry string) []*Member {
+	stand := s.withWay(k, registry)
+	if len(stand) == 0 {
+		return homes
+	}
+	homes = slices.DeleteFunc(slices.Clone(homes), func(m *Member) bool { return s.isCut(m.Name, registry) })
+	return append(homes, stand...)
+}
+
+// withWay is who has a way to the registry, by the index, in the order in which they
+// stand in for homes of k.
+func (s *Swarm) withWay(k key, registry string) (out []*Member) {
+	w := s.ways
+	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
+	w.mu.Lock()
+	if w.ours[registry] {
+		names = append(names, s.self.Name)
+	}
+	now := time.Now()
+	names = slices.DeleteFunc(names, func(name string) bool { return now.Before(w.cut[access{name, registry}]) })
+	w.mu.Unlock()
+	for _, name := range names {
+		if m, live := s.roster.get(name); live && m.Home && !s.roster.isDown(name) {
+			out = append(out, m)
+		}
+	}
+	seed := binary.BigEndian.Uint64(k[:])
+	far := func(m *Member) int {
+		if s.cfg.ZoneScope && m.Zone != s.cfg.Zone { // a site's own line first
+			return 1
+		}
+		return 0
+	}
+	slices.SortFunc(out, func(a, b *Member) int {
+		return cmp.Or(cmp.Compare(far(a), far(b)), cmp.Compare(mix(seed^b.rank), mix(seed^a.rank)))
+	})
+	return out[:min(len(out), homesPerBlob)]
+}
+
+// seekWay looks whether this node reaches the registry, and if not, and nobody is
+// known who does, asks others.
+func (s *Swarm) seekWay(ctx context.Context, registry string) {
+	if s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil ||
+		len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
+		s.ways.found(registry)
+	}
+}
+
+// askWay asks others until one has a way to the registry, last those that had none a
+// moment ago. Who has one tells all; see giveWay.
+func (s *Swarm) askWay(ctx context.Context, registry string) bool {
+	members := slices.DeleteFunc(slices.Clone(s.roster.view.Load().all), func(m *Member) bool {
+		return m.Name == s.self.Name || !m.Home || s.roster.isDown(m.Name)
+	})
+	rand.Shuffle(len(members), func(i, j int) { members[i], members[j] = members[j], members[i] })
+	cut := slices.DeleteFunc(slices.Clone(members), func(m *Member) bool { return !s.isCut(m.Name, registry) })
+	members = append(slices.DeleteFunc(members, func(m *Member) bool { return s.isCut(m.Name, registry) }), cut...)
+	var found atomic.Bool
+	for some := range slices.Chunk(members[:min(len(members), wayAsked)], wayAtOnce) {
+		var asked sync.WaitGroup
+		for _, m := range some {
+			asked.Go(func() {
+				ctx, cancel := context.WithTimeout(ctx, wayTime)
+				defer cancel()
+				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
+				if err == nil {
+					found.Store(true)
+				} else if errors.Is(err, errUnreached) {
+					s.cutOff(m.Name, registry)
+				}
+				s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
+			})
+		}
+		asked.Wait()
+		if found.Load() || ctx.Err() != nil {
+			break
+		}
+	}
+	return found.Load()
+}
+
+// tryWay tries to reach the registry.
+func (s *Swarm) tryWay(ctx context.Context, registry string) error {
+	ctx, cancel := context.WithTimeout(ctx, wayTime)
+	defer cancel()
+	if err := s.cfg.Origin.Connect(ctx, registry); err != nil {
+		return err
+	}
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	if len(w.sure) >= maxWays {
+		maps.DeleteFunc(w.sure, func(_ string, until time.Time) bool { return now.After(until) })
+	}
+	if len(w.sure) < maxWays {
+		w.sure[registry] = now.Add(keepSure)
+	}
+	return nil
+}
+
+// giveWay tries to reach the registry for somebody who does not, and if it does,
+// all may know.
+func (s *Swarm) giveWay(ctx context.Context, registry string) error {
+	if !s.self.Home {
+		return errNothing
+	}
+	if err := s.tryWay(ctx, registry); err != nil {
+		return err
+	}
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.ours) < maxWays && !w.ours[registry] {
+		w.ours[registry] = true
+		s.Announce(wayTo(registry).digest())
+	}
+	return nil
+}

@@ -1,0 +1,175 @@
+package peer
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// TestWay: one node of twelve reaches the registry, and is home of none of the blobs
+// that the others pull. They find it, and the registry sends each blob once. When it is
+// cut off too they find another one.
+func TestWay(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 12)
+	way := nodes[3]
+	others := slices.DeleteFunc(slices.Clone(nodes), func(n *testNode) bool { return n == way })
+	for _, n := range others {
+		n.cutOff.Store(true)
+	}
+	seed := uint64(0)
+	// pull has the others fetch blobs that the first way out is no home of, until all get one.
+	pull := func() (failed int) {
+		for ; ; failed++ {
+			var d digest.Digest
+			for ok := false; !ok; ok = !nodes[0].s.mayBeHome(sha256Of(d), way.s.self.Name) {
+				seed++
+				d = w.add(1<<20, seed)
+			}
+			ok := true
+			for _, n := range others {
+				n.start(d)
+			}
+			for _, n := range others {
+				f := n.start(d)
+				<-f.done
+				ok = ok && f.err == nil
+			}
+			if ok {
+				return failed
+			}
+		}
+	}
+	if failed := pull(); failed > 1 {
+		t.Errorf("%d blobs could not be had at first", failed)
+	}
+	before, begun := w.requests.Load(), time.Now()
+	for range 10 {
+		if pull() > 0 {
+			t.Error("a blob could not be had")
+		}
+	}
+	if got := w.requests.Load() - before; got != 10 {
+		t.Errorf("%d requests to the registry for 10 blobs", got)
+	}
+	// At first each took the time in which its homes found out that they are cut off.
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("10 blobs took %v", took)
+	}
+
+	way.cutOff.Store(true)
+	next := others[7]
+	next.cutOff.Store(false)
+	next.tries.Store(0)
+	if failed := pull(); failed > 1 {
+		t.Errorf("%d blobs could not be had after the way was lost", failed)
+	}
+	waitFor(t, func() bool {
+		for _, n := range nodes {
+			if got := n.s.withWay(key{}, "registry.test"); len(got) != 1 || got[0].Node != next.s.self.Node {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// TestNobodyLooksForAWay: where everybody reaches the registry, nobody asks for a way
+// and the index knows of none.
+func TestNobodyLooksForAWay(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 5)
+	allOK(t, w.add(1<<20, 1), nodes...)
+	for _, n := range nodes {
+		if n.connects.Load() != 0 || len(n.s.withWay(key{}, "registry.test")) != 0 {
+			t.Errorf("%s looked for a way", n.s.self.Node)
+		}
+	}
+}
+
+// TestSeekPauses: a node that finds no way asks ever more rarely, and one that found one
+// looks soon whether it is still needed.
+func TestSeekPauses(t *testing.T) {
+	w := newWays()
+	now := time.Now()
+	seek := func(after time.Duration, want bool) {
+		t.Helper()
+		now = now.Add(after)
+		if got := w.maySeek("r", now); got != want {
+			t.Errorf("after %v: %t", after, got)
+		}
+	}
+	seek(0, true)
+	seek(wayAgain-1, false)
+	seek(1, true)
+	seek(wayAgain, false)
+	seek(wayAgain, true)
+	for range 5 {
+		seek(wayRarely, true)
+	}
+	seek(wayRarely-1, false)
+	w.found("r")
+	now = time.Now()
+	seek(wayCheck+time.Second, true)
+}
+
+// TestWaysAreBounded: registries and members come from outside.
+func TestWaysAreBounded(t *testing.T) {
+	n := newTestWorld().node(t, "a")
+	w := n.s.ways
+	for i := range 2 * maxCut {
+		n.s.cutOff(fmt.Sprint("member-", i), "r")
+		w.maySeek(fmt.Sprint("registry-", i), time.Now())
+	}
+	for i := range 2 * maxWays {
+		if err := n.s.giveWay(t.Context(), fmt.Sprint("registry-", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(w.cut) != maxCut || len(w.sought) != maxWays || len(w.ours) != maxWays || len(w.sure) != maxWays {
+		t.Errorf("%d members, %d registries looked for and %d told of are kept", len(w.cut), len(w.sought), len(w.ours))
+	}
+}
+
+// TestAround: who is cut off is passed over only where somebody else has a way, and all
+// who know the same put the same first.
+func TestAround(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 6)
+	s := nodes[0].s
+	k := key{1}
+	homes := s.roster.homes(k, "", false)
+	s.cutOff(homes[0].Name, "registry.test")
+	if got := s.around(homes, k, "registry.test"); !slices.Equal(got, homes) {
+		t.Error("nobody has a way, and the homes are others")
+	}
+	for _, n := range nodes[2:] {
+		if err := n.s.giveWay(t.Context(), "registry.test"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes {
+		waitFor(t, func() bool { return len(n.s.index.holders(prefixOf(wayTo("registry.test")), "", maxHolders)) >= 3 })
+	}
+	waitFor(t, func() bool {
+		return slices.Equal(namesOf(nodes[0].s.withWay(k, "registry.test")), namesOf(nodes[1].s.withWay(k, "registry.test")))
+	})
+	if got := namesOf(s.around(homes, k, "registry.test")); slices.Contains(got, homes[0].Name) || got[0] != homes[1].Name {
+		t.Errorf("the homes are %v, without the first of %v", got, namesOf(homes))
+	}
+	if got := s.around(homes, k, "another"); !slices.Equal(got, homes) {
+		t.Error("a way to one registry counts for another")
+	}
+}
+
+func namesOf(ms []*Member) (out []string) {
+	for _, m := range ms {
+		out = append(out, m.Name)
+	}
+	return out
+}
