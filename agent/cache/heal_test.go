@@ -196,7 +196,6 @@ func TestMetadataLasts(t *testing.T) {
 	check(open(t, Options{Dir: dir}))
 }
 
-// TestMetadataIsBounded pins that the oldest facts go first.
 // TestMetadataForgetsWhenTheDiskIsFull: that somebody may no longer read a
 // repository is not lost because it could not be written at once.
 func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
@@ -232,6 +231,85 @@ func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
 	}
 }
 
+// TestMetadataOutlivesADiskThatTakesNoWrites: a file that cannot be written now is none the
+// worse for it. Without its facts the blobs beside it are nobody's, while they can be read.
+func TestMetadataOutlivesADiskThatTakesNoWrites(t *testing.T) {
+	repo := Repository{"docker.io", "team/app"}
+	for _, disk := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT} {
+		m, err := openMeta(filepath.Join(t.TempDir(), "metadata.db"), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.close()
+		m.SetVerdict(repo, Anyone)
+		m.flush()
+		m.db.fault = disk
+		m.SetVerdict(repo, "somebody")
+		m.flush()
+		if _, ok := m.Verdict(repo, Anyone); !ok {
+			t.Errorf("%v: what was known before is lost", disk)
+		}
+		m.db.fault = nil
+		m.SetVerdict(repo, "somebody else")
+		m.flush()
+		if _, ok := m.Verdict(repo, "somebody else"); !ok {
+			t.Errorf("%v: nothing is written afterwards", disk)
+		}
+	}
+}
+
+// TestStartOnAFullDisk: a start needs no room, which file systems that copy on write take
+// even to change a page. Where it does, for a kind of fact that the version before did not
+// have, the file is taken up once there is room.
+func TestStartOnAFullDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metadata.db")
+	log := slog.New(slog.DiscardHandler)
+	m, err := openMeta(path, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo := Repository{"docker.io", "team/app"}
+	m.SetVerdict(repo, Anyone)
+	m.flush()
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err = openMeta(path, log); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the start wrote to the file, %v", err)
+	}
+	err = m.db.bolt.Update(func(tx *bolt.Tx) error { return tx.DeleteBucket([]byte(bucketPins)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	m.db.fault = syscall.ENOSPC
+	m.flush()
+	if _, ok := m.Verdict(repo, Anyone); ok {
+		t.Fatal("the file could be opened: this test shows nothing")
+	}
+	m.db.fault = nil
+	m.flush()
+	defer m.close()
+	if _, ok := m.Verdict(repo, Anyone); !ok {
+		t.Error("what was known before is lost")
+	}
+	m.SetPinnedImage("docker.io/team/app:1", PinnedImage{Command: true})
+	m.flush()
+	if len(m.PinnedImages()) != 1 {
+		t.Error("the new kind of fact is not kept")
+	}
+}
+
+// TestMetadataIsBounded pins that the oldest facts go first.
 func TestMetadataIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, Options{})
