@@ -88,6 +88,8 @@ type Cache struct {
 	started chan struct{}  // closed when Run begins
 	booked  chan struct{}  // says that metadata is to be written soon; buffered
 	fills   sync.WaitGroup // running fills; added to under mu while running
+	// suspects wait for investigate; buffered
+	suspects chan digest.Digest
 
 	mu         sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
 	state      state
@@ -139,7 +141,8 @@ func New(opts Options) (*Cache, error) {
 	}
 	c := &Cache{
 		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}), booked: make(chan struct{}, 1),
-		blobs: map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
+		suspects: make(chan digest.Digest, maxSuspects),
+		blobs:    map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
 		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, mismatches: map[digest.Digest]mismatches{},
 	}
 	c.statfs = func() (int64, int64, error) { return statfs(opts.Dir) }
@@ -168,6 +171,7 @@ func (c *Cache) Run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	parts.Go(func() { c.tend(ctx) })
 	parts.Go(func() { c.scrub(ctx) })
+	parts.Go(func() { c.investigate(ctx) })
 	<-ctx.Done()
 	c.mu.Lock()
 	c.state = stopped

@@ -397,6 +397,28 @@ func TestScrub(t *testing.T) {
 	})
 }
 
+// TestSuspect: what somebody has reason to doubt is read out of its turn, and without a scrub.
+func TestSuspect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		run(t, c)
+		ds := fillUp(t, c, 2, 2<<20)
+		tear(t, c.dir.blob(ds[1]), 1<<20)
+		_, never := content(1, 1)
+		for _, d := range append(ds, never) {
+			c.Suspect(d)
+		}
+		for range 2 * maxSuspects { // too many are passed over
+			c.Suspect(never)
+		}
+		<-time.After(time.Second)
+		synctest.Wait()
+		if !c.Has(ds[0]) || c.Has(ds[1]) || evictions(c, reasonScrub) != 1 {
+			t.Errorf("left: %v", present(c, ds))
+		}
+	})
+}
+
 // TestScrubIsPaced pins that a pass is slow, and that it goes on after a
 // restart where it was.
 func TestScrubIsPaced(t *testing.T) {
