@@ -14,6 +14,7 @@ import (
 	"github.com/larder-cache/larder/peer"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // impatient makes an agent copy what it alone has after half a second.
@@ -309,6 +310,37 @@ func TestHiddenReplicas(t *testing.T) {
 	r := p.asSeen()
 	p.reg.Inject(registrytest.Match{}, registrytest.Status(404), registrytest.EvenUnauthorized())
 	p.givesUp(r, "404")
+}
+
+// TestReplicasElsewhere: a blob of several repositories is copied though the first of them
+// is gone from its registry, or its registry cannot be asked: base layers are in many.
+func TestReplicasElsewhere(t *testing.T) {
+	for name, elsewhere := range map[string]cache.Repository{
+		"gone":        {Registry: testImage.Registry, Name: "aaa/gone"}, // the first, for names are in order
+		"unreachable": {Registry: "127.0.0.1:1", Name: "aaa/gone"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, img, nodes := replicated(t, 3, 3)
+			nodes[0].pull(t)
+			nodes[0].settle(t)
+			meta, layer := nodes[0].cache.Meta(), img.Layers[0].Digest
+			meta.AddMembers(elsewhere, "", ocispec.Descriptor{Digest: layer})
+			meta.AddGiver(layer, elsewhere.Registry)
+			if err := meta.Sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			r, now := newReplicas(nodes[0].Agent, time.Second), time.Now()
+			for range 4 {
+				r.look(now)
+				now = now.Add(replicaPatience / 2)
+				r.round(t.Context(), now)
+			}
+			if n := holding(nodes, img)[layer]; n < 3 {
+				t.Errorf("%d nodes have it: %+v", n, r.status())
+			}
+		})
+	}
 }
 
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.
