@@ -343,6 +343,40 @@ func TestReplicasElsewhere(t *testing.T) {
 	}
 }
 
+// TestReplicasOfWhatCameFromNodes: a home that got a manifest from other nodes has it
+// copied on as a manifest. Asked for as a blob it is one that the registry has not.
+func TestReplicasOfWhatCameFromNodes(t *testing.T) {
+	_, img, nodes := replicated(t, 4, 2)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	var lacking []*running // one other node brought it in, as its home
+	for _, n := range nodes[1:] {
+		if !n.cache.Has(img.Digest) {
+			lacking = append(lacking, n)
+		}
+	}
+	home := lacking[0]
+	want := peer.Want{Digest: img.Digest, Manifest: true, Registry: testImage.Registry, Repository: testImage.Repository}
+	if err := (swarmOrigin{home.swarm}).Fill(t.Context(), want); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "here", func() error {
+		if !home.cache.Has(img.Digest) {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	eventually(t, "known for what it is", func() error {
+		if _, known := home.cache.Meta().Manifest(img.Digest); !known {
+			return errors.New("nobody knows that it is a manifest")
+		}
+		if _, in := home.cache.Meta().Member(cache.Repository{Registry: want.Registry, Name: want.Repository}, img.Layers[0].Digest); !in {
+			return errors.New("nobody knows where its layers are from")
+		}
+		return nil
+	})
+}
+
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.
 func TestNoReplicas(t *testing.T) {
 	_, img, nodes := replicated(t, 2, 1, impatient)
