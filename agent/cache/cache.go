@@ -85,6 +85,7 @@ type Cache struct {
 	// tests set it.
 	faults  func(step, digest.Digest) error
 	statfs  func() (total, free int64, err error)
+	syncfs  func() error
 	started chan struct{}  // closed when Run begins
 	booked  chan struct{}  // says that metadata is to be written soon; buffered
 	fills   sync.WaitGroup // running fills; added to under mu while running
@@ -146,6 +147,7 @@ func New(opts Options) (*Cache, error) {
 		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, mismatches: map[digest.Digest]mismatches{},
 	}
 	c.statfs = func() (int64, int64, error) { return statfs(opts.Dir) }
+	c.syncfs = func() error { return syncfs(opts.Dir) }
 	if err := c.dir.check(); err != nil {
 		return nil, err
 	}

@@ -3,7 +3,9 @@ package cache
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
@@ -197,6 +199,7 @@ func (c *Cache) unreserve(n int64) {
 // shrink evicts until the shortage is over and some more, and reports whether
 // it evicted anything.
 func (c *Cache) shrink(s shortage) bool {
+	_, before, err := c.statfs()
 	var freed int64
 	if s.overMax > 0 {
 		freed = c.evict(s.overMax+s.slackMax, reasonMaxBytes)
@@ -204,7 +207,43 @@ func (c *Cache) shrink(s shortage) bool {
 	if over := s.overFree - freed; over > 0 {
 		freed += c.evict(over+s.slackFree, reasonMinFree)
 	}
+	if s.overFree > 0 && freed > 0 && err == nil {
+		c.awaitFree(before + freed/10*9) // others write meanwhile
+	}
 	return freed > 0
+}
+
+const (
+	// freeLook and freeLooks are how long a file system may take to free what was deleted:
+	// XFS does it some milliseconds later.
+	freeLook  = 10 * time.Millisecond
+	freeLooks = 10
+)
+
+// awaitFree returns once the file system has as much free. Who looks too early after deleting
+// finds no room, and evicts the next for it. Some file systems free nothing before they
+// commit, btrfs all of 30 s later, unless they are told to.
+func (c *Cache) awaitFree(enough int64) {
+	tick := time.NewTicker(freeLook)
+	defer tick.Stop()
+	for range freeLooks {
+		if _, free, err := c.statfs(); err != nil || free >= enough {
+			return
+		}
+		<-tick.C
+	}
+	if err := c.syncfs(); err != nil {
+		c.log.Debug("sync the cache's file system", "err", err)
+	}
+}
+
+// syncfs has the file system that holds dir write all that is pending.
+func syncfs(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
 // relieve evicts n bytes after the disk said that it is full, whatever the

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -289,6 +290,55 @@ func TestNoRoom(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// TestFileSystemFreesLater: XFS frees what was deleted some milliseconds later, btrfs when it
+// commits. No more is evicted meanwhile than is needed, and nothing is passed by.
+func TestFileSystemFreesLater(t *testing.T) {
+	for name, commits := range map[string]bool{"soon": false, "when it commits": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := open(t, Options{MinFree: Percent(10)})
+				const total = 10_000 * kib
+				var mu sync.Mutex
+				free, deleted := int64(1_500*kib), int64(0)
+				c.faults = func(s step, d digest.Digest) error {
+					mu.Lock()
+					defer mu.Unlock()
+					switch {
+					case s == stepAllocate:
+						free -= 100 * kib
+					case s == stepUnlink && commits:
+						deleted += 100 * kib
+					case s == stepUnlink:
+						time.AfterFunc(20*time.Millisecond, func() {
+							mu.Lock()
+							defer mu.Unlock()
+							free += 100 * kib
+						})
+					}
+					return nil
+				}
+				c.statfs = func() (int64, int64, error) {
+					mu.Lock()
+					defer mu.Unlock()
+					return total, free, nil
+				}
+				c.syncfs = func() error {
+					mu.Lock()
+					defer mu.Unlock()
+					free, deleted = free+deleted, 0
+					return nil
+				}
+				run(t, c)
+				all := fillUp(t, c, 20, 100*kib)
+				if left := present(c, all); len(left) < 4 {
+					t.Errorf("%v are left, where there is room for 5", left)
+				}
+				synctest.Wait()
+			})
+		})
+	}
 }
 
 // TestConcurrentFillsStayWithinBounds lets many fills race for little room.
