@@ -165,13 +165,17 @@ func New(opts Options) (*Cache, error) {
 
 // Run lets fills run, and evicts, scrubs and writes metadata, until ctx ends;
 // then it ends the running fills with ErrClosed - their pieces stay for the
-// next start - and returns when every goroutine is gone. It runs once.
+// next start - and returns when every goroutine is gone. It ends by itself, with an error,
+// when the directory was deleted in a way that only another process can get over. It runs once.
 func (c *Cache) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	if err := c.start(ctx); err != nil {
 		return err
 	}
 	var parts sync.WaitGroup
-	parts.Go(func() { c.tend(ctx) })
+	var failed error
+	parts.Go(func() { failed = c.tend(ctx); stop() })
 	parts.Go(func() { c.scrub(ctx) })
 	parts.Go(func() { c.investigate(ctx) })
 	<-ctx.Done()
@@ -181,7 +185,7 @@ func (c *Cache) Run(ctx context.Context) error {
 	parts.Wait()
 	c.fills.Wait()
 	c.flush()
-	return nil
+	return failed
 }
 
 func (c *Cache) start(ctx context.Context) error {

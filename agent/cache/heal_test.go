@@ -74,6 +74,57 @@ func TestDirectoryDeletedWhileRunning(t *testing.T) {
 	}
 }
 
+// TestDirectoryDeletedBelowItsMount: `rm -rf` on the host of a directory that a container has
+// as a mount leaves one there in which nothing can be made, for as long as the container runs.
+// The agent has to end, and start anew, or the node caches nothing until somebody notices.
+func TestDirectoryDeletedBelowItsMount(t *testing.T) {
+	host, dir := filepath.Join(t.TempDir(), "host"), t.TempDir()
+	if err := os.Mkdir(host, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, host, dir)
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{Dir: dir})
+		ended := make(chan error, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { ended <- c.Run(ctx) }()
+		<-c.started
+		fillUp(t, c, 1, 1000)
+		if err := os.RemoveAll(host); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-ended:
+			if err == nil || !strings.Contains(err.Error(), "mount it anew") {
+				t.Errorf("ended with %v", err)
+			}
+		case <-time.After(time.Minute):
+			t.Error("it runs on, and can keep nothing")
+			cancel()
+			<-ended
+		}
+	})
+}
+
+// mount binds a directory to another one until the test ends.
+func mount(t *testing.T, from, to string) {
+	t.Helper()
+	err := syscall.Mount(from, to, "", syscall.MS_BIND, "")
+	switch {
+	case err == nil:
+	case os.Getenv("CI") == "true":
+		t.Fatalf("bind mount: %v", err)
+	default:
+		t.Skipf("bind mount: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(to, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestReconcile pins that the books heal without anybody asking for the blob.
 func TestReconcile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -113,6 +113,8 @@ func (l layout) explain(err error) error {
 		hint = fmt.Sprintf("let user %d write there (chown %d %s), or %s", os.Getuid(), os.Getuid(), l, hint)
 	case errors.Is(err, unix.EROFS):
 		hint = "its file system is mounted read-only: remount it, or " + hint
+	case errors.Is(err, fs.ErrNotExist): // parents are made, so it is there, and nothing can be made in it
+		hint = "if it was deleted where it is mounted from, mount it anew, which a restart of its container does; else " + hint
 	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EEXIST):
 		hint = "a file is in the way: move it, or " + hint
 	}
