@@ -105,6 +105,32 @@ func (c *Cache) Room() (int64, error) {
 	return max(room, 0), nil
 }
 
+// MakeRoom has n bytes free on the cache's file system, beside what MinFree keeps: it evicts
+// for them if need be, and if that can be enough. They are for a file of the caller's own, and
+// not set aside. An error satisfies ErrNoRoom.
+func (c *Cache) MakeRoom(n int64) error {
+	for range mostEvictions {
+		total, free, err := c.space()
+		if err != nil {
+			return noRoom(err)
+		}
+		minFree := c.opts.MinFree.Of(total)
+		c.mu.Lock()
+		s := shortage{
+			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
+			evictable: c.used - c.reserved - c.pinned,
+		}
+		c.mu.Unlock()
+		if s.none() {
+			return nil
+		}
+		if s.hopeless() || !c.shrink(s) {
+			break
+		}
+	}
+	return fmt.Errorf("%d bytes beside the cache: %w", n, ErrNoRoom)
+}
+
 // Welcome reports whether a blob of n bytes that was last used then would take the place
 // of nothing that was used later, nor of what is hinted to be evicted last.
 func (c *Cache) Welcome(n int64, used time.Time) bool {
@@ -159,6 +185,10 @@ func (c *Cache) Age(d digest.Digest, used time.Time) {
 	c.meta.recordUse([]use{{b.digest, b.used, b.size}})
 }
 
+// mostEvictions is how often to evict and look again: what readers hold open is not free when
+// it is unlinked.
+const mostEvictions = 3
+
 // reserve makes room for a fill of n bytes, or returns ErrNoRoom, having
 // evicted nothing if that could not have helped. The caller says with backed
 // when the file system has set the bytes aside.
@@ -166,7 +196,7 @@ func (c *Cache) reserve(n int64) error {
 	if n > maxBlob {
 		return fmt.Errorf("%d bytes in one blob: %w", n, ErrNoRoom)
 	}
-	for range 3 { // what readers hold open is not free when unlinked: look again
+	for range mostEvictions {
 		s, err := c.admit(n)
 		if err != nil {
 			return noRoom(err)
