@@ -334,8 +334,8 @@ func (in *importer) Add(size int64, r io.Reader) (digest.Digest, error) {
 // spool keeps bytes in a file without a name beside the cache, which is gone with its
 // last descriptor, whatever happens.
 func (in *importer) spool(size int64, r io.Reader) (*os.File, error) {
-	if s := in.agent.cache.Stats(); s.Free >= 0 && s.Free-s.MinFree < size {
-		return nil, fmt.Errorf("%d bytes beside the cache: %w", size, cache.ErrNoRoom)
+	if err := in.agent.cache.MakeRoom(size); err != nil {
+		return nil, err
 	}
 	f, err := os.CreateTemp(in.agent.config.Cache.Dir, "import-")
 	if err != nil {

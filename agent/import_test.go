@@ -1,14 +1,17 @@
 package agent
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -425,6 +428,59 @@ func TestImportRefusals(t *testing.T) {
 				t.Error("the tag is known")
 			}
 		})
+	}
+}
+
+// TestImportMakesRoom: an archive of the older docker kind needs room beside the cache for a
+// layer, and gets what the cache can give up.
+func TestImportMakesRoom(t *testing.T) {
+	c := testConfig(t)
+	c.Cache.Dir = t.TempDir()
+	if err := syscall.Mount("tmpfs", c.Cache.Dir, "tmpfs", 0, "size=64m"); err != nil {
+		if os.Getenv("CI") == "true" && os.Getuid() == 0 {
+			t.Fatalf("mount: %v", err)
+		}
+		t.Skipf("mounting needs root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(c.Cache.Dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+	c.Cache.MaxBytes, c.Cache.MinFree = cache.Percent(100), cache.Bytes(16<<20)
+	a := start(t, c)
+	for i := range 5 { // 24 MiB are left
+		body := bytes.Repeat([]byte{byte(i)}, 8<<20)
+		if err := a.cache.Put(t.Context(), digest.FromBytes(body), cache.Origin{Kind: cache.FromUpstream}, body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	layer := bytes.Repeat([]byte("layer"), 12<<20/5)
+	config := fmt.Appendf(nil, `{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[%q]}}`, digest.FromBytes(layer))
+	list := fmt.Appendf(nil, `[{"Config":"c.json","RepoTags":[%q],"Layers":["l/layer.tar"]}]`, testImage.String())
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	for _, file := range []struct {
+		name string
+		body []byte
+	}{{"l/layer.tar", layer}, {"c.json", config}, {"manifest.json", list}} {
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file.name, Size: int64(len(file.body)), Mode: 0o644})
+		if err == nil {
+			_, err = w.Write(file.body)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if images, failed := a.importTar(t, &out, ""); failed != "" {
+		t.Fatalf("%+v: %s", images, failed)
+	}
+	if err := a.pullRef(t, testImage.String()); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -63,8 +63,8 @@ type replicas struct {
 type lone struct {
 	peer.Copy // without a Repository while none is known
 	due       time.Time
-	tries     int  // in vain
-	homeless  bool // no repository is known, or none that others may have it from
+	tries     int // in vain
+	places    int // repositories that others may have it from; 1 until that was looked up
 	problem   error
 }
 
@@ -155,7 +155,7 @@ func (r *replicas) look(now time.Time) {
 		if c.Idle < replicaFresh {
 			wait = r.interval / 2 // the next look decides
 		}
-		r.lone[d] = &lone{Copy: c, due: now.Add(wait)}
+		r.lone[d] = &lone{Copy: c, due: now.Add(wait), places: 1}
 	}
 }
 
@@ -209,16 +209,16 @@ func (r *replicas) take(now time.Time) []peer.Copy {
 	if len(due) == 0 {
 		return nil
 	}
-	r.locate(due)
+	r.locate(due, tries)
 	return slices.SortedFunc(maps.Values(due), func(a, b peer.Copy) int {
 		return cmp.Or(cmp.Compare(tries[a.Entry()], tries[b.Entry()]), cmp.Compare(min(a.Idle, replicaFresh), min(b.Idle, replicaFresh)),
 			cmp.Compare(a.Size, b.Size), cmp.Compare(a.Entry(), b.Entry()))
 	})
 }
 
-// locate completes copies of blobs with a repository that they may be asked for by, and
-// leaves out, until later, those that have none.
-func (r *replicas) locate(due map[digest.Digest]peer.Copy) {
+// locate completes copies of blobs with a repository that they may be asked for by, each
+// time with another if there are several, and leaves out, until later, those that have none.
+func (r *replicas) locate(due map[digest.Digest]peer.Copy, tries map[digest.Digest]int) {
 	places := map[digest.Digest][]cache.Repository{}
 	r.agent.cache.Meta().WalkMembers(func(repository cache.Repository, d digest.Digest) bool {
 		if c, in := due[d]; in && c.Tag == "" {
@@ -227,19 +227,20 @@ func (r *replicas) locate(due map[digest.Digest]peer.Copy) {
 		return true
 	})
 	for d, c := range due {
-		candidates := places[d]
 		if c.Tag != "" {
-			candidates = []cache.Repository{{Registry: c.Registry, Name: c.Repository}}
+			places[d] = []cache.Repository{{Registry: c.Registry, Name: c.Repository}}
 		}
-		i := slices.IndexFunc(candidates, func(place cache.Repository) bool {
+		open := slices.DeleteFunc(places[d], func(place cache.Repository) bool {
 			c.Registry, c.Repository = place.Registry, place.Name
-			return r.mayAsk(c)
+			return !r.mayAsk(c)
 		})
-		r.setAside(d, i < 0)
-		if i < 0 {
+		r.note(d, len(open))
+		if len(open) == 0 {
 			delete(due, d)
 			continue
 		}
+		place := open[tries[d]%len(open)]
+		c.Registry, c.Repository = place.Registry, place.Name
 		_, c.Manifest = r.agent.cache.Meta().Manifest(d)
 		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
 		due[d] = c
@@ -255,13 +256,13 @@ func (r *replicas) mayAsk(c peer.Copy) bool {
 		(c.Tag != "" || r.agent.proxy.Gives(c.Digest, c.Registry))
 }
 
-// setAside notes whether there is somewhere others may have d from. Where it came from
-// may become known: a manifest that lists it, the end of an import.
-func (r *replicas) setAside(d digest.Digest, homeless bool) {
+// note keeps in how many repositories others may have d from. More may become known: a
+// manifest that lists it, the end of an import.
+func (r *replicas) note(d digest.Digest, places int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if one := r.lone[d]; one != nil {
-		one.homeless = homeless
+		one.places = places
 	}
 }
 
@@ -294,7 +295,7 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 		case refused(no.Status):
 			times = mostMissing
 			err = fmt.Errorf("%s/%s is private, and other nodes have no credentials of their own for it: %w", c.Registry, c.Repository, err)
-		case no.Status == http.StatusNotFound:
+		case no.Status == http.StatusNotFound && one.tries >= one.places: // in each of them
 			one.due = time.Now().Add(replicaPatience)
 		}
 		r.refused[place] = refusal{time.Now().Add(replicaPatience), times}
@@ -370,7 +371,7 @@ func (r *replicas) status() ReplicasStatus {
 	defer r.mu.Unlock()
 	s.Lacking, s.Made = len(r.lone), int64(r.made[replicaMade])
 	for _, one := range r.lone {
-		if one.homeless {
+		if one.places == 0 {
 			s.Stuck++
 		}
 		if one.problem != nil && (s.Problem == "" || one.problem.Error() < s.Problem) {

@@ -14,6 +14,7 @@ import (
 	"github.com/larder-cache/larder/peer"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // impatient makes an agent copy what it alone has after half a second.
@@ -309,6 +310,71 @@ func TestHiddenReplicas(t *testing.T) {
 	r := p.asSeen()
 	p.reg.Inject(registrytest.Match{}, registrytest.Status(404), registrytest.EvenUnauthorized())
 	p.givesUp(r, "404")
+}
+
+// TestReplicasElsewhere: a blob of several repositories is copied though the first of them
+// is gone from its registry, or its registry cannot be asked: base layers are in many.
+func TestReplicasElsewhere(t *testing.T) {
+	for name, elsewhere := range map[string]cache.Repository{
+		"gone":        {Registry: testImage.Registry, Name: "aaa/gone"}, // the first, for names are in order
+		"unreachable": {Registry: "127.0.0.1:1", Name: "aaa/gone"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, img, nodes := replicated(t, 3, 3)
+			nodes[0].pull(t)
+			nodes[0].settle(t)
+			meta, layer := nodes[0].cache.Meta(), img.Layers[0].Digest
+			meta.AddMembers(elsewhere, "", ocispec.Descriptor{Digest: layer})
+			meta.AddGiver(layer, elsewhere.Registry)
+			if err := meta.Sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			r, now := newReplicas(nodes[0].Agent, time.Second), time.Now()
+			for range 4 {
+				r.look(now)
+				now = now.Add(replicaPatience / 2)
+				r.round(t.Context(), now)
+			}
+			if n := holding(nodes, img)[layer]; n < 3 {
+				t.Errorf("%d nodes have it: %+v", n, r.status())
+			}
+		})
+	}
+}
+
+// TestReplicasOfWhatCameFromNodes: a home that got a manifest from other nodes has it
+// copied on as a manifest. Asked for as a blob it is one that the registry has not.
+func TestReplicasOfWhatCameFromNodes(t *testing.T) {
+	_, img, nodes := replicated(t, 4, 2)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	var lacking []*running // one other node brought it in, as its home
+	for _, n := range nodes[1:] {
+		if !n.cache.Has(img.Digest) {
+			lacking = append(lacking, n)
+		}
+	}
+	home := lacking[0]
+	want := peer.Want{Digest: img.Digest, Manifest: true, Registry: testImage.Registry, Repository: testImage.Repository}
+	if err := (swarmOrigin{home.swarm}).Fill(t.Context(), want); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "here", func() error {
+		if !home.cache.Has(img.Digest) {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	eventually(t, "known for what it is", func() error {
+		if _, known := home.cache.Meta().Manifest(img.Digest); !known {
+			return errors.New("nobody knows that it is a manifest")
+		}
+		if _, in := home.cache.Meta().Member(cache.Repository{Registry: want.Registry, Name: want.Repository}, img.Layers[0].Digest); !in {
+			return errors.New("nobody knows where its layers are from")
+		}
+		return nil
+	})
 }
 
 // TestNoReplicas: with 1 no node makes any, nor keeps any for others.

@@ -85,9 +85,12 @@ type Cache struct {
 	// tests set it.
 	faults  func(step, digest.Digest) error
 	statfs  func() (total, free int64, err error)
+	syncfs  func() error
 	started chan struct{}  // closed when Run begins
 	booked  chan struct{}  // says that metadata is to be written soon; buffered
 	fills   sync.WaitGroup // running fills; added to under mu while running
+	// suspects wait for investigate; buffered
+	suspects chan digest.Digest
 
 	mu         sync.Mutex // guards everything below; never held across I/O or callbacks (I10)
 	state      state
@@ -139,10 +142,12 @@ func New(opts Options) (*Cache, error) {
 	}
 	c := &Cache{
 		opts: opts, dir: layout(opts.Dir), log: opts.Logger, started: make(chan struct{}), booked: make(chan struct{}, 1),
-		blobs: map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
+		suspects: make(chan digest.Digest, maxSuspects),
+		blobs:    map[digest.Digest]*blob{}, lru: list.New(), filling: map[digest.Digest]*fill{},
 		idle: map[digest.Digest]idleIngest{}, pins: map[digest.Digest]int{}, mismatches: map[digest.Digest]mismatches{},
 	}
 	c.statfs = func() (int64, int64, error) { return statfs(opts.Dir) }
+	c.syncfs = func() error { return syncfs(opts.Dir) }
 	if err := c.dir.check(); err != nil {
 		return nil, err
 	}
@@ -160,14 +165,19 @@ func New(opts Options) (*Cache, error) {
 
 // Run lets fills run, and evicts, scrubs and writes metadata, until ctx ends;
 // then it ends the running fills with ErrClosed - their pieces stay for the
-// next start - and returns when every goroutine is gone. It runs once.
+// next start - and returns when every goroutine is gone. It ends by itself, with an error,
+// when the directory was deleted in a way that only another process can get over. It runs once.
 func (c *Cache) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	if err := c.start(ctx); err != nil {
 		return err
 	}
 	var parts sync.WaitGroup
-	parts.Go(func() { c.tend(ctx) })
+	var failed error
+	parts.Go(func() { failed = c.tend(ctx); stop() })
 	parts.Go(func() { c.scrub(ctx) })
+	parts.Go(func() { c.investigate(ctx) })
 	<-ctx.Done()
 	c.mu.Lock()
 	c.state = stopped
@@ -175,7 +185,7 @@ func (c *Cache) Run(ctx context.Context) error {
 	parts.Wait()
 	c.fills.Wait()
 	c.flush()
-	return nil
+	return failed
 }
 
 func (c *Cache) start(ctx context.Context) error {

@@ -18,6 +18,7 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 )
 
 // bucket is a kind of fact.
@@ -129,19 +130,21 @@ func (db *database) open() (opened *bolt.DB, err error) {
 	}
 	count := map[bucket]int{}
 	err = guard(func() error {
-		return opened.Update(func(tx *bolt.Tx) error {
-			for name := range capacity {
-				b, err := tx.CreateBucketIfNotExists([]byte(name))
-				if err != nil {
-					return err
-				}
-				count[name] = b.Stats().KeyN
-			}
+		complete := false
+		err := opened.View(func(tx *bolt.Tx) error {
+			complete = tally(tx, count)
 			return nil
 		})
+		if err != nil || complete {
+			return err // so that a start writes nothing, whatever room the disk has
+		}
+		return opened.Update(func(tx *bolt.Tx) error { return cmp.Or(db.fault, makeBuckets(tx)) })
 	})
 	if err != nil {
-		return nil, err // not closed: see replace
+		if !errors.Is(err, errCorrupt) { // else see replace
+			_ = guard(opened.Close)
+		}
+		return nil, err
 	}
 	file, _ := os.Stat(db.path)
 	db.mu.Lock()
@@ -150,10 +153,48 @@ func (db *database) open() (opened *bolt.DB, err error) {
 	return opened, nil
 }
 
-// replace starts anew with an empty file. The corrupt one is unlinked but not
-// closed: bbolt may have panicked with its locks held, and Close would wait
-// for them for ever. The new file has a lock of its own.
+// tally counts what is in each bucket, and reports whether all buckets are there.
+func tally(tx *bolt.Tx, count map[bucket]int) (complete bool) {
+	complete = true
+	for name := range capacity {
+		b := tx.Bucket([]byte(name))
+		if b == nil {
+			complete = false
+			continue
+		}
+		count[name] = b.Stats().KeyN
+	}
+	return complete
+}
+
+func makeBuckets(tx *bolt.Tx) error {
+	for name := range capacity {
+		if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// spared reports whether err says nothing against the file: the disk takes no writes
+// now, this process has no descriptors left, or another one has the file.
+func spared(err error) bool {
+	for _, healthy := range []error{unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EMFILE, unix.ENFILE, unix.ENOMEM, bolterrors.ErrTimeout} {
+		if errors.Is(err, healthy) {
+			return true
+		}
+	}
+	return false
+}
+
+// replace starts anew with an empty file, unless the old one is spared. The corrupt one
+// is unlinked but not closed: bbolt may have panicked with its locks held, and Close
+// would wait for them for ever. The new file has a lock of its own.
 func (db *database) replace(why error) *bolt.DB {
+	if spared(why) {
+		db.complain(why, why)
+		return nil
+	}
 	err := remove(db.path)
 	if err == nil {
 		err = os.MkdirAll(filepath.Dir(db.path), dirMode)
@@ -193,7 +234,7 @@ func guard(transaction func() error) (err error) {
 }
 
 // run runs one transaction. An error that a healthy file cannot give replaces
-// the file.
+// the file (see spared).
 func (db *database) run(transaction func(*bolt.DB) error) error {
 	db.mu.Lock()
 	opened := db.bolt
@@ -202,13 +243,14 @@ func (db *database) run(transaction func(*bolt.DB) error) error {
 		return bolterrors.ErrDatabaseNotOpen
 	}
 	err := guard(func() error { return transaction(opened) })
-	if err != nil && !errors.Is(err, bolterrors.ErrDatabaseNotOpen) && !diskFull(err) {
+	if err != nil && !errors.Is(err, bolterrors.ErrDatabaseNotOpen) && !spared(err) {
 		db.renew(opened, err)
 	}
 	return err
 }
 
-// renew replaces broken, and reports false if somebody else has.
+// renew replaces broken, and reports false if somebody else has. Where none was open, the
+// file may be good and was only out of reach.
 func (db *database) renew(broken *bolt.DB, why error) bool {
 	db.replacing.Lock()
 	defer db.replacing.Unlock()
@@ -221,7 +263,13 @@ func (db *database) renew(broken *bolt.DB, why error) bool {
 	if !mine {
 		return false
 	}
-	opened := db.replace(why)
+	var opened *bolt.DB
+	if broken == nil {
+		opened, why = db.open()
+	}
+	if opened == nil {
+		opened = db.replace(why)
+	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.bolt = opened

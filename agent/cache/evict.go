@@ -3,7 +3,9 @@ package cache
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
@@ -103,6 +105,32 @@ func (c *Cache) Room() (int64, error) {
 	return max(room, 0), nil
 }
 
+// MakeRoom has n bytes free on the cache's file system, beside what MinFree keeps: it evicts
+// for them if need be, and if that can be enough. They are for a file of the caller's own, and
+// not set aside. An error satisfies ErrNoRoom.
+func (c *Cache) MakeRoom(n int64) error {
+	for range mostEvictions {
+		total, free, err := c.space()
+		if err != nil {
+			return noRoom(err)
+		}
+		minFree := c.opts.MinFree.Of(total)
+		c.mu.Lock()
+		s := shortage{
+			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
+			evictable: c.used - c.reserved - c.pinned,
+		}
+		c.mu.Unlock()
+		if s.none() {
+			return nil
+		}
+		if s.hopeless() || !c.shrink(s) {
+			break
+		}
+	}
+	return fmt.Errorf("%d bytes beside the cache: %w", n, ErrNoRoom)
+}
+
 // Welcome reports whether a blob of n bytes that was last used then would take the place
 // of nothing that was used later, nor of what is hinted to be evicted last.
 func (c *Cache) Welcome(n int64, used time.Time) bool {
@@ -157,6 +185,10 @@ func (c *Cache) Age(d digest.Digest, used time.Time) {
 	c.meta.recordUse([]use{{b.digest, b.used, b.size}})
 }
 
+// mostEvictions is how often to evict and look again: what readers hold open is not free when
+// it is unlinked.
+const mostEvictions = 3
+
 // reserve makes room for a fill of n bytes, or returns ErrNoRoom, having
 // evicted nothing if that could not have helped. The caller says with backed
 // when the file system has set the bytes aside.
@@ -164,7 +196,7 @@ func (c *Cache) reserve(n int64) error {
 	if n > maxBlob {
 		return fmt.Errorf("%d bytes in one blob: %w", n, ErrNoRoom)
 	}
-	for range 3 { // what readers hold open is not free when unlinked: look again
+	for range mostEvictions {
 		s, err := c.admit(n)
 		if err != nil {
 			return noRoom(err)
@@ -197,6 +229,7 @@ func (c *Cache) unreserve(n int64) {
 // shrink evicts until the shortage is over and some more, and reports whether
 // it evicted anything.
 func (c *Cache) shrink(s shortage) bool {
+	_, before, err := c.statfs()
 	var freed int64
 	if s.overMax > 0 {
 		freed = c.evict(s.overMax+s.slackMax, reasonMaxBytes)
@@ -204,7 +237,43 @@ func (c *Cache) shrink(s shortage) bool {
 	if over := s.overFree - freed; over > 0 {
 		freed += c.evict(over+s.slackFree, reasonMinFree)
 	}
+	if s.overFree > 0 && freed > 0 && err == nil {
+		c.awaitFree(before + freed/10*9) // others write meanwhile
+	}
 	return freed > 0
+}
+
+const (
+	// freeLook and freeLooks are how long a file system may take to free what was deleted:
+	// XFS does it some milliseconds later.
+	freeLook  = 10 * time.Millisecond
+	freeLooks = 10
+)
+
+// awaitFree returns once the file system has as much free. Who looks too early after deleting
+// finds no room, and evicts the next for it. Some file systems free nothing before they
+// commit, btrfs all of 30 s later, unless they are told to.
+func (c *Cache) awaitFree(enough int64) {
+	tick := time.NewTicker(freeLook)
+	defer tick.Stop()
+	for range freeLooks {
+		if _, free, err := c.statfs(); err != nil || free >= enough {
+			return
+		}
+		<-tick.C
+	}
+	if err := c.syncfs(); err != nil {
+		c.log.Debug("sync the cache's file system", "err", err)
+	}
+}
+
+// syncfs has the file system that holds dir write all that is pending.
+func syncfs(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
 // relieve evicts n bytes after the disk said that it is full, whatever the

@@ -74,6 +74,55 @@ func TestDirectoryDeletedWhileRunning(t *testing.T) {
 	}
 }
 
+// TestDirectoryDeletedBelowItsMount: `rm -rf` on the host of a directory that a container has
+// as a mount leaves one there in which nothing can be made, for as long as the container runs.
+// The agent has to end, and start anew, or the node caches nothing until somebody notices.
+func TestDirectoryDeletedBelowItsMount(t *testing.T) {
+	host, dir := filepath.Join(t.TempDir(), "host"), t.TempDir()
+	if err := os.Mkdir(host, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, host, dir, "", syscall.MS_BIND, "")
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{Dir: dir})
+		ended := make(chan error, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { ended <- c.Run(ctx) }()
+		<-c.started
+		fillUp(t, c, 1, 1000)
+		if err := os.RemoveAll(host); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-ended:
+			if err == nil || !strings.Contains(err.Error(), "mount it anew") {
+				t.Errorf("ended with %v", err)
+			}
+		case <-time.After(time.Minute):
+			t.Error("it runs on, and can keep nothing")
+			cancel()
+			<-ended
+		}
+	})
+}
+
+// mount is the system call, undone at the end of the test.
+func mount(t *testing.T, from, to, kind string, flags uintptr, data string) {
+	t.Helper()
+	if err := syscall.Mount(from, to, kind, flags, data); err != nil {
+		if os.Getenv("CI") == "true" && os.Getuid() == 0 {
+			t.Fatalf("mount: %v", err)
+		}
+		t.Skipf("mounting needs root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(to, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestReconcile pins that the books heal without anybody asking for the blob.
 func TestReconcile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -196,7 +245,6 @@ func TestMetadataLasts(t *testing.T) {
 	check(open(t, Options{Dir: dir}))
 }
 
-// TestMetadataIsBounded pins that the oldest facts go first.
 // TestMetadataForgetsWhenTheDiskIsFull: that somebody may no longer read a
 // repository is not lost because it could not be written at once.
 func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
@@ -232,6 +280,85 @@ func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
 	}
 }
 
+// TestMetadataOutlivesADiskThatTakesNoWrites: a file that cannot be written now is none the
+// worse for it. Without its facts the blobs beside it are nobody's, while they can be read.
+func TestMetadataOutlivesADiskThatTakesNoWrites(t *testing.T) {
+	repo := Repository{"docker.io", "team/app"}
+	for _, disk := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT} {
+		m, err := openMeta(filepath.Join(t.TempDir(), "metadata.db"), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.close()
+		m.SetVerdict(repo, Anyone)
+		m.flush()
+		m.db.fault = disk
+		m.SetVerdict(repo, "somebody")
+		m.flush()
+		if _, ok := m.Verdict(repo, Anyone); !ok {
+			t.Errorf("%v: what was known before is lost", disk)
+		}
+		m.db.fault = nil
+		m.SetVerdict(repo, "somebody else")
+		m.flush()
+		if _, ok := m.Verdict(repo, "somebody else"); !ok {
+			t.Errorf("%v: nothing is written afterwards", disk)
+		}
+	}
+}
+
+// TestStartOnAFullDisk: a start needs no room, which file systems that copy on write take
+// even to change a page. Where it does, for a kind of fact that the version before did not
+// have, the file is taken up once there is room.
+func TestStartOnAFullDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metadata.db")
+	log := slog.New(slog.DiscardHandler)
+	m, err := openMeta(path, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo := Repository{"docker.io", "team/app"}
+	m.SetVerdict(repo, Anyone)
+	m.flush()
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err = openMeta(path, log); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the start wrote to the file, %v", err)
+	}
+	err = m.db.bolt.Update(func(tx *bolt.Tx) error { return tx.DeleteBucket([]byte(bucketPins)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.close(); err != nil {
+		t.Fatal(err)
+	}
+	m.db.fault = syscall.ENOSPC
+	m.flush()
+	if _, ok := m.Verdict(repo, Anyone); ok {
+		t.Fatal("the file could be opened: this test shows nothing")
+	}
+	m.db.fault = nil
+	m.flush()
+	defer m.close()
+	if _, ok := m.Verdict(repo, Anyone); !ok {
+		t.Error("what was known before is lost")
+	}
+	m.SetPinnedImage("docker.io/team/app:1", PinnedImage{Command: true})
+	m.flush()
+	if len(m.PinnedImages()) != 1 {
+		t.Error("the new kind of fact is not kept")
+	}
+}
+
+// TestMetadataIsBounded pins that the oldest facts go first.
 func TestMetadataIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, Options{})
@@ -315,6 +442,28 @@ func TestScrub(t *testing.T) {
 			t.Error("a good blob is gone")
 		} else {
 			r.Close()
+		}
+	})
+}
+
+// TestSuspect: what somebody has reason to doubt is read out of its turn, and without a scrub.
+func TestSuspect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		run(t, c)
+		ds := fillUp(t, c, 2, 2<<20)
+		tear(t, c.dir.blob(ds[1]), 1<<20)
+		_, never := content(1, 1)
+		for _, d := range append(ds, never) {
+			c.Suspect(d)
+		}
+		for range 2 * maxSuspects { // too many are passed over
+			c.Suspect(never)
+		}
+		<-time.After(time.Second)
+		synctest.Wait()
+		if !c.Has(ds[0]) || c.Has(ds[1]) || evictions(c, reasonScrub) != 1 {
+			t.Errorf("left: %v", present(c, ds))
 		}
 	})
 }

@@ -90,7 +90,8 @@ func (l layout) make() error {
 	return nil
 }
 
-// check makes the directories and proves that files can be made in them.
+// check makes the directories and proves that files can be made in them, but for want of
+// room: that may come, and the cache may have to make it.
 func (l layout) check() error {
 	err := l.make()
 	if err == nil {
@@ -99,7 +100,7 @@ func (l layout) check() error {
 			err = errors.Join(probe.Close(), os.Remove(probe.Name()))
 		}
 	}
-	if err == nil {
+	if err == nil || diskFull(err) {
 		return nil
 	}
 	return l.explain(err)
@@ -113,6 +114,8 @@ func (l layout) explain(err error) error {
 		hint = fmt.Sprintf("let user %d write there (chown %d %s), or %s", os.Getuid(), os.Getuid(), l, hint)
 	case errors.Is(err, unix.EROFS):
 		hint = "its file system is mounted read-only: remount it, or " + hint
+	case errors.Is(err, fs.ErrNotExist): // parents are made, so it is there, and nothing can be made in it
+		hint = "if it was deleted where it is mounted from, mount it anew, which a restart of its container does; else " + hint
 	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EEXIST):
 		hint = "a file is in the way: move it, or " + hint
 	}

@@ -65,6 +65,37 @@ func (c *Cache) scrubAll(ctx context.Context, interval time.Duration) {
 	c.meta.setScrubbed("")
 }
 
+// maxSuspects bounds the blobs that wait to be read again before their turn.
+const maxSuspects = 64
+
+// Suspect has a committed blob read again soon, and deleted if it is bad, because
+// something speaks against it. It waits for nothing; of too many at once the last are
+// left to the scrub.
+func (c *Cache) Suspect(d digest.Digest) {
+	select {
+	case c.suspects <- d:
+	default:
+	}
+}
+
+// investigate reads suspects until ctx ends.
+func (c *Cache) investigate(ctx context.Context) {
+	limit := rate.NewLimiter(maxScrubRate, readBlock)
+	for {
+		select {
+		case d := <-c.suspects:
+			c.mu.Lock()
+			b := c.blobs[d]
+			c.mu.Unlock()
+			if b != nil {
+				c.scrubBlob(ctx, b, limit)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // scrubBlob re-hashes b and deletes it if it is bad. A disk that cannot read
 // it back makes it as bad as wrong bytes do; running out of descriptors does
 // not.

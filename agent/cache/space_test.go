@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -291,6 +292,55 @@ func TestNoRoom(t *testing.T) {
 	})
 }
 
+// TestFileSystemFreesLater: XFS frees what was deleted some milliseconds later, btrfs when it
+// commits. No more is evicted meanwhile than is needed, and nothing is passed by.
+func TestFileSystemFreesLater(t *testing.T) {
+	for name, commits := range map[string]bool{"soon": false, "when it commits": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := open(t, Options{MinFree: Percent(10)})
+				const total = 10_000 * kib
+				var mu sync.Mutex
+				free, deleted := int64(1_500*kib), int64(0)
+				c.faults = func(s step, d digest.Digest) error {
+					mu.Lock()
+					defer mu.Unlock()
+					switch {
+					case s == stepAllocate:
+						free -= 100 * kib
+					case s == stepUnlink && commits:
+						deleted += 100 * kib
+					case s == stepUnlink:
+						time.AfterFunc(20*time.Millisecond, func() {
+							mu.Lock()
+							defer mu.Unlock()
+							free += 100 * kib
+						})
+					}
+					return nil
+				}
+				c.statfs = func() (int64, int64, error) {
+					mu.Lock()
+					defer mu.Unlock()
+					return total, free, nil
+				}
+				c.syncfs = func() error {
+					mu.Lock()
+					defer mu.Unlock()
+					free, deleted = free+deleted, 0
+					return nil
+				}
+				run(t, c)
+				all := fillUp(t, c, 20, 100*kib)
+				if left := present(c, all); len(left) < 4 {
+					t.Errorf("%v are left, where there is room for 5", left)
+				}
+				synctest.Wait()
+			})
+		})
+	}
+}
+
 // TestConcurrentFillsStayWithinBounds lets many fills race for little room.
 func TestConcurrentFillsStayWithinBounds(t *testing.T) {
 	const limit = 1000 * kib
@@ -382,21 +432,8 @@ func TestDiskErrors(t *testing.T) {
 
 // TestTinyDisk fills a real file system to the brim: no pull fails for it.
 func TestTinyDisk(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("mounting a tmpfs needs root; TestDiskFull injects the same errors")
-	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("mount a tmpfs: %v", err)
-		}
-		t.Skipf("mount a tmpfs: %v; TestDiskFull injects the same errors", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	mount(t, "tmpfs", dir, "tmpfs", 0, "size=4m")
 	c := start(t, Options{Dir: filepath.Join(dir, "cache")})
 	ballast := func(n int) {
 		if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, n), 0o600); err != nil {
@@ -434,6 +471,38 @@ func TestTinyDisk(t *testing.T) {
 	}
 	if evictions(c, reasonFull) == 0 {
 		t.Error("nothing was evicted for ENOSPC")
+	}
+}
+
+// TestStartWithoutInodes: a disk on which not even an empty file can be made is as good as a
+// full one, and a start there frees what is needed of its own. Else a cache that helped to
+// fill the disk would stay, with nobody to shrink it.
+func TestStartWithoutInodes(t *testing.T) {
+	dir := t.TempDir()
+	mount(t, "tmpfs", dir, "tmpfs", 0, "size=4m,nr_inodes=40")
+	c := open(t, Options{Dir: filepath.Join(dir, "cache")})
+	stop := run(t, c)
+	old := fillUp(t, c, 3, 100)
+	stop()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; ; i++ {
+		err := os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), nil, 0o600)
+		if errors.Is(err, syscall.ENOSPC) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	c = start(t, Options{Dir: filepath.Join(dir, "cache")})
+	if left := present(c, old); len(left) != 3 {
+		t.Errorf("found %v", left)
+	}
+	body, d := content(1, 100)
+	if err := c.Put(t.Context(), d, registry, body); err != nil {
+		t.Errorf("nothing was evicted: %v", err)
 	}
 }
 

@@ -2,6 +2,8 @@ package cache
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"time"
 
@@ -22,22 +24,29 @@ const (
 	useInterval = time.Minute
 )
 
-// tend keeps the bounds and writes metadata behind until ctx ends.
-func (c *Cache) tend(ctx context.Context) {
+// tend keeps the bounds and writes metadata behind until ctx ends. Its error says that
+// nothing can be kept here any more.
+func (c *Cache) tend(ctx context.Context) error {
 	bounds, flush, use := time.NewTicker(tendInterval), time.NewTicker(flushInterval), time.NewTicker(useInterval)
 	defer bounds.Stop()
 	defer flush.Stop()
 	defer use.Stop()
 	seen := map[string]time.Time{}
-	soon := false
+	soon, dead := false, false
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-bounds.C:
 			c.expire(-1, time.Now())
 			c.reconcile(seen)
 			c.balance()
+			err := c.dir.make()
+			gone := errors.Is(err, fs.ErrNotExist)
+			if gone && dead { // once is no proof: somebody may be deleting it just now
+				return c.dir.explain(err)
+			}
+			dead = gone
 		case <-use.C:
 			c.meta.recordUse(c.touched())
 		case <-c.booked:

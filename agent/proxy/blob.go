@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -194,9 +195,11 @@ func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
 // judge remembers how the blob went, unless the client or this agent's end
 // decided it.
 func (p *Proxy) judge(x *exchange, key blobKey, err error) {
+	p.discard(key.digest, err)
 	switch {
 	case err == nil && x.err == nil:
 		p.undelivered.forget(key)
+		p.doubt(x, key.digest)
 		return
 	case x.r.Context().Err() != nil || err == nil:
 		return
@@ -213,6 +216,42 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 	}
 	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
 		"bytes", x.sent.Load(), "err", err)
+}
+
+// errRot is what became of bytes that were right when the cache committed them.
+var errRot = errors.New("the cache's copy is not what it was")
+
+// discard deletes the cache's copy of what its disk could not give, or gave wrong, and
+// reports whether it did: the bytes are to be fetched anew.
+func (p *Proxy) discard(d digest.Digest, err error) bool {
+	if !errors.Is(err, errRot) && !errors.Is(err, syscall.EIO) || !p.cache.Has(d) {
+		return false
+	}
+	p.log.Warn("deleting what the cache's disk cannot give any more", "digest", d, "err", err)
+	return p.cache.Remove(d) == nil
+}
+
+const (
+	// againMemory is longer than kubelet backs off between two tries of a pull.
+	againMemory = 10 * time.Minute
+	// doubtMemory is how long a blob is not doubted again.
+	doubtMemory = time.Hour
+)
+
+// doubt has the cache's copy of a blob read again if runtimes got all of it twice within a
+// short time. A runtime keeps what it got, unless the digest did not match, which it
+// tells nobody: it would get the same wrong bytes at each try, and never ask the registry.
+func (p *Proxy) doubt(x *exchange, d digest.Digest) {
+	if x.sourceLabel() != sourceDisk || x.sent.Load() != x.sizeToSend() {
+		return
+	}
+	switch doubted, again := p.again.get(d); {
+	case !again:
+		p.again.put(d, false, againMemory)
+	case !doubted:
+		p.cache.Suspect(d)
+		p.again.put(d, true, doubtMemory)
+	}
 }
 
 // headBlob needs the size alone, and starts no fill.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -322,6 +323,9 @@ func (b *body) sendSome(x *exchange, limit int64) (int64, error) {
 		return 0, b.note(err)
 	}
 	sent, err := x.sendFile(&io.LimitedReader{R: file, N: n})
+	if errors.Is(err, syscall.EIO) { // of the disk: a connection has none
+		_ = b.note(err)
+	}
 	if err == nil && sent < n {
 		err = b.note(io.ErrUnexpectedEOF) // the file lost bytes
 	}

@@ -146,7 +146,7 @@ func (p *Proxy) learnLate(t upstream.Target, d digest.Digest) {
 
 func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
 	m, err := readAll(ctx, d, func() (content, error) { return p.open(ctx, t, d, KindManifest) })
-	if err != nil && notOurs(err) {
+	if p.discard(d, err) || err != nil && notOurs(err) {
 		m, err = readAll(ctx, d, func() (content, error) { return p.openCache(ctx, t, d, KindManifest) })
 	}
 	if errors.Is(err, cache.ErrNoRoom) {
@@ -162,6 +162,9 @@ func readAll(ctx context.Context, d digest.Digest, open func() (content, error))
 	}
 	defer func() { _ = c.Close() }() // was only read
 	body, err := readSmall(ctx, c)
+	if err == nil && c.source() == sourceDisk && d.Algorithm().FromBytes(body) != d {
+		err = errRot
+	}
 	return manifest{desc: ocispec.Descriptor{Digest: d, Size: c.size()}, body: body, from: c.source()}, err
 }
 

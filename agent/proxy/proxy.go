@@ -133,6 +133,7 @@ type Proxy struct {
 	deliverable *recent[blobKey, struct{}]      // upstream said it has them
 	learned     *recent[blobKey, struct{}]      // manifests whose children are recorded
 	listed      *recent[blobKey, int64]         // sizes by what lists them
+	again       *recent[digest.Digest, bool]    // sent whole from the cache; whether its copy was doubted since
 	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
 	canaries    *recent[string, Canary]
 
@@ -174,6 +175,7 @@ func New(opts Options) (*Proxy, error) {
 		deliverable: newRecent[blobKey, struct{}](maxRemembered),
 		learned:     newRecent[blobKey, struct{}](maxRemembered),
 		listed:      newRecent[blobKey, int64](maxRemembered),
+		again:       newRecent[digest.Digest, bool](maxRemembered),
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
 		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},

@@ -329,17 +329,31 @@ func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int
 		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
 	}
 	started := p.background.run(func(ctx context.Context) {
-		c, err := p.open(ctx, t, d, kind)
-		if err != nil {
+		if err := p.prefetch(ctx, t, kind, d); err != nil {
 			p.log.Debug("prefetch failed", "digest", d, "registry", t.Registry, "repository", t.Repository, "err", err)
-			return
 		}
-		c.Close()
 	})
 	if !started {
 		return errShutdown
 	}
 	return nil
+}
+
+// prefetch reads a manifest, so that it is known here for what it is, and what it lists,
+// also if it comes from other nodes.
+func (p *Proxy) prefetch(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
+	if kind == KindManifest {
+		m, err := readAll(ctx, d, func() (content, error) { return p.open(ctx, t, d, kind) })
+		if err != nil {
+			return err
+		}
+		return p.learn(t, &m)
+	}
+	c, err := p.open(ctx, t, d, kind)
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // healer finds another place for a blob when the one it came from fails.
