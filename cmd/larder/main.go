@@ -25,13 +25,29 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	os.Exit(run(untilSignal(), os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// untilSignal returns a context that ends with the first signal to stop. A second
+// one ends the process at once, unless it is SIGHUP: a terminal that is closed may
+// send it twice, once by the kernel and once by the shell.
+func untilSignal() context.Context {
+	asked, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx := asked
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		ctx, _ = signal.NotifyContext(asked, syscall.SIGHUP)
+	}
 	go func() {
 		<-ctx.Done()
-		stop() // a second signal ends the process at once
+		stop()
 	}()
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	return ctx
 }
+
+// outliveReader is for commands that would leave something behind: a program ends at
+// once when it writes to standard output or error and nobody reads that any more, as
+// in `larder agent 2>&1 | tee log` on Ctrl-C, or when journald is started anew.
+func outliveReader() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
