@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -49,6 +50,23 @@ func TestExportAndImport(t *testing.T) {
 	if code != 0 || !strings.Contains(out, testHost+"/other/name:v2: imported") || !strings.Contains(out, "of which 4 (") || strings.Count(out, "was here already") != 4 {
 		t.Errorf("import under another name: exit %d: %s%s", code, out, errs)
 	}
+}
+
+// TestExportWithoutReader: an export goes on when nobody reads its progress any more, and
+// leaves the archive and nothing else.
+func TestExportWithoutReader(t *testing.T) {
+	from, file := startNode(t, nil), filepath.Join(t.TempDir(), "bundle.tar")
+	progress, stdout, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "export", testImage, "-o", file, "--platform", "linux/amd64", "--admin", from.admin)
+	cmd.Env, cmd.Stdout = append(os.Environ(), asMain+"=1"), stdout
+	progress.Close()
+	if err := errors.Join(cmd.Run(), stdout.Close()); err != nil {
+		t.Error(err)
+	}
+	only(t, filepath.Dir(file), "bundle.tar")
 }
 
 // TestExportToPipe: standard output has the archive and nothing else, and standard input
