@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/cache"
@@ -87,6 +89,20 @@ func TestExportToPipe(t *testing.T) {
 	}
 }
 
+// TestImportOfWhatCannotBeRead: a disk that fails is not taken for an agent that does.
+func TestImportOfWhatCannotBeRead(t *testing.T) {
+	from, to := startNode(t, nil), apart(t)
+	_, archive, _ := larder(t, "export", testImage, "-o", "-", "--platform", "linux/amd64", "--admin", from.admin)
+	for _, n := range []int{0, len(archive) / 2} {
+		root := newRoot()
+		root.SetArgs([]string{"import", "-", "--admin", to.admin})
+		root.SetIn(io.MultiReader(strings.NewReader(archive[:n]), iotest.ErrReader(errors.New("input/output error"))))
+		if err := root.ExecuteContext(t.Context()); err == nil || err.Error() != "-: input/output error" {
+			t.Errorf("after %d bytes: %v", n, err)
+		}
+	}
+}
+
 // TestExportLeavesNothing: a file has all of it or is what it was.
 func TestExportLeavesNothing(t *testing.T) {
 	n := startNode(t, nil)
@@ -157,6 +173,7 @@ func TestAirGapMistakes(t *testing.T) {
 		"no such directory":  {[]string{"export", "-o", filepath.Join(dir, "gone", "x"), testImage, "--admin", from.admin}, exitFailed, "no such file"},
 		"no file":            {[]string{"import"}, exitUsage, "larder import --help"},
 		"no such file":       {[]string{"import", filepath.Join(dir, "gone")}, exitFailed, "no such file"},
+		"a directory":        {[]string{"import", dir, "--admin", from.admin}, exitFailed, "tar -C " + dir + " -c . | larder import -"},
 		"no archive":         {[]string{"import", text, "--admin", from.admin}, exitFailed, "no tar"},
 		"one name for files": {[]string{"import", "a", "b", "--name", "nginx"}, exitUsage, "one file"},
 		"bad name":           {[]string{"import", "a", "--name", "a b"}, exitUsage, "not an image name"},

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"sync/atomic"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/spf13/cobra"
@@ -70,13 +71,25 @@ func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 		if err != nil {
 			return err
 		}
+		if info.IsDir() {
+			return fmt.Errorf("is a directory; if it is an image layout: tar -C %s -c . | larder import -", file)
+		}
 		if in = f; info.Mode().IsRegular() {
 			length = info.Size()
 		}
 	}
+	archive := &archiveReader{r: in}
+	err := api.importArchive(cmd, archive, length, name)
+	if broken := archive.err.Load(); err != nil && broken != nil {
+		return *broken // which the agent's answer is a consequence of
+	}
+	return err
+}
+
+func (a adminAPI) importArchive(cmd *cobra.Command, archive io.Reader, length int64, name string) error {
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel() // ends the sending, which the agent may not have taken to its end
-	events, err := api.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), in, length)
+	events, err := a.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), archive, length)
 	if err != nil {
 		return err
 	}
@@ -88,6 +101,21 @@ func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 		return err
 	}
 	return nil
+}
+
+// archiveReader keeps why an archive could not be read to its end: to an HTTP client that
+// is one more way in which a request fails.
+type archiveReader struct {
+	r   io.Reader
+	err atomic.Pointer[error] // set by the one who sends
+}
+
+func (a *archiveReader) Read(b []byte) (int, error) {
+	n, err := a.r.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) {
+		a.err.Store(&err)
+	}
+	return n, err
 }
 
 // send has the agent read an archive of so many bytes, -1 if unknown, and returns its
