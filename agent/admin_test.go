@@ -340,6 +340,8 @@ func TestAdminRefusesBrowsers(t *testing.T) {
 		{"warm from elsewhere", "POST", "/api/v1/warm", warm, []string{"Content-Type", "application/json", "Origin", "http://evil.example"}, 403},
 		{"warm nothing sensible", "POST", "/api/v1/warm", "[", []string{"Content-Type", "application/json"}, 400},
 		{"warm no image", "POST", "/api/v1/warm", `{"images": ["UPPER"]}`, []string{"Content-Type", "application/json"}, 400},
+		{"warm by another key", "POST", "/api/v1/warm", `{"image": "` + testImage.String() + `"}`, []string{"Content-Type", "application/json"}, 400},
+		{"pin no image", "POST", "/api/v1/pins", `{"images": []}`, []string{"Content-Type", "application/json"}, 400},
 		{"warm too much", "POST", "/api/v1/warm", `{"images": ["` + strings.Repeat("a", maxImagesRequest) + `"]}`, []string{"Content-Type", "application/json"}, 400},
 		{"explain nothing", "GET", "/api/v1/explain?image=", "", nil, 400},
 		{"canary without nonce", "GET", "/api/v1/canary", "", nil, 400},
