@@ -192,6 +192,9 @@ func TestProblems(t *testing.T) {
 		more    bool     // than one problem
 	}{
 		{name: "unknown key", file: "[proxy]\n\nlisten_ = \"127.0.0.1:1\"\n", want: []string{"proxy.listen_", "larder.toml:3", "did you mean proxy.listen?"}},
+		{name: "tables for a table", file: "\n[[proxy]]\nlisten = \"127.0.0.1:1\"\n", want: []string{"proxy (", "larder.toml:2", "headed [proxy]"}},
+		{name: "value for a table", file: "\nproxy = \"127.0.0.1:1\"\n", want: []string{"proxy (", "larder.toml:2", "headed [proxy]"}},
+		{name: "negative tag_ttl", file: "[[registry]]\nhost = \"a.example\"\ntag_ttl = \"-1s\"\n", want: []string{`tag_ttl = "-1s": want 0`}},
 		{name: "unknown key far from all", file: "[proxy]\nsomething_else_altogether = 1\n", want: []string{"proxy.something_else_altogether", "larder.toml:2", "unknown key"}},
 		{name: "unknown table", file: "[prxy]\nlisten = \"127.0.0.1:1\"\n", want: []string{"prxy", "larder.toml:1", "did you mean proxy?"}},
 		{name: "dotted unknown key", file: "cache.maxbytes = 3\n", want: []string{"cache.maxbytes", "larder.toml:1", "cache.max_bytes"}},
