@@ -226,6 +226,7 @@ func TestProblems(t *testing.T) {
 		{name: "admin off loopback", environ: []string{"LARDER_ADMIN_LISTEN=10.0.0.1:5053"}, want: []string{"admin.listen", "LARDER_ADMIN_LISTEN", "metrics.listen"}},
 		{name: "port clash", args: []string{"--admin.listen=127.0.0.1:5050"}, want: []string{"admin.listen", "proxy.listen has the same port"}},
 		{name: "port clash with every address", args: []string{"--metrics.listen=:5053"}, want: []string{"metrics.listen", "admin.listen has the same port"}},
+		{name: "no port to join at", args: []string{"--peer.join=127.0.0.1:99999,127.0.0.2:,127.0.0.3:0,[::1]:5052,::1"}, more: true, want: []string{"127.0.0.1:99999", "127.0.0.2:\" (", "127.0.0.3:0", "want host:port"}},
 		{name: "peers without a key", args: []string{"--peer.join=10.0.0.2:5052"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "peers off loopback without a key", args: []string{"--peer.gossip=0.0.0.0:7777"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "key file missing", args: []string{"--peer.key_file=/nonexistent/key"}, want: []string{"peer.key_file", "no such file"}},
