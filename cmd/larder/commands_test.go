@@ -22,6 +22,7 @@ import (
 	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // standIn answers every request to the admin API with one value: for golden
@@ -195,6 +196,27 @@ func TestExplainGolden(t *testing.T) {
 		t.Fatalf("exit %d: %s", code, errs)
 	}
 	golden(t, "explain", out)
+}
+
+// TestTerminalIsNotCommanded: what a registry chose to say does not reach the terminal of
+// who looks as anything but text.
+func TestTerminalIsNotCommanded(t *testing.T) {
+	const title = "\x1b]0;yours\a\u009b2J"
+	n := startNode(t, nil)
+	odd := registrytest.ImageSpec{Seed: 4, Layers: []int64{1000}, Platform: ocispec.Platform{OS: "linux" + title, Architecture: "amd64"}}
+	n.registry.Put("team/odd", registrytest.Index(registrytest.OCIImage(odd)), "v1")
+	image := testHost + "/team/odd:v1"
+	unreadable := standIn(t, agent.Status{Upstreams: []upstream.Health{{Registry: "a.example", LastError: "malformed MIME header line: " + title}}})
+	for _, args := range [][]string{
+		{"warm", image, "--platform", "all", "--admin", n.admin},
+		{"explain", image, "--platform", "all", "--admin", n.admin},
+		{"status", "--admin", unreadable},
+	} {
+		code, out, errs := larder(t, args...)
+		if said := out + errs; code != 0 || strings.ContainsAny(said, "\x1b\a\u009b") {
+			t.Errorf("%s: exit %d: %q", args[0], code, said)
+		}
+	}
 }
 
 // TestAgainstARealAgent runs the commands one after the other as a user would.

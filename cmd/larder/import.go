@@ -145,6 +145,7 @@ func showImport(w io.Writer, events io.Reader) error {
 		if err := dec.Decode(&e); err != nil {
 			return fmt.Errorf("the agent went away; nothing may have been imported: %w", err)
 		}
+		plain(&e)
 		switch {
 		case e.Done && e.Error != "":
 			return errors.New(e.Error)
