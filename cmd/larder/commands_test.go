@@ -322,6 +322,7 @@ func TestMistakes(t *testing.T) {
 		{"a list of images", []string{"pin", "nginx", "--json"}, exitUsage, []string{"--json is for the list"}},
 		{"nothing to unpin", []string{"unpin"}, exitUsage, []string{"larder unpin --help"}},
 		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
+		{"switch without =", []string{"agent", "--peer.enabled", "false"}, exitUsage, []string{"--peer.enabled=false"}},
 		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},
 		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?\n"}},
 		{"unknown key", []string{"agent", "--config", typo}, exitUsage, []string{"cache.maxbytes", "typo.toml:2", "did you mean cache.max_bytes?"}},

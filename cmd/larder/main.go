@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -136,6 +137,10 @@ func markUsage(cmd *cobra.Command) {
 			err := check(cmd, args)
 			if err == nil || errors.As(err, new(usageError)) { // which says what to do
 				return err
+			}
+			isBool := func(arg string) bool { return arg == "true" || arg == "false" }
+			if i := slices.IndexFunc(args, isBool); i >= 0 {
+				return usageError{fmt.Errorf("%w; a switch takes its value with =, as in --peer.enabled=%s", err, args[i])}
 			}
 			return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 		}
