@@ -440,6 +440,18 @@ func mustPrint(t *testing.T, run func(...string) (int, string, string), args ...
 	return out
 }
 
+// TestHostsThatCannotBeWritten holds that a failure is not told as a success too.
+func TestHostsThatCannotBeWritten(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs := larder(t, "hosts", "apply", "--hosts.containerd", filepath.Join(file, "certs.d"))
+	if code != exitFailed || out != "" || !strings.Contains(errs, "not a directory") {
+		t.Errorf("exit %d: %q, %q", code, out, errs)
+	}
+}
+
 // TestHostsWhileTheAgentRuns holds that the agent's files are the agent's.
 func TestHostsWhileTheAgentRuns(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "certs.d")
