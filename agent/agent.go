@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -174,8 +175,11 @@ func (a *Agent) listen() error {
 // listen opens the port that a key names.
 func listen(key, addr string) (net.Listener, error) {
 	l, err := net.Listen("tcp", addr)
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("%s = %q: %w; is another agent running on this node? (`ss -ltnp` says who listens) Stop it, or set another %s", key, addr, err, key)
+	case err != nil: // no address of this machine, or a port for root
+		return nil, fmt.Errorf("%s = %q: %w; set another %s", key, addr, err, key)
 	}
 	return l, nil
 }

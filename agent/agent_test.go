@@ -554,3 +554,14 @@ func TestPortWaitsForTheDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestAddressThatIsNot: who names an address of another machine is not told to look for
+// another agent.
+func TestAddressThatIsNot(t *testing.T) {
+	c := testConfig(t)
+	c.Metrics.Listen = "192.0.2.1:0"
+	_, err := New(c)
+	if err == nil || !strings.Contains(err.Error(), "set another metrics.listen") || strings.Contains(err.Error(), "another agent") {
+		t.Error(err)
+	}
+}
