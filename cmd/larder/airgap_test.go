@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/cache"
@@ -100,6 +101,37 @@ func TestImportOfWhatCannotBeRead(t *testing.T) {
 		if err := root.ExecuteContext(t.Context()); err == nil || err.Error() != "-: input/output error" {
 			t.Errorf("after %d bytes: %v", n, err)
 		}
+	}
+}
+
+// silent is an archive of which nothing comes until free is closed.
+type silent struct{ read, free chan struct{} }
+
+func (s silent) Read([]byte) (int, error) {
+	close(s.read)
+	<-s.free
+	return 0, io.EOF
+}
+
+// TestImportInterrupted: Ctrl-C ends an import that waits for its archive.
+func TestImportInterrupted(t *testing.T) {
+	n, in := apart(t), silent{make(chan struct{}), make(chan struct{})}
+	defer close(in.free)
+	ctx, cancel := context.WithCancel(t.Context())
+	root := newRoot()
+	root.SetArgs([]string{"import", "-", "--admin", n.admin})
+	root.SetIn(in)
+	ended := make(chan error, 1)
+	go func() { ended <- root.ExecuteContext(ctx) }()
+	<-in.read
+	cancel()
+	select {
+	case err := <-ended:
+		if err == nil || !strings.Contains(err.Error(), "interrupted; nothing of this file was imported") {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it goes on")
 	}
 }
 

@@ -80,7 +80,12 @@ func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 	}
 	archive := &archiveReader{r: in}
 	err := api.importArchive(cmd, archive, length, name)
-	if broken := archive.err.Load(); err != nil && broken != nil {
+	switch broken := archive.err.Load(); {
+	case err == nil:
+		return nil
+	case cmd.Context().Err() != nil:
+		return errors.New("interrupted; nothing of this file was imported")
+	case broken != nil:
 		return *broken // which the agent's answer is a consequence of
 	}
 	return err
@@ -89,18 +94,28 @@ func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 func (a adminAPI) importArchive(cmd *cobra.Command, archive io.Reader, length int64, name string) error {
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel() // ends the sending, which the agent may not have taken to its end
+	if length < 0 {
+		archive = interruptible(ctx, archive)
+	}
 	events, err := a.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), archive, length)
 	if err != nil {
 		return err
 	}
 	defer events.Close()
-	if err := showImport(cmd.OutOrStdout(), events); err != nil {
-		if cmd.Context().Err() != nil {
-			return errors.New("interrupted; nothing of this file was imported")
-		}
-		return err
-	}
-	return nil
+	return showImport(cmd.OutOrStdout(), events)
+}
+
+// interruptible is r as long as ctx lasts. An HTTP client waits for a read of the body that
+// is under way, and one of standard input, a pipe or a terminal, may never end. So may the
+// goroutine here: the process does.
+func interruptible(ctx context.Context, r io.Reader) io.Reader {
+	out, in := io.Pipe()
+	go func() {
+		_, err := io.Copy(in, r)
+		in.CloseWithError(err)
+	}()
+	context.AfterFunc(ctx, func() { out.CloseWithError(ctx.Err()) })
+	return out
 }
 
 // archiveReader keeps why an archive could not be read to its end: to an HTTP client that
