@@ -185,8 +185,11 @@ func (a *Agent) serveExplain(w http.ResponseWriter, r *http.Request) {
 	e, err := a.Explain(image, q.Get("platform"))
 	if err != nil {
 		status := http.StatusInternalServerError
-		if errors.Is(err, errUnknownImage) {
+		switch _, foreign := errors.AsType[*platformError](err); {
+		case foreign || errors.Is(err, errUnknownImage):
 			status = http.StatusNotFound
+		case errors.Is(err, errNoPlatform):
+			status = http.StatusBadRequest
 		}
 		http.Error(w, err.Error(), status)
 		return

@@ -181,6 +181,34 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// TestExplainPlatforms: that an image is not made for a platform is an answer, and no
+// fault of the agent's.
+func TestExplainPlatforms(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	reg.Put("team/multi", registrytest.Platforms(registrytest.ImageSpec{Seed: 9, Layers: []int64{1000}}, false), "v1")
+	a := start(t, c)
+	multi := Image{Registry: testRegistry, Repository: "team/multi", Reference: "v1"}
+	if _, err := (Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: "linux/amd64"}).Pull(t.Context(), multi); err != nil {
+		t.Fatal(err)
+	}
+	a.settle(t)
+	for platform, want := range map[string]struct {
+		code int
+		text string
+	}{
+		"all":         {200, "linux/arm64"},
+		"linux/amd64": {200, "linux/amd64"},
+		"plan9/mips":  {404, "has no manifest for plan9/mips; try --platform all"},
+		"linux//":     {400, "write os/arch, such as linux/arm64"},
+	} {
+		code, body := a.admin(t, "GET", "/api/v1/explain?platform="+platform+"&image="+multi.String(), "")
+		if code != want.code || !strings.Contains(body, want.text) {
+			t.Errorf("%s: %d %s", platform, code, body)
+		}
+	}
+}
+
 // TestExplainIndexesOfIndexes: each of 64 indexes lists the one below twice, which
 // makes 2^64 ways down. Every part is told once.
 func TestExplainIndexesOfIndexes(t *testing.T) {
@@ -312,6 +340,8 @@ func TestAdminRefusesBrowsers(t *testing.T) {
 		{"warm from elsewhere", "POST", "/api/v1/warm", warm, []string{"Content-Type", "application/json", "Origin", "http://evil.example"}, 403},
 		{"warm nothing sensible", "POST", "/api/v1/warm", "[", []string{"Content-Type", "application/json"}, 400},
 		{"warm no image", "POST", "/api/v1/warm", `{"images": ["UPPER"]}`, []string{"Content-Type", "application/json"}, 400},
+		{"warm by another key", "POST", "/api/v1/warm", `{"image": "` + testImage.String() + `"}`, []string{"Content-Type", "application/json"}, 400},
+		{"pin no image", "POST", "/api/v1/pins", `{"images": []}`, []string{"Content-Type", "application/json"}, 400},
 		{"warm too much", "POST", "/api/v1/warm", `{"images": ["` + strings.Repeat("a", maxImagesRequest) + `"]}`, []string{"Content-Type", "application/json"}, 400},
 		{"explain nothing", "GET", "/api/v1/explain?image=", "", nil, 400},
 		{"canary without nonce", "GET", "/api/v1/canary", "", nil, 400},

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -107,7 +108,9 @@ func New(c Config, opts ...Option) (*Agent, error) {
 	return a, nil
 }
 
-// open makes every part, those first that fail most often.
+// open makes every part, those first that fail most often. Whatever may wait for a disk
+// comes before the pull API's port: host files of an agent that was killed may name it, and
+// one that accepts and does not answer costs a pull more than one that is closed.
 func (a *Agent) open(o options) error {
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if err := a.listen(); err != nil {
@@ -118,7 +121,12 @@ func (a *Agent) open(o options) error {
 	if a.cache, err = a.openCache(); err != nil {
 		return err
 	}
-	if err = errors.Join(a.openRuntime(), a.openHosts()); err != nil {
+	err = a.openRuntime()
+	var taken error
+	if a.listeners.proxy, taken = listen("proxy.listen", a.config.Proxy.Listen); taken != nil {
+		return errors.Join(err, taken)
+	}
+	if err = errors.Join(err, a.openHosts()); err != nil {
 		return err
 	}
 	if a.credentials, err = a.openCredentials(); err != nil {
@@ -147,23 +155,33 @@ func (a *Agent) open(o options) error {
 	return nil
 }
 
-// listen opens all ports, or none; it names every port that is taken.
+// listen opens the ports for people, and names every port that is taken: also that of
+// the pull API, which is opened later.
 func (a *Agent) listen() error {
-	var errs []error
-	open := func(key, addr string) net.Listener {
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s = %q: %w; is another agent running on this node? (`ss -ltnp` says who listens) Stop it, or set another %s", key, addr, err, key))
-			return nil
-		}
-		return l
+	pulls, err := listen("proxy.listen", a.config.Proxy.Listen)
+	errs := []error{err}
+	if err == nil {
+		errs = append(errs, pulls.Close())
 	}
-	a.listeners.proxy = open("proxy.listen", a.config.Proxy.Listen)
-	a.listeners.admin = open("admin.listen", a.config.Admin.Listen)
+	a.listeners.admin, err = listen("admin.listen", a.config.Admin.Listen)
+	errs = append(errs, err)
 	if a.config.Metrics.Listen != "" {
-		a.listeners.metrics = open("metrics.listen", a.config.Metrics.Listen)
+		a.listeners.metrics, err = listen("metrics.listen", a.config.Metrics.Listen)
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// listen opens the port that a key names.
+func listen(key, addr string) (net.Listener, error) {
+	l, err := net.Listen("tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("%s = %q: %w; is another agent running on this node? (`ss -ltnp` says who listens) Stop it, or set another %s", key, addr, err, key)
+	case err != nil: // no address of this machine, or a port for root
+		return nil, fmt.Errorf("%s = %q: %w; set another %s", key, addr, err, key)
+	}
+	return l, nil
 }
 
 func (a *Agent) openCache() (*cache.Cache, error) {

@@ -517,3 +517,51 @@ func TestAudit(t *testing.T) {
 func testLogger(t *testing.T) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
+
+// TestPortWaitsForTheDisk: as long as a start waits for the cache's directory, which
+// another process has, or for a disk, nobody is kept waiting at the pull API's port.
+func TestPortWaitsForTheDisk(t *testing.T) {
+	first, second := testConfig(t), testConfig(t)
+	start(t, first)
+	second.Cache.Dir, second.Proxy.Listen = first.Cache.Dir, ownAddr(t)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := New(second)
+		failed <- err
+	}()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-failed:
+			if err == nil {
+				t.Error("two agents have one cache")
+			}
+			return
+		case <-tick.C:
+		}
+		conn, err := net.Dial("tcp", second.Proxy.Listen)
+		if err != nil {
+			continue
+		}
+		err = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		if err == nil {
+			_, err = conn.Read(make([]byte, 1))
+		}
+		conn.Close()
+		if errors.Is(err, os.ErrDeadlineExceeded) { // and not closed at once, when the port was looked at
+			t.Fatalf("the port accepts, and nobody answers: %v", <-failed)
+		}
+	}
+}
+
+// TestAddressThatIsNot: who names an address of another machine is not told to look for
+// another agent.
+func TestAddressThatIsNot(t *testing.T) {
+	c := testConfig(t)
+	c.Metrics.Listen = "192.0.2.1:0"
+	_, err := New(c)
+	if err == nil || !strings.Contains(err.Error(), "set another metrics.listen") || strings.Contains(err.Error(), "another agent") {
+		t.Error(err)
+	}
+}

@@ -53,8 +53,10 @@ func (l *auditLog) record(event any) {
 	}
 }
 
-// Run writes until ctx ends, then what is still queued.
+// Run writes until ctx ends, then what is still queued. A file that cannot be written
+// is told of at the start, and not by the first pull.
 func (l *auditLog) Run(ctx context.Context) error {
+	l.note(l.open())
 	for {
 		select {
 		case e := <-l.queue:
@@ -142,6 +144,11 @@ func (l *auditLog) write(event any) {
 	if n := l.lost.Swap(0); n > 0 {
 		l.log.Warn("audit lines lost: the disk is too slow", "lines", n)
 	}
+	l.note(err)
+}
+
+// note tells of an error that the line before did not have.
+func (l *auditLog) note(err error) {
 	if err != nil && !l.sick {
 		l.log.Error("audit log cannot be written", "err", err)
 	}

@@ -2,11 +2,13 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -89,6 +91,20 @@ func TestAuditAppends(t *testing.T) {
 	}
 	if got := readAudit(t, path); len(got) != 2 || got[0] != 1 || got[1] != 2 {
 		t.Errorf("lines %v, want [1 2]", got)
+	}
+}
+
+// TestAuditTellsAtTheStart: who audits learns of a wrong path before the first pull.
+func TestAuditTellsAtTheStart(t *testing.T) {
+	var said bytes.Buffer
+	l := newAuditLog(filepath.Join(t.TempDir(), "gone", "audit.jsonl"), slog.New(slog.NewTextHandler(&said, nil)))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := l.Run(ctx); err != nil {
+		t.Error(err)
+	}
+	if out := said.String(); !strings.Contains(out, "level=ERROR") || !strings.Contains(out, "no such file or directory") {
+		t.Errorf("said %q", out)
 	}
 }
 

@@ -56,8 +56,8 @@ type ProxyConfig struct {
 // CacheConfig is the table [cache]: blobs on this node's disk.
 type CacheConfig struct {
 	Dir           string        `key:"dir" default:"/var/lib/larder" help:"where blobs are kept; may be deleted at any time"`
-	MaxBytes      cache.Limit   `key:"max_bytes" default:"20%" help:"most the cache may hold: bytes (50GiB) or a share of the file system (20%)"`
-	MinFree       cache.Limit   `key:"min_free" default:"20%" help:"never leave the file system with less free: bytes or a share"`
+	MaxBytes      cache.Limit   `key:"max_bytes" default:"20%" help:"most the cache may hold: bytes (50GiB) or a share of the file system (20%); 0 = all that cache.min_free leaves"`
+	MinFree       cache.Limit   `key:"min_free" default:"20%" help:"never leave the file system with less free: bytes or a share; 0 = fill it"`
 	ScrubInterval time.Duration `key:"scrub_interval" default:"24h" help:"how often every blob is hashed again; 0 = never"`
 	Replicas      int           `key:"replicas" default:"2" help:"nodes that are to have each blob and tag that one of them pulled, so that it outlives a node; 1 = make no copies"`
 	Pins          []string      `key:"pins" default:"" help:"images that this node always keeps, for its own platform, whatever becomes of their registry"`

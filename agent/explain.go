@@ -95,8 +95,11 @@ func (e *explainer) manifest(d ocispec.Descriptor) error {
 	}
 	e.add("index", d)
 	chosen, err := m.choose(e.out.Platform)
-	if err != nil {
+	if _, foreign := errors.AsType[*platformError](err); foreign {
 		return fmt.Errorf("%s: %w; try --platform all", e.image, err)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.image, err)
 	}
 	for _, child := range chosen {
 		if err := e.manifest(child); err != nil {

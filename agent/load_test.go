@@ -192,6 +192,9 @@ func TestProblems(t *testing.T) {
 		more    bool     // than one problem
 	}{
 		{name: "unknown key", file: "[proxy]\n\nlisten_ = \"127.0.0.1:1\"\n", want: []string{"proxy.listen_", "larder.toml:3", "did you mean proxy.listen?"}},
+		{name: "tables for a table", file: "\n[[proxy]]\nlisten = \"127.0.0.1:1\"\n", want: []string{"proxy (", "larder.toml:2", "headed [proxy]"}},
+		{name: "value for a table", file: "\nproxy = \"127.0.0.1:1\"\n", want: []string{"proxy (", "larder.toml:2", "headed [proxy]"}},
+		{name: "negative tag_ttl", file: "[[registry]]\nhost = \"a.example\"\ntag_ttl = \"-1s\"\n", want: []string{`tag_ttl = "-1s": want 0`}},
 		{name: "unknown key far from all", file: "[proxy]\nsomething_else_altogether = 1\n", want: []string{"proxy.something_else_altogether", "larder.toml:2", "unknown key"}},
 		{name: "unknown table", file: "[prxy]\nlisten = \"127.0.0.1:1\"\n", want: []string{"prxy", "larder.toml:1", "did you mean proxy?"}},
 		{name: "dotted unknown key", file: "cache.maxbytes = 3\n", want: []string{"cache.maxbytes", "larder.toml:1", "cache.max_bytes"}},
@@ -223,6 +226,7 @@ func TestProblems(t *testing.T) {
 		{name: "admin off loopback", environ: []string{"LARDER_ADMIN_LISTEN=10.0.0.1:5053"}, want: []string{"admin.listen", "LARDER_ADMIN_LISTEN", "metrics.listen"}},
 		{name: "port clash", args: []string{"--admin.listen=127.0.0.1:5050"}, want: []string{"admin.listen", "proxy.listen has the same port"}},
 		{name: "port clash with every address", args: []string{"--metrics.listen=:5053"}, want: []string{"metrics.listen", "admin.listen has the same port"}},
+		{name: "no port to join at", args: []string{"--peer.join=127.0.0.1:99999,127.0.0.2:,127.0.0.3:0,[::1]:5052,::1"}, more: true, want: []string{"127.0.0.1:99999", "127.0.0.2:\" (", "127.0.0.3:0", "want host:port"}},
 		{name: "peers without a key", args: []string{"--peer.join=10.0.0.2:5052"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "peers off loopback without a key", args: []string{"--peer.gossip=0.0.0.0:7777"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "key file missing", args: []string{"--peer.key_file=/nonexistent/key"}, want: []string{"peer.key_file", "no such file"}},

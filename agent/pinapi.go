@@ -72,6 +72,9 @@ func readImages(w http.ResponseWriter, r *http.Request, req any, names *[]string
 		return nil, false
 	}
 	images, err := parseImages(*names)
+	if err == nil && len(images) == 0 { // most likely under another key
+		err = errors.New("want {\"images\": [...]}: there is none")
+	}
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return nil, false

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -385,6 +386,8 @@ type platformError struct{ want string }
 
 func (e *platformError) Error() string { return "the image has no manifest for " + e.want }
 
+var errNoPlatform = errors.New("not a platform")
+
 // choose picks the manifests of an index: "all", one platform, or this
 // machine's. Attestations (platform unknown/unknown) are in "all" only.
 func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
@@ -395,7 +398,7 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 	if platform != "" {
 		var err error
 		if want, err = platforms.Parse(platform); err != nil {
-			return nil, fmt.Errorf("platform %q: %w; write os/arch, such as linux/arm64", platform, err)
+			return nil, fmt.Errorf("%w: %q: write os/arch, such as linux/arm64, or all", errNoPlatform, platform)
 		}
 	}
 	matcher := platforms.Only(want)

@@ -482,6 +482,9 @@ func (s *swarm) describe(p PeerConfig) string {
 		return "alone (no peer.key_file and no peer.join)"
 	}
 	st := s.Status()
+	if st.Alone != nil {
+		return fmt.Sprintf("alone: no other node answers (%v); is its TCP and UDP port open, and the key the same?", st.Alone)
+	}
 	line := fmt.Sprintf("%d members, %d links, %d blobs and tags in the index", len(st.Members), len(st.Links), st.Index.Blobs)
 	if len(st.Banned) > 0 {
 		line += fmt.Sprintf(", %d banned", len(st.Banned))

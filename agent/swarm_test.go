@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -88,6 +89,33 @@ func ownAddr(t *testing.T) string {
 	}
 	defer l.Close()
 	return l.Addr().String()
+}
+
+// TestAloneIsTold: a node that is to have peers and finds none says why, where people look;
+// one with another key is no peer.
+func TestAloneIsTold(t *testing.T) {
+	next := clusterConfigs(t)
+	first, second, gone, stranger := next(), next(), next(), next()
+	gone.Peer.Join = []string{ownAddr(t)}
+	stranger.Peer.KeyFile = filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(stranger.Peer.KeyFile, []byte(base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("k"), 32))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	with := []*running{start(t, first), start(t, second)}
+	without := map[string]*running{gone.Peer.Join[0]: start(t, gone), stranger.Peer.Join[0]: start(t, stranger)}
+	for addr, node := range without {
+		eventually(t, "told", func() error {
+			if peers := node.Status().Peers; !strings.HasPrefix(peers, "alone: no other node answers (") || !strings.Contains(peers, addr) {
+				return errors.New(peers)
+			}
+			return nil
+		})
+	}
+	for _, node := range with {
+		if peers := node.Status().Peers; !strings.HasPrefix(peers, "2 members") {
+			t.Error(peers)
+		}
+	}
 }
 
 // TestStormCostsOneCopy defends P2: nodes that pull the same image at once cost

@@ -56,8 +56,10 @@ type tomlFile struct {
 // table.
 func (f *tomlFile) at(key string) string {
 	for k := key; k != ""; {
-		if line, ok := f.lines[k]; ok {
-			return fmt.Sprintf("%s:%d", f.name, line)
+		for _, written := range []string{k, k + "[0]"} { // [[k]]
+			if line, ok := f.lines[written]; ok {
+				return fmt.Sprintf("%s:%d", f.name, line)
+			}
 		}
 		k = k[:max(0, strings.LastIndex(k, "."))]
 	}
@@ -65,9 +67,13 @@ func (f *tomlFile) at(key string) string {
 }
 
 func (f *tomlFile) table(table string, v any) {
-	inner, ok := v.(map[string]any)
-	if !ok || !slices.ContainsFunc(f.keys, func(k boundKey) bool { return strings.HasPrefix(k.Name, table+".") }) {
+	if !slices.ContainsFunc(f.keys, func(k boundKey) bool { return strings.HasPrefix(k.Name, table+".") }) {
 		f.unknown(table, f.names())
+		return
+	}
+	inner, ok := v.(map[string]any)
+	if !ok {
+		f.add(&Problem{Key: table, From: f.at(table), Reason: fmt.Sprintf("want one table, headed [%s]", table)})
 		return
 	}
 	for _, leaf := range slices.Sorted(maps.Keys(inner)) {

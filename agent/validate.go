@@ -272,7 +272,8 @@ func (v *validator) peerAddresses(c PeerConfig) {
 		if slices.Index(c.Join, j) < i {
 			v.bad("peer.join", j, "is listed twice")
 		}
-		if strings.ContainsAny(j, "/ ") {
+		_, port, err := net.SplitHostPort(j)
+		if n, wrong := strconv.ParseUint(port, 10, 16); strings.ContainsAny(j, "/ ") || err == nil && (wrong != nil || n == 0) {
 			v.bad("peer.join", j, "want host:port, an IP address or a DNS name")
 		}
 	}

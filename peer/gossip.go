@@ -1,7 +1,9 @@
 package peer
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"log/slog"
@@ -34,6 +36,7 @@ const (
 	fewMembers    = 10
 	greetAtOnce   = 2    // of the many
 	greetRounds   = 3    // of rejoin; the third is 3 to 6 s after the start
+	aloneRounds   = 4    // of rejoin without any other member are told of: 7 to 14 s after the start
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
 	maxQueued     = 512  // index messages not yet passed on
 	lookupTimeout = 5 * time.Second
@@ -62,6 +65,9 @@ type gossip struct {
 	notes []note
 	addrs map[string]string // of gossip, by member name, this node's included
 	wake  chan struct{}
+	// alone is why Join led to no other member, aloneFor for how many rounds of rejoin.
+	alone    error
+	aloneFor int
 }
 
 // note is a change of the members, in the order in which they happened.
@@ -235,28 +241,62 @@ func (g *gossip) settle() {
 func (g *gossip) rejoin(ctx context.Context) {
 	pause := rejoinFirst
 	for round := 0; ctx.Err() == nil; round++ {
-		addrs := g.unknown(g.s.resolve(ctx))
+		addrs, unresolved := g.s.resolve(ctx)
+		addrs = g.unknown(addrs)
 		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
-		g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
+		unanswered := g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
 		g.once.Do(func() { close(g.tried) })
+		g.noteAlone(cmp.Or(unanswered, unresolved))
 		if round < greetRounds {
-			g.knock(ctx, g.greet())
+			_ = g.knock(ctx, g.greet()) // of members, which does not make this node one without
 		}
 		wait(ctx, pause+rand.N(pause))
 		pause = min(2*pause, rejoinEvery)
 	}
 }
 
-// knock exchanges all that is known of the members with each address.
-func (g *gossip) knock(ctx context.Context, addrs []string) {
+// knock exchanges all that is known of the members with each address, and returns why
+// one of them did not.
+func (g *gossip) knock(ctx context.Context, addrs []string) (failed error) {
 	for _, a := range addrs {
 		if ctx.Err() != nil {
-			return
+			return nil
 		}
 		if _, err := g.list.Join([]string{a}); err != nil {
 			g.s.log.Debug("nobody joined", "peer", a, "err", err)
+			failed = cmp.Or(errors.Unwrap(err), err) // of one address, without the list around it
 		}
 	}
+	return failed
+}
+
+// noteAlone keeps why a node that is to have peers has none: by itself that is no fault, and
+// only who set it up can tell. Others may have yet to start, or start anew.
+func (g *gossip) noteAlone(why error) {
+	g.mu.Lock()
+	if why == nil || len(g.addrs) > 1 {
+		g.alone, g.aloneFor = nil, 0
+	} else {
+		g.alone, g.aloneFor = why, g.aloneFor+1
+	}
+	tell := g.aloneFor == aloneRounds
+	g.mu.Unlock()
+	if tell {
+		g.s.log.Warn("no other node answers; this one fetches all from the registries", "err", why)
+	}
+}
+
+// whyAlone is what keeps this node from having peers, nil if it has some or is to have none.
+func (g *gossip) whyAlone() error {
+	if g == nil { // a test without
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.addrs) > 1 || g.aloneFor < aloneRounds {
+		return nil
+	}
+	return g.alone
 }
 
 // greet is the addresses of all other members, if they are few, or of some.
@@ -282,8 +322,8 @@ func (g *gossip) unknown(addrs []string) []string {
 	return slices.DeleteFunc(addrs, func(a string) bool { return slices.Contains(known, a) })
 }
 
-// resolve turns Join into addresses.
-func (s *Swarm) resolve(ctx context.Context) (out []string) {
+// resolve turns Join into addresses; err is of a name that has none.
+func (s *Swarm) resolve(ctx context.Context) (out []string, unresolved error) {
 	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
@@ -295,12 +335,13 @@ func (s *Swarm) resolve(ctx context.Context) (out []string) {
 		ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
 		if err != nil {
 			s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
+			unresolved = err
 		}
 		for _, ip := range ips {
 			out = append(out, net.JoinHostPort(ip.IP.String(), p))
 		}
 	}
-	return out
+	return out, unresolved
 }
 
 // NodeMeta implements memberlist.Delegate.

@@ -19,9 +19,11 @@ type Status struct {
 	// Unreachable are members, by Name, that this node could not reach a moment ago. It
 	// asks nobody of them for some seconds, or longer where it reached nobody at all.
 	Unreachable map[string]bool
-	Traffic     map[string]Traffic // by node, members or not, since this one started
-	Index       IndexStatus
-	Uploads     int // pieces being sent or queued
+	// Alone is why Config.Join led to no other member, while there is none.
+	Alone   error
+	Traffic map[string]Traffic // by node, members or not, since this one started
+	Index   IndexStatus
+	Uploads int // pieces being sent or queued
 }
 
 // LinkStatus is a connection with another node.
@@ -55,7 +57,7 @@ type IndexStatus struct {
 
 // Status returns what the swarm looks like from here.
 func (s *Swarm) Status() Status {
-	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.fallenAway(),
+	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.fallenAway(), Alone: s.gossip.whyAlone(),
 		Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
 	for _, m := range s.roster.view.Load().all {
 		st.Members = append(st.Members, *m)

@@ -65,7 +65,7 @@ type exchange struct {
 
 	sent     atomic.Int64 // body bytes
 	answered atomic.Bool  // headers are on their way
-	hungUp   atomic.Bool  // by the watchdog
+	overdue  atomic.Int32 // looks of the watchdog that found it so
 
 	mu     sync.Mutex // guards the fields below, which Pulls and the watchdog look at
 	shown  route      // a copy of route

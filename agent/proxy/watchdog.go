@@ -88,19 +88,23 @@ func (p *Proxy) probeOne(ctx context.Context, addr string) error {
 }
 
 // dropOverdue hangs up on requests whose own deadline did not end them, and
-// counts them.
+// counts them. They were overdue at the look before too: a process that was
+// stopped (a frozen container, a suspended machine) finds all requests overdue at
+// once, and their deadlines, which passed meanwhile, have yet to do their work.
 func (p *Proxy) dropOverdue() int {
 	overdue := 0
 	for _, x := range p.underWay() {
 		if x.answered.Load() || time.Since(x.start) < p.longestWait(x)+p.opts.Watch.Slack {
 			continue
 		}
-		overdue++
-		if x.hungUp.Swap(true) {
-			continue
+		looks := x.overdue.Add(1)
+		if looks > 1 {
+			overdue++
 		}
-		p.log.Warn("a request was not answered by its deadline, hanging up", "duration", time.Since(x.start))
-		x.hangUp()
+		if looks == 2 {
+			p.log.Warn("a request was not answered by its deadline, hanging up", "duration", time.Since(x.start))
+			x.hangUp()
+		}
 	}
 	return overdue
 }

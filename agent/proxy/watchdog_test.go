@@ -90,6 +90,41 @@ func TestOneStuckRequest(t *testing.T) {
 	}
 }
 
+// TestStoppedIsNotWedged: a process that was stopped for a while finds many requests overdue,
+// none of which is stuck. They are answered, and what is stuck is found at the next look.
+func TestStoppedIsNotWedged(t *testing.T) {
+	const requests = wedgedRequests + 1
+	came, awake := make(chan struct{}, requests), make(chan struct{})
+	n := startNode(t, func(s *setup) {
+		s.proxy.FirstByteBudget = time.Nanosecond
+		s.proxy.Watch = Watch{Interval: time.Hour, Slack: time.Nanosecond} // looks are this test's
+		s.proxy.Before = func(*http.Request) {
+			came <- struct{}{}
+			<-awake
+		}
+	})
+	failed := make(chan error, requests)
+	for range requests {
+		go func() {
+			resp, err := n.client.Get("http://" + n.addr + "/v2/" + repo + "/manifests/v1?ns=" + host)
+			if err == nil {
+				err = resp.Body.Close()
+			}
+			failed <- err
+		}()
+		<-came
+	}
+	if overdue := n.proxy.dropOverdue(); overdue != 0 {
+		t.Errorf("%d count at the first look", overdue)
+	}
+	close(awake)
+	for range requests {
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestBusyIsNotWedged: a probe that is late while others are answered says nothing.
 func TestBusyIsNotWedged(t *testing.T) {
 	probes := make(chan struct{}, 1000)

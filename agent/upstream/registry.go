@@ -211,8 +211,10 @@ func (r Registry) checkLimits() (problems []error) {
 	if r.MaxBytesPerSecond < 0 {
 		bad("max_bytes_per_second = %d: want 0 (no limit) or more", r.MaxBytesPerSecond)
 	}
-	// A bare TOML integer is read as nanoseconds, which nobody means.
-	if r.TagTTL != nil && *r.TagTTL != 0 && time.Duration(*r.TagTTL) < time.Millisecond {
+	switch ttl := r.TTL(0); {
+	case ttl < 0:
+		bad("tag_ttl = %q: want 0 (always ask) or more", ttl)
+	case ttl > 0 && ttl < time.Millisecond: // a bare TOML integer is read as nanoseconds, which nobody means
 		bad("tag_ttl = %d: write a duration with its unit, such as 10s", int64(*r.TagTTL))
 	}
 	return problems

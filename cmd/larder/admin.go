@@ -63,6 +63,7 @@ func (a adminAPI) get(ctx context.Context, path string, v any) error {
 	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
 		return fmt.Errorf("%s%s: not an answer of a larder agent: %w", a.base, path, err)
 	}
+	plain(v)
 	return nil
 }
 
@@ -97,7 +98,7 @@ func (a adminAPI) answer(req *http.Request) (*http.Response, error) {
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // whatever came before the error is better than nothing
-	if why := strings.TrimSpace(string(text)); why != "" {
+	if why := plainText(strings.TrimSpace(string(text))); why != "" {
 		return nil, fmt.Errorf("%s (%s answers %s)", why, a.base, resp.Status)
 	}
 	return nil, fmt.Errorf("%s%s: %s", a.base, req.URL.Path, resp.Status)

@@ -26,6 +26,7 @@ a flag (--proxy.listen); a flag beats the environment, which beats the file.
   larder agent --hosts.containerd /etc/containerd/certs.d --runtime.content_dir /var/lib/containerd/io.containerd.content.v1.content`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			outliveReader()
 			c, err := config.load(cmd)
 			log := newLogger(cmd, c.Log)
 			if err != nil {

@@ -4,10 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/iotest"
+	"time"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/cache"
@@ -51,6 +55,23 @@ func TestExportAndImport(t *testing.T) {
 	}
 }
 
+// TestExportWithoutReader: an export goes on when nobody reads its progress any more, and
+// leaves the archive and nothing else.
+func TestExportWithoutReader(t *testing.T) {
+	from, file := startNode(t, nil), filepath.Join(t.TempDir(), "bundle.tar")
+	progress, stdout, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "export", testImage, "-o", file, "--platform", "linux/amd64", "--admin", from.admin)
+	cmd.Env, cmd.Stdout = append(os.Environ(), asMain+"=1"), stdout
+	progress.Close()
+	if err := errors.Join(cmd.Run(), stdout.Close()); err != nil {
+		t.Error(err)
+	}
+	only(t, filepath.Dir(file), "bundle.tar")
+}
+
 // TestExportToPipe: standard output has the archive and nothing else, and standard input
 // takes it.
 func TestExportToPipe(t *testing.T) {
@@ -66,6 +87,51 @@ func TestExportToPipe(t *testing.T) {
 	root.SetOut(&answer)
 	if err := root.ExecuteContext(t.Context()); err != nil || !strings.Contains(answer.String(), testImage+": imported") {
 		t.Errorf("import: %v\n%s", err, answer.String())
+	}
+}
+
+// TestImportOfWhatCannotBeRead: a disk that fails is not taken for an agent that does.
+func TestImportOfWhatCannotBeRead(t *testing.T) {
+	from, to := startNode(t, nil), apart(t)
+	_, archive, _ := larder(t, "export", testImage, "-o", "-", "--platform", "linux/amd64", "--admin", from.admin)
+	for _, n := range []int{0, len(archive) / 2} {
+		root := newRoot()
+		root.SetArgs([]string{"import", "-", "--admin", to.admin})
+		root.SetIn(io.MultiReader(strings.NewReader(archive[:n]), iotest.ErrReader(errors.New("input/output error"))))
+		if err := root.ExecuteContext(t.Context()); err == nil || err.Error() != "-: input/output error" {
+			t.Errorf("after %d bytes: %v", n, err)
+		}
+	}
+}
+
+// silent is an archive of which nothing comes until free is closed.
+type silent struct{ read, free chan struct{} }
+
+func (s silent) Read([]byte) (int, error) {
+	close(s.read)
+	<-s.free
+	return 0, io.EOF
+}
+
+// TestImportInterrupted: Ctrl-C ends an import that waits for its archive.
+func TestImportInterrupted(t *testing.T) {
+	n, in := apart(t), silent{make(chan struct{}), make(chan struct{})}
+	defer close(in.free)
+	ctx, cancel := context.WithCancel(t.Context())
+	root := newRoot()
+	root.SetArgs([]string{"import", "-", "--admin", n.admin})
+	root.SetIn(in)
+	ended := make(chan error, 1)
+	go func() { ended <- root.ExecuteContext(ctx) }()
+	<-in.read
+	cancel()
+	select {
+	case err := <-ended:
+		if err == nil || !strings.Contains(err.Error(), "interrupted; nothing of this file was imported") {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it goes on")
 	}
 }
 
@@ -139,6 +205,7 @@ func TestAirGapMistakes(t *testing.T) {
 		"no such directory":  {[]string{"export", "-o", filepath.Join(dir, "gone", "x"), testImage, "--admin", from.admin}, exitFailed, "no such file"},
 		"no file":            {[]string{"import"}, exitUsage, "larder import --help"},
 		"no such file":       {[]string{"import", filepath.Join(dir, "gone")}, exitFailed, "no such file"},
+		"a directory":        {[]string{"import", dir, "--admin", from.admin}, exitFailed, "tar -C " + dir + " -c . | larder import -"},
 		"no archive":         {[]string{"import", text, "--admin", from.admin}, exitFailed, "no tar"},
 		"one name for files": {[]string{"import", "a", "b", "--name", "nginx"}, exitUsage, "one file"},
 		"bad name":           {[]string{"import", "a", "--name", "a b"}, exitUsage, "not an image name"},

@@ -22,6 +22,7 @@ import (
 	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // standIn answers every request to the admin API with one value: for golden
@@ -197,6 +198,27 @@ func TestExplainGolden(t *testing.T) {
 	golden(t, "explain", out)
 }
 
+// TestTerminalIsNotCommanded: what a registry chose to say does not reach the terminal of
+// who looks as anything but text.
+func TestTerminalIsNotCommanded(t *testing.T) {
+	const title = "\x1b]0;yours\a\u009b2J"
+	n := startNode(t, nil)
+	odd := registrytest.ImageSpec{Seed: 4, Layers: []int64{1000}, Platform: ocispec.Platform{OS: "linux" + title, Architecture: "amd64"}}
+	n.registry.Put("team/odd", registrytest.Index(registrytest.OCIImage(odd)), "v1")
+	image := testHost + "/team/odd:v1"
+	unreadable := standIn(t, agent.Status{Upstreams: []upstream.Health{{Registry: "a.example", LastError: "malformed MIME header line: " + title}}})
+	for _, args := range [][]string{
+		{"warm", image, "--platform", "all", "--admin", n.admin},
+		{"explain", image, "--platform", "all", "--admin", n.admin},
+		{"status", "--admin", unreadable},
+	} {
+		code, out, errs := larder(t, args...)
+		if said := out + errs; code != 0 || strings.ContainsAny(said, "\x1b\a\u009b") {
+			t.Errorf("%s: exit %d: %q", args[0], code, said)
+		}
+	}
+}
+
 // TestAgainstARealAgent runs the commands one after the other as a user would.
 func TestAgainstARealAgent(t *testing.T) {
 	n := startNode(t, nil)
@@ -300,6 +322,7 @@ func TestMistakes(t *testing.T) {
 		{"a list of images", []string{"pin", "nginx", "--json"}, exitUsage, []string{"--json is for the list"}},
 		{"nothing to unpin", []string{"unpin"}, exitUsage, []string{"larder unpin --help"}},
 		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
+		{"switch without =", []string{"agent", "--peer.enabled", "false"}, exitUsage, []string{"--peer.enabled=false"}},
 		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},
 		{"unknown hosts command", []string{"hosts", "aply"}, exitUsage, []string{"aply", "did you mean larder hosts apply?\n"}},
 		{"unknown key", []string{"agent", "--config", typo}, exitUsage, []string{"cache.maxbytes", "typo.toml:2", "did you mean cache.max_bytes?"}},
@@ -415,6 +438,18 @@ func mustPrint(t *testing.T, run func(...string) (int, string, string), args ...
 		t.Fatalf("%v: exit %d: %s", args, code, errs)
 	}
 	return out
+}
+
+// TestHostsThatCannotBeWritten holds that a failure is not told as a success too.
+func TestHostsThatCannotBeWritten(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs := larder(t, "hosts", "apply", "--hosts.containerd", filepath.Join(file, "certs.d"))
+	if code != exitFailed || out != "" || !strings.Contains(errs, "not a directory") {
+		t.Errorf("exit %d: %q, %q", code, out, errs)
+	}
 }
 
 // TestHostsWhileTheAgentRuns holds that the agent's files are the agent's.

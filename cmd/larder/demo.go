@@ -57,6 +57,7 @@ separate processes on shaped links.`,
 			if spec.nodes < 1 || spec.nodes > maxDemoNodes {
 				return usageError{fmt.Errorf("--nodes %d: want 1 to %d", spec.nodes, maxDemoNodes)}
 			}
+			outliveReader()
 			err := runDemo(cmd.Context(), cmd.OutOrStdout(), spec)
 			if err != nil && cmd.Context().Err() != nil {
 				return errDemoInterrupted

@@ -44,6 +44,7 @@ their own digests. "larder import" reads it, and so do ctr, skopeo and podman.`,
 			if err != nil {
 				return err
 			}
+			outliveReader()
 			err = export(cmd, puller, images, output)
 			if err != nil && cmd.Context().Err() != nil {
 				return errors.New("interrupted; nothing was written, and what was fetched is in the cache")

@@ -73,7 +73,9 @@ func (f *hostsFlags) finish(cmd *cobra.Command, changes []hostsconfig.Change, er
 		}
 		return err
 	}
-	printChanges(cmd.OutOrStdout(), changes)
+	if err == nil || len(changes) > 0 {
+		printChanges(cmd.OutOrStdout(), changes)
+	}
 	return err
 }
 

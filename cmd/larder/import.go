@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"sync/atomic"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/spf13/cobra"
@@ -70,24 +71,66 @@ func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 		if err != nil {
 			return err
 		}
+		if info.IsDir() {
+			return fmt.Errorf("is a directory; if it is an image layout: tar -C %s -c . | larder import -", file)
+		}
 		if in = f; info.Mode().IsRegular() {
 			length = info.Size()
 		}
 	}
+	archive := &archiveReader{r: in}
+	err := api.importArchive(cmd, archive, length, name)
+	switch broken := archive.err.Load(); {
+	case err == nil:
+		return nil
+	case cmd.Context().Err() != nil:
+		return errors.New("interrupted; nothing of this file was imported")
+	case broken != nil:
+		return *broken // which the agent's answer is a consequence of
+	}
+	return err
+}
+
+func (a adminAPI) importArchive(cmd *cobra.Command, archive io.Reader, length int64, name string) error {
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel() // ends the sending, which the agent may not have taken to its end
-	events, err := api.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), in, length)
+	if length < 0 {
+		archive = interruptible(ctx, archive)
+	}
+	events, err := a.send(ctx, "/api/v1/import?name="+url.QueryEscape(name), archive, length)
 	if err != nil {
 		return err
 	}
 	defer events.Close()
-	if err := showImport(cmd.OutOrStdout(), events); err != nil {
-		if cmd.Context().Err() != nil {
-			return errors.New("interrupted; nothing of this file was imported")
-		}
-		return err
+	return showImport(cmd.OutOrStdout(), events)
+}
+
+// interruptible is r as long as ctx lasts. An HTTP client waits for a read of the body that
+// is under way, and one of standard input, a pipe or a terminal, may never end. So may the
+// goroutine here: the process does.
+func interruptible(ctx context.Context, r io.Reader) io.Reader {
+	out, in := io.Pipe()
+	go func() {
+		_, err := io.Copy(in, r)
+		in.CloseWithError(err)
+	}()
+	context.AfterFunc(ctx, func() { out.CloseWithError(ctx.Err()) })
+	return out
+}
+
+// archiveReader keeps why an archive could not be read to its end: to an HTTP client that
+// is one more way in which a request fails.
+type archiveReader struct {
+	r   io.Reader
+	err atomic.Pointer[error] // set by the one who sends
+}
+
+func (a *archiveReader) Read(b []byte) (int, error) {
+	n, err := a.r.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) {
+		a.err.Store(&err)
 	}
-	return nil
+	return n, err
 }
 
 // send has the agent read an archive of so many bytes, -1 if unknown, and returns its
@@ -117,6 +160,7 @@ func showImport(w io.Writer, events io.Reader) error {
 		if err := dec.Decode(&e); err != nil {
 			return fmt.Errorf("the agent went away; nothing may have been imported: %w", err)
 		}
+		plain(&e)
 		switch {
 		case e.Done && e.Error != "":
 			return errors.New(e.Error)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -25,13 +26,29 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	os.Exit(run(untilSignal(), os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// untilSignal returns a context that ends with the first signal to stop. A second
+// one ends the process at once, unless it is SIGHUP: a terminal that is closed may
+// send it twice, once by the kernel and once by the shell.
+func untilSignal() context.Context {
+	asked, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx := asked
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		ctx, _ = signal.NotifyContext(asked, syscall.SIGHUP)
+	}
 	go func() {
 		<-ctx.Done()
-		stop() // a second signal ends the process at once
+		stop()
 	}()
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	return ctx
 }
+
+// outliveReader is for commands that would leave something behind: a program ends at
+// once when it writes to standard output or error and nobody reads that any more, as
+// in `larder agent 2>&1 | tee log` on Ctrl-C, or when journald is started anew.
+func outliveReader() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -120,6 +137,10 @@ func markUsage(cmd *cobra.Command) {
 			err := check(cmd, args)
 			if err == nil || errors.As(err, new(usageError)) { // which says what to do
 				return err
+			}
+			isBool := func(arg string) bool { return arg == "true" || arg == "false" }
+			if i := slices.IndexFunc(args, isBool); i >= 0 {
+				return usageError{fmt.Errorf("%w; a switch takes its value with =, as in --peer.enabled=%s", err, args[i])}
 			}
 			return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 		}

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/term"
 )
@@ -15,6 +17,40 @@ func printJSON(w io.Writer, v any) error {
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
+}
+
+// plain makes the strings in v, a pointer, such that a terminal shows them and does not obey
+// them: names and errors are the words of registries, archives and peers in the end.
+func plain(v any) { plainValue(reflect.ValueOf(v)) }
+
+func plainValue(v reflect.Value) {
+	switch v.Kind() {
+	case reflect.String:
+		if v.CanSet() {
+			v.SetString(plainText(v.String()))
+		}
+	case reflect.Pointer:
+		if !v.IsNil() {
+			plainValue(v.Elem())
+		}
+	case reflect.Slice:
+		for i := range v.Len() {
+			plainValue(v.Index(i))
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			plainValue(v.Field(i))
+		}
+	}
+}
+
+func plainText(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
 
 // terminal returns w as a terminal and its width; ok is false for pipes and files.

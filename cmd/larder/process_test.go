@@ -25,6 +25,7 @@ import (
 type process struct {
 	cmd    *exec.Cmd
 	stderr syncBuffer
+	output io.Writer // in place of stderr, if set
 	done   chan struct{}
 	err    error // of Wait, after done
 
@@ -83,7 +84,9 @@ func (p *process) start(t *testing.T, args ...string) {
 	args = append([]string{"agent", "--config", p.config(), "--proxy.listen", p.proxy, "--admin.listen", p.admin, "--proxy.drain_timeout=10s"}, args...)
 	p.cmd = exec.Command(os.Args[0], args...)
 	p.cmd.Env = append(os.Environ(), asMain+"=1")
-	p.cmd.Stderr = &p.stderr
+	if p.cmd.Stderr = &p.stderr; p.output != nil {
+		p.cmd.Stderr = p.output
+	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -182,6 +185,46 @@ func TestSIGTERM(t *testing.T) {
 	}
 	if code := p.exited(t); code != 0 {
 		t.Errorf("exit %d", code)
+	}
+}
+
+// TestTerminalGoesAway holds that an agent whose terminal is closed, twice as shells
+// do, or whose log nobody reads any more, takes back the host files all the same.
+func TestTerminalGoesAway(t *testing.T) {
+	tests := map[string]func(p *process, log io.Closer) error{
+		"closed": func(p *process, _ io.Closer) error {
+			return errors.Join(p.cmd.Process.Signal(syscall.SIGHUP), p.cmd.Process.Signal(syscall.SIGHUP))
+		},
+		"tee is gone": func(p *process, log io.Closer) error {
+			return errors.Join(log.Close(), p.cmd.Process.Signal(os.Interrupt))
+		},
+	}
+	for name, leave := range tests {
+		t.Run(name, func(t *testing.T) {
+			reg, _ := processRegistry(t)
+			p := newProcess(t, reg)
+			log, stderr, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer log.Close()
+			p.output = stderr
+			p.start(t)
+			stderr.Close()
+			p.ready(t)
+			if _, err := os.Stat(p.certs); err != nil {
+				t.Fatal(err)
+			}
+			if err := leave(p, log); err != nil {
+				t.Fatal(err)
+			}
+			if code := p.exited(t); code != 0 {
+				t.Errorf("exit %d: %v", code, p.err)
+			}
+			if _, err := os.Stat(p.certs); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("host configuration is left: %v", err)
+			}
+		})
 	}
 }
 

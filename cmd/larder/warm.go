@@ -88,6 +88,7 @@ func showWarm(w io.Writer, events io.Reader, images int) error {
 		if err != nil {
 			return fmt.Errorf("the agent went away with %d of %d images done: %w", done, images, err)
 		}
+		plain(&e)
 		view.event(e)
 		if e.Done {
 			done++
