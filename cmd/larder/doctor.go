@@ -106,7 +106,7 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(opts)...)
 	d.privateImages(opts.CRIO != "")
 	for _, r := range runtimes {
-		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil))
+		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil, canaryRegistry(opts.Registries)))
 		_ = r.close() // it was only asked
 	}
 	d.report.OK = !slices.ContainsFunc(d.report.Findings, func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken })
@@ -194,6 +194,9 @@ func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconf
 		opts.ProxyAddr = status.Proxy
 		opts.Containerd = cmp.Or(status.Hosts.Containerd, opts.Containerd)
 		opts.CRIO = cmp.Or(status.Hosts.CRIO, opts.CRIO)
+		if len(status.Hosts.Registries) > 0 { // `helm test` has no configuration to say so
+			opts.Registries = status.Hosts.Registries
+		}
 	}
 	opts.Containerd, opts.CRIO = d.onNode(opts.Containerd), d.onNode(opts.CRIO)
 	for _, r := range runtimes {
@@ -254,14 +257,14 @@ func whoAnswers(ctx context.Context, addr string) (larder bool, stranger string)
 // mirror 30 s by itself.
 const canaryTimeout = time.Minute
 
-// canary lets r pull an image that only the proxy can serve.
-func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool) runtimeReport {
+// canary lets r pull an image of registry that only the proxy can serve.
+func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool, registry string) runtimeReport {
 	out := runtimeReport{Socket: r.socket, Name: r.name, Version: r.version, Canary: "skipped"}
 	if d.skipCanary || !agentUp {
 		return out
 	}
 	nonce := strings.ToLower(rand.Text())
-	image := d.canaryRegistry() + "/larder.invalid/canary:" + nonce
+	image := registry + "/larder.invalid/canary:" + nonce
 	ctx, cancel := context.WithTimeout(ctx, canaryTimeout)
 	defer cancel()
 	pullErr := r.pull(ctx, image)
@@ -302,8 +305,7 @@ func canaryFix(findings []hostsconfig.Finding, runtime string) string {
 
 // canaryRegistry is a registry that the runtime is told to mirror: docker.io
 // unless only others are listed.
-func (d *doctor) canaryRegistry() string {
-	listed := d.config.Hosts.Registries
+func canaryRegistry(listed []string) string {
 	if len(listed) == 0 || slices.Contains(listed, "*") || slices.Contains(listed, "docker.io") {
 		return "docker.io"
 	}

@@ -157,6 +157,33 @@ func TestDoctorOfNoRegistry(t *testing.T) {
 	}
 }
 
+// TestDoctorKnowsTheAgentsRegistries: the doctor of `helm test` has no configuration of
+// its own. Where the agent mirrors some registries, the canary is of one of them.
+func TestDoctorKnowsTheAgentsRegistries(t *testing.T) {
+	root := nodeRoot(t)
+	certs := filepath.Join(root, "etc/containerd/certs.d")
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd, c.Hosts.Registries = certs, []string{"quay.io"} })
+	other := filepath.Join(certs, "docker.io") // not Larder's business then
+	if err := errors.Join(os.MkdirAll(other, 0o755), os.WriteFile(filepath.Join(other, "hosts.toml"), []byte("[host.\"https://m.example\"]\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	(&criStandIn{name: "containerd", pull: func(ctx context.Context, image string) error {
+		if !strings.HasPrefix(image, "quay.io/") {
+			return errors.New("not mirrored: " + image)
+		}
+		ref, err := agent.ParseImage(image)
+		if err != nil {
+			return err
+		}
+		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
+		return err
+	}}).serve(t, root)
+	if code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin); code != 0 || !strings.Contains(out, "the canary was seen") || strings.Contains(out, "warning") {
+		t.Errorf("exit %d: %s\n%s", code, errs, out)
+	}
+}
+
 // TestDoctorPrivateImages: what CRI-O does with private images is said, and no
 // more once a registry's are the node's own.
 func TestDoctorPrivateImages(t *testing.T) {
