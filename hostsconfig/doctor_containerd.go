@@ -108,6 +108,7 @@ func (d *doctor) checkContainerd() {
 	if c.found || !d.opts.SeenOnly {
 		d.checkLegacy(c, registry)
 		d.checkRoots(c, registry)
+		d.checkNotImported(c)
 	}
 	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
 }
@@ -182,7 +183,7 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	}
 	var f struct {
 		Version int            `toml:"version"`
-		Imports *[]string      `toml:"imports"`
+		Imports []string       `toml:"imports"`
 		Plugins map[string]any `toml:"plugins"`
 	}
 	if err := toml.Unmarshal(doc, &f); err != nil {
@@ -203,14 +204,9 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	if configPathLine.Match(doc) {
 		c.where = lineOf(name, doc, configPathLine)
 	}
-	imports := f.Imports
-	if imports == nil && len(c.files) == 1 && c.versions.surely(2, 3) {
-		imports = &[]string{"/etc/containerd/conf.d/*.toml"} // the default since 2.3
-	}
-	if imports == nil {
-		return nil
-	}
-	for _, pattern := range *imports {
+	// `containerd config default` prints an import of conf.d since 2.3, but a file
+	// that does not name it has none.
+	for _, pattern := range f.Imports {
 		for _, file := range d.glob(absolute(pattern, path.Dir(name))) {
 			if err := d.merge(c, file, seen); err != nil {
 				return err
@@ -352,6 +348,22 @@ func mirrorsToHosts(mirrors map[string]any, root string) string {
 		b.WriteString("EOF\n")
 	}
 	return b.String()
+}
+
+// checkNotImported finds a config_path in a drop-in that is not read.
+func (d *doctor) checkNotImported(c *criConfig) {
+	pattern := path.Join(path.Dir(c.dist.config), "conf.d/*.toml")
+	for _, name := range d.glob(pattern) {
+		doc, err := d.node.read(name)
+		if err != nil || slices.Contains(c.files, name) || !configPathLine.Match(doc) {
+			continue
+		}
+		fix := fmt.Sprintf("# in %s, before the first table\nimports = [%s]\n# then: %s", c.dist.config, tomlString(pattern), c.dist.restart)
+		d.add(Finding{
+			ID: "containerd-drop-in-not-imported", Severity: Degraded, Runtime: containerd, Where: lineOf(name, doc, configPathLine),
+			What: fmt.Sprintf("containerd does not read this file, because %s does not import it.", c.dist.config), Fix: fix, Docs: docsSetup,
+		})
+	}
 }
 
 // checkRoots compares config_path with our directory.
