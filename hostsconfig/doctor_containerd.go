@@ -26,7 +26,7 @@ var distributions = []distribution{
 	{"k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
 	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
 	{"MicroK8s", "/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
-	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker"},
+	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
 	{"Talos", "/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
 	{"containerd", "/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"},
 }
@@ -124,6 +124,9 @@ func (d *doctor) loadConfig() *criConfig {
 	}
 	if !c.found {
 		return d.configUnseen()
+	}
+	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
+		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
 	}
 	err := d.merge(c, c.dist.config, map[string]bool{})
 	if errors.Is(err, fs.ErrPermission) && d.opts.SeenOnly {
