@@ -109,6 +109,7 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil, canaryRegistry(opts.Registries)))
 		_ = r.close() // it was only asked
 	}
+	d.secondRuntimes()
 	d.report.OK = !slices.ContainsFunc(d.report.Findings, func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken })
 	return d.report
 }
@@ -285,11 +286,32 @@ func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool, regist
 		if err = cmp.Or(err, pullErr); err != nil {
 			out.Detail = err.Error()
 		}
-		d.find(hostsconfig.Finding{ID: "canary-not-seen", Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
+		d.find(hostsconfig.Finding{ID: canaryNotSeen, Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
 			What: "A pull of " + image + " did not come through the mirror: the runtime goes straight to the registry.",
 			Fix:  canaryFix(d.report.Findings, r.name)})
 	}
 	return out
+}
+
+// canaryNotSeen is the finding that a runtime went past the mirror.
+const canaryNotSeen = "canary-not-seen"
+
+// secondRuntimes: a runtime that goes past the mirror is an error unless another
+// one of the node uses it. Docker's containerd beside CRI-O or k3s pulls for no
+// kubelet, and a kubelet has one runtime.
+func (d *doctor) secondRuntimes() {
+	if !slices.ContainsFunc(d.report.Runtimes, func(r runtimeReport) bool { return r.Canary == "seen" }) {
+		return
+	}
+	for i, f := range d.report.Findings {
+		if f.ID != canaryNotSeen {
+			continue
+		}
+		f.Severity = hostsconfig.Degraded
+		f.What += " Another runtime of this node uses the mirror; this counts only if the kubelet uses this one."
+		f.Fix = "kubectl get node NODE -o jsonpath='{.status.nodeInfo.containerRuntimeVersion}'   # says which one that is"
+		d.report.Findings[i] = f
+	}
 }
 
 // canaryFix points at the finding that explains the bypass, if there is one.

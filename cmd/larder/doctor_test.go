@@ -46,7 +46,11 @@ func (s *criStandIn) RemoveImage(_ context.Context, r *cri.RemoveImageRequest) (
 // serve listens where containerd does below root.
 func (s *criStandIn) serve(t *testing.T, root string) {
 	t.Helper()
-	socket := filepath.Join(root, runtimeSockets[0])
+	s.serveAt(t, filepath.Join(root, runtimeSockets[0]))
+}
+
+func (s *criStandIn) serveAt(t *testing.T, socket string) {
+	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -181,6 +185,42 @@ func TestDoctorKnowsTheAgentsRegistries(t *testing.T) {
 	}}).serve(t, root)
 	if code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin); code != 0 || !strings.Contains(out, "the canary was seen") || strings.Contains(out, "warning") {
 		t.Errorf("exit %d: %s\n%s", code, errs, out)
+	}
+}
+
+// TestDoctorOfTwoRuntimes: Docker's containerd beside CRI-O, or beside that of k3s, is
+// not the kubelet's. It is no error that it goes past the mirror, and is said.
+func TestDoctorOfTwoRuntimes(t *testing.T) {
+	root := nodeRoot(t)
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	through := func(ctx context.Context, image string) error {
+		ref, err := agent.ParseImage(image)
+		if err != nil {
+			return err
+		}
+		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
+		return err
+	}
+	past := func(context.Context, string) error { return errors.New("not found") }
+	for _, tt := range []struct {
+		name          string
+		first, second func(context.Context, string) error
+		code          int
+	}{
+		{"the first is the kubelet's", through, past, 0},
+		{"the second is the kubelet's", past, through, 0},
+		{"neither", past, past, exitFailed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			sockets := []string{filepath.Join(shortDir(t), "a.sock"), filepath.Join(shortDir(t), "b.sock")}
+			(&criStandIn{name: "containerd", pull: tt.first}).serveAt(t, sockets[0])
+			(&criStandIn{name: "containerd", pull: tt.second}).serveAt(t, sockets[1])
+			code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin, "--socket", strings.Join(sockets, ","))
+			if code != tt.code || !strings.Contains(out, "did not come through the mirror") {
+				t.Errorf("exit %d, want %d: %s\n%s", code, tt.code, errs, out)
+			}
+		})
 	}
 }
 
