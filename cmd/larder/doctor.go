@@ -168,8 +168,16 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 		sockets = findSockets(d.root)
 	}
 	var out []*criRuntime
+	found := 0
 	for _, s := range sockets {
 		r, err := dialRuntime(ctx, s)
+		if errors.Is(err, errNoCRI) {
+			d.find(hostsconfig.Finding{ID: "runtime-without-cri", Severity: hostsconfig.Note, Where: s,
+				What: "This containerd offers no CRI, so no kubelet uses it: the plugin is disabled, as in Docker's, or was refused for its configuration.",
+				Fix:  "journalctl -u containerd | grep cri   # says why, should it be the kubelet's"})
+			continue
+		}
+		found++
 		if err != nil {
 			d.find(hostsconfig.Finding{ID: "runtime-unreachable", Severity: hostsconfig.Degraded, Where: s,
 				What: "The runtime cannot be asked: " + err.Error() + ".", Fix: "sudo larder doctor   # the socket belongs to root"})
@@ -177,7 +185,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 		}
 		out = append(out, r)
 	}
-	if len(sockets) == 0 {
+	if found == 0 {
 		d.find(hostsconfig.Finding{ID: "runtime-not-found", Severity: hostsconfig.Degraded,
 			What: "No runtime's CRI socket was found, so nothing is proven by a pull.", Fix: "larder doctor --socket /path/to/containerd.sock"})
 	}

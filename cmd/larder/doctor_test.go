@@ -54,13 +54,18 @@ func (s *criStandIn) serveAt(t *testing.T, socket string) {
 	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	server := grpc.NewServer()
+	cri.RegisterRuntimeServiceServer(server, s)
+	cri.RegisterImageServiceServer(server, s)
+	serveGRPC(t, server, socket)
+}
+
+func serveGRPC(t *testing.T, server *grpc.Server, socket string) {
+	t.Helper()
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer()
-	cri.RegisterRuntimeServiceServer(server, s)
-	cri.RegisterImageServiceServer(server, s)
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(l) }()
 	t.Cleanup(func() {
@@ -221,6 +226,22 @@ func TestDoctorOfTwoRuntimes(t *testing.T) {
 				t.Errorf("exit %d, want %d: %s\n%s", code, tt.code, errs, out)
 			}
 		})
+	}
+}
+
+// TestDoctorWithoutCRI: Docker's containerd has its CRI plugin disabled, and answers
+// that it knows no such service. No right to the socket is missing.
+func TestDoctorWithoutCRI(t *testing.T) {
+	root := nodeRoot(t)
+	socket := filepath.Join(root, runtimeSockets[0])
+	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	serveGRPC(t, grpc.NewServer(), socket)
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
+	_, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin)
+	if !strings.Contains(out, "info     This containerd offers no CRI") || strings.Contains(out, "belongs to root") || !strings.Contains(out, "nothing is proven by a pull") {
+		t.Errorf("%s\n%s", out, errs)
 	}
 }
 

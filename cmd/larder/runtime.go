@@ -47,6 +47,9 @@ type criRuntime struct {
 // criTimeout is for calls that do no work.
 const criTimeout = 5 * time.Second
 
+// errNoCRI: a containerd whose CRI plugin is not there.
+var errNoCRI = errors.New("offers no CRI")
+
 func dialRuntime(ctx context.Context, socket string) (*criRuntime, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -55,6 +58,9 @@ func dialRuntime(ctx context.Context, socket string) (*criRuntime, error) {
 	ctx, cancel := context.WithTimeout(ctx, criTimeout)
 	defer cancel()
 	v, err := cri.NewRuntimeServiceClient(conn).Version(ctx, &cri.VersionRequest{})
+	if status.Code(err) == codes.Unimplemented {
+		return nil, errors.Join(fmt.Errorf("%s %w", socket, errNoCRI), conn.Close())
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("ask %s for its version: %w", socket, grpcText(err)), conn.Close())
 	}
