@@ -371,6 +371,9 @@ func TestPlainManifest(t *testing.T) {
 	if s := job.Containers[0].SecurityContext; !*s.RunAsNonRoot || job.HostNetwork || len(job.Volumes) > 0 {
 		t.Errorf("the Job is more than a pod of anybody: %+v", s)
 	}
+	if ttl := o.jobs[0].Spec.TTLSecondsAfterFinished; ttl != nil {
+		t.Errorf("the Job is deleted %d s after it has ended: Argo CD calls the application OutOfSync then, and Flux makes the Job anew, for ever", *ttl)
+	}
 	if image := agentOf(d).Image; image != job.Containers[0].Image || !strings.HasSuffix(image, ":"+d.Labels["app.kubernetes.io/version"]) {
 		t.Errorf("images %s and %s", image, job.Containers[0].Image)
 	}
