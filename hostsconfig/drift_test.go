@@ -202,6 +202,23 @@ func TestRace(t *testing.T) {
 	wantContent(t, path, "# second\n")
 }
 
+// TestLinkToOurs: a symlink is the user's, even one to a file that we have a part in,
+// and is a symlink again in the end.
+func TestLinkToOurs(t *testing.T) {
+	dir := t.TempDir()
+	tree{"a.x/hosts.toml": "[host.\"https://m.x\"]\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	apply(t, h)
+	tree{"b.x/hosts.toml": "-> ../a.x/hosts.toml"}.write(t, dir)
+	apply(t, h)
+	wantHosts(t, dir, "b.x", ours, "https://m.x/v2 pull,resolve,push", upstreamOf("b.x"))
+	remove(t, h)
+	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "[host.\"https://m.x\"]\n")
+	if target, err := os.Readlink(filepath.Join(dir, "b.x/hosts.toml")); err != nil || target != "../a.x/hosts.toml" {
+		t.Errorf("the symlink is gone: %q, %v", target, err)
+	}
+}
+
 // TestPutBackWithOtherMode: the file that a user put back is the one to keep,
 // not only its bytes.
 func TestPutBackWithOtherMode(t *testing.T) {

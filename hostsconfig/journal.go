@@ -304,7 +304,7 @@ func (m *managed) situate(rel string) (situation, error) {
 	case e != nil && s.current.sum() == e.Sum:
 		s.original = s.current
 		s.unsaved = !same(m.at(rel), m.backup(e.Backup))
-	case s.current != nil && hasBlock(s.current.data):
+	case s.current != nil && s.current.link == "" && hasBlock(s.current.data): // we write no symlinks
 		s.takeOut()
 	default:
 		s.original = s.current
