@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -216,6 +217,25 @@ func TestLinkToOurs(t *testing.T) {
 	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "[host.\"https://m.x\"]\n")
 	if target, err := os.Readlink(filepath.Join(dir, "b.x/hosts.toml")); err != nil || target != "../a.x/hosts.toml" {
 		t.Errorf("the symlink is gone: %q, %v", target, err)
+	}
+}
+
+// TestUnwatchedIsSaidOnce: where inotify has no watch to give (fs.inotify.max_user_watches)
+// each pass finds that again, for every directory.
+func TestUnwatchedIsSaidOnce(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/a.x/": ""}.write(t, dir)
+	var logged strings.Builder
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d"), HiddenRoots: []string{}, Logger: slog.New(slog.NewTextHandler(&logged, nil))})
+	w := newWatcher(h)
+	must(t, w.fs.Close()) // nothing can be added from now on
+	for range 3 {
+		w.renew()
+	}
+	for _, watched := range []string{dir, filepath.Join(dir, "certs.d"), filepath.Join(dir, "certs.d/a.x")} {
+		if n := strings.Count(logged.String(), "path="+watched+" "); n != 1 {
+			t.Errorf("%s is said to be polled %d times:\n%s", watched, n, logged.String())
+		}
 	}
 }
 
