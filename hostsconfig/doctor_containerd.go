@@ -83,6 +83,9 @@ type criConfig struct {
 	plugins  map[string]any
 	files    []string
 	versions versions
+	// versioned: a file says that it is of version 2 or later. long: one has settings
+	// of the CRI plugin under the name that it has since then.
+	versioned, long bool
 	// where is file:line of the config_path in force.
 	where string
 }
@@ -106,6 +109,7 @@ func (d *doctor) checkContainerd() {
 	}
 	registry := c.registry()
 	if c.found || !d.opts.SeenOnly {
+		d.checkVersion(c)
 		d.checkLegacy(c, registry)
 		d.checkRoots(c, registry)
 		d.checkNotImported(c)
@@ -197,7 +201,13 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
 	}
 	c.files = append(c.files, name)
+	c.versioned = c.versioned || f.Version >= 2
 	for plugin, section := range f.Plugins {
+		if f.Version < 2 && plugin == "cri" {
+			plugin = pluginOld
+		} else if plugin == pluginOld {
+			c.long = true
+		}
 		if c.versions.maybe(2, 0) {
 			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
 		} else {
@@ -276,6 +286,9 @@ func (c *criConfig) registry() map[string]any {
 }
 
 func (c *criConfig) section() string {
+	if c.found && c.unversioned() && !c.long {
+		return "[plugins.cri.registry]" // of version 1; 2.x loses one of two that have both names
+	}
 	if c.version >= 3 || c.version == 0 && c.versions.surely(2, 0) {
 		return "[plugins.'" + pluginNew + "'.registry]"
 	}
@@ -288,7 +301,34 @@ func (c *criConfig) fixPath(dir string) string {
 	if c.dist.generated != "" {
 		place = c.dist.generated
 	}
+	if c.unversioned() && (c.long || !c.found) {
+		place += versionLine
+	}
 	return fmt.Sprintf("# in %s\n%s\n  config_path = %s\n# then: %s", place, c.section(), tomlString(dir), c.dist.restart)
+}
+
+// unversioned: containerd 1.x takes a file that states no version for one of
+// version 1, in which plugins have short names, and passes over all others. 2.x
+// reads both.
+func (c *criConfig) unversioned() bool { return !c.versioned && !c.versions.surely(2, 0) }
+
+const versionLine = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
+
+// checkVersion reports settings that containerd 1.x passes over.
+func (d *doctor) checkVersion(c *criConfig) {
+	if !c.unversioned() || !c.long {
+		return
+	}
+	f := Finding{
+		ID: "containerd-config-version-missing", Severity: Broken, Runtime: containerd, Where: c.dist.config,
+		What: fmt.Sprintf("The file states no version, so %s takes it for version 1, which has no plugin %s, and reads none of its settings.", c.versions, pluginOld),
+		Fix:  "# in " + c.dist.config + versionLine + "\n# then: " + c.dist.restart, Docs: docsSetup,
+	}
+	if c.versions.maybe(2, 0) {
+		f.Severity = Degraded
+		f.What = fmt.Sprintf("The file states no version: containerd 1.x takes it for version 1, which has no plugin %s, and reads none of its settings. Which containerd runs here is not known.", pluginOld)
+	}
+	d.add(f)
 }
 
 // checkLegacy reports registry settings that exclude config_path.
