@@ -150,7 +150,12 @@ func checkNetwork(t *testing.T, o *objects, d *appsv1.DaemonSet, c agent.Config)
 		}
 	}
 	s := o.services[0]
-	want := net.JoinHostPort(s.Name+"."+s.Namespace+".svc", strconv.Itoa(int(s.Spec.Ports[0].Port)))
+	// Without a dot, because with ndots 1 a name that has one is asked for as it is
+	// first, outside the cluster, where some resolvers answer every name.
+	want := net.JoinHostPort(s.Name, strconv.Itoa(int(s.Spec.Ports[0].Port)))
+	if o := spec.DNSConfig.Options[0]; o.Name != "ndots" || *o.Value != "1" {
+		t.Errorf("%s %s", o.Name, *o.Value)
+	}
 	if !slices.Equal(c.Peer.Join, []string{want}) || s.Spec.ClusterIP != corev1.ClusterIPNone || !s.Spec.PublishNotReadyAddresses {
 		t.Errorf("joins %v; the Service is %s, %+v", c.Peer.Join, want, s.Spec)
 	}

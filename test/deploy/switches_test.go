@@ -74,7 +74,7 @@ func TestSwitches(t *testing.T) {
 		{name: "cleanup", set: []string{"cleanup.nodes={n1,n2}"}, want: []string{`name: larder-cleanup-n2`, `--hosts.containerd=/etc/containerd/certs.d`}},
 		{name: "grace", set: []string{"terminationGracePeriodSeconds=90"}, want: []string{`terminationGracePeriodSeconds: 90`}},
 		{name: "memory", set: []string{"resources.limits.memory=512Mi"}, want: []string{`value: 409MiB`}, gone: []string{`819MiB`}},
-		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`cache-peers.larder.svc:5052`, `secretName: cache,`}, gone: []string{`larder-peers`}},
+		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`"cache-peers:5052"`, `secretName: cache,`}, gone: []string{`larder-peers`}},
 		{name: "labels", set: []string{"labels.team=a", "podLabels.x=b", "podAnnotations.note=c"}, want: []string{`team: a`, `x: b`, `note: c`}},
 		{name: "more volumes", set: []string{"volumes[0].name=ca", "volumes[0].secret.secretName=ca", "volumeMounts[0].name=ca", "volumeMounts[0].mountPath=/etc/ca"}, want: []string{`mountPath: /etc/ca`, `secretName: ca\n`}},
 		{name: "variables", set: []string{"env[0].name=GOGC", "env[0].value=off"}, want: []string{`- name: GOGC\n`}},
