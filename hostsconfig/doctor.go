@@ -142,7 +142,7 @@ func (d *doctor) checkPort() {
 	d.add(Finding{
 		ID: "port-taken", Severity: Broken,
 		What: fmt.Sprintf("%s is taken by someone else (%s). The agent cannot listen there, and whoever does receives the runtimes' requests, with their credentials.", d.proxy, d.opts.Facts.PortTaken),
-		Fix:  "[proxy]\nlisten = \"127.0.0.1:<free port>\"",
+		Fix:  "[proxy]\nlisten = \"127.0.0.1:<free port>\"    # in the chart: ports.proxy",
 	})
 }
 

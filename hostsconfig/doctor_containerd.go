@@ -433,14 +433,14 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 		d.add(Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
-			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
 		})
 		return
 	case i > 0:
 		d.add(Finding{
 			ID: "containerd-not-first-root", Severity: Degraded, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("hosts.containerd %s comes after %s in config_path; directories there hide ours.", ours, roots[0]),
-			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
 		})
 	}
 	if len(roots) > 1 {
@@ -529,7 +529,7 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 	if d.opts.ColonLink && !d.opts.Facts.ProxyUp {
 		return // the agent makes the link when it starts
 	}
-	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true"
+	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
 	if reason := c.localPull(); reason != "" {
 		d.add(Finding{
 			ID: "containerd-two-roots-by-luck", Severity: Note, Runtime: containerd, Where: where,

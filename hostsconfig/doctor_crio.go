@@ -207,6 +207,6 @@ func (d *doctor) checkReload() {
 	d.add(Finding{
 		ID: "crio-no-auto-reload", Severity: Note, Runtime: crio, Where: "/etc/crio",
 		What: "auto_reload_registries is off: CRI-O sees a change of its registries only after SIGHUP.",
-		Fix:  "# in /etc/crio/crio.conf.d/50-larder.conf, CRI-O 1.30 or later\n[crio.image]\nauto_reload_registries = true\n# or hosts.crio_reload = true, or after each change: systemctl reload crio",
+		Fix:  "# in /etc/crio/crio.conf.d/50-larder.conf, CRI-O 1.30 or later\n[crio.image]\nauto_reload_registries = true\n# or hosts.crio_reload = true (in the chart: crio.reload), or after each change: systemctl reload crio",
 	})
 }
