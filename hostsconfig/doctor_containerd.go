@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/url"
 	"path"
 	"regexp"
 	"slices"
@@ -304,7 +305,11 @@ func (c *criConfig) fixPath(dir string) string {
 	if c.unversioned() && (c.long || !c.found) {
 		place += versionLine
 	}
-	return fmt.Sprintf("# in %s\n%s\n  config_path = %s\n# then: %s", place, c.section(), tomlString(dir), c.dist.restart)
+	before := ""
+	if hosts := c.tlsHosts(); len(hosts) > 0 {
+		before = fmt.Sprintf("# only when registry.configs.*.tls (%s) is gone, as said there\n", strings.Join(hosts, ", "))
+	}
+	return fmt.Sprintf("%s# in %s\n%s\n  config_path = %s\n# then: %s", before, place, c.section(), tomlString(dir), c.dist.restart)
 }
 
 // unversioned: containerd 1.x takes a file that states no version for one of
@@ -341,19 +346,58 @@ func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
 		}
 		d.add(Finding{
 			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, mirrorsLine),
-			What: what, Fix: mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
+			What: what, Fix: c.mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
 		})
 	}
-	for _, host := range slices.Sorted(maps.Keys(table(registry, "configs"))) {
-		if table(registry, "configs", host, "tls") == nil || configPath == "" {
-			continue
-		}
-		d.add(Finding{
-			ID: "containerd-configs-tls", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, tlsLine),
-			What: fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd's CRI plugin refuses to load.", host),
-			Fix:  fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\nca = [\"<ca_file>\"]\nclient = [[\"<cert_file>\", \"<key_file>\"]]\n[host.%s]\n", c.rootOr(configPath), host, tomlString("https://"+host)), Docs: docsCRI,
-		})
+	for _, host := range c.tlsHosts() {
+		d.checkTLS(c, host, configPath)
 	}
+}
+
+// tlsHosts are the hosts with a registry.configs.HOST.tls.
+func (c *criConfig) tlsHosts() []string {
+	configs := table(c.registry(), "configs")
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(configs)), func(host string) bool { return table(configs, host, "tls") == nil })
+}
+
+// checkTLS: beside config_path 1.x refuses registry.configs.*.tls, and 2.x passes
+// over it.
+func (d *doctor) checkTLS(c *criConfig, host, configPath string) {
+	f := Finding{
+		ID: "containerd-configs-tls", Severity: Degraded, Runtime: containerd, Where: d.whereIn(c, tlsLine), Docs: docsCRI,
+		What: fmt.Sprintf("registry.configs.%q.tls has to go before config_path is set: beside it containerd 1.x does not load its CRI plugin, and 2.x passes it over.", host),
+		Fix: fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\n[host.%s]\n%s",
+			c.rootOr(configPath), host, tomlString("https://"+host), c.tlsLines(host)),
+	}
+	switch {
+	case configPath == "":
+	case c.versions.surely(2, 0):
+		f.What = fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd 2.x passes it over.", host)
+	default:
+		f.Severity = Broken
+		f.What = fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd's CRI plugin refuses to load.", host)
+	}
+	d.add(f)
+}
+
+// tlsLines says what registry.configs.HOST.tls says in a [host] table.
+func (c *criConfig) tlsLines(host string) string {
+	tls := table(c.registry(), "configs", host, "tls")
+	text := func(key string) string {
+		s, _ := tls[key].(string)
+		return s
+	}
+	var b strings.Builder
+	if ca := text("ca_file"); ca != "" {
+		fmt.Fprintf(&b, "  ca = %s\n", tomlString(ca))
+	}
+	if cert, key := text("cert_file"), text("key_file"); cert != "" {
+		fmt.Fprintf(&b, "  client = [[%s, %s]]\n", tomlString(cert), tomlString(key))
+	}
+	if skip, _ := tls["insecure_skip_verify"].(bool); skip {
+		b.WriteString("  skip_verify = true\n")
+	}
+	return b.String()
 }
 
 // whereIn finds the line of a setting in the files that were merged.
@@ -374,7 +418,7 @@ func (c *criConfig) rootOr(configPath string) string {
 }
 
 // mirrorsToHosts is the shell text that says the same in hosts.toml.
-func mirrorsToHosts(mirrors map[string]any, root string) string {
+func (c *criConfig) mirrorsToHosts(mirrors map[string]any, root string) string {
 	var b strings.Builder
 	for _, host := range slices.Sorted(maps.Keys(mirrors)) {
 		dir := host
@@ -384,9 +428,16 @@ func mirrorsToHosts(mirrors map[string]any, root string) string {
 		fmt.Fprintf(&b, "mkdir -p '%s/%s' && cat > '%s/%s/hosts.toml' <<'EOF'\n", root, dir, root, dir)
 		endpoints, _ := table(mirrors, host)["endpoint"].([]any)
 		for _, e := range endpoints {
-			if s, ok := e.(string); ok {
-				fmt.Fprintf(&b, "[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(s))
+			s, _ := e.(string)
+			u, err := url.Parse(s)
+			if err != nil || s == "" {
+				continue
 			}
+			fmt.Fprintf(&b, "[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(s))
+			if strings.Trim(u.Path, "/") != "" && !strings.HasSuffix(u.Path, "/v2") {
+				b.WriteString("  override_path = true\n") // a mirror's path is the whole path
+			}
+			b.WriteString(c.tlsLines(u.Host))
 		}
 		b.WriteString("EOF\n")
 	}
