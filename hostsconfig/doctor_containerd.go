@@ -134,7 +134,7 @@ func (d *doctor) loadConfig() *criConfig {
 		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
 	}
 	err := d.merge(c, c.dist.config, map[string]bool{})
-	if errors.Is(err, fs.ErrPermission) && d.opts.SeenOnly {
+	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
 		return d.configUnseen()
 	}
 	if err != nil {
