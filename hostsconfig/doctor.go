@@ -49,6 +49,8 @@ type Facts struct {
 	ProxyUp bool
 	// Home is the home directory in CRI-O's environment; "" means /root.
 	Home string
+	// CRIOImages are names of images that CRI-O has, with their registries.
+	CRIOImages []string
 }
 
 // DoctorOptions configure [Diagnose].

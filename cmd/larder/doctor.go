@@ -102,7 +102,7 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 	d.report = doctorReport{Findings: []hostsconfig.Finding{}, Runtimes: []runtimeReport{}}
 	status := d.agentStatus(ctx)
 	runtimes := d.connect(ctx)
-	opts := d.options(status, runtimes)
+	opts := d.options(ctx, status, runtimes)
 	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(opts)...)
 	d.privateImages(opts.CRIO != "")
 	for _, r := range runtimes {
@@ -193,7 +193,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 }
 
 // options gathers the facts for the static findings.
-func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
+func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
 	h := d.config.Hosts
 	opts := hostsconfig.DoctorOptions{
 		FS: os.DirFS(d.root), Containerd: h.Containerd, CRIO: h.CRIO, Config: d.runtimeConfig,
@@ -211,6 +211,8 @@ func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconf
 	for _, r := range runtimes {
 		if r.name == "containerd" {
 			opts.Facts.ContainerdVersion = strings.TrimPrefix(r.version, "v")
+		} else if opts.CRIO != "" {
+			opts.Facts.CRIOImages = append(opts.Facts.CRIOImages, r.images(ctx)...)
 		}
 	}
 	opts.Facts.ProxyUp, opts.Facts.PortTaken = status != nil || d.serving, d.stranger

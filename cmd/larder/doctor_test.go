@@ -25,6 +25,11 @@ type criStandIn struct {
 	name    string
 	pull    func(ctx context.Context, image string) error
 	removed []string
+	has     []string // names of images
+}
+
+func (s *criStandIn) ListImages(context.Context, *cri.ListImagesRequest) (*cri.ListImagesResponse, error) {
+	return &cri.ListImagesResponse{Images: []*cri.Image{{RepoTags: s.has}}}, nil
 }
 
 func (s *criStandIn) Version(context.Context, *cri.VersionRequest) (*cri.VersionResponse, error) {
@@ -226,6 +231,23 @@ func TestDoctorOfTwoRuntimes(t *testing.T) {
 				t.Errorf("exit %d, want %d: %s\n%s", code, tt.code, errs, out)
 			}
 		})
+	}
+}
+
+// TestDoctorOfImages: what CRI-O has from a registry without an entry was pulled past
+// the mirror, and nothing else would tell.
+func TestDoctorOfImages(t *testing.T) {
+	root := shortDir(t)
+	crio := filepath.Join(root, "etc/containers/registries.conf.d")
+	if err := os.MkdirAll(crio, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n := startNode(t, func(c *agent.Config) { c.Hosts.CRIO = crio })
+	runtime := &criStandIn{name: "cri-o", has: []string{"docker.io/library/nginx:1", "registry.corp/app:1"}, pull: func(context.Context, string) error { return errors.New("no") }}
+	runtime.serveAt(t, filepath.Join(root, "run/crio/crio.sock"))
+	_, out, _ := larder(t, "doctor", "--root", root, "--admin", n.admin)
+	if !strings.Contains(out, "images of registry.corp") || strings.Contains(out, "images of docker.io") {
+		t.Error(out)
 	}
 }
 

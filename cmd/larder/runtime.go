@@ -85,6 +85,21 @@ func (r *criRuntime) pull(ctx context.Context, image string) error {
 	return nil // a canary image of a few hundred bytes stays; image GC takes it
 }
 
+// images lists the names of what r has; none if it does not say.
+func (r *criRuntime) images(ctx context.Context) []string {
+	ctx, cancel := context.WithTimeout(ctx, criTimeout)
+	defer cancel()
+	list, err := cri.NewImageServiceClient(r.conn).ListImages(ctx, &cri.ListImagesRequest{})
+	if err != nil {
+		return nil // what is only looked at for more findings
+	}
+	var out []string
+	for _, i := range list.Images {
+		out = append(append(out, i.RepoTags...), i.RepoDigests...)
+	}
+	return out
+}
+
 func (r *criRuntime) close() error { return r.conn.Close() }
 
 // grpcText drops gRPC's own preamble, which says nothing to a user.
