@@ -183,6 +183,28 @@ func TestNoSecrets(t *testing.T) {
 	}
 }
 
+// TestCarriedOverIsNoMoreOpen: what only root could read in another place, a
+// registry's password in a header for instance, nobody else can read in ours.
+func TestCarriedOverIsNoMoreOpen(t *testing.T) {
+	root := t.TempDir()
+	tree{
+		"certs.d/": "", "hidden/a.x/hosts.toml": "[host.\"https://m.x\".header]\nauthorization = \"secret\"\n",
+		"hidden/b.x/hosts.toml": "-> ../a.x/hosts.toml", "hidden/c.x/hosts.toml": "[host.\"https://m.x\"]\n",
+		"certs.d/d.x/hosts.toml": "-> ../../hidden/a.x/hosts.toml",
+	}.write(t, root)
+	must(t, os.Chmod(filepath.Join(root, "hidden/a.x/hosts.toml"), 0o600))
+	must(t, os.Chmod(filepath.Join(root, "hidden/c.x/hosts.toml"), 0o644))
+	h := newHosts(t, Options{Containerd: filepath.Join(root, "certs.d"), HiddenRoots: []string{filepath.Join(root, "hidden")}})
+	apply(t, h)
+	for name, want := range map[string]os.FileMode{"a.x": 0o600, "b.x": 0o600, "c.x": 0o644, "d.x": 0o600, "_default": 0o644} {
+		info, err := os.Stat(filepath.Join(root, "certs.d", name, "hosts.toml"))
+		must(t, err)
+		if info.Mode() != want {
+			t.Errorf("%s has mode %v, want %v", name, info.Mode(), want)
+		}
+	}
+}
+
 // TestMergedText pins the bytes: one block is inserted and nothing else moves.
 // Hosts without a header are the exception: containerd 1.x orders hosts by
 // line, and inline tables before all others, so they become dotted keys.

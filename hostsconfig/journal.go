@@ -285,6 +285,8 @@ type situation struct {
 	rewritten bool
 	// ours: the current file is, to the byte, what we wrote.
 	ours bool
+	// mode is for a file of ours where there was none.
+	mode fs.FileMode
 }
 
 // situate tells the user's files from ours by content, never by time (I2).
@@ -398,10 +400,20 @@ func (m *managed) install(s situation, data []byte) error {
 	if s.current != nil {
 		like = s.current
 	}
-	if like != nil && like.link != "" {
-		like = nil // a link's own mode says nothing
+	if like == nil || like.link != "" { // a link's own mode says nothing
+		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
 	}
 	return m.disk.write(m.at(s.rel), data, like)
+}
+
+// modeBehind is the mode of what a link at rel leads to; all bits if there is none.
+func (m *managed) modeBehind(link *file, rel string) fs.FileMode {
+	if link != nil {
+		if info, err := os.Stat(absolute(link.link, filepath.Dir(m.at(rel)))); err == nil {
+			return info.Mode()
+		}
+	}
+	return fs.ModePerm
 }
 
 func sameEntry(a, b *entry) bool {
