@@ -671,6 +671,25 @@ func (d *doctor) checkHostDir(c *criConfig, dir string) {
 	}
 	d.checkDialect(c, file, host, doc, parsed)
 	d.checkOrder(file, host, doc, parsed)
+	if host == defaultDir {
+		d.checkMirrorOfAll(file, doc)
+	}
+}
+
+// checkMirrorOfAll: a mirror in _default is asked by containerd behind the agent, and
+// not by the agent: what it has of which registry, and under which names, no file says.
+func (d *doctor) checkMirrorOfAll(file string, doc []byte) {
+	order, err := headerOrder(removeBlock(doc)) // an agent of another address is none either
+	i := slices.IndexFunc(order, func(name string) bool { return !isSelf(name, d.proxy) })
+	if err != nil || i < 0 {
+		return
+	}
+	mirror := redactURL(order[i])
+	d.add(Finding{
+		ID: "containerd-mirror-of-all", Severity: Note, Runtime: containerd, Where: file,
+		What: fmt.Sprintf("%q is a mirror of every registry. The agent asks only those that are named as its upstreams; where the registries themselves cannot be reached, nothing is cached without that.", mirror),
+		Fix:  fmt.Sprintf("[[registry]]    # in the chart: registries; one for each registry\nhost = \"docker.io\"\nupstreams = [%s]", tomlString(mirror)),
+	})
 }
 
 func (d *doctor) listed() []string {
