@@ -604,9 +604,11 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 // localPull returns the setting that makes 2.1 and later pull without the
 // transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
 func (c *criConfig) localPull() string {
-	recent, old := table(c.plugins[pluginNew]), table(c.plugins[pluginOld])
-	runtime := table(old, "containerd")
-	for _, t := range []map[string]any{recent, old, runtime} {
+	tables := []map[string]any{table(c.plugins[pluginNew])}
+	if old := table(c.plugins[pluginOld]); c.version < 3 { // what is migrated
+		tables = append(tables, old, table(old, "containerd"))
+	}
+	for _, t := range tables {
 		for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
 			if on, _ := t[key].(bool); on {
 				return key + " = true"
