@@ -87,6 +87,7 @@ type criConfig struct {
 	// versioned: a file says that it is of version 2 or later. long: one has settings
 	// of the CRI plugin under the name that it has since then.
 	versioned, long bool
+	moved           bool // registry settings of the old section are in force in 2.x
 	// where is file:line of the config_path in force.
 	where string
 }
@@ -203,12 +204,12 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	}
 	c.files = append(c.files, name)
 	c.versioned = c.versioned || f.Version >= 2
+	c.long = c.long || f.Plugins[pluginOld] != nil
+	if short, ok := f.Plugins["cri"]; ok && f.Version < 2 {
+		f.Plugins[pluginOld] = short
+	}
+	c.migrate(f.Version, f.Plugins)
 	for plugin, section := range f.Plugins {
-		if f.Version < 2 && plugin == "cri" {
-			plugin = pluginOld
-		} else if plugin == pluginOld {
-			c.long = true
-		}
 		if c.versions.maybe(2, 0) {
 			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
 		} else {
@@ -270,27 +271,51 @@ func table(v any, keys ...string) map[string]any {
 	return t
 }
 
-// registry is the registry section in force. 2.x migrates the old section of
-// files of version 2; 1.x knows only the old one.
-func (c *criConfig) registry() map[string]any {
-	old, recent := table(c.plugins[pluginOld], "registry"), table(c.plugins[pluginNew], "registry")
-	switch {
-	case !c.versions.maybe(2, 0):
-		return old
-	case c.version >= 3 || old == nil:
-		return recent
-	case recent == nil:
-		return old
+// migrate does what 2.x does to a file of an earlier version: the image service's
+// settings move, those of the old section before those of the new one, and some only
+// with a table of runtimes beside them (migrateConfig in plugins/cri/images).
+func (c *criConfig) migrate(version int, files map[string]any) {
+	current := 3
+	if c.versions.surely(2, 3) {
+		current = 4
 	}
-	merged, _ := deepMerge(old, recent).(map[string]any)
-	return merged
+	old := table(files[pluginOld])
+	if old == nil || version >= current || !c.versions.maybe(2, 0) {
+		return
+	}
+	recent := maps.Clone(table(files[pluginNew]))
+	if recent == nil {
+		recent = map[string]any{}
+	}
+	move := func(from map[string]any, keys ...string) {
+		for _, key := range keys {
+			if v, ok := from[key]; ok {
+				recent[key] = v
+			}
+		}
+	}
+	move(old, "registry", "max_concurrent_downloads", "image_pull_with_sync_fs")
+	if runtime := table(old, "containerd"); runtime["runtimes"] != nil {
+		move(runtime, "disable_snapshot_annotations", "discard_unpacked_layers")
+	}
+	files[pluginNew] = recent
+	c.moved = c.moved || old["registry"] != nil
+}
+
+// registry is the registry section in force: 1.x knows the old one alone, and 2.x
+// has moved that.
+func (c *criConfig) registry() map[string]any {
+	if !c.versions.maybe(2, 0) {
+		return table(c.plugins[pluginOld], "registry")
+	}
+	return table(c.plugins[pluginNew], "registry")
 }
 
 func (c *criConfig) section() string {
 	if c.found && c.unversioned() && !c.long {
 		return "[plugins.cri.registry]" // of version 1; 2.x loses one of two that have both names
 	}
-	if c.version >= 3 || c.version == 0 && c.versions.surely(2, 0) {
+	if !c.moved && (c.version >= 3 || c.version == 0 && c.versions.surely(2, 0)) {
 		return "[plugins.'" + pluginNew + "'.registry]"
 	}
 	return "[plugins.\"" + pluginOld + "\".registry]"
@@ -604,22 +629,17 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 // localPull returns the setting that makes 2.1 and later pull without the
 // transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
 func (c *criConfig) localPull() string {
-	tables := []map[string]any{table(c.plugins[pluginNew])}
-	if old := table(c.plugins[pluginOld]); c.version < 3 { // what is migrated
-		tables = append(tables, old, table(old, "containerd"))
+	t := table(c.plugins[pluginNew])
+	for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
+		if on, _ := t[key].(bool); on {
+			return key + " = true"
+		}
 	}
-	for _, t := range tables {
-		for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
-			if on, _ := t[key].(bool); on {
-				return key + " = true"
-			}
-		}
-		if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
-			return "disable_snapshot_annotations = false"
-		}
-		if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
-			return fmt.Sprintf("max_concurrent_downloads = %d", n)
-		}
+	if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
+		return "disable_snapshot_annotations = false"
+	}
+	if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
+		return fmt.Sprintf("max_concurrent_downloads = %d", n)
 	}
 	for _, key := range []string{"configs", "auths"} {
 		if len(table(c.registry(), key)) > 0 {
