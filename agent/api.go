@@ -176,10 +176,11 @@ type IndexStatus struct {
 
 // HostsStatus is the host configuration that this agent manages.
 type HostsStatus struct {
-	Containerd string `json:"containerd,omitempty"`
-	CRIO       string `json:"crio,omitempty"`
-	InPlace    bool   `json:"in_place"`
-	Problem    string `json:"problem,omitempty"`
+	Containerd string   `json:"containerd,omitempty"`
+	CRIO       string   `json:"crio,omitempty"`
+	Registries []string `json:"registries,omitempty"` // to mirror, as configured
+	InPlace    bool     `json:"in_place"`
+	Problem    string   `json:"problem,omitempty"`
 }
 
 // RuntimeStatus is containerd's own store as a source.

@@ -137,6 +137,7 @@ func (a *Agent) hostsStatus() HostsStatus {
 	if a.hosts == nil {
 		return s
 	}
+	s.Registries = a.config.Hosts.Registries
 	if err := a.hostsInPlace(); err != nil {
 		s.Problem = err.Error()
 	}

@@ -75,6 +75,9 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 		if len(e.Header) > 0 {
 			return r, "it needs request headers"
 		}
+		if e.Renames {
+			return r, "it rewrites repository names; write a [[registry]] table whose upstreams have the path"
+		}
 		if why := addEndpoint(&r, e); why != "" {
 			return r, why
 		}

@@ -60,6 +60,8 @@ func TestMergeImported(t *testing.T) {
 		{name: "prefix", found: hostsconfig.Imported{Registry: "quay.io", Prefix: "team", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "below team"},
 		{name: "headers", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Header = http.Header{"X-Token": {"secret"}} })}}, why: "headers"},
+		{name: "rewritten names", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(mirror, func(e *hostsconfig.Endpoint) { e.Renames = true }), source}}, why: "rewrites repository names"},
 		{name: "two CAs", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/a"} }),
 			with(source, func(e *hostsconfig.Endpoint) { e.CAFiles = []string{"/b"} })}},

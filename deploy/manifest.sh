@@ -57,7 +57,7 @@ cleanup)
 		# every node, after Larder was deleted:
 		#
 		#   for node in $(kubectl get nodes -o jsonpath='{.items[*].metadata.name}'); do
-		#     sed "s/NODE/$node/" cleanup.yaml | kubectl apply -f -; done
+		#     sed "s/-NODE/-$(echo $node | cksum | cut -d ' ' -f 1)/; s/NODE/$node/" cleanup.yaml | kubectl apply -f -; done
 		#
 		# Where an agent runs, it changes nothing. Made from the chart by `make manifest`.
 	EOF

@@ -190,8 +190,9 @@ func (c *certsDir) namesOf(host string) []string {
 	return out
 }
 
-// render builds the hosts.toml of one host directory.
-func (c *certsDir) render(name string, original *file, proxy netip.AddrPort) ([]byte, error) {
+// render builds the hosts.toml of one host directory, and says which mode it gets
+// if it is new.
+func (c *certsDir) render(name string, original *file, proxy netip.AddrPort) ([]byte, fs.FileMode, error) {
 	var user []byte
 	if original != nil {
 		user = original.data
@@ -199,16 +200,23 @@ func (c *certsDir) render(name string, original *file, proxy netip.AddrPort) ([]
 	if len(user) > 0 || c.roots[0].dirs[name] {
 		certs, err := c.certsOf(name)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
-		return mergeHosts(user, certs, proxy)
+		data, err := mergeHosts(user, certs, proxy)
+		return data, defaultMode, err
 	}
 	// A directory of our own would hide the one in force until now.
 	dir := c.inForce(hostOfDir(name))
 	if dir == "" {
-		return mergeHosts(nil, certFiles{}, proxy)
+		data, err := mergeHosts(nil, certFiles{}, proxy)
+		return data, defaultMode, err
 	}
-	return c.carryOver(dir, proxy)
+	mode := defaultMode
+	if info, err := os.Stat(filepath.Join(dir, hostsName)); err == nil {
+		mode &= info.Mode() // it may hold a password
+	}
+	data, err := c.carryOver(dir, proxy)
+	return data, mode, err
 }
 
 func (c *certsDir) certsOf(name string) (certFiles, error) {

@@ -108,8 +108,11 @@ func tempName(dir string) string {
 	return filepath.Join(dir, tempPrefix+strings.ToLower(rand.Text()[:10])+".tmp")
 }
 
+// defaultMode is of what nobody had before us.
+const defaultMode = fs.FileMode(0o644)
+
 // write replaces path by data in one step: a reader sees the old file or the
-// new one, also after a power cut. like gives mode and owner; nil means 0644.
+// new one, also after a power cut. like gives mode and owner; nil means defaultMode.
 func (d disk) write(path string, data []byte, like *file) error {
 	temp := tempName(filepath.Dir(path))
 	if err := d.before("write", temp); err != nil {
@@ -130,7 +133,7 @@ func (d disk) writeSynced(temp string, data []byte, like *file) (err error) {
 	if _, err := f.Write(data); err != nil {
 		return err
 	}
-	mode := fs.FileMode(0o644)
+	mode := defaultMode
 	if like != nil {
 		mode = like.mode
 		// Best effort: without the right to give files away ours stays ours.

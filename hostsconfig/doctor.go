@@ -49,6 +49,8 @@ type Facts struct {
 	ProxyUp bool
 	// Home is the home directory in CRI-O's environment; "" means /root.
 	Home string
+	// CRIOImages are names of images that CRI-O has, with their registries.
+	CRIOImages []string
 }
 
 // DoctorOptions configure [Diagnose].
@@ -142,7 +144,7 @@ func (d *doctor) checkPort() {
 	d.add(Finding{
 		ID: "port-taken", Severity: Broken,
 		What: fmt.Sprintf("%s is taken by someone else (%s). The agent cannot listen there, and whoever does receives the runtimes' requests, with their credentials.", d.proxy, d.opts.Facts.PortTaken),
-		Fix:  "[proxy]\nlisten = \"127.0.0.1:<free port>\"",
+		Fix:  "[proxy]\nlisten = \"127.0.0.1:<free port>\"    # in the chart: ports.proxy",
 	})
 }
 

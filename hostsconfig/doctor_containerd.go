@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/url"
 	"path"
 	"regexp"
 	"slices"
@@ -26,7 +27,7 @@ var distributions = []distribution{
 	{"k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
 	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
 	{"MicroK8s", "/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
-	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker"},
+	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
 	{"Talos", "/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
 	{"containerd", "/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"},
 }
@@ -83,6 +84,10 @@ type criConfig struct {
 	plugins  map[string]any
 	files    []string
 	versions versions
+	// versioned: a file says that it is of version 2 or later. long: one has settings
+	// of the CRI plugin under the name that it has since then.
+	versioned, long bool
+	moved           bool // registry settings of the old section are in force in 2.x
 	// where is file:line of the config_path in force.
 	where string
 }
@@ -106,8 +111,10 @@ func (d *doctor) checkContainerd() {
 	}
 	registry := c.registry()
 	if c.found || !d.opts.SeenOnly {
+		d.checkVersion(c)
 		d.checkLegacy(c, registry)
 		d.checkRoots(c, registry)
+		d.checkNotImported(c)
 	}
 	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
 }
@@ -124,8 +131,11 @@ func (d *doctor) loadConfig() *criConfig {
 	if !c.found {
 		return d.configUnseen()
 	}
+	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
+		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
+	}
 	err := d.merge(c, c.dist.config, map[string]bool{})
-	if errors.Is(err, fs.ErrPermission) && d.opts.SeenOnly {
+	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
 		return d.configUnseen()
 	}
 	if err != nil {
@@ -182,7 +192,7 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	}
 	var f struct {
 		Version int            `toml:"version"`
-		Imports *[]string      `toml:"imports"`
+		Imports []string       `toml:"imports"`
 		Plugins map[string]any `toml:"plugins"`
 	}
 	if err := toml.Unmarshal(doc, &f); err != nil {
@@ -193,6 +203,12 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
 	}
 	c.files = append(c.files, name)
+	c.versioned = c.versioned || f.Version >= 2
+	c.long = c.long || f.Plugins[pluginOld] != nil
+	if short, ok := f.Plugins["cri"]; ok && f.Version < 2 {
+		f.Plugins[pluginOld] = short
+	}
+	c.migrate(f.Version, f.Plugins)
 	for plugin, section := range f.Plugins {
 		if c.versions.maybe(2, 0) {
 			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
@@ -203,14 +219,9 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	if configPathLine.Match(doc) {
 		c.where = lineOf(name, doc, configPathLine)
 	}
-	imports := f.Imports
-	if imports == nil && len(c.files) == 1 && c.versions.surely(2, 3) {
-		imports = &[]string{"/etc/containerd/conf.d/*.toml"} // the default since 2.3
-	}
-	if imports == nil {
-		return nil
-	}
-	for _, pattern := range *imports {
+	// `containerd config default` prints an import of conf.d since 2.3, but a file
+	// that does not name it has none.
+	for _, pattern := range f.Imports {
 		for _, file := range d.glob(absolute(pattern, path.Dir(name))) {
 			if err := d.merge(c, file, seen); err != nil {
 				return err
@@ -260,24 +271,51 @@ func table(v any, keys ...string) map[string]any {
 	return t
 }
 
-// registry is the registry section in force. 2.x migrates the old section of
-// files of version 2; 1.x knows only the old one.
-func (c *criConfig) registry() map[string]any {
-	old, recent := table(c.plugins[pluginOld], "registry"), table(c.plugins[pluginNew], "registry")
-	switch {
-	case !c.versions.maybe(2, 0):
-		return old
-	case c.version >= 3 || old == nil:
-		return recent
-	case recent == nil:
-		return old
+// migrate does what 2.x does to a file of an earlier version: the image service's
+// settings move, those of the old section before those of the new one, and some only
+// with a table of runtimes beside them (migrateConfig in plugins/cri/images).
+func (c *criConfig) migrate(version int, files map[string]any) {
+	current := 3
+	if c.versions.surely(2, 3) {
+		current = 4
 	}
-	merged, _ := deepMerge(old, recent).(map[string]any)
-	return merged
+	old := table(files[pluginOld])
+	if old == nil || version >= current || !c.versions.maybe(2, 0) {
+		return
+	}
+	recent := maps.Clone(table(files[pluginNew]))
+	if recent == nil {
+		recent = map[string]any{}
+	}
+	move := func(from map[string]any, keys ...string) {
+		for _, key := range keys {
+			if v, ok := from[key]; ok {
+				recent[key] = v
+			}
+		}
+	}
+	move(old, "registry", "max_concurrent_downloads", "image_pull_with_sync_fs")
+	if runtime := table(old, "containerd"); runtime["runtimes"] != nil {
+		move(runtime, "disable_snapshot_annotations", "discard_unpacked_layers")
+	}
+	files[pluginNew] = recent
+	c.moved = c.moved || old["registry"] != nil
+}
+
+// registry is the registry section in force: 1.x knows the old one alone, and 2.x
+// has moved that.
+func (c *criConfig) registry() map[string]any {
+	if !c.versions.maybe(2, 0) {
+		return table(c.plugins[pluginOld], "registry")
+	}
+	return table(c.plugins[pluginNew], "registry")
 }
 
 func (c *criConfig) section() string {
-	if c.version >= 3 || c.version == 0 && c.versions.surely(2, 0) {
+	if c.found && c.unversioned() && !c.long {
+		return "[plugins.cri.registry]" // of version 1; 2.x loses one of two that have both names
+	}
+	if !c.moved && (c.version >= 3 || c.version == 0 && c.versions.surely(2, 0)) {
 		return "[plugins.'" + pluginNew + "'.registry]"
 	}
 	return "[plugins.\"" + pluginOld + "\".registry]"
@@ -289,7 +327,38 @@ func (c *criConfig) fixPath(dir string) string {
 	if c.dist.generated != "" {
 		place = c.dist.generated
 	}
-	return fmt.Sprintf("# in %s\n%s\n  config_path = %s\n# then: %s", place, c.section(), tomlString(dir), c.dist.restart)
+	if c.unversioned() && (c.long || !c.found) {
+		place += versionLine
+	}
+	before := ""
+	if hosts := c.tlsHosts(); len(hosts) > 0 {
+		before = fmt.Sprintf("# only when registry.configs.*.tls (%s) is gone, as said there\n", strings.Join(hosts, ", "))
+	}
+	return fmt.Sprintf("%s# in %s\n%s\n  config_path = %s\n# then: %s", before, place, c.section(), tomlString(dir), c.dist.restart)
+}
+
+// unversioned: containerd 1.x takes a file that states no version for one of
+// version 1, in which plugins have short names, and passes over all others. 2.x
+// reads both.
+func (c *criConfig) unversioned() bool { return !c.versioned && !c.versions.surely(2, 0) }
+
+const versionLine = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
+
+// checkVersion reports settings that containerd 1.x passes over.
+func (d *doctor) checkVersion(c *criConfig) {
+	if !c.unversioned() || !c.long {
+		return
+	}
+	f := Finding{
+		ID: "containerd-config-version-missing", Severity: Broken, Runtime: containerd, Where: c.dist.config,
+		What: fmt.Sprintf("The file states no version, so %s takes it for version 1, which has no plugin %s, and reads none of its settings.", c.versions, pluginOld),
+		Fix:  "# in " + c.dist.config + versionLine + "\n# then: " + c.dist.restart, Docs: docsSetup,
+	}
+	if c.versions.maybe(2, 0) {
+		f.Severity = Degraded
+		f.What = fmt.Sprintf("The file states no version: containerd 1.x takes it for version 1, which has no plugin %s, and reads none of its settings. Which containerd runs here is not known.", pluginOld)
+	}
+	d.add(f)
 }
 
 // checkLegacy reports registry settings that exclude config_path.
@@ -302,19 +371,58 @@ func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
 		}
 		d.add(Finding{
 			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, mirrorsLine),
-			What: what, Fix: mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
+			What: what, Fix: c.mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
 		})
 	}
-	for _, host := range slices.Sorted(maps.Keys(table(registry, "configs"))) {
-		if table(registry, "configs", host, "tls") == nil || configPath == "" {
-			continue
-		}
-		d.add(Finding{
-			ID: "containerd-configs-tls", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, tlsLine),
-			What: fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd's CRI plugin refuses to load.", host),
-			Fix:  fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\nca = [\"<ca_file>\"]\nclient = [[\"<cert_file>\", \"<key_file>\"]]\n[host.%s]\n", c.rootOr(configPath), host, tomlString("https://"+host)), Docs: docsCRI,
-		})
+	for _, host := range c.tlsHosts() {
+		d.checkTLS(c, host, configPath)
 	}
+}
+
+// tlsHosts are the hosts with a registry.configs.HOST.tls.
+func (c *criConfig) tlsHosts() []string {
+	configs := table(c.registry(), "configs")
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(configs)), func(host string) bool { return table(configs, host, "tls") == nil })
+}
+
+// checkTLS: beside config_path 1.x refuses registry.configs.*.tls, and 2.x passes
+// over it.
+func (d *doctor) checkTLS(c *criConfig, host, configPath string) {
+	f := Finding{
+		ID: "containerd-configs-tls", Severity: Degraded, Runtime: containerd, Where: d.whereIn(c, tlsLine), Docs: docsCRI,
+		What: fmt.Sprintf("registry.configs.%q.tls has to go before config_path is set: beside it containerd 1.x does not load its CRI plugin, and 2.x passes it over.", host),
+		Fix: fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\n[host.%s]\n%s",
+			c.rootOr(configPath), host, tomlString("https://"+host), c.tlsLines(host)),
+	}
+	switch {
+	case configPath == "":
+	case c.versions.surely(2, 0):
+		f.What = fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd 2.x passes it over.", host)
+	default:
+		f.Severity = Broken
+		f.What = fmt.Sprintf("registry.configs.%q.tls is set beside config_path: containerd's CRI plugin refuses to load.", host)
+	}
+	d.add(f)
+}
+
+// tlsLines says what registry.configs.HOST.tls says in a [host] table.
+func (c *criConfig) tlsLines(host string) string {
+	tls := table(c.registry(), "configs", host, "tls")
+	text := func(key string) string {
+		s, _ := tls[key].(string)
+		return s
+	}
+	var b strings.Builder
+	if ca := text("ca_file"); ca != "" {
+		fmt.Fprintf(&b, "  ca = %s\n", tomlString(ca))
+	}
+	if cert, key := text("cert_file"), text("key_file"); cert != "" {
+		fmt.Fprintf(&b, "  client = [[%s, %s]]\n", tomlString(cert), tomlString(key))
+	}
+	if skip, _ := tls["insecure_skip_verify"].(bool); skip {
+		b.WriteString("  skip_verify = true\n")
+	}
+	return b.String()
 }
 
 // whereIn finds the line of a setting in the files that were merged.
@@ -335,7 +443,7 @@ func (c *criConfig) rootOr(configPath string) string {
 }
 
 // mirrorsToHosts is the shell text that says the same in hosts.toml.
-func mirrorsToHosts(mirrors map[string]any, root string) string {
+func (c *criConfig) mirrorsToHosts(mirrors map[string]any, root string) string {
 	var b strings.Builder
 	for _, host := range slices.Sorted(maps.Keys(mirrors)) {
 		dir := host
@@ -345,13 +453,36 @@ func mirrorsToHosts(mirrors map[string]any, root string) string {
 		fmt.Fprintf(&b, "mkdir -p '%s/%s' && cat > '%s/%s/hosts.toml' <<'EOF'\n", root, dir, root, dir)
 		endpoints, _ := table(mirrors, host)["endpoint"].([]any)
 		for _, e := range endpoints {
-			if s, ok := e.(string); ok {
-				fmt.Fprintf(&b, "[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(s))
+			s, _ := e.(string)
+			u, err := url.Parse(s)
+			if err != nil || s == "" {
+				continue
 			}
+			fmt.Fprintf(&b, "[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(s))
+			if strings.Trim(u.Path, "/") != "" && !strings.HasSuffix(u.Path, "/v2") {
+				b.WriteString("  override_path = true\n") // a mirror's path is the whole path
+			}
+			b.WriteString(c.tlsLines(u.Host))
 		}
 		b.WriteString("EOF\n")
 	}
 	return b.String()
+}
+
+// checkNotImported finds a config_path in a drop-in that is not read.
+func (d *doctor) checkNotImported(c *criConfig) {
+	pattern := path.Join(path.Dir(c.dist.config), "conf.d/*.toml")
+	for _, name := range d.glob(pattern) {
+		doc, err := d.node.read(name)
+		if err != nil || slices.Contains(c.files, name) || !configPathLine.Match(doc) {
+			continue
+		}
+		fix := fmt.Sprintf("# in %s, before the first table\nimports = [%s]\n# then: %s", c.dist.config, tomlString(pattern), c.dist.restart)
+		d.add(Finding{
+			ID: "containerd-drop-in-not-imported", Severity: Degraded, Runtime: containerd, Where: lineOf(name, doc, configPathLine),
+			What: fmt.Sprintf("containerd does not read this file, because %s does not import it.", c.dist.config), Fix: fix, Docs: docsSetup,
+		})
+	}
 }
 
 // checkRoots compares config_path with our directory.
@@ -378,14 +509,14 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 		d.add(Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
-			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
 		})
 		return
 	case i > 0:
 		d.add(Finding{
 			ID: "containerd-not-first-root", Severity: Degraded, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("hosts.containerd %s comes after %s in config_path; directories there hide ours.", ours, roots[0]),
-			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s", tomlString(roots[0])), Docs: docsSetup,
+			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
 		})
 	}
 	if len(roots) > 1 {
@@ -474,7 +605,7 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 	if d.opts.ColonLink && !d.opts.Facts.ProxyUp {
 		return // the agent makes the link when it starts
 	}
-	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true"
+	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
 	if reason := c.localPull(); reason != "" {
 		d.add(Finding{
 			ID: "containerd-two-roots-by-luck", Severity: Note, Runtime: containerd, Where: where,
@@ -498,20 +629,17 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 // localPull returns the setting that makes 2.1 and later pull without the
 // transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
 func (c *criConfig) localPull() string {
-	recent, old := table(c.plugins[pluginNew]), table(c.plugins[pluginOld])
-	runtime := table(old, "containerd")
-	for _, t := range []map[string]any{recent, old, runtime} {
-		for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
-			if on, _ := t[key].(bool); on {
-				return key + " = true"
-			}
+	t := table(c.plugins[pluginNew])
+	for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
+		if on, _ := t[key].(bool); on {
+			return key + " = true"
 		}
-		if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
-			return "disable_snapshot_annotations = false"
-		}
-		if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
-			return fmt.Sprintf("max_concurrent_downloads = %d", n)
-		}
+	}
+	if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
+		return "disable_snapshot_annotations = false"
+	}
+	if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
+		return fmt.Sprintf("max_concurrent_downloads = %d", n)
 	}
 	for _, key := range []string{"configs", "auths"} {
 		if len(table(c.registry(), key)) > 0 {
@@ -565,6 +693,25 @@ func (d *doctor) checkHostDir(c *criConfig, dir string) {
 	}
 	d.checkDialect(c, file, host, doc, parsed)
 	d.checkOrder(file, host, doc, parsed)
+	if host == defaultDir {
+		d.checkMirrorOfAll(file, doc)
+	}
+}
+
+// checkMirrorOfAll: a mirror in _default is asked by containerd behind the agent, and
+// not by the agent: what it has of which registry, and under which names, no file says.
+func (d *doctor) checkMirrorOfAll(file string, doc []byte) {
+	order, err := headerOrder(removeBlock(doc)) // an agent of another address is none either
+	i := slices.IndexFunc(order, func(name string) bool { return !isSelf(name, d.proxy) })
+	if err != nil || i < 0 {
+		return
+	}
+	mirror := redactURL(order[i])
+	d.add(Finding{
+		ID: "containerd-mirror-of-all", Severity: Note, Runtime: containerd, Where: file,
+		What: fmt.Sprintf("%q is a mirror of every registry. The agent asks only those that are named as its upstreams; where the registries themselves cannot be reached, nothing is cached without that.", mirror),
+		Fix:  fmt.Sprintf("[[registry]]    # in the chart: registries; one for each registry\nhost = \"docker.io\"\nupstreams = [%s]", tomlString(mirror)),
+	})
 }
 
 func (d *doctor) listed() []string {

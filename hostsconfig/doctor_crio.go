@@ -40,6 +40,7 @@ func (d *doctor) checkCRIO() {
 		})
 	}
 	d.checkOverrides(files, ours)
+	d.checkImages(files)
 	others := slices.Delete(slices.Clone(files), ours, ours+1)
 	d.checkPrefixes(others, files[ours].data)
 }
@@ -114,6 +115,31 @@ func (d *doctor) checkOverrides(files []registriesFile, ours int) {
 				Fix:  fmt.Sprintf("mv %s %s", f.path, path.Join(path.Dir(f.path), "90-"+strings.TrimLeft(path.Base(f.path), "0123456789-"))), Docs: docsRegistries,
 			})
 		}
+	}
+}
+
+// checkImages finds registries that the node pulls from and that have no entry of
+// ours: there is no catch-all, and nothing else would tell.
+func (d *doctor) checkImages(files []registriesFile) {
+	rules, _, err := loadRules(files)
+	if err != nil || !d.opts.Facts.ProxyUp || !slices.Contains(d.listed(), "*") {
+		return // a list without "*" says which, and means no other
+	}
+	left := map[string]bool{}
+	for _, image := range d.opts.Facts.CRIOImages {
+		host, _, _ := strings.Cut(image, "/")
+		inCluster := strings.Contains(host+":", ".svc:") // OpenShift's own, which is private
+		if strings.ContainsAny(host, ".:") && !inCluster && matchRule(rules, image) == nil {
+			left[host] = true
+		}
+	}
+	for _, host := range slices.Sorted(maps.Keys(left)) {
+		d.add(Finding{
+			ID: "crio-registry-not-listed", Severity: Degraded, Runtime: crio,
+			What: fmt.Sprintf("This node has images of %s, and pulls them straight from there: CRI-O has no entry for every registry, and \"*\" stands for the well-known ones.", host),
+			Fix: fmt.Sprintf("[hosts]\nregistries = [\"*\", %[1]s]    # in the chart: config.hosts.registries\n"+
+				"[[registry]]    # in the chart: registries; for one with a private address\nhost = %[1]s", tomlString(host)), Docs: docsRegistries,
+		})
 	}
 }
 
@@ -207,6 +233,6 @@ func (d *doctor) checkReload() {
 	d.add(Finding{
 		ID: "crio-no-auto-reload", Severity: Note, Runtime: crio, Where: "/etc/crio",
 		What: "auto_reload_registries is off: CRI-O sees a change of its registries only after SIGHUP.",
-		Fix:  "# in /etc/crio/crio.conf.d/50-larder.conf, CRI-O 1.30 or later\n[crio.image]\nauto_reload_registries = true\n# or hosts.crio_reload = true, or after each change: systemctl reload crio",
+		Fix:  "# in /etc/crio/crio.conf.d/50-larder.conf, CRI-O 1.30 or later\n[crio.image]\nauto_reload_registries = true\n# or hosts.crio_reload = true (in the chart: crio.reload), or after each change: systemctl reload crio",
 	})
 }

@@ -91,6 +91,8 @@ func setFact(t *testing.T, opts *DoctorOptions, line string) {
 		opts.SeenOnly = value == "true"
 	case "colon_link":
 		opts.ColonLink = value == "true"
+	case "image":
+		opts.Facts.CRIOImages = append(opts.Facts.CRIOImages, value)
 	case "containerd":
 		opts.Containerd = value
 	case "crio":

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -200,6 +201,42 @@ func TestRace(t *testing.T) {
 	}
 	remove(t, h)
 	wantContent(t, path, "# second\n")
+}
+
+// TestLinkToOurs: a symlink is the user's, even one to a file that we have a part in,
+// and is a symlink again in the end.
+func TestLinkToOurs(t *testing.T) {
+	dir := t.TempDir()
+	tree{"a.x/hosts.toml": "[host.\"https://m.x\"]\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	apply(t, h)
+	tree{"b.x/hosts.toml": "-> ../a.x/hosts.toml"}.write(t, dir)
+	apply(t, h)
+	wantHosts(t, dir, "b.x", ours, "https://m.x/v2 pull,resolve,push", upstreamOf("b.x"))
+	remove(t, h)
+	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "[host.\"https://m.x\"]\n")
+	if target, err := os.Readlink(filepath.Join(dir, "b.x/hosts.toml")); err != nil || target != "../a.x/hosts.toml" {
+		t.Errorf("the symlink is gone: %q, %v", target, err)
+	}
+}
+
+// TestUnwatchedIsSaidOnce: where inotify has no watch to give (fs.inotify.max_user_watches)
+// each pass finds that again, for every directory.
+func TestUnwatchedIsSaidOnce(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/a.x/": ""}.write(t, dir)
+	var logged strings.Builder
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d"), HiddenRoots: []string{}, Logger: slog.New(slog.NewTextHandler(&logged, nil))})
+	w := newWatcher(h)
+	must(t, w.fs.Close()) // nothing can be added from now on
+	for range 3 {
+		w.renew()
+	}
+	for _, watched := range []string{dir, filepath.Join(dir, "certs.d"), filepath.Join(dir, "certs.d/a.x")} {
+		if n := strings.Count(logged.String(), "path="+watched+" "); n != 1 {
+			t.Errorf("%s is said to be polled %d times:\n%s", watched, n, logged.String())
+		}
+	}
 }
 
 // TestPutBackWithOtherMode: the file that a user put back is the one to keep,

@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -352,6 +353,7 @@ type hostTable struct {
 	Header       map[string]any `toml:"header"`
 	OverridePath bool           `toml:"override_path"`
 	DialTimeout  string         `toml:"dial_timeout"`
+	Rewrite      any            `toml:"rewrite"` // k3s' and RKE2's containerd alone
 }
 
 // parseHosts reads a hosts.toml and fails on everything that makes containerd
@@ -404,6 +406,7 @@ func (t hostTable) endpoint(server, base string) (Endpoint, error) {
 		return e, err
 	}
 	e.SkipVerify = t.SkipVerify != nil && *t.SkipVerify
+	t.setRewrite(&e)
 	if t.DialTimeout != "" {
 		if e.DialTimeout, err = time.ParseDuration(t.DialTimeout); err != nil {
 			return e, fmt.Errorf("dial_timeout: %w", err)
@@ -432,6 +435,31 @@ func (t hostTable) setBase(e *Endpoint, server string) error {
 	u.Path, u.RawPath, u.RawQuery, u.Fragment = strings.TrimSuffix(u.Path, "/"), "", "", ""
 	e.Base = u.String()
 	return nil
+}
+
+// everyName are the patterns of a rewrite that put a path before every name.
+var everyName = []string{"^(.*)$", "^(.*)", "(.*)$", "(.*)", "^(.+)$", "^(.+)", "(.+)$", "(.+)"}
+
+// rewritePrefix is a replacement that does so.
+var rewritePrefix = regexp.MustCompile(`^/?([a-z0-9][a-z0-9._/-]*)/\$(?:1|\{1\})$`)
+
+// setRewrite converts the names that the containerd of k3s and RKE2 asks a host for
+// (rewrite in registries.yaml). Asked under the names that images have, Harbor
+// answers with its own project "library" where its copy of Docker Hub is meant.
+func (t hostTable) setRewrite(e *Endpoint) {
+	rules, isTable := t.Rewrite.(map[string]any)
+	if t.Rewrite == nil || isTable && len(rules) == 0 {
+		return
+	}
+	for pattern, replacement := range rules {
+		text, _ := replacement.(string)
+		m := rewritePrefix.FindStringSubmatch(text)
+		if len(rules) == 1 && m != nil && e.Base != "" && slices.Contains(everyName, pattern) {
+			e.Base += "/" + m[1]
+			return
+		}
+	}
+	e.Renames = true
 }
 
 func (t hostTable) setCapabilities(e *Endpoint) error {

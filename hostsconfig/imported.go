@@ -41,10 +41,13 @@ type Endpoint struct {
 	Pull    bool `json:"pull"`
 	Resolve bool `json:"resolve"`
 
-	CAFiles     []string      `json:"ca_files,omitempty"`
-	ClientPairs []ClientPair  `json:"client_pairs,omitempty"`
-	SkipVerify  bool          `json:"skip_verify,omitempty"`
-	AllowHTTP   bool          `json:"allow_http,omitempty"` // plain HTTP if HTTPS fails (CRI-O's insecure)
+	CAFiles     []string     `json:"ca_files,omitempty"`
+	ClientPairs []ClientPair `json:"client_pairs,omitempty"`
+	SkipVerify  bool         `json:"skip_verify,omitempty"`
+	AllowHTTP   bool         `json:"allow_http,omitempty"` // plain HTTP if HTTPS fails (CRI-O's insecure)
+	// Renames: the runtime asks this endpoint for other repository names, by a
+	// rule that Base cannot say. Under its own name an image may be another one.
+	Renames     bool          `json:"renames,omitempty"`
 	DialTimeout time.Duration `json:"dial_timeout,omitempty"`
 	// Header goes on every request to this endpoint and may hold secrets: it is
 	// in neither logs nor JSON.

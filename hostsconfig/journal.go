@@ -285,6 +285,8 @@ type situation struct {
 	rewritten bool
 	// ours: the current file is, to the byte, what we wrote.
 	ours bool
+	// mode is for a file of ours where there was none.
+	mode fs.FileMode
 }
 
 // situate tells the user's files from ours by content, never by time (I2).
@@ -304,7 +306,7 @@ func (m *managed) situate(rel string) (situation, error) {
 	case e != nil && s.current.sum() == e.Sum:
 		s.original = s.current
 		s.unsaved = !same(m.at(rel), m.backup(e.Backup))
-	case s.current != nil && hasBlock(s.current.data):
+	case s.current != nil && s.current.link == "" && hasBlock(s.current.data): // we write no symlinks
 		s.takeOut()
 	default:
 		s.original = s.current
@@ -398,10 +400,20 @@ func (m *managed) install(s situation, data []byte) error {
 	if s.current != nil {
 		like = s.current
 	}
-	if like != nil && like.link != "" {
-		like = nil // a link's own mode says nothing
+	if like == nil || like.link != "" { // a link's own mode says nothing
+		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
 	}
 	return m.disk.write(m.at(s.rel), data, like)
+}
+
+// modeBehind is the mode of what a link at rel leads to; all bits if there is none.
+func (m *managed) modeBehind(link *file, rel string) fs.FileMode {
+	if link != nil {
+		if info, err := os.Stat(absolute(link.link, filepath.Dir(m.at(rel)))); err == nil {
+			return info.Mode()
+		}
+	}
+	return fs.ModePerm
 }
 
 func sameEntry(a, b *entry) bool {

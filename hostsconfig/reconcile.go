@@ -307,12 +307,16 @@ func (h *Hosts) hiddenRoots() []string {
 	return hiddenRoots(os.DirFS("/"), filepath.Clean(h.opts.Containerd))
 }
 
-type renderFunc func(rel string, original *file) ([]byte, error)
+// renderFunc returns the content of a file, and its mode if it is new.
+type renderFunc func(rel string, original *file) ([]byte, fs.FileMode, error)
 
 // targets lists the files to manage and how to render them.
 func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 	if m.runtime == crio {
-		return []string{dropInName}, func(_ string, original *file) ([]byte, error) { return h.renderCRIO(m, original) }, nil
+		return []string{dropInName}, func(_ string, original *file) ([]byte, fs.FileMode, error) {
+			data, err := h.renderCRIO(m, original)
+			return data, defaultMode, err
+		}, nil
 	}
 	c, err := readCertsDir(m, h.hiddenRoots())
 	if err != nil {
@@ -322,7 +326,7 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 	for _, name := range c.names(h.opts.Registries) {
 		rels = append(rels, filepath.Join(name, hostsName))
 	}
-	return rels, func(rel string, original *file) ([]byte, error) {
+	return rels, func(rel string, original *file) ([]byte, fs.FileMode, error) {
 		return c.render(filepath.Dir(rel), original, h.proxy)
 	}, nil
 }
@@ -333,7 +337,8 @@ func (h *Hosts) planFile(m *managed, rel string, render renderFunc) *step {
 	if err != nil {
 		return m.skip(rel, err)
 	}
-	want, err := render(rel, s.original)
+	want, mode, err := render(rel, s.original)
+	s.mode = mode
 	if err != nil {
 		if m.runtime == containerd && (s.ours || s.rewritten) {
 			// Ours around something that no longer parses: give the user's back.

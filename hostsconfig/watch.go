@@ -140,8 +140,9 @@ func (h *Hosts) finish(ctx context.Context) error {
 // watcher follows the directories that matter. Without inotify (128 instances
 // per user is a common limit) its channels stay silent and polling is all.
 type watcher struct {
-	hosts *Hosts
-	fs    *fsnotify.Watcher
+	hosts  *Hosts
+	fs     *fsnotify.Watcher
+	polled map[string]bool // directories of which it was said that they are not watched
 }
 
 func newWatcher(h *Hosts) *watcher {
@@ -150,7 +151,7 @@ func newWatcher(h *Hosts) *watcher {
 		h.log.Warn("no file notifications; host files are polled", "interval", h.opts.PollInterval, "err", err)
 		return &watcher{hosts: h}
 	}
-	return &watcher{hosts: h, fs: fs}
+	return &watcher{hosts: h, fs: fs, polled: map[string]bool{}}
 }
 
 func (w *watcher) events() <-chan fsnotify.Event {
@@ -186,9 +187,12 @@ func (w *watcher) renew() {
 		return
 	}
 	for _, dir := range w.hosts.watched() {
-		if err := w.fs.Add(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		err := w.fs.Add(dir)
+		failed := err != nil && !errors.Is(err, os.ErrNotExist)
+		if failed && !w.polled[dir] {
 			w.hosts.log.Warn("directory is polled, not watched", "path", dir, "err", err)
 		}
+		w.polled[dir] = failed
 	}
 }
 

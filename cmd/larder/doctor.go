@@ -102,13 +102,14 @@ func (d *doctor) run(ctx context.Context) doctorReport {
 	d.report = doctorReport{Findings: []hostsconfig.Finding{}, Runtimes: []runtimeReport{}}
 	status := d.agentStatus(ctx)
 	runtimes := d.connect(ctx)
-	opts := d.options(status, runtimes)
+	opts := d.options(ctx, status, runtimes)
 	d.report.Findings = append(d.report.Findings, hostsconfig.Diagnose(opts)...)
 	d.privateImages(opts.CRIO != "")
 	for _, r := range runtimes {
-		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil))
+		d.report.Runtimes = append(d.report.Runtimes, d.canary(ctx, r, status != nil, canaryRegistry(opts.Registries)))
 		_ = r.close() // it was only asked
 	}
+	d.secondRuntimes()
 	d.report.OK = !slices.ContainsFunc(d.report.Findings, func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken })
 	return d.report
 }
@@ -167,8 +168,16 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 		sockets = findSockets(d.root)
 	}
 	var out []*criRuntime
+	found := 0
 	for _, s := range sockets {
 		r, err := dialRuntime(ctx, s)
+		if errors.Is(err, errNoCRI) {
+			d.find(hostsconfig.Finding{ID: "runtime-without-cri", Severity: hostsconfig.Note, Where: s,
+				What: "This containerd offers no CRI, so no kubelet uses it: the plugin is disabled, as in Docker's, or was refused for its configuration.",
+				Fix:  "journalctl -u containerd | grep cri   # says why, should it be the kubelet's"})
+			continue
+		}
+		found++
 		if err != nil {
 			d.find(hostsconfig.Finding{ID: "runtime-unreachable", Severity: hostsconfig.Degraded, Where: s,
 				What: "The runtime cannot be asked: " + err.Error() + ".", Fix: "sudo larder doctor   # the socket belongs to root"})
@@ -176,7 +185,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 		}
 		out = append(out, r)
 	}
-	if len(sockets) == 0 {
+	if found == 0 {
 		d.find(hostsconfig.Finding{ID: "runtime-not-found", Severity: hostsconfig.Degraded,
 			What: "No runtime's CRI socket was found, so nothing is proven by a pull.", Fix: "larder doctor --socket /path/to/containerd.sock"})
 	}
@@ -184,7 +193,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 }
 
 // options gathers the facts for the static findings.
-func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
+func (d *doctor) options(ctx context.Context, status *agent.Status, runtimes []*criRuntime) hostsconfig.DoctorOptions {
 	h := d.config.Hosts
 	opts := hostsconfig.DoctorOptions{
 		FS: os.DirFS(d.root), Containerd: h.Containerd, CRIO: h.CRIO, Config: d.runtimeConfig,
@@ -194,11 +203,16 @@ func (d *doctor) options(status *agent.Status, runtimes []*criRuntime) hostsconf
 		opts.ProxyAddr = status.Proxy
 		opts.Containerd = cmp.Or(status.Hosts.Containerd, opts.Containerd)
 		opts.CRIO = cmp.Or(status.Hosts.CRIO, opts.CRIO)
+		if len(status.Hosts.Registries) > 0 { // `helm test` has no configuration to say so
+			opts.Registries = status.Hosts.Registries
+		}
 	}
 	opts.Containerd, opts.CRIO = d.onNode(opts.Containerd), d.onNode(opts.CRIO)
 	for _, r := range runtimes {
 		if r.name == "containerd" {
 			opts.Facts.ContainerdVersion = strings.TrimPrefix(r.version, "v")
+		} else if opts.CRIO != "" {
+			opts.Facts.CRIOImages = append(opts.Facts.CRIOImages, r.images(ctx)...)
 		}
 	}
 	opts.Facts.ProxyUp, opts.Facts.PortTaken = status != nil || d.serving, d.stranger
@@ -254,14 +268,14 @@ func whoAnswers(ctx context.Context, addr string) (larder bool, stranger string)
 // mirror 30 s by itself.
 const canaryTimeout = time.Minute
 
-// canary lets r pull an image that only the proxy can serve.
-func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool) runtimeReport {
+// canary lets r pull an image of registry that only the proxy can serve.
+func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool, registry string) runtimeReport {
 	out := runtimeReport{Socket: r.socket, Name: r.name, Version: r.version, Canary: "skipped"}
 	if d.skipCanary || !agentUp {
 		return out
 	}
 	nonce := strings.ToLower(rand.Text())
-	image := d.canaryRegistry() + "/larder.invalid/canary:" + nonce
+	image := registry + "/larder.invalid/canary:" + nonce
 	ctx, cancel := context.WithTimeout(ctx, canaryTimeout)
 	defer cancel()
 	pullErr := r.pull(ctx, image)
@@ -282,11 +296,32 @@ func (d *doctor) canary(ctx context.Context, r *criRuntime, agentUp bool) runtim
 		if err = cmp.Or(err, pullErr); err != nil {
 			out.Detail = err.Error()
 		}
-		d.find(hostsconfig.Finding{ID: "canary-not-seen", Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
+		d.find(hostsconfig.Finding{ID: canaryNotSeen, Severity: hostsconfig.Broken, Runtime: r.name, Where: r.socket,
 			What: "A pull of " + image + " did not come through the mirror: the runtime goes straight to the registry.",
 			Fix:  canaryFix(d.report.Findings, r.name)})
 	}
 	return out
+}
+
+// canaryNotSeen is the finding that a runtime went past the mirror.
+const canaryNotSeen = "canary-not-seen"
+
+// secondRuntimes: a runtime that goes past the mirror is an error unless another
+// one of the node uses it. Docker's containerd beside CRI-O or k3s pulls for no
+// kubelet, and a kubelet has one runtime.
+func (d *doctor) secondRuntimes() {
+	if !slices.ContainsFunc(d.report.Runtimes, func(r runtimeReport) bool { return r.Canary == "seen" }) {
+		return
+	}
+	for i, f := range d.report.Findings {
+		if f.ID != canaryNotSeen {
+			continue
+		}
+		f.Severity = hostsconfig.Degraded
+		f.What += " Another runtime of this node uses the mirror; this counts only if the kubelet uses this one."
+		f.Fix = "kubectl get node NODE -o jsonpath='{.status.nodeInfo.containerRuntimeVersion}'   # says which one that is"
+		d.report.Findings[i] = f
+	}
 }
 
 // canaryFix points at the finding that explains the bypass, if there is one.
@@ -302,8 +337,7 @@ func canaryFix(findings []hostsconfig.Finding, runtime string) string {
 
 // canaryRegistry is a registry that the runtime is told to mirror: docker.io
 // unless only others are listed.
-func (d *doctor) canaryRegistry() string {
-	listed := d.config.Hosts.Registries
+func canaryRegistry(listed []string) string {
 	if len(listed) == 0 || slices.Contains(listed, "*") || slices.Contains(listed, "docker.io") {
 		return "docker.io"
 	}

@@ -25,6 +25,11 @@ type criStandIn struct {
 	name    string
 	pull    func(ctx context.Context, image string) error
 	removed []string
+	has     []string // names of images
+}
+
+func (s *criStandIn) ListImages(context.Context, *cri.ListImagesRequest) (*cri.ListImagesResponse, error) {
+	return &cri.ListImagesResponse{Images: []*cri.Image{{RepoTags: s.has}}}, nil
 }
 
 func (s *criStandIn) Version(context.Context, *cri.VersionRequest) (*cri.VersionResponse, error) {
@@ -46,17 +51,26 @@ func (s *criStandIn) RemoveImage(_ context.Context, r *cri.RemoveImageRequest) (
 // serve listens where containerd does below root.
 func (s *criStandIn) serve(t *testing.T, root string) {
 	t.Helper()
-	socket := filepath.Join(root, runtimeSockets[0])
+	s.serveAt(t, filepath.Join(root, runtimeSockets[0]))
+}
+
+func (s *criStandIn) serveAt(t *testing.T, socket string) {
+	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("unix", socket)
-	if err != nil {
 		t.Fatal(err)
 	}
 	server := grpc.NewServer()
 	cri.RegisterRuntimeServiceServer(server, s)
 	cri.RegisterImageServiceServer(server, s)
+	serveGRPC(t, server, socket)
+}
+
+func serveGRPC(t *testing.T, server *grpc.Server, socket string) {
+	t.Helper()
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(l) }()
 	t.Cleanup(func() {
@@ -154,6 +168,102 @@ func TestDoctorOfNoRegistry(t *testing.T) {
 	code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin, "--hosts.registries=")
 	if code != exitFailed || errs != "" || !strings.Contains(out, "A pull of docker.io/larder.invalid/canary:") {
 		t.Errorf("exit %d: %s\n%s", code, errs, out)
+	}
+}
+
+// TestDoctorKnowsTheAgentsRegistries: the doctor of `helm test` has no configuration of
+// its own. Where the agent mirrors some registries, the canary is of one of them.
+func TestDoctorKnowsTheAgentsRegistries(t *testing.T) {
+	root := nodeRoot(t)
+	certs := filepath.Join(root, "etc/containerd/certs.d")
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd, c.Hosts.Registries = certs, []string{"quay.io"} })
+	other := filepath.Join(certs, "docker.io") // not Larder's business then
+	if err := errors.Join(os.MkdirAll(other, 0o755), os.WriteFile(filepath.Join(other, "hosts.toml"), []byte("[host.\"https://m.example\"]\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	(&criStandIn{name: "containerd", pull: func(ctx context.Context, image string) error {
+		if !strings.HasPrefix(image, "quay.io/") {
+			return errors.New("not mirrored: " + image)
+		}
+		ref, err := agent.ParseImage(image)
+		if err != nil {
+			return err
+		}
+		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
+		return err
+	}}).serve(t, root)
+	if code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin); code != 0 || !strings.Contains(out, "the canary was seen") || strings.Contains(out, "warning") {
+		t.Errorf("exit %d: %s\n%s", code, errs, out)
+	}
+}
+
+// TestDoctorOfTwoRuntimes: Docker's containerd beside CRI-O, or beside that of k3s, is
+// not the kubelet's. It is no error that it goes past the mirror, and is said.
+func TestDoctorOfTwoRuntimes(t *testing.T) {
+	root := nodeRoot(t)
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	through := func(ctx context.Context, image string) error {
+		ref, err := agent.ParseImage(image)
+		if err != nil {
+			return err
+		}
+		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
+		return err
+	}
+	past := func(context.Context, string) error { return errors.New("not found") }
+	for _, tt := range []struct {
+		name          string
+		first, second func(context.Context, string) error
+		code          int
+	}{
+		{"the first is the kubelet's", through, past, 0},
+		{"the second is the kubelet's", past, through, 0},
+		{"neither", past, past, exitFailed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			sockets := []string{filepath.Join(shortDir(t), "a.sock"), filepath.Join(shortDir(t), "b.sock")}
+			(&criStandIn{name: "containerd", pull: tt.first}).serveAt(t, sockets[0])
+			(&criStandIn{name: "containerd", pull: tt.second}).serveAt(t, sockets[1])
+			code, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin, "--socket", strings.Join(sockets, ","))
+			if code != tt.code || !strings.Contains(out, "did not come through the mirror") {
+				t.Errorf("exit %d, want %d: %s\n%s", code, tt.code, errs, out)
+			}
+		})
+	}
+}
+
+// TestDoctorOfImages: what CRI-O has from a registry without an entry was pulled past
+// the mirror, and nothing else would tell.
+func TestDoctorOfImages(t *testing.T) {
+	root := shortDir(t)
+	crio := filepath.Join(root, "etc/containers/registries.conf.d")
+	if err := os.MkdirAll(crio, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n := startNode(t, func(c *agent.Config) { c.Hosts.CRIO = crio })
+	runtime := &criStandIn{name: "cri-o", has: []string{"docker.io/library/nginx:1", "registry.corp/app:1"}, pull: func(context.Context, string) error { return errors.New("no") }}
+	runtime.serveAt(t, filepath.Join(root, "run/crio/crio.sock"))
+	_, out, _ := larder(t, "doctor", "--root", root, "--admin", n.admin)
+	if !strings.Contains(out, "images of registry.corp") || strings.Contains(out, "images of docker.io") {
+		t.Error(out)
+	}
+}
+
+// TestDoctorWithoutCRI: Docker's containerd has its CRI plugin disabled, and answers
+// that it knows no such service. No right to the socket is missing.
+func TestDoctorWithoutCRI(t *testing.T) {
+	root := nodeRoot(t)
+	socket := filepath.Join(root, runtimeSockets[0])
+	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	serveGRPC(t, grpc.NewServer(), socket)
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
+	_, out, errs := larder(t, "doctor", "--root", root, "--admin", n.admin)
+	if !strings.Contains(out, "info     This containerd offers no CRI") || strings.Contains(out, "belongs to root") || !strings.Contains(out, "nothing is proven by a pull") {
+		t.Errorf("%s\n%s", out, errs)
 	}
 }
 

@@ -47,6 +47,9 @@ type criRuntime struct {
 // criTimeout is for calls that do no work.
 const criTimeout = 5 * time.Second
 
+// errNoCRI: a containerd whose CRI plugin is not there.
+var errNoCRI = errors.New("offers no CRI")
+
 func dialRuntime(ctx context.Context, socket string) (*criRuntime, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -55,6 +58,9 @@ func dialRuntime(ctx context.Context, socket string) (*criRuntime, error) {
 	ctx, cancel := context.WithTimeout(ctx, criTimeout)
 	defer cancel()
 	v, err := cri.NewRuntimeServiceClient(conn).Version(ctx, &cri.VersionRequest{})
+	if status.Code(err) == codes.Unimplemented {
+		return nil, errors.Join(fmt.Errorf("%s %w", socket, errNoCRI), conn.Close())
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("ask %s for its version: %w", socket, grpcText(err)), conn.Close())
 	}
@@ -77,6 +83,21 @@ func (r *criRuntime) pull(ctx context.Context, image string) error {
 		}
 	}
 	return nil // a canary image of a few hundred bytes stays; image GC takes it
+}
+
+// images lists the names of what r has; none if it does not say.
+func (r *criRuntime) images(ctx context.Context) []string {
+	ctx, cancel := context.WithTimeout(ctx, criTimeout)
+	defer cancel()
+	list, err := cri.NewImageServiceClient(r.conn).ListImages(ctx, &cri.ListImagesRequest{})
+	if err != nil {
+		return nil // what is only looked at for more findings
+	}
+	var out []string
+	for _, i := range list.Images {
+		out = append(append(out, i.RepoTags...), i.RepoDigests...)
+	}
+	return out
 }
 
 func (r *criRuntime) close() error { return r.conn.Close() }

@@ -150,7 +150,12 @@ func checkNetwork(t *testing.T, o *objects, d *appsv1.DaemonSet, c agent.Config)
 		}
 	}
 	s := o.services[0]
-	want := net.JoinHostPort(s.Name+"."+s.Namespace+".svc", strconv.Itoa(int(s.Spec.Ports[0].Port)))
+	// Without a dot, because with ndots 1 a name that has one is asked for as it is
+	// first, outside the cluster, where some resolvers answer every name.
+	want := net.JoinHostPort(s.Name, strconv.Itoa(int(s.Spec.Ports[0].Port)))
+	if o := spec.DNSConfig.Options[0]; o.Name != "ndots" || *o.Value != "1" {
+		t.Errorf("%s %s", o.Name, *o.Value)
+	}
 	if !slices.Equal(c.Peer.Join, []string{want}) || s.Spec.ClusterIP != corev1.ClusterIPNone || !s.Spec.PublishNotReadyAddresses {
 		t.Errorf("joins %v; the Service is %s, %+v", c.Peer.Join, want, s.Spec)
 	}
@@ -370,6 +375,9 @@ func TestPlainManifest(t *testing.T) {
 	}
 	if s := job.Containers[0].SecurityContext; !*s.RunAsNonRoot || job.HostNetwork || len(job.Volumes) > 0 {
 		t.Errorf("the Job is more than a pod of anybody: %+v", s)
+	}
+	if ttl := o.jobs[0].Spec.TTLSecondsAfterFinished; ttl != nil {
+		t.Errorf("the Job is deleted %d s after it has ended: Argo CD calls the application OutOfSync then, and Flux makes the Job anew, for ever", *ttl)
 	}
 	if image := agentOf(d).Image; image != job.Containers[0].Image || !strings.HasSuffix(image, ":"+d.Labels["app.kubernetes.io/version"]) {
 		t.Errorf("images %s and %s", image, job.Containers[0].Image)

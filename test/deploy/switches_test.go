@@ -3,10 +3,13 @@ package deploy
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"k8s.io/apimachinery/pkg/util/validation"
 )
 
 const credentialProviders = `{"kind": "CredentialProviderConfig", "apiVersion": "kubelet.config.k8s.io/v1", "providers": [
@@ -71,7 +74,7 @@ func TestSwitches(t *testing.T) {
 		{name: "cleanup", set: []string{"cleanup.nodes={n1,n2}"}, want: []string{`name: larder-cleanup-n2`, `--hosts.containerd=/etc/containerd/certs.d`}},
 		{name: "grace", set: []string{"terminationGracePeriodSeconds=90"}, want: []string{`terminationGracePeriodSeconds: 90`}},
 		{name: "memory", set: []string{"resources.limits.memory=512Mi"}, want: []string{`value: 409MiB`}, gone: []string{`819MiB`}},
-		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`cache-peers.larder.svc:5052`, `secretName: cache,`}, gone: []string{`larder-peers`}},
+		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`"cache-peers:5052"`, `secretName: cache,`}, gone: []string{`larder-peers`}},
 		{name: "labels", set: []string{"labels.team=a", "podLabels.x=b", "podAnnotations.note=c"}, want: []string{`team: a`, `x: b`, `note: c`}},
 		{name: "more volumes", set: []string{"volumes[0].name=ca", "volumes[0].secret.secretName=ca", "volumeMounts[0].name=ca", "volumeMounts[0].mountPath=/etc/ca"}, want: []string{`mountPath: /etc/ca`, `secretName: ca\n`}},
 		{name: "variables", set: []string{"env[0].name=GOGC", "env[0].value=off"}, want: []string{`- name: GOGC\n`}},
@@ -109,6 +112,46 @@ func TestSwitches(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestJobNames holds that a Job's name is short enough, as it is a label of its pods: the
+// names of nodes and releases may be longer.
+func TestJobNames(t *testing.T) {
+	const node = "ip-192-168-123-234.ap-northeast-1.compute.internal"
+	text := render(t, "--set", "fullnameOverride="+strings.Repeat("long-", 10)+"er,key.generate=cluster,cleanup.nodes={"+node+",n1}")
+	text += "\n---\n" + cleanupOf(t, node)
+	jobs := parse(t, text).jobs
+	seen := map[string]bool{}
+	for _, j := range jobs {
+		if problems := validation.IsValidLabelValue(j.Name); len(problems) > 0 || seen[j.Name] {
+			t.Errorf("a Job %q (seen before: %v): %v", j.Name, seen[j.Name], problems)
+		}
+		seen[j.Name] = true
+	}
+	if len(jobs) != 4 || jobs[3].Spec.Template.Spec.NodeName != node {
+		t.Errorf("%d Jobs", len(jobs))
+	}
+}
+
+// cleanupOf runs the loop in the head of cleanup.yaml for one node.
+func cleanupOf(t *testing.T, node string) string {
+	t.Helper()
+	manifest, err := os.ReadFile(filepath.Join(deployDir, "cleanup.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, command, _ := strings.Cut(string(manifest), "#     sed ")
+	command, _, found := strings.Cut(command, " | kubectl apply")
+	if !found {
+		t.Fatal("cleanup.yaml does not say how to use it")
+	}
+	cmd := exec.Command("sh", "-c", "sed "+command)
+	cmd.Dir, cmd.Env = deployDir, append(os.Environ(), "node="+node)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	return string(out)
 }
 
 // TestConfigurationRestarts holds that a change of the configuration rolls the

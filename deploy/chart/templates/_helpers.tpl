@@ -90,9 +90,12 @@ The downward API could give the whole limit, but no share of it.
   "hosts" (dict)
   "runtime" (dict)
 -}}
+{{- /* A name without a dot is asked for below the cluster's search domains alone, with the pod's
+own namespace first. With ndots 1 any other goes to the resolvers of the outside first, and some
+of these have an answer to every name. */ -}}
 {{- if include "larder.peering" . -}}
 {{- $_ := set $own "peer" (dict "gossip" (printf ":%v" $ports.gossip) "data" (printf ":%v" $ports.data)
-  "join" (list (printf "%s.%s.svc:%v" (include "larder.peers" .) .Release.Namespace $ports.gossip))
+  "join" (list (printf "%s:%v" (include "larder.peers" .) $ports.gossip))
   "key_file" "/run/secrets/larder/key") -}}
 {{- end -}}
 {{- if .Values.containerd.enabled -}}
