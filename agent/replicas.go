@@ -240,7 +240,7 @@ func (r *replicas) locate(due map[digest.Digest]peer.Copy) {
 			delete(due, d)
 			continue
 		}
-		_, c.Manifest = r.agent.cache.Meta().Manifest(d)
+		c.Manifest = r.agent.cache.Meta().MemberManifest(cache.Repository{Registry: c.Registry, Name: c.Repository}, d)
 		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
 		due[d] = c
 	}

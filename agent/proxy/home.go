@@ -85,7 +85,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	err = p.auth.withChallenge(ctx, t, tag, err)
 	p.auth.learn(&acc, Question{Reference: tag}, err)
 	if err == nil {
-		p.auth.enlist(t, desc)
+		p.auth.enlist(t, KindManifest, desc)
 	}
 	return desc, false, err
 }
@@ -164,7 +164,7 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 // belongsTo is belongs for what a question names by digest.
 func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
 	d, err := digest.Parse(q.Reference)
-	return err == nil && a.belongs(keyOf(t, d))
+	return err == nil && a.belongs(memberOf(t, q.kind(), d))
 }
 
 // Keep brings a blob here from other nodes, for others, as far as this node may have it by
@@ -204,7 +204,7 @@ func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d dig
 	if err != nil && !errors.Is(err, ErrImported) {
 		return err
 	}
-	p.auth.enlist(t, ocispec.Descriptor{Digest: d})
+	p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d})
 	return nil
 }
 
@@ -238,7 +238,7 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 		return err
 	}
 	if acc.allowed {
-		p.auth.enlist(t, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
+		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil
 	}
 	err = p.look(ctx, &acc, kind, d)

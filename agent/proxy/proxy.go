@@ -70,6 +70,8 @@ type Options struct {
 // Pinned is what a pinned image has under a tag or a digest.
 type Pinned struct {
 	Digest digest.Digest
+	// Manifest says that it is one of the image's manifests, and not one of its blobs.
+	Manifest bool
 	// Public says that the registry showed the image to a request without any
 	// credential when it confirmed it last. Callers on this node get it then whatever
 	// the registry says of the repository later.

@@ -12,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -295,5 +296,51 @@ func TestManifestThatListsWhatIsNotIts(t *testing.T) {
 				t.Errorf("%s (%d): %s: %d", name, got.status, path, a.status)
 			}
 		}
+	}
+}
+
+// TestBlobThatLooksLikeAManifest: registries look into no blob that is pushed, so what one
+// lists is no part of its repository either, however it is asked for. That the blob is
+// pinned, as a layer of some image, changes nothing.
+func TestBlobThatLooksLikeAManifest(t *testing.T) {
+	for _, pinned := range []bool{false, true} {
+		t.Run(fmt.Sprintf("pinned=%v", pinned), func(t *testing.T) {
+			const mine = "my/app"
+			n := startNode(t, func(s *setup) {
+				s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}, Anonymous: []string{"my/*"}}
+				s.proxy.Pinned = func(r cache.Repository, ref string) (Pinned, bool) {
+					return Pinned{Digest: digest.Digest(ref), Public: true}, pinned && r.Name == mine
+				}
+			})
+			secret := n.image(1000)
+			layer := secret.Layers[0]
+			for _, path := range []string{manifestPath("v1"), manifestPath(secret.Digest.String()), blobPath(layer.Digest)} {
+				if a := n.get(path, "Authorization", "Basic YW5uOng="); a.status != 200 {
+					t.Fatalf("%s: %d %s", path, a.status, a.body)
+				}
+			}
+			body := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":{"size":2,"digest":%q},"layers":[{"size":1000,"digest":%q}]}`,
+				ocispec.MediaTypeImageManifest, digest.FromString("{}"), layer.Digest)
+			blob := digest.FromBytes(body)
+			n.registry.PutBlob(mine, registrytest.Bytes(body))
+			if a := n.get("/v2/" + mine + "/blobs/" + blob.String() + "?ns=" + host); a.status != 200 {
+				t.Fatalf("the blob: %d %s", a.status, a.body)
+			}
+			for _, d := range []digest.Digest{layer.Digest, blob} {
+				await(t, "commit", func() bool { return n.cache.Has(d) })
+			}
+			if a := n.get("/v2/" + mine + "/manifests/" + blob.String() + "?ns=" + host); a.status != 404 {
+				t.Errorf("the blob as a manifest: %d", a.status)
+			}
+			if place := (cache.Repository{Registry: host, Name: mine}); pinned {
+				if _, listed := n.cache.Meta().Member(place, layer.Digest); listed {
+					t.Error("what it lists became a part of the repository")
+				}
+				return // for the pin of this test, every digest is
+			}
+			if a := n.get("/v2/" + mine + "/blobs/" + layer.Digest.String() + "?ns=" + host); a.status != 404 {
+				t.Errorf("what it lists: %d", a.status)
+			}
+		})
 	}
 }
