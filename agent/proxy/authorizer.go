@@ -72,6 +72,7 @@ type Question struct {
 	Reference string // tag or digest
 	Blob      bool   // Reference is a blob's digest, else a manifest's
 	Known     bool   // that it belongs to the repository is known already
+	Stored    bool   // that it belongs is not enough: the registry has to say that it has it
 }
 
 func (q Question) kind() Kind {

@@ -138,11 +138,13 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 	if err != nil {
 		return err
 	}
-	if acc.allowed && (q.Known || p.auth.belongsTo(t, q)) {
+	known := q.Known || p.auth.belongsTo(t, q)
+	key := keyOf(t, digest.Digest(q.Reference))
+	if acc.allowed && (known && !q.Stored || q.Stored && p.deliverable.has(key)) {
 		return nil
 	}
 	open := p.auth.wasOpen(acc.repository(), q.Reference)
-	fallback := !errors.Is(open, errNotKnownHere) && (q.Known || p.auth.belongsTo(t, q))
+	fallback := !errors.Is(open, errNotKnownHere) && known && !q.Stored
 	if fallback {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, homePatience/2)
@@ -153,6 +155,9 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 		defer cancel()
 		err := p.auth.askRegistry(ctx, t, q)
 		p.auth.learn(&acc, q, err)
+		if err == nil && q.Stored {
+			p.deliverable.put(key, struct{}{}, deliverableMemory)
+		}
 		return struct{}{}, err
 	})
 	if fallback && mayServeStale(err) {
