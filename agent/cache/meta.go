@@ -186,6 +186,21 @@ func (m *Meta) MemberManifest(r Repository, d digest.Digest) bool {
 	return ok
 }
 
+// saidMember ends the key of a member that the registry itself has told of.
+const saidMember = "said"
+
+// SetSaid remembers that the registry itself said that d is in a repository: it gave it
+// there, or answered that it has it.
+func (m *Meta) SetSaid(r Repository, d digest.Digest) {
+	m.db.put(bucketMembers, key(r.Registry, r.Name, string(d), saidMember), nil)
+}
+
+// Said reports whether SetSaid was called.
+func (m *Meta) Said(r Repository, d digest.Digest) bool {
+	_, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), saidMember))
+	return ok
+}
+
 // Member reports whether d was seen in repository, and in which manifest.
 func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok bool) {
 	v, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))

@@ -96,6 +96,8 @@ type authorizer struct {
 	lasting  lasting
 	verdicts *recent[verdictKey, verdict]
 	members  *recent[member, struct{}]     // belong to their repository
+	told     *recent[blobKey, struct{}]    // see said
+	here     func(digest.Digest) bool      // see Proxy.here
 	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
 	asks     *flights[askKey, struct{}]    // for callers of this node
 	homeAsks *flights[askKey, struct{}]    // for other nodes; apart, for the former wait for these
@@ -107,6 +109,7 @@ func newAuthorizer(opts Options, b *background) *authorizer {
 		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
 		verdicts: newRecent[verdictKey, verdict](maxRemembered),
 		members:  newRecent[member, struct{}](maxRemembered),
+		told:     newRecent[blobKey, struct{}](maxRemembered),
 		silent:   newRecent[verdictKey, struct{}](maxRemembered),
 		asks:     newFlights[askKey, struct{}](b), homeAsks: newFlights[askKey, struct{}](b),
 	}
@@ -187,10 +190,11 @@ func (a *authorizer) present(acc *access, authorization string) {
 // repository, and d belongs to that.
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
 	known := a.belongs(memberOf(acc.target, kind, d))
-	if acc.allowed && known {
+	unproven := a.unproven(keyOf(acc.target, d), a.here)
+	if acc.allowed && known && !unproven {
 		return nil
 	}
-	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known})
+	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known, Stored: unproven})
 }
 
 // member is what may be in a repository, as a manifest or else as a blob. Every manifest
@@ -246,7 +250,7 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	patience := a.budget * 4 / 5
 	if stand, in := a.standsHere(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
 		patience = a.budget * 2 / 5
-		if stand.forOne() && a.silent.has(acc.key()) {
+		if (stand.forOne() || q.Stored) && a.silent.has(acc.key()) {
 			*acc = stand
 			return nil
 		}
@@ -280,13 +284,13 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	if !in || !q.Known {
 		return a.unknown(acc, err)
 	}
-	if stand.forOne() {
+	if stand.forOne() || q.Stored {
 		a.silent.put(acc.key(), struct{}{}, outageLife)
-		*acc = stand
-		return nil
 	}
 	*acc = stand
-	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+	if _, lasts := a.verdicts.get(acc.key()); !lasts && !stand.forOne() {
+		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+	}
 	return nil
 }
 
@@ -397,6 +401,9 @@ func (a *authorizer) believable(registry string, err error) error {
 func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
 	for {
 		err := a.askOnce(ctx, t, q)
+		if err == nil {
+			a.sayAsked(t, q)
+		}
 		if !pauseFor(ctx, err) {
 			return a.withChallenge(ctx, t, q.Reference, err)
 		}
@@ -458,6 +465,9 @@ func (a *authorizer) learn(acc *access, q Question, err error) {
 	case err == nil:
 		a.accept(acc)
 		a.enlistAsked(acc.target, q)
+		if q.Stored {
+			a.sayAsked(acc.target, q)
+		}
 	case upstream.IsUnauthorized(err):
 		a.reject(acc, err)
 	}

@@ -86,6 +86,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	p.auth.learn(&acc, Question{Reference: tag}, err)
 	if err == nil {
 		p.auth.enlist(t, KindManifest, desc)
+		p.auth.say(keyOf(t, desc.Digest))
 	}
 	return desc, false, err
 }
@@ -112,7 +113,7 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 	switch {
 	case err != nil:
 		return err
-	case !q.Known && !p.auth.belongsTo(t, q):
+	case !q.Known && !p.auth.belongsTo(t, q), q.Stored && !p.auth.said(keyOf(t, digest.Digest(q.Reference))):
 		return errNotKnownHere
 	}
 	return p.auth.wasOpen(acc.repository(), q.Reference)
@@ -140,7 +141,8 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 	}
 	known := q.Known || p.auth.belongsTo(t, q)
 	key := keyOf(t, digest.Digest(q.Reference))
-	if acc.allowed && (known && !q.Stored || q.Stored && p.deliverable.has(key)) {
+	stored := p.deliverable.has(key) || q.Known && p.auth.meta.Said(acc.repository(), key.digest)
+	if acc.allowed && (known && !q.Stored || q.Stored && stored) {
 		return nil
 	}
 	open := p.auth.wasOpen(acc.repository(), q.Reference)
@@ -204,7 +206,7 @@ func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest
 func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	acc, err := p.homeAccess(t)
 	if err == nil && !acc.allowed {
-		err = p.look(ctx, &acc, kind, d)
+		err = p.look(ctx, &acc, kind, d, false)
 	}
 	if err != nil && !errors.Is(err, ErrImported) {
 		return err
@@ -242,15 +244,16 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	if err != nil {
 		return err
 	}
-	if acc.allowed {
+	unproven := p.auth.unproven(keyOf(t, d), p.around)
+	if acc.allowed && !unproven {
 		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil
 	}
-	err = p.look(ctx, &acc, kind, d)
+	err = p.look(ctx, &acc, kind, d, unproven)
 	if errors.Is(err, ErrImported) {
 		return nil
 	}
-	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc, d.String())) {
+	if err != nil && !final(err) && (acc.allowed || t.Anonymous || p.auth.offline(&acc, d.String())) {
 		// On a bad network nobody may know in time. Then the asker's word that the
 		// registry shows the repository to anyone counts: who refused it would drive
 		// every node to the registry.
@@ -261,10 +264,10 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 
 // look asks the repository's home whether what acc stands for may read the repository
 // that d is in, as another node says.
-func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
+func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Digest, stored bool) error {
 	ctx, cancel := context.WithTimeout(ctx, admitPatience)
 	defer cancel()
-	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
+	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: stored}
 	err := p.swarm.May(ctx, acc.target, q)
 	p.auth.learn(acc, q, err)
 	return err

@@ -61,6 +61,7 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 		} else {
 			meta.AddMembers(r, "", d)
 		}
+		meta.SetSaid(r, d.Digest)
 		meta.AddGiver(d.Digest, i.Registry)
 		meta.SetImported(r, d.Digest.String())
 		if n%importBatch == importBatch-1 {

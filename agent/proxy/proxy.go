@@ -165,7 +165,7 @@ func New(opts Options) (*Proxy, error) {
 	m := newMetrics(opts.Registerer)
 	b := newBackground()
 	auth := newAuthorizer(opts, b)
-	return &Proxy{
+	p := &Proxy{
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
 		auth: auth, metrics: m, canary: canary,
 		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
@@ -179,7 +179,9 @@ func New(opts Options) (*Proxy, error) {
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
 		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},
-	}, nil
+	}
+	auth.here = p.here
+	return p, nil
 }
 
 func (o *Options) setDefaults() {

@@ -242,6 +242,7 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 // remember keeps what upstream says that a tag stands for.
 func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor) resolved {
 	p.auth.enlist(t, KindManifest, desc)
+	p.auth.say(keyOf(t, desc.Digest))
 	p.list(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
 	if !known(desc.MediaType) {
