@@ -286,8 +286,11 @@ func (s *pins) list(v *version) {
 	parts, all := s.agent.listImage(v.digest)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for d, size := range parts {
-		s.hold(v, d, size)
+	for d, part := range parts {
+		s.hold(v, d, part.size)
+		if part.manifest {
+			v.manifests[d] = struct{}{}
+		}
 	}
 	v.all = all
 }
@@ -330,12 +333,18 @@ func (s *pins) examine(p *pin, current bool) {
 	}
 }
 
-// listImage lists what an image is for this node's platform, with sizes in bytes, as far
-// as its manifests are on this node; all says whether they are.
-func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, all bool) {
-	parts = map[digest.Digest]int64{}
+// listedPart is a part of an image as its manifests tell of it.
+type listedPart struct {
+	size     int64
+	manifest bool
+}
+
+// listImage lists what an image is for this node's platform, as far as its manifests are
+// on this node; all says whether they are.
+func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPart, all bool) {
+	parts = map[digest.Digest]listedPart{}
 	for todo := []digest.Digest{root}; len(todo) > 0; todo = todo[1:] {
-		if _, seen := parts[todo[0]]; seen {
+		if parts[todo[0]].manifest {
 			continue
 		}
 		body, err := a.readManifest(todo[0])
@@ -346,7 +355,7 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, al
 		if err != nil || len(parts) > maxPinnedParts {
 			return parts, false
 		}
-		parts[todo[0]] = int64(len(body))
+		parts[todo[0]] = listedPart{int64(len(body)), true}
 		if m.isIndex() {
 			chosen, err := m.choose("")
 			if err != nil {
@@ -358,7 +367,9 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]int64, al
 			continue
 		}
 		for _, b := range m.blobs() {
-			parts[b.Digest] = partSize(b.Descriptor)
+			if !parts[b.Digest].manifest {
+				parts[b.Digest] = listedPart{size: partSize(b.Descriptor)}
+			}
 		}
 	}
 	return parts, true

@@ -73,8 +73,9 @@ type pin struct {
 type version struct {
 	digest digest.Digest
 	// parts are its manifests, config and layers, as far as they are known.
-	parts map[digest.Digest]struct{}
-	all   bool // they all are
+	parts     map[digest.Digest]struct{}
+	manifests map[digest.Digest]struct{} // of parts; complete once the version is held
+	all       bool                       // all parts are known
 	// public says that the registry showed it to a request without any credential when
 	// it confirmed it last. A refusal later changes nothing of that.
 	public bool
@@ -87,7 +88,7 @@ type pinnedPart struct {
 }
 
 func newVersion(d digest.Digest) *version {
-	return &version{digest: d, parts: map[digest.Digest]struct{}{}}
+	return &version{digest: d, parts: map[digest.Digest]struct{}{}, manifests: map[digest.Digest]struct{}{}}
 }
 
 // openPins takes up what the configuration names and what was pinned before, so that
@@ -289,7 +290,7 @@ func (s *pins) pinned(r cache.Repository, ref string) (found proxy.Pinned, ok bo
 	if p == nil || p.held == nil {
 		return found, false
 	}
-	return proxy.Pinned{Digest: p.held.digest, Public: p.held.public}, true
+	return proxy.Pinned{Digest: p.held.digest, Manifest: true, Public: p.held.public}, true
 }
 
 // pinnedPart is pinned for a digest, which several images may have. mu is held.
@@ -299,7 +300,8 @@ func (s *pins) pinnedPart(r cache.Repository, d digest.Digest) (found proxy.Pinn
 	}
 	for _, p := range s.images {
 		if _, in := p.partsHeld()[d]; in && p.image.in(r) {
-			found.Digest, found.Public, ok = d, found.Public || p.held.public, true
+			_, manifest := p.held.manifests[d]
+			found.Digest, found.Manifest, found.Public, ok = d, found.Manifest || manifest, found.Public || p.held.public, true
 		}
 	}
 	return found, ok

@@ -410,7 +410,7 @@ func TestOneDoorDoesNotOpenAnother(t *testing.T) {
 			})
 			secret := p.images[repoB]
 			// The manifest of b in another registry, without the blobs that it lists.
-			p.listed(evil, secret)
+			p.listed(evil, "mirror/b", secret)
 			for _, place := range []string{"miss", "on a peer", "hit"} {
 				switch place {
 				case "on a peer":
@@ -443,10 +443,48 @@ func TestOneDoorDoesNotOpenAnother(t *testing.T) {
 }
 
 // listed publishes an image's manifest without its blobs.
-func (p *private) listed(reg *registrytest.Server, img *registrytest.Image) {
+func (p *private) listed(reg *registrytest.Server, repo string, img *registrytest.Image) {
 	bare := *img
 	bare.Blobs = map[digest.Digest]registrytest.Content{}
-	reg.Put("mirror/b", &bare, "v1")
+	reg.Put(repo, &bare, "theirs")
+}
+
+// TestListedElsewhere: a registry that takes, or gives, a manifest without a look at what
+// it lists opens by that nothing of another repository, wherever that is cached.
+func TestListedElsewhere(t *testing.T) {
+	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
+		t.Run(string(scheme), func(t *testing.T) {
+			p := newPrivate(t, scheme, 3, nil)
+			secret := p.images[repoB]
+			p.listed(p.reg, repoA, secret)
+			p.pull(1, bob, repoB)
+			for _, node := range p.nodes {
+				eventually(t, "told of by the index", func() error {
+					for _, blob := range secret.Layers {
+						if !node.cache.Has(blob.Digest) && !node.swarm.Holds(blob.Digest) {
+							return fmt.Errorf("%s is unknown", blob.Digest)
+						}
+					}
+					return nil
+				})
+			}
+			for node := range p.nodes {
+				if node == 2 {
+					p.pull(2, bob, repoB)
+				}
+				tag := question{"GET tag", "GET", "/v2/" + repoA + "/manifests/theirs", nil}
+				if r := p.ask(p.at(node), tag, ann.auth(p, repoA)); !r.ok() {
+					t.Fatalf("node %d: %v", node, r)
+				}
+				for _, blob := range secret.Layers {
+					q := question{"GET blob", "GET", "/v2/" + repoA + "/blobs/" + blob.Digest.String(), nil}
+					if r := p.ask(p.at(node), q, ann.auth(p, repoA)); r.status != 404 {
+						t.Errorf("node %d gives %s: %v", node, blob.Digest, r)
+					}
+				}
+			}
+		})
+	}
 }
 
 // askOther asks node 0 about another registry.

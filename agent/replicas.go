@@ -241,7 +241,7 @@ func (r *replicas) locate(due map[digest.Digest]peer.Copy, tries map[digest.Dige
 		}
 		place := open[tries[d]%len(open)]
 		c.Registry, c.Repository = place.Registry, place.Name
-		_, c.Manifest = r.agent.cache.Meta().Manifest(d)
+		c.Manifest = r.agent.cache.Meta().MemberManifest(place, d)
 		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
 		due[d] = c
 	}

@@ -152,7 +152,7 @@ func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, acce
 // May asks the repository's home.
 func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) error {
 	err := s.Swarm.May(ctx, peer.Reference{
-		Registry: t.Registry, Repository: t.Repository, Tag: q.Reference, Blob: q.Blob, Known: q.Known,
+		Registry: t.Registry, Repository: t.Repository, Tag: q.Reference, Blob: q.Blob, Known: q.Known, Stored: q.Stored,
 		Authorization: t.Authorization, Node: asNode(t),
 	})
 	if errors.Is(err, peer.ErrImported) {
@@ -220,7 +220,7 @@ func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descri
 // May asks the registry whether it lets the asker read what r names.
 func (o swarmOrigin) May(ctx context.Context, r peer.Reference) error {
 	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
-	q := proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known}
+	q := proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known, Stored: r.Stored}
 	if r.Memory {
 		return refusalOf(o.agent.proxy.MayByMemory(t, q))
 	}

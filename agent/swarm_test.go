@@ -155,6 +155,28 @@ func TestStormCostsOneCopy(t *testing.T) {
 	}
 }
 
+// TestPathStormCostsNoMore: nodes whose runtime goes nowhere else once it has a manifest, as
+// CRI-O, have to know that the registry has each blob. It is asked once for all of them.
+func TestPathStormCostsNoMore(t *testing.T) {
+	nodes, reg, img, _ := newCluster(t, 4)
+	var pulls sync.WaitGroup
+	for _, node := range nodes {
+		pulls.Go(func() {
+			if err := node.pullByPath(t, img); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	pulls.Wait()
+	for d := range img.Blobs {
+		for _, method := range []string{"HEAD", "GET"} {
+			if got := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: d.String(), Method: method}); got > 1 {
+				t.Errorf("%d times %s %s", got, method, d)
+			}
+		}
+	}
+}
+
 // TestNewNodesKnowOldTags holds that nodes that come while the registry is down
 // pull by tag: with a tag_ttl of zero nothing is remembered but as stale, and
 // which node is a tag's home changes with each that comes.

@@ -165,6 +165,9 @@ type Reference struct {
 	Blob                 bool   // Tag is a blob's digest
 	// Known: that it belongs to the repository need not be found out.
 	Known bool
+	// Stored: whether upstream has it is what is asked; that it is known to belong to the
+	// repository is no answer.
+	Stored bool `json:",omitempty"`
 	// Memory: only what this node remembers counts; it is not the one to ask upstream.
 	Memory        bool
 	Accept        []string

@@ -73,7 +73,7 @@ type leave struct {
 func (r Reference) subject(method byte) key {
 	return sha256.Sum256([]byte(strings.Join([]string{
 		string(rune(method)), r.Registry, r.Repository, r.Tag, strings.Join(r.Accept, ","), r.Authorization,
-		strconv.FormatBool(r.Node), strconv.FormatBool(r.Blob), strconv.FormatBool(r.Known), strconv.FormatBool(r.Memory)}, "\x00")))
+		strconv.FormatBool(r.Node), strconv.FormatBool(r.Blob), strconv.FormatBool(r.Known), strconv.FormatBool(r.Stored), strconv.FormatBool(r.Memory)}, "\x00")))
 }
 
 // entry is the digest under which the index knows who has what r names, or

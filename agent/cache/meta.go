@@ -167,6 +167,40 @@ func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispe
 	}
 }
 
+// manifestMember ends the key of what is a member as a manifest.
+const manifestMember = "manifest"
+
+// AddManifests is AddMembers for what is a manifest by the registry's word: it served
+// them as such, or they are the images of an index. A blob may have the same bytes, and
+// registries look into no blob.
+func (m *Meta) AddManifests(r Repository, parent digest.Digest, manifests ...ocispec.Descriptor) {
+	m.AddMembers(r, parent, manifests...)
+	for _, d := range manifests {
+		m.db.put(bucketMembers, key(r.Registry, r.Name, string(d.Digest), manifestMember), nil)
+	}
+}
+
+// MemberManifest reports whether AddManifests was called.
+func (m *Meta) MemberManifest(r Repository, d digest.Digest) bool {
+	_, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), manifestMember))
+	return ok
+}
+
+// saidMember ends the key of a member that the registry itself has told of.
+const saidMember = "said"
+
+// SetSaid remembers that the registry itself said that d is in a repository: it gave it
+// there, or answered that it has it.
+func (m *Meta) SetSaid(r Repository, d digest.Digest) {
+	m.db.put(bucketMembers, key(r.Registry, r.Name, string(d), saidMember), nil)
+}
+
+// Said reports whether SetSaid was called.
+func (m *Meta) Said(r Repository, d digest.Digest) bool {
+	_, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), saidMember))
+	return ok
+}
+
 // Member reports whether d was seen in repository, and in which manifest.
 func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok bool) {
 	v, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))

@@ -72,6 +72,14 @@ type Question struct {
 	Reference string // tag or digest
 	Blob      bool   // Reference is a blob's digest, else a manifest's
 	Known     bool   // that it belongs to the repository is known already
+	Stored    bool   // that it belongs is not enough: the registry has to say that it has it
+}
+
+func (q Question) kind() Kind {
+	if q.Blob {
+		return KindBlob
+	}
+	return KindManifest
 }
 
 // authorizer decides who may read what. Every route with a repository asks it
@@ -87,7 +95,9 @@ type authorizer struct {
 	secret   *keyed // of this process
 	lasting  lasting
 	verdicts *recent[verdictKey, verdict]
-	members  *recent[blobKey, struct{}]    // belong to their repository
+	members  *recent[member, struct{}]     // belong to their repository
+	told     *recent[blobKey, struct{}]    // see said
+	here     func(digest.Digest) bool      // see Proxy.here
 	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
 	asks     *flights[askKey, struct{}]    // for callers of this node
 	homeAsks *flights[askKey, struct{}]    // for other nodes; apart, for the former wait for these
@@ -98,7 +108,8 @@ func newAuthorizer(opts Options, b *background) *authorizer {
 		upstream: opts.Upstream, swarm: opts.Swarm, meta: opts.Cache.Meta(), log: opts.Logger, budget: opts.FirstByteBudget, pinned: opts.Pinned,
 		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
 		verdicts: newRecent[verdictKey, verdict](maxRemembered),
-		members:  newRecent[blobKey, struct{}](maxRemembered),
+		members:  newRecent[member, struct{}](maxRemembered),
+		told:     newRecent[blobKey, struct{}](maxRemembered),
 		silent:   newRecent[verdictKey, struct{}](maxRemembered),
 		asks:     newFlights[askKey, struct{}](b), homeAsks: newFlights[askKey, struct{}](b),
 	}
@@ -175,40 +186,62 @@ func (a *authorizer) present(acc *access, authorization string) {
 	acc.who, acc.target.Authorization, acc.target.Anonymous = a.secret.sum(authorization), authorization, false
 }
 
-// permit returns nil once the caller may have d: it may read the repository, and
-// d belongs to that.
+// permit returns nil once the caller may have d as that kind: it may read the
+// repository, and d belongs to that.
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
-	key := keyOf(acc.target, d)
-	known := a.belongs(key)
-	if acc.allowed && known {
+	known := a.belongs(memberOf(acc.target, kind, d))
+	unproven := a.unproven(keyOf(acc.target, d), a.here)
+	if acc.allowed && known && !unproven {
 		return nil
 	}
-	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known})
+	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known, Stored: unproven})
 }
 
-// belongs reports whether d is known to be in its repository.
-func (a *authorizer) belongs(key blobKey) bool {
-	if a.members.has(key) {
+// member is what may be in a repository, as a manifest or else as a blob. Every manifest
+// that is may be had as a blob too; the other way round a blob would be believed what it
+// lists, although no registry has checked that.
+type member struct {
+	blobKey
+	manifest bool
+}
+
+func memberOf(t upstream.Target, kind Kind, d digest.Digest) member {
+	return member{keyOf(t, d), kind == KindManifest}
+}
+
+// belongs reports whether m is known to be in its repository.
+func (a *authorizer) belongs(m member) bool {
+	if a.members.has(m) {
 		return true
 	}
-	repository := cache.Repository{Registry: key.registry, Name: key.repository}
-	_, ok := a.meta.Member(repository, key.digest)
+	repository := cache.Repository{Registry: m.registry, Name: m.repository}
+	var ok bool
+	if m.manifest {
+		ok = a.meta.MemberManifest(repository, m.digest)
+	} else {
+		_, ok = a.meta.Member(repository, m.digest)
+	}
 	if !ok {
-		_, ok = a.pinned(repository, key.digest.String()) // by its manifest
+		_, ok = a.pinnedAs(repository, Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
 	}
 	if ok {
-		a.members.put(key, struct{}{}, membershipMemory)
+		a.members.put(m, struct{}{}, membershipMemory)
 	}
 	return ok
 }
 
-// enlist notes that the registry says that d is in a repository.
-func (a *authorizer) enlist(t upstream.Target, d ocispec.Descriptor) {
-	key := keyOf(t, d.Digest)
-	if d.Digest.Validate() == nil && !a.belongs(key) {
-		a.meta.AddMembers(cache.Repository{Registry: t.Registry, Name: t.Repository}, "", d)
-		a.members.put(key, struct{}{}, membershipMemory)
+// enlist notes that the registry says that d is in a repository, as that kind.
+func (a *authorizer) enlist(t upstream.Target, kind Kind, d ocispec.Descriptor) {
+	m := memberOf(t, kind, d.Digest)
+	if d.Digest.Validate() != nil || a.belongs(m) {
+		return
 	}
+	add := a.meta.AddMembers
+	if m.manifest {
+		add = a.meta.AddManifests
+	}
+	add(cache.Repository{Registry: t.Registry, Name: t.Repository}, "", d)
+	a.members.put(m, struct{}{}, membershipMemory)
 }
 
 // ask has the registry decide, once for all who ask the same now. When it
@@ -217,7 +250,7 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	patience := a.budget * 4 / 5
 	if stand, in := a.standsHere(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
 		patience = a.budget * 2 / 5
-		if stand.forOne() && a.silent.has(acc.key()) {
+		if (stand.forOne() || q.Stored) && a.silent.has(acc.key()) {
 			*acc = stand
 			return nil
 		}
@@ -240,7 +273,7 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	case ctx.Err() != nil:
 		return err
 	case upstream.IsNotFound(err), upstream.IsUnauthorized(err):
-		stand, in := a.keeps(*acc, q.Reference, err)
+		stand, in := a.keeps(*acc, q, err)
 		if !in {
 			return a.refuse(acc, kind, err)
 		}
@@ -251,13 +284,13 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	if !in || !q.Known {
 		return a.unknown(acc, err)
 	}
-	if stand.forOne() {
+	if stand.forOne() || q.Stored {
 		a.silent.put(acc.key(), struct{}{}, outageLife)
-		*acc = stand
-		return nil
 	}
 	*acc = stand
-	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+	if _, lasts := a.verdicts.get(acc.key()); !lasts && !stand.forOne() {
+		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+	}
 	return nil
 }
 
@@ -302,16 +335,16 @@ func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
 // he gets it if he may read the repository, or if that was public, or the node's, when the
 // registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
 // for this one thing.
-func (a *authorizer) keeps(acc access, ref string, no error) (access, bool) {
+func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
+	if _, ok := a.pinnedAs(acc.repository(), q); !ok {
+		return acc, false
+	}
 	v, ok := a.verdicts.get(acc.key())
 	refused := ok && !v.allowed || upstream.IsUnauthorized(no)
 	if refused || !acc.allowed {
-		if stand, in := a.shownPin(acc, ref); in || refused {
+		if stand, in := a.shownPin(acc, q.Reference); in || refused {
 			return stand, in
 		}
-	}
-	if _, ok := a.pinned(acc.repository(), ref); !ok {
-		return acc, false
 	}
 	switch {
 	case acc.allowed:
@@ -323,6 +356,13 @@ func (a *authorizer) keeps(acc access, ref string, no error) (access, bool) {
 	}
 	acc.allowed, acc.decision = true, decidedPinned
 	return acc, true
+}
+
+// pinnedAs is what is pinned under the reference of a question, if that is of the kind
+// that is asked for.
+func (a *authorizer) pinnedAs(r cache.Repository, q Question) (Pinned, bool) {
+	p, ok := a.pinned(r, q.Reference)
+	return p, ok && (q.Blob || p.Manifest)
 }
 
 // find asks the repository's home, and if that cannot say the registry itself.
@@ -361,6 +401,9 @@ func (a *authorizer) believable(registry string, err error) error {
 func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
 	for {
 		err := a.askOnce(ctx, t, q)
+		if err == nil {
+			a.sayAsked(t, q)
+		}
 		if !pauseFor(ctx, err) {
 			return a.withChallenge(ctx, t, q.Reference, err)
 		}
@@ -418,16 +461,22 @@ func (a *authorizer) learn(acc *access, q Question, err error) {
 	switch {
 	case errors.Is(err, ErrImported):
 		a.meta.SetImported(acc.repository(), q.Reference) // so that this node can tell others
-		if d, derr := digest.Parse(q.Reference); derr == nil {
-			a.enlist(acc.target, ocispec.Descriptor{Digest: d})
-		}
+		a.enlistAsked(acc.target, q)
 	case err == nil:
 		a.accept(acc)
-		if d, derr := digest.Parse(q.Reference); derr == nil {
-			a.enlist(acc.target, ocispec.Descriptor{Digest: d})
+		a.enlistAsked(acc.target, q)
+		if q.Stored {
+			a.sayAsked(acc.target, q)
 		}
 	case upstream.IsUnauthorized(err):
 		a.reject(acc, err)
+	}
+}
+
+// enlistAsked enlists what a question names by digest.
+func (a *authorizer) enlistAsked(t upstream.Target, q Question) {
+	if d, err := digest.Parse(q.Reference); err == nil {
+		a.enlist(t, q.kind(), ocispec.Descriptor{Digest: d})
 	}
 }
 

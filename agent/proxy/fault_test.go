@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -386,6 +388,30 @@ func TestPrivateRepository(t *testing.T) {
 			checkOCIError(t, n.get(pathManifest("v1")), 404, "MANIFEST_UNKNOWN")
 			checkOCIError(t, n.get(pathManifest(img.Digest.String())), 404, "MANIFEST_UNKNOWN")
 			checkOCIError(t, n.get(pathBlob(d)), 404, "BLOB_UNKNOWN")
+		}
+	}
+}
+
+// TestWebPageIsNoVerdict: a web page that a registry answers with, while it is maintained
+// or to who has not logged in, says of nothing that anybody may read it. What a caller
+// with a credential has brought here is no one else's then, nor afterwards.
+func TestWebPageIsNoVerdict(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}}
+	})
+	img := n.image(1000)
+	n.whole(img, "Authorization", "Basic YW5uOng=")
+	maintained := n.registry.Inject(registrytest.Match{}, registrytest.EvenUnauthorized(), registrytest.HTML())
+	for _, fault := range []*registrytest.Fault{maintained, nil} {
+		for _, d := range []digest.Digest{img.Layers[0].Digest, img.Digest} {
+			for _, path := range []string{blobPath(d), manifestPath(d.String())} {
+				if a := n.get(path); a.status == 200 {
+					t.Errorf("%s without a credential, maintained: %v: %d", path, fault != nil, a.status)
+				}
+			}
+		}
+		if fault != nil {
+			fault.Remove()
 		}
 	}
 }

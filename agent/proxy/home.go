@@ -85,7 +85,8 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	err = p.auth.withChallenge(ctx, t, tag, err)
 	p.auth.learn(&acc, Question{Reference: tag}, err)
 	if err == nil {
-		p.auth.enlist(t, desc)
+		p.auth.enlist(t, KindManifest, desc)
+		p.auth.say(keyOf(t, desc.Digest))
 	}
 	return desc, false, err
 }
@@ -112,7 +113,7 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 	switch {
 	case err != nil:
 		return err
-	case !q.Known && !p.auth.belongsTo(t, q):
+	case !q.Known && !p.auth.belongsTo(t, q), q.Stored && !p.auth.said(keyOf(t, digest.Digest(q.Reference))):
 		return errNotKnownHere
 	}
 	return p.auth.wasOpen(acc.repository(), q.Reference)
@@ -138,11 +139,14 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 	if err != nil {
 		return err
 	}
-	if acc.allowed && (q.Known || p.auth.belongsTo(t, q)) {
+	known := q.Known || p.auth.belongsTo(t, q)
+	key := keyOf(t, digest.Digest(q.Reference))
+	stored := p.deliverable.has(key) || q.Known && p.auth.meta.Said(acc.repository(), key.digest)
+	if acc.allowed && (known && !q.Stored || q.Stored && stored) {
 		return nil
 	}
 	open := p.auth.wasOpen(acc.repository(), q.Reference)
-	fallback := !errors.Is(open, errNotKnownHere) && (q.Known || p.auth.belongsTo(t, q))
+	fallback := !errors.Is(open, errNotKnownHere) && known && !q.Stored
 	if fallback {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, homePatience/2)
@@ -153,6 +157,9 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 		defer cancel()
 		err := p.auth.askRegistry(ctx, t, q)
 		p.auth.learn(&acc, q, err)
+		if err == nil && q.Stored {
+			p.deliverable.put(key, struct{}{}, deliverableMemory)
+		}
 		return struct{}{}, err
 	})
 	if fallback && mayServeStale(err) {
@@ -164,7 +171,7 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 // belongsTo is belongs for what a question names by digest.
 func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
 	d, err := digest.Parse(q.Reference)
-	return err == nil && a.belongs(keyOf(t, d))
+	return err == nil && a.belongs(memberOf(t, q.kind(), d))
 }
 
 // Keep brings a blob here from other nodes, for others, as far as this node may have it by
@@ -199,12 +206,12 @@ func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest
 func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	acc, err := p.homeAccess(t)
 	if err == nil && !acc.allowed {
-		err = p.look(ctx, &acc, kind, d)
+		err = p.look(ctx, &acc, kind, d, false)
 	}
 	if err != nil && !errors.Is(err, ErrImported) {
 		return err
 	}
-	p.auth.enlist(t, ocispec.Descriptor{Digest: d})
+	p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d})
 	return nil
 }
 
@@ -237,15 +244,16 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	if err != nil {
 		return err
 	}
-	if acc.allowed {
-		p.auth.enlist(t, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
+	unproven := p.auth.unproven(keyOf(t, d), p.around)
+	if acc.allowed && !unproven {
+		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil
 	}
-	err = p.look(ctx, &acc, kind, d)
+	err = p.look(ctx, &acc, kind, d, unproven)
 	if errors.Is(err, ErrImported) {
 		return nil
 	}
-	if err != nil && !final(err) && (t.Anonymous || p.auth.offline(&acc, d.String())) {
+	if err != nil && !final(err) && (acc.allowed || t.Anonymous || p.auth.offline(&acc, d.String())) {
 		// On a bad network nobody may know in time. Then the asker's word that the
 		// registry shows the repository to anyone counts: who refused it would drive
 		// every node to the registry.
@@ -256,10 +264,10 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 
 // look asks the repository's home whether what acc stands for may read the repository
 // that d is in, as another node says.
-func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
+func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Digest, stored bool) error {
 	ctx, cancel := context.WithTimeout(ctx, admitPatience)
 	defer cancel()
-	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true}
+	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: stored}
 	err := p.swarm.May(ctx, acc.target, q)
 	p.auth.learn(acc, q, err)
 	return err

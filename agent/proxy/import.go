@@ -56,7 +56,12 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 	target := upstream.Target{Registry: i.Registry, Repository: i.Repository}
 	for n, d := range slices.Concat(i.Manifests, i.Blobs) {
 		p.undelivered.forget(keyOf(target, d.Digest))
-		meta.AddMembers(r, "", d)
+		if n < len(i.Manifests) {
+			meta.AddManifests(r, "", d)
+		} else {
+			meta.AddMembers(r, "", d)
+		}
+		meta.SetSaid(r, d.Digest)
 		meta.AddGiver(d.Digest, i.Registry)
 		meta.SetImported(r, d.Digest.String())
 		if n%importBatch == importBatch-1 {

@@ -220,11 +220,12 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	}
 	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}
 	children := slices.Concat(o.children(), o.Manifests)
-	meta.AddMembers(repository, "", m.desc)
-	meta.AddMembers(repository, m.desc.Digest, children...)
+	meta.AddManifests(repository, "", m.desc)
+	meta.AddManifests(repository, m.desc.Digest, o.Manifests...)
+	meta.AddMembers(repository, m.desc.Digest, o.children()...)
 	p.list(t, children...)
 	if p.auth.wasPublic(repository) {
-		p.auth.show(repository, append(children, m.desc)...)
+		p.auth.show(repository, slices.DeleteFunc(append(children, m.desc), func(d ocispec.Descriptor) bool { return !p.auth.said(keyOf(t, d.Digest)) })...)
 	}
 	p.learned.put(key, struct{}{}, membershipMemory)
 	return nil

@@ -26,9 +26,9 @@ func pinning(img *registrytest.Image, public bool) func(cache.Repository, string
 		d := digest.Digest(ref)
 		switch _, blob := img.Blobs[d]; {
 		case ref == "v1":
-			return Pinned{img.Digest, public}, true
+			return Pinned{img.Digest, true, public}, true
 		case blob, d == img.Digest:
-			return Pinned{d, public}, true
+			return Pinned{d, !blob, public}, true
 		}
 		return Pinned{}, false
 	}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"time"
 
@@ -86,7 +87,7 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 	case p.has(t, blob.Digest), p.deliverable.has(key):
 		return nil
 	}
-	_, _, err := p.stat(ctx, t, blob.Digest)
+	err := p.askStored(ctx, t, blob.Digest)
 	if mayServeStale(err) && p.swarm != nil && p.swarm.Holds(blob.Digest) {
 		return nil // the index may be wrong, but the registry cannot help either
 	}
@@ -97,4 +98,20 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 	}
 	p.deliverable.put(key, struct{}{}, deliverableMemory)
 	return nil
+}
+
+// askStored returns nil if the registry says that it has d: to the repository's home, which
+// asks for all nodes, and else to this one.
+func (p *Proxy) askStored(ctx context.Context, t upstream.Target, d digest.Digest) error {
+	if p.swarm != nil {
+		err := p.auth.believable(t.Registry, p.swarm.May(ctx, t, Question{Reference: d.String(), Blob: true, Stored: true}))
+		switch {
+		case err == nil, errors.Is(err, ErrImported): // then another node has it
+			return nil
+		case final(err):
+			return err
+		}
+	}
+	_, _, err := p.stat(ctx, t, d)
+	return err
 }

@@ -70,6 +70,8 @@ type Options struct {
 // Pinned is what a pinned image has under a tag or a digest.
 type Pinned struct {
 	Digest digest.Digest
+	// Manifest says that it is one of the image's manifests, and not one of its blobs.
+	Manifest bool
 	// Public says that the registry showed the image to a request without any
 	// credential when it confirmed it last. Callers on this node get it then whatever
 	// the registry says of the repository later.
@@ -164,7 +166,7 @@ func New(opts Options) (*Proxy, error) {
 	m := newMetrics(opts.Registerer)
 	b := newBackground()
 	auth := newAuthorizer(opts, b)
-	return &Proxy{
+	p := &Proxy{
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
 		auth: auth, metrics: m, canary: canary,
 		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
@@ -179,7 +181,9 @@ func New(opts Options) (*Proxy, error) {
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
 		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},
-	}, nil
+	}
+	auth.here = p.here
+	return p, nil
 }
 
 func (o *Options) setDefaults() {

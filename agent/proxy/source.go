@@ -82,9 +82,13 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
+	undo := p.willAsk(keyOf(t, d))
 	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d)})
 	if errors.Is(err, cache.ErrForeign) {
 		p.log.Debug("here, but not from this registry", "digest", d, "registry", t.Registry, "repository", t.Repository)
+	}
+	if err != nil && ctx.Err() == nil { // else the fill goes on
+		undo()
 	}
 	if errors.Is(err, cache.ErrInvalidDigest) { // an algorithm that the cache does not keep
 		return nil, fmt.Errorf("%w: %w", cache.ErrNoRoom, err)
@@ -272,7 +276,7 @@ var _ cache.Given = fill{}
 
 func (s fill) Giver() string { return s.giver }
 
-func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
+func (s fill) fetch(ctx context.Context, f *cache.Fill) error {
 	p, t := s.p, s.t
 	if s.held {
 		err := p.swarm.FetchHeld(ctx, t, s.kind, f)

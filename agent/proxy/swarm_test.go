@@ -138,6 +138,36 @@ func halfOf(f *cache.Fill, body []byte) error {
 	return err
 }
 
+// TestPromiseBySwarm: a node without a way to the registry gives a manifest to a client
+// that goes nowhere else if the home says that the registry has what it lists, and only
+// then.
+func TestPromiseBySwarm(t *testing.T) {
+	for _, has := range []bool{true, false} {
+		var asked atomic.Int32
+		swarm := &swarmFunc{may: func(_ upstream.Target, q Question) error {
+			if !q.Stored {
+				return nil // to the caller
+			}
+			if asked.Add(1); has {
+				return nil
+			}
+			return &upstream.Error{Status: http.StatusNotFound}
+		}}
+		n := startNode(t, func(s *setup) { s.proxy.Swarm = swarm })
+		img := n.image(1000, 2000)
+		n.get(manifestPath("v1"))
+		n.registry.Inject(registrytest.Match{Kind: registrytest.Blob}, registrytest.Status(503))
+		for range 2 {
+			if a := n.get(pathManifest("v1")); (a.status == 200) != has {
+				t.Errorf("has %v: %d", has, a.status)
+			}
+		}
+		if got, want := int(asked.Load()), len(img.Layers)+1; has && got != want {
+			t.Errorf("%d questions for %d blobs", got, want)
+		}
+	}
+}
+
 // TestSwarmResolves: the home's word on a tag is taken, its silence is not.
 func TestSwarmResolves(t *testing.T) {
 	swarm := &swarmFunc{}

@@ -151,7 +151,7 @@ func (p *Proxy) suffices(acc *access, q tagQuery, found resolved) bool {
 // under it here, to those who may have that, else with the registry's own no.
 func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, error) {
 	pinned, ok := p.pinned(key)
-	stand, in := p.auth.keeps(*acc, pinned.desc.Digest.String(), err)
+	stand, in := p.auth.keeps(*acc, Question{Reference: pinned.desc.Digest.String()}, err)
 	if !ok || !in {
 		return resolved{}, p.auth.refuse(acc, KindManifest, err)
 	}
@@ -241,7 +241,8 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 
 // remember keeps what upstream says that a tag stands for.
 func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor) resolved {
-	p.auth.enlist(t, desc)
+	p.auth.enlist(t, KindManifest, desc)
+	p.auth.say(keyOf(t, desc.Digest))
 	p.list(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
 	if !known(desc.MediaType) {
@@ -270,7 +271,7 @@ func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if _, known := p.lastKnown(key); key.accept == "" && !known {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
-	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, desc)
+	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, KindManifest, desc)
 	found := resolved{desc: desc, stale: true}
 	p.fresh.put(key, found, p.tagTTL(key.registry))
 	return found

@@ -12,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -295,5 +296,110 @@ func TestManifestThatListsWhatIsNotIts(t *testing.T) {
 				t.Errorf("%s (%d): %s: %d", name, got.status, path, a.status)
 			}
 		}
+	}
+}
+
+// TestListedIsNotHad: a manifest that its registry has not checked (distribution serves
+// blobs as manifests, others take indexes of what they have not) opens nothing of another
+// repository that is here for those who may read that.
+func TestListedIsNotHad(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}, Anonymous: []string{"my/*"}}
+	})
+	secret := n.image(1000)
+	n.whole(secret, "Authorization", "Basic YW5uOng=")
+	layer, config := secret.Layers[0], digest.FromString("{}")
+	for mine, doc := range map[string][2]string{
+		"my/image": {ocispec.MediaTypeImageManifest, fmt.Sprintf(`"config":{"size":2,"digest":%q},"layers":[{"size":%d,"digest":%q}]`, config, layer.Size, layer.Digest)},
+		"my/index": {ocispec.MediaTypeImageIndex, fmt.Sprintf(`"manifests":[{"mediaType":%q,"size":%d,"digest":%q}]`, secret.MediaType, secret.Size, secret.Digest)},
+	} {
+		n.registry.PutBlob(mine, registrytest.Bytes([]byte("{}")))
+		n.registry.PutManifest(mine, doc[0], []byte(`{"schemaVersion":2,"mediaType":"`+doc[0]+`",`+doc[1]+`}`), "v1")
+		at := func(path string) string { return "/v2/" + mine + "/" + path + "?ns=" + host }
+		if a := n.get(at("manifests/v1")); a.status != 200 {
+			t.Fatalf("%s: %d %s", mine, a.status, a.body)
+		}
+		for _, path := range []string{"blobs/" + layer.Digest.String(), "blobs/" + secret.Digest.String(), "manifests/" + secret.Digest.String()} {
+			if a := n.get(at(path)); a.status != 404 {
+				t.Errorf("%s: %s: %d", mine, path, a.status)
+			}
+		}
+	}
+}
+
+// TestSharedIsAskedOnce: what two repositories have in common costs one question in the
+// second, and none where anybody may have it.
+func TestSharedIsAskedOnce(t *testing.T) {
+	for _, open := range []bool{false, true} {
+		n := startNode(t, func(s *setup) {
+			s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}}
+			if open {
+				s.registry.Auth = registrytest.Auth{}
+			}
+		})
+		header := []string{"Authorization", "Basic YW5uOng="}
+		if open {
+			header = nil
+		}
+		img := n.image(1000)
+		n.whole(img, header...)
+		n.registry.Put("team/other", img, "v1")
+		layer := img.Layers[0].Digest
+		n.get("/v2/team/other/manifests/v1?ns="+host, header...)
+		n.registry.ResetCounts()
+		for range 3 {
+			if a := n.get("/v2/team/other/blobs/"+layer.String()+"?ns="+host, header...); a.status != 200 || a.header.Get(headerSource) != "disk" {
+				t.Fatalf("open %v: %d from %s", open, a.status, a.header.Get(headerSource))
+			}
+		}
+		if got := n.registry.Count(registrytest.Match{}); open && got != 0 || !open && got != 1 {
+			t.Errorf("open %v: %d questions", open, got)
+		}
+	}
+}
+
+// TestBlobThatLooksLikeAManifest: registries look into no blob that is pushed, so what one
+// lists is no part of its repository either, however it is asked for. That the blob is
+// pinned, as a layer of some image, changes nothing.
+func TestBlobThatLooksLikeAManifest(t *testing.T) {
+	for _, pinned := range []bool{false, true} {
+		t.Run(fmt.Sprintf("pinned=%v", pinned), func(t *testing.T) {
+			const mine = "my/app"
+			n := startNode(t, func(s *setup) {
+				s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}, Anonymous: []string{"my/*"}}
+				s.proxy.Pinned = func(r cache.Repository, ref string) (Pinned, bool) {
+					return Pinned{Digest: digest.Digest(ref), Public: true}, pinned && r.Name == mine
+				}
+			})
+			secret := n.image(1000)
+			layer := secret.Layers[0]
+			for _, path := range []string{manifestPath("v1"), manifestPath(secret.Digest.String()), blobPath(layer.Digest)} {
+				if a := n.get(path, "Authorization", "Basic YW5uOng="); a.status != 200 {
+					t.Fatalf("%s: %d %s", path, a.status, a.body)
+				}
+			}
+			body := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":{"size":2,"digest":%q},"layers":[{"size":1000,"digest":%q}]}`,
+				ocispec.MediaTypeImageManifest, digest.FromString("{}"), layer.Digest)
+			blob := digest.FromBytes(body)
+			n.registry.PutBlob(mine, registrytest.Bytes(body))
+			if a := n.get("/v2/" + mine + "/blobs/" + blob.String() + "?ns=" + host); a.status != 200 {
+				t.Fatalf("the blob: %d %s", a.status, a.body)
+			}
+			for _, d := range []digest.Digest{layer.Digest, blob} {
+				await(t, "commit", func() bool { return n.cache.Has(d) })
+			}
+			if a := n.get("/v2/" + mine + "/manifests/" + blob.String() + "?ns=" + host); a.status != 404 {
+				t.Errorf("the blob as a manifest: %d", a.status)
+			}
+			if place := (cache.Repository{Registry: host, Name: mine}); pinned {
+				if _, listed := n.cache.Meta().Member(place, layer.Digest); listed {
+					t.Error("what it lists became a part of the repository")
+				}
+				return // for the pin of this test, every digest is
+			}
+			if a := n.get("/v2/" + mine + "/blobs/" + layer.Digest.String() + "?ns=" + host); a.status != 404 {
+				t.Errorf("what it lists: %d", a.status)
+			}
+		})
 	}
 }

@@ -349,7 +349,7 @@ func (st *stream) accept(resp *answer, ep *endpoint) (skip int64, err error) {
 	if resp.ContentLength < 0 {
 		return 0, fmt.Errorf("%w: a blob without Content-Length", ErrBadAnswer)
 	}
-	if mediaType(resp.Header.Get("Content-Type")) == "text/html" && st.src.known() != resp.ContentLength {
+	if webPage(resp.Response) && st.src.known() != resp.ContentLength {
 		return 0, fmt.Errorf("%w: a web page instead of a blob", ErrBadAnswer)
 	}
 	st.bodyEnd = resp.ContentLength

@@ -163,6 +163,24 @@ func TestThrottledRegistryIsLeftAlone(t *testing.T) {
 	}
 }
 
+// TestThrottledCallerIsAlone: a registry limits each account by itself, so what one client
+// is told of its own holds for no other's.
+func TestThrottledCallerIsAlone(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	reg.Inject(registrytest.Match{}, registrytest.Times(1), registrytest.TooManyRequests(30*time.Second))
+	c := clientOf(t, reg)
+	for i, tc := range []struct {
+		authorization string
+		throttled     bool
+	}{{"Bearer ann", true}, {"Bearer bob", false}, {"Bearer ann", true}, {"", false}} {
+		_, err := c.Resolve(t.Context(), Target{Registry: "test", Repository: repo, Authorization: tc.authorization}, "v1", nil)
+		if e, ok := errors.AsType[*Error](err); ok != tc.throttled || ok && e.Status != http.StatusTooManyRequests {
+			t.Errorf("request %d: %v", i, err)
+		}
+	}
+}
+
 func TestNoContact(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
 	r := registryOf(reg)

@@ -66,8 +66,8 @@ func (c *Client) send(ctx context.Context, ep *endpoint, t Target, q request) (*
 func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, s *session) (*answer, error) {
 	wrap := func(err error) error { return c.describe(err, ep, t, q) }
 	account := s.fingerprint
-	if t.Authorization != "" {
-		account = "forwarded" // the caller is throttled apart from us
+	if t.Authorization != "" { // the caller is throttled apart from us, and from others
+		account = fingerprint(authn.AuthConfig{RegistryToken: t.Authorization})
 	}
 	leave, err := ep.enter(ctx, q, account)
 	if err != nil {

@@ -278,14 +278,14 @@ func (c *Client) Stat(ctx context.Context, t Target, d digest.Digest) (size int6
 	return size, err
 }
 
-// statAt asks by HEAD and, where that does not tell (no length, or a signed
+// statAt asks by HEAD and, where that does not tell (no length, a web page, or a signed
 // redirect that is good for GET alone), by a GET of one byte.
 func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Digest) (int64, error) {
 	q := request{op: "stat", kind: kindBlob, method: http.MethodHead, path: "blobs/" + d.String()}
 	resp, err := c.send(ctx, ep, t, q)
 	if err == nil {
 		resp.Body.Close()
-		if resp.ContentLength >= 0 && resp.StatusCode == http.StatusOK {
+		if resp.ContentLength >= 0 && resp.StatusCode == http.StatusOK && !webPage(resp.Response) {
 			return resp.ContentLength, nil
 		}
 	} else if e, _ := errors.AsType[*Error](err); e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented && !errors.Is(err, ErrBadAnswer) {
@@ -296,14 +296,21 @@ func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Di
 		return 0, err
 	}
 	resp.Body.Close()
-	if resp.StatusCode == http.StatusPartialContent {
+	switch {
+	case resp.StatusCode == http.StatusPartialContent:
 		if _, _, total, err := parseContentRange(resp.Header.Get("Content-Range")); err == nil && total >= 0 {
 			return total, nil
 		}
-	} else if resp.ContentLength >= 0 {
+	case webPage(resp.Response): // whoever takes it for the blob takes a login for leave to read
+		return 0, c.describe(fmt.Errorf("%w: a web page instead of a blob", ErrBadAnswer), ep, t, q)
+	case resp.ContentLength >= 0:
 		return resp.ContentLength, nil
 	}
 	return 0, c.describe(fmt.Errorf("%w: no size", ErrBadAnswer), ep, t, q)
+}
+
+func webPage(resp *http.Response) bool {
+	return mediaType(resp.Header.Get("Content-Type")) == "text/html"
 }
 
 // Tags reads one page of tags. query is n and last, or what a former page's Next
@@ -336,11 +343,10 @@ func (c *Client) page(ctx context.Context, t Target, q request) (page Page, err 
 		if err != nil {
 			return err
 		}
-		mt := mediaType(resp.Header.Get("Content-Type"))
-		if mt == "text/html" || !json.Valid(body) {
+		if webPage(resp) || !json.Valid(body) {
 			return c.describe(errWebPage, ep, t, q)
 		}
-		page = Page{Body: body, ContentType: mt, Next: parseNext(resp.Header.Values("Link")), FiltersApplied: clip(resp.Header.Get("Oci-Filters-Applied"), 128)}
+		page = Page{Body: body, ContentType: mediaType(resp.Header.Get("Content-Type")), Next: parseNext(resp.Header.Values("Link")), FiltersApplied: clip(resp.Header.Get("Oci-Filters-Applied"), 128)}
 		return nil
 	})
 	return page, err
