@@ -137,6 +137,15 @@ func settle(c *Cache, d digest.Digest) {
 	if f != nil {
 		<-f.done
 	}
+	c.mu.Lock()
+	var busy chan struct{} // of what was booked, and is not yet told of
+	if b := c.blobs[d]; b != nil {
+		busy = b.busy
+	}
+	c.mu.Unlock()
+	if busy != nil {
+		<-busy
+	}
 }
 
 // TestBookedIsWrittenSoon: what is known of a blob, as who gave it, is on disk long
