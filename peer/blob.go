@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -123,7 +122,7 @@ type request struct {
 	piece  int
 	size   int
 	sent   time.Time
-	moved  atomic.Int64 // last bytes, UnixNano
+	moved  moment // last bytes
 	buf    []byte
 	got    int
 	gaveUp bool // guarded by blob.mu

@@ -767,7 +767,7 @@ func (b *blob) cameLocked() time.Time {
 	last := b.progress
 	for _, rs := range b.wants {
 		for _, r := range rs {
-			if t := time.Unix(0, r.moved.Load()); t.After(r.sent) && t.After(last) {
+			if t := r.moved.get(); t.After(r.sent) && t.After(last) {
 				last = t
 			}
 		}

@@ -38,9 +38,9 @@ type link struct {
 	dialed  bool
 	conn    net.Conn
 	records *recordConn  // under conn; nil without TLS
-	heard   atomic.Int64 // last bytes from the peer, UnixNano
+	heard   moment       // last bytes from the peer
 	spoke   atomic.Bool  // there were any
-	used    atomic.Int64 // last time a blob or a call needed the link
+	used    moment       // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
 
@@ -68,6 +68,15 @@ var (
 	errMembers    = errors.New("too many links")
 )
 
+// moment is a time that an atomic holds, by the monotonic clock: others set the wall clock,
+// and no peer is silent because of that.
+type moment struct{ since atomic.Int64 } // clockStart, nanoseconds
+
+var clockStart = time.Now()
+
+func (m *moment) set(t time.Time) { m.since.Store(int64(t.Sub(clockStart))) }
+func (m *moment) get() time.Time  { return clockStart.Add(time.Duration(m.since.Load())) }
+
 // heardConn notes when bytes arrive, so that a peer in the middle of a long
 // frame is not silent.
 type heardConn struct {
@@ -78,7 +87,7 @@ type heardConn struct {
 func (c heardConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
-		c.l.heard.Store(time.Now().UnixNano())
+		c.l.heard.set(time.Now())
 		c.l.spoke.Store(true)
 	}
 	return n, err
@@ -93,9 +102,9 @@ func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 	if tc, ok := conn.(*tls.Conn); ok {
 		l.records, _ = tc.NetConn().(*recordConn)
 	}
-	now := time.Now().UnixNano()
-	l.heard.Store(now)
-	l.used.Store(now)
+	now := time.Now()
+	l.heard.set(now)
+	l.used.set(now)
 	return l
 }
 
@@ -109,7 +118,7 @@ func (l *link) over() bool {
 	}
 }
 
-func (l *link) touch() { l.used.Store(time.Now().UnixNano()) }
+func (l *link) touch() { l.used.set(time.Now()) }
 
 // send queues control frames; it never blocks. Frames to a closed link are
 // dropped: its end is told to every blob anyway.
@@ -246,7 +255,7 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 		return err
 	}
 	r.got += n
-	r.moved.Store(time.Now().UnixNano())
+	r.moved.set(time.Now())
 	l.traffic.received.Add(int64(n))
 	if r.got == r.size && l.forget(id) != nil {
 		r.blob.received(r)
@@ -441,11 +450,11 @@ func (l *link) answered(a call) error {
 
 // tend pings a quiet link and closes a silent or idle one.
 func (l *link) tend(now time.Time, idle time.Duration) {
-	if now.UnixNano()-l.heard.Load() > int64(silence) {
+	if now.Sub(l.heard.get()) > silence {
 		l.close(errSilent)
 		return
 	}
-	if now.UnixNano()-l.used.Load() > int64(idle) {
+	if now.Sub(l.used.get()) > idle {
 		l.close(errIdle)
 		return
 	}

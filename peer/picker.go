@@ -128,7 +128,7 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 		return false
 	}
 	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
-	r.moved.Store(now.UnixNano())
+	r.moved.set(now)
 	_, known := b.proofLocked(piece)
 	if !best.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
 		return false
@@ -183,7 +183,7 @@ func (b *blob) expire(now time.Time) (slow []*link) {
 	for _, rs := range b.wants {
 		for _, r := range slices.Clone(rs) {
 			limit := max(pieceTime, 4*r.nb.took) + b.queueTime(r.size)
-			if now.Sub(time.Unix(0, r.moved.Load())) < limit {
+			if now.Sub(r.moved.get()) < limit {
 				continue
 			}
 			if r.nb.last.Before(r.sent) && now.Sub(b.progress) < limit/2 {

@@ -96,7 +96,7 @@ func (b *blob) tend(now time.Time) (slow []*link, idle time.Duration) {
 	if b.fill != nil {
 		b.lastUse = now
 		for _, nb := range b.nbrs {
-			nb.l.used.Store(now.UnixNano())
+			nb.l.used.set(now)
 		}
 		b.poke()
 	}
