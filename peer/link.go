@@ -294,21 +294,17 @@ func (l *link) request(r *request, w want) bool {
 func (l *link) next() (ctl []byte, u *upload, ok bool) {
 	for {
 		l.mu.Lock()
-		switch {
-		case l.closed != nil:
+		if l.closed != nil {
 			l.mu.Unlock()
 			return nil, nil, false
-		case len(l.out) > 0:
-			ctl, l.out, l.spare = l.out, l.spare[:0], nil
-		case len(l.bulk) > 0:
-			u = l.bulk[0]
 		}
-		if ctl != nil || u != nil {
-			l.lastTx = time.Now()
-			l.mu.Unlock()
-			return ctl, u, true
+		if ctl = l.controlLocked(); ctl == nil && len(l.bulk) > 0 {
+			u, l.lastTx = l.bulk[0], time.Now()
 		}
 		l.mu.Unlock()
+		if ctl != nil || u != nil {
+			return ctl, u, true
+		}
 		select {
 		case <-l.wake:
 		case <-l.done:
@@ -336,6 +332,48 @@ func (l *link) write() {
 	}
 }
 
+// limit waits for the upload budget, and goes on to send control frames: the peer would
+// take this node for dead.
+func (l *link) limit(n int) error {
+	if l.s.limiter == nil {
+		return nil
+	}
+	t := time.NewTimer(l.s.limiter.ReserveN(time.Now(), n).Delay())
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			return nil
+		case <-l.done:
+			return errLinkClosed
+		case <-l.wake:
+			ctl := l.control()
+			if len(ctl) == 0 {
+				continue
+			}
+			if err := l.put(ctl); err != nil {
+				return err
+			}
+			l.recycle(ctl)
+		}
+	}
+}
+
+// control takes the control frames that wait, if there are any.
+func (l *link) control() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.controlLocked()
+}
+
+func (l *link) controlLocked() (ctl []byte) {
+	if len(l.out) > 0 {
+		ctl, l.out, l.spare = l.out, l.spare[:0], nil
+		l.lastTx = time.Now()
+	}
+	return ctl
+}
+
 func (l *link) recycle(b []byte) {
 	if cap(b) > 64<<10 {
 		return
@@ -356,7 +394,7 @@ func (l *link) writeChunk(u *upload) error {
 		l.send(func(b []byte) []byte { return answer{id: u.id}.append(b, frameGone) })
 		return nil
 	}
-	if err := l.s.limit(l.done, n); err != nil {
+	if err := l.limit(n); err != nil {
 		return err
 	}
 	putDataHead(*b, u.id, uint32(u.off), n)

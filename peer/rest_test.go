@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 )
 
 // restNode is a simNode with a store like the cache: it loses blobs, may have no
@@ -467,4 +468,36 @@ func TestNoNeighbourByADeadLink(t *testing.T) {
 	if b.meet(l) {
 		t.Error("a neighbour by a link that has ended")
 	}
+}
+
+// TestLimitedIsNotSilent: a node that waits for its upload budget goes on to say that it
+// is there, and to answer.
+func TestLimitedIsNotSilent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(2, 40))
+		stop := running(t, nodes)
+		home, other := nodes[0], nodes[1]
+		if w.top() != home.simNode {
+			home, other = other, home
+		}
+		home.s.limiter = rate.NewLimiter(rate.Every(time.Second/20), 4*home.s.chunk) // a chunk takes 6 s
+		other.start(Want{Digest: w.images[0].digest, Registry: "registry.test", Repository: "app"})
+		wait(t.Context(), time.Second)
+		links := other.s.allLinks()
+		if len(links) != 1 {
+			t.Fatalf("%d links, want 1", len(links))
+		}
+		wait(t.Context(), 4*time.Second) // then a node that gets nothing turns to the registry itself
+		if links[0].over() {
+			t.Errorf("the link ended while the home waited for its budget: %v", links[0].closed)
+		}
+		member := home.s.self
+		began := time.Now()
+		_, err := other.s.askMember(t.Context(), &member, methodPermit, permitAsk{Digest: w.images[0].digest.String()}, &permitReply{})
+		if took := time.Since(began); err != nil || took > time.Second {
+			t.Errorf("the answer took %v: %v", took, err)
+		}
+		other.fills.Wait()
+		stop()
+	})
 }

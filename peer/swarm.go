@@ -286,22 +286,6 @@ func (s *Swarm) holders(k key, zone string) []string {
 	return s.index.holders(prefixOf(k), zone, namedHolders)
 }
 
-// limit waits for the upload budget.
-func (s *Swarm) limit(done <-chan struct{}, n int) error {
-	if s.limiter == nil {
-		return nil
-	}
-	r := s.limiter.ReserveN(time.Now(), n)
-	t := time.NewTimer(r.Delay())
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-done:
-		return errLinkClosed
-	}
-}
-
 func parseKey(d string) (key, error) {
 	algo, enc, ok := cutDigest(d)
 	if !ok || algo != string(digest.SHA256) || len(enc) != 64 {
