@@ -501,3 +501,23 @@ func TestLimitedIsNotSilent(t *testing.T) {
 		stop()
 	})
 }
+
+// TestBodyWithoutSize: a home that has waited in vain for a small blob's size, and gets
+// the blob while it writes its answer, is believed what it gives.
+func TestBodyWithoutSize(t *testing.T) {
+	world := newTestWorld()
+	n := world.node(t, "node-0")
+	d := world.add(1000, 1)
+	f := newMemBlob(d)
+	l := fuzzLink(n.s, nil)
+	x := &fetch{s: n.s, b: n.s.blob(blobID{key: sha256Of(d)}), f: f, w: Want{Digest: d}, tried: make(map[string]bool)}
+	if err := x.accept(t.Context(), &Member{Name: l.peer, Node: l.node}, l, joinReply{Body: world.bytes(d)}); err != nil {
+		t.Error(err)
+	}
+	if !x.whole() || f.verify() != nil {
+		t.Error("the blob was not taken")
+	}
+	if n.s.bans.has(l.node) {
+		t.Error("the home is banned")
+	}
+}
