@@ -45,8 +45,9 @@ type Swarm struct {
 	scratch  scratch
 	flying   atomic.Int64 // bytes of pieces asked for
 
-	strangers chan struct{} // a place each
-	hashers   chan struct{} // likewise
+	strangers  chan struct{} // a place each
+	hashers    chan struct{} // likewise
+	bigHashers chan struct{}
 
 	tasks sync.WaitGroup // every goroutine but Run's own
 
@@ -78,7 +79,7 @@ func New(cfg Config) (*Swarm, error) {
 	}
 	s := &Swarm{
 		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), bans: &bans{m: m, until: make(map[string]time.Time)},
-		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce),
+		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce), bigHashers: make(chan struct{}, hashersAtOnce),
 		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}
 	s.index = newIndex(s)
