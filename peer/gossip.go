@@ -282,25 +282,34 @@ func (g *gossip) unknown(addrs []string) []string {
 	return slices.DeleteFunc(addrs, func(a string) bool { return slices.Contains(known, a) })
 }
 
-// resolve turns Join into addresses.
-func (s *Swarm) resolve(ctx context.Context) (out []string) {
+// resolve turns Join into addresses. Names are looked up at the same time: one whose
+// server is dead takes all the time there is.
+func (s *Swarm) resolve(ctx context.Context) []string {
 	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	for _, j := range s.cfg.Join {
+	found := make([][]string, len(s.cfg.Join))
+	var names sync.WaitGroup
+	for i, j := range s.cfg.Join {
 		host, p, err := net.SplitHostPort(j)
 		if err != nil {
 			host, p = j, port
 		}
-		ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
-		if err != nil {
-			s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
-		}
-		for _, ip := range ips {
-			out = append(out, net.JoinHostPort(ip.IP.String(), p))
-		}
+		names.Go(func() { found[i] = s.lookUp(ctx, host, p) })
 	}
-	return out
+	names.Wait()
+	return slices.Concat(found...)
+}
+
+func (s *Swarm) lookUp(ctx context.Context, host, port string) (addrs []string) {
+	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
+	if err != nil {
+		s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
+	}
+	for _, ip := range ips {
+		addrs = append(addrs, net.JoinHostPort(ip.IP.String(), port))
+	}
+	return addrs
 }
 
 // NodeMeta implements memberlist.Delegate.
