@@ -225,6 +225,7 @@ func TestProblems(t *testing.T) {
 		{name: "port clash with every address", args: []string{"--metrics.listen=:5053"}, want: []string{"metrics.listen", "admin.listen has the same port"}},
 		{name: "peers without a key", args: []string{"--peer.join=10.0.0.2:5052"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "peers off loopback without a key", args: []string{"--peer.gossip=0.0.0.0:7777"}, want: []string{"peer.key_file", "larder keygen"}},
+		{name: "pieces where nobody looks", args: []string{"--peer.gossip=127.0.0.1:5052", "--peer.data=127.0.0.2:5051"}, want: []string{"peer.data", "127.0.0.1"}},
 		{name: "key file missing", args: []string{"--peer.key_file=/nonexistent/key"}, want: []string{"peer.key_file", "no such file"}},
 		{name: "key file with no key in it", args: []string{"--peer.key_file=/dev/null"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "zone too long", args: []string{"--peer.zone=" + strings.Repeat("z", 64)}, want: []string{"peer.zone", "63"}},

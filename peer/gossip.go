@@ -107,7 +107,8 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	s := g.s
 	c = memberlist.DefaultLANConfig()
 	c.Name = s.self.Name
-	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, bound); err != nil {
+	data, _, _ := net.SplitHostPort(s.cfg.Data) // it is bound already
+	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, bound, data); err != nil {
 		return nil, err
 	}
 	c.Label = gossipLabel
@@ -144,14 +145,16 @@ func splitAddr(addr string, port int) (string, int, error) {
 	return host, port, nil
 }
 
-// advertised is the address others use: as configured, or the one bound, or one
+// advertised is the address others use: as configured, or the first one bound, or one
 // that is not loopback, of IPv4 if there is one.
-func advertised(want, bound string) (string, error) {
+func advertised(want string, bound ...string) (string, error) {
 	if want != "" {
 		return want, nil
 	}
-	if ip, err := netip.ParseAddr(bound); err == nil && !ip.IsUnspecified() {
-		return bound, nil
+	for _, b := range bound {
+		if ip, err := netip.ParseAddr(b); err == nil && !ip.IsUnspecified() {
+			return b, nil
+		}
 	}
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
