@@ -95,6 +95,7 @@ type blob struct {
 	pass       pass              // this node's own
 	admitted   map[string]string // member: registry whose bytes it may have, see admit
 	turned     time.Time         // when somebody last closed on us
+	unproved   time.Time         // when a piece came of somebody whose digests do not count, see learn
 }
 
 // neighbour is another node that takes part in the blob.
@@ -444,6 +445,9 @@ func (b *blob) received(r *request) {
 	case f == nil || done:
 	case !known:
 		b.s.log.Debug("piece came without a digest that counts", "digest", b.d, "peer", r.nb.l.node)
+		b.mu.Lock()
+		b.unproved, r.nb.busy = now, now.Add(vouchWait)
+		b.mu.Unlock()
 	default:
 		err := b.write(f, r, by)
 		if err == nil {

@@ -19,6 +19,7 @@ const (
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
 	permitWait  = time.Second
+	vouchWait   = 500 * time.Millisecond  // between questions whose piece digests count
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	giveUpAfter = 20 * time.Second        // without progress and without a permit
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
@@ -493,7 +494,8 @@ func (x *fetch) takePart(ctx context.Context) error {
 				return nil // the next home
 			}
 		case now.Sub(x.joinedAt) > renew, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
-			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second:
+			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second,
+			x.b.unprovedAfter(rejoined) && now.Sub(rejoined) > vouchWait:
 			rejoined = now
 			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
 				return nil // the next home
@@ -501,6 +503,14 @@ func (x *fetch) takePart(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// unprovedAfter reports whether pieces came since of somebody whom the home did not vouch
+// for: it may have let him fetch from upstream meanwhile.
+func (b *blob) unprovedAfter(t time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.unproved.After(t)
 }
 
 // rejoin renews the lease and asks for more neighbours.

@@ -575,6 +575,23 @@ func TestHomeSlowGoingOut(t *testing.T) {
 	})
 }
 
+// TestPermitIsKnown: where the home gives next to nothing, all learn soon that another node
+// was let fetch the blob, and do not take its pieces in vain until they do.
+func TestPermitIsKnown(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		c := baseSim(30, 200)
+		c.rate, c.origin = 800*mbit, 800*mbit
+		w := c.world(t)
+		top := w.top()
+		top.s.limiter = rate.NewLimiter(rate.Every(time.Second/500), 4*top.s.chunk)
+		r := w.play(t)
+		t.Log(r)
+		if r.slowest > 9*time.Second || r.sent > 1.1 || r.copies > 2 || len(r.failed) > 0 {
+			t.Errorf("%v %v", r, r.failed)
+		}
+	})
+}
+
 // TestStormOfThousand is the one behind `make sim`.
 func TestStormOfThousand(t *testing.T) {
 	if os.Getenv("LARDER_SIM") == "" {
