@@ -405,7 +405,7 @@ func (b *blob) failed(r *request, why failure) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
 	b.giveUpLocked(r)
-	if why == failGone && r.nb.have.has(r.piece) && b.fits(r.nb) {
+	if why == failGone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
 		// It said it had it. Believe it no more for this piece.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--

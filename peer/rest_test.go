@@ -521,3 +521,30 @@ func TestBodyWithoutSize(t *testing.T) {
 		t.Error("the home is banned")
 	}
 }
+
+// TestGoneAndLeft: a neighbour's word that it has a piece no more, which comes while the
+// neighbour is dropped, takes the piece off what neighbours have once. Else a home would
+// take it for held by 65,535 of them, and not fetch it.
+func TestGoneAndLeft(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	l := fuzzLink(n.s, nil)
+	b := n.s.blob(blobID{key: key{1}})
+	if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil || !b.setSize(3<<20) {
+		t.Fatal(err)
+	}
+	has := newBitmap(b.n)
+	has.set(0)
+	b.opened(l, open{blob: b.id, size: b.size, pieceSize: b.pieceSize, have: has})
+	b.mu.Lock()
+	b.idleLocked(time.Now())
+	asked := b.askOne(0, nil, false, time.Now())
+	b.mu.Unlock()
+	r := l.forget(1) // as the link's reader does before it tells the blob
+	if !asked || r == nil || !b.left(l) {
+		t.Fatal("nothing was asked of a neighbour")
+	}
+	b.failed(r, failGone)
+	if start, end := b.lost(0, b.size); start != 0 || end != b.size {
+		t.Errorf("lost [%d, %d), want everything: piece 0 is with %d neighbours", start, end, b.avail[0])
+	}
+}
