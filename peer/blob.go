@@ -422,7 +422,7 @@ func (b *blob) busy(r *request, a answer) {
 	b.failed(r, failBusy)
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
-	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, false, now) {
+	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
 		r.nb.busy = now.Add(wait)
 	}
 	b.mu.Unlock()

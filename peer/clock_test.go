@@ -29,7 +29,7 @@ func TestClockIsSet(t *testing.T) {
 		b.opened(l, open{blob: b.id, size: b.size, pieceSize: b.pieceSize, have: whole})
 		b.mu.Lock()
 		b.idleLocked(time.Now())
-		if !b.askOne(0, nil, false, time.Now()) {
+		if !b.askOne(0, nil, time.Now()) {
 			t.Fatal("nothing is asked")
 		}
 		b.mu.Unlock()

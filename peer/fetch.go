@@ -370,7 +370,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
-	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
+	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
 	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = x.more(m.Name), x.fetched()

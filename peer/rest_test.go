@@ -537,7 +537,7 @@ func TestGoneAndLeft(t *testing.T) {
 	b.opened(l, open{blob: b.id, size: b.size, pieceSize: b.pieceSize, have: has})
 	b.mu.Lock()
 	b.idleLocked(time.Now())
-	asked := b.askOne(0, nil, false, time.Now())
+	asked := b.askOne(0, nil, time.Now())
 	b.mu.Unlock()
 	r := l.forget(1) // as the link's reader does before it tells the blob
 	if !asked || r == nil || !b.left(l) {

@@ -288,7 +288,6 @@ type want struct {
 	blob       blobID
 	piece      uint32
 	needDigest bool
-	urgent     bool
 }
 
 func (w want) append(b []byte) []byte {
@@ -296,15 +295,14 @@ func (w want) append(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, w.id)
 		b = w.blob.append(b)
 		b = binary.BigEndian.AppendUint32(b, w.piece)
-		return append(b, flag(w.needDigest, 1)|flag(w.urgent, 2))
+		return append(b, flag(w.needDigest, 1))
 	})
 }
 
 func parseWant(p []byte) (want, error) {
 	c := cursor{b: p}
 	w := want{id: c.u32(), blob: c.blob(), piece: c.u32()}
-	f := c.u8()
-	w.needDigest, w.urgent = f&1 != 0, f&2 != 0
+	w.needDigest = c.u8()&1 != 0
 	if w.piece >= maxPieces {
 		return want{}, errWire
 	}
