@@ -49,3 +49,21 @@ func TestClockIsSet(t *testing.T) {
 		look(10*time.Second, true)
 	}
 }
+
+// TestStoodStill: a process that stood still for seconds, while its machine was moved, takes
+// nobody for silent before it has read what came meanwhile. It would count as alone.
+func TestStoodStill(t *testing.T) {
+	for stood, over := range map[time.Duration]bool{tendEvery: true, silence + time.Second: false} {
+		n := newTestWorld().node(t, "node-0")
+		n.kill() // it does not look by itself
+		l := fuzzLink(n.s, nil)
+		n.s.links[l.peer] = l
+		now := time.Now()
+		l.heard.set(now.Add(-silence - time.Millisecond))
+		n.s.tendLinks(now, stood)
+		if l.over() != over {
+			t.Errorf("%v after it had looked before, a link of which it read nothing for longer than that is over: %t", stood, l.over())
+		}
+		l.close(errIdle)
+	}
+}
