@@ -548,3 +548,27 @@ func TestGoneAndLeft(t *testing.T) {
 		t.Errorf("lost [%d, %d), want everything: piece 0 is with %d neighbours", start, end, b.avail[0])
 	}
 }
+
+// TestAloneAmongNewcomers: that members join, as they do all the time where an autoscaler
+// is at work, reaches nobody. Only where there are few may the newcomer be the one that was missed.
+func TestAloneAmongNewcomers(t *testing.T) {
+	for others, stays := range map[int]bool{1: false, mostStrikes - 1: false, 20: true} {
+		r := newRoster()
+		r.self = "self~00000000001"
+		r.set(Member{Name: r.self, Node: "self", Home: true})
+		for i := range others {
+			name := fmt.Sprint("other-", i)
+			r.set(Member{Name: startName(name, 1), Node: name, Home: true})
+		}
+		for i := range min(others, mostStrikes) {
+			r.unreachable(startName(fmt.Sprint("other-", i), 1))
+		}
+		if got := r.homes(key{}, "", false); len(got) != 1 {
+			t.Errorf("%d others, none of them reached: %d homes, want this node alone", others, len(got))
+		}
+		r.set(Member{Name: startName("newcomer", 1), Node: "newcomer", Home: true})
+		if got := r.homes(key{}, "", false); len(got) == 1 != stays {
+			t.Errorf("%d others and a newcomer: %d homes, alone is to be %t", others, len(got), stays)
+		}
+	}
+}
