@@ -434,9 +434,9 @@ func (l *link) start(u *upload) bool {
 	return true
 }
 
-// call asks the peer and waits for the answers; each is given to got in turn.
+// call asks the peer and waits for the answer, which is given to got.
 func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
-	answers := make(chan call, 4)
+	answer := make(chan call, 1)
 	l.mu.Lock()
 	if l.closed != nil {
 		l.mu.Unlock()
@@ -444,7 +444,7 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 	}
 	l.nextID++
 	id := l.nextID
-	l.calls[id] = answers
+	l.calls[id] = answer
 	l.out = call{id: id, method: method, body: body}.append(l.out, frameCall)
 	l.mu.Unlock()
 	l.touch()
@@ -454,36 +454,26 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 		delete(l.calls, id)
 		l.mu.Unlock()
 	}()
-	for {
-		select {
-		case a, ok := <-answers:
-			if !ok {
-				return errLinkClosed
-			}
-			if err := got(a); err != nil || !a.more {
-				return err
-			}
-		case <-ctx.Done():
-			return ctx.Err()
+	select {
+	case a, ok := <-answer:
+		if !ok {
+			return errLinkClosed
 		}
+		return got(a)
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
-// answered gives an answer to whoever asked. A peer that sends more answers
-// than were taken in time breaks its own link.
+// answered gives an answer to whoever asked.
 func (l *link) answered(a call) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c, ok := l.calls[a.id]
-	if !ok {
-		return nil
+	if c, ok := l.calls[a.id]; ok {
+		delete(l.calls, a.id) // there is one
+		c <- a
 	}
-	select {
-	case c <- a:
-		return nil
-	default:
-		return fmt.Errorf("%w: answers pile up", errWire)
-	}
+	return nil
 }
 
 // tend pings a quiet link and closes a silent or idle one.
