@@ -83,7 +83,7 @@ type PeerConfig struct {
 	Name                    string   `key:"name" default:"" shown:"host name" help:"this node's name in the cluster; unique"`
 	Gossip                  string   `key:"gossip" default:":5052" help:"listen address for membership and the blob index (TCP and UDP)"`
 	Data                    string   `key:"data" default:":5051" help:"listen address for pieces (mutual TLS)"`
-	Advertise               string   `key:"advertise" default:"" shown:"first non-loopback address" help:"IP address other nodes reach this one at"`
+	Advertise               string   `key:"advertise" default:"" shown:"first non-loopback address" help:"IP address other nodes reach this one at; the one that peer.gossip or peer.data names, if any"`
 	Join                    []string `key:"join" default:"" help:"host:port or DNS names of other nodes, resolved again and again"`
 	KeyFile                 string   `key:"key_file" default:"" help:"file with the cluster key (larder keygen); required unless everything is loopback"`
 	Zone                    string   `key:"zone" default:"" help:"failure or network zone; pieces come from the same zone first"`

@@ -229,6 +229,7 @@ func TestProblems(t *testing.T) {
 		{name: "no port to join at", args: []string{"--peer.join=127.0.0.1:99999,127.0.0.2:,127.0.0.3:0,[::1]:5052,::1"}, more: true, want: []string{"127.0.0.1:99999", "127.0.0.2:\" (", "127.0.0.3:0", "want host:port"}},
 		{name: "peers without a key", args: []string{"--peer.join=10.0.0.2:5052"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "peers off loopback without a key", args: []string{"--peer.gossip=0.0.0.0:7777"}, want: []string{"peer.key_file", "larder keygen"}},
+		{name: "pieces where nobody looks", args: []string{"--peer.gossip=127.0.0.1:5052", "--peer.data=127.0.0.2:5051"}, want: []string{"peer.data", "127.0.0.1"}},
 		{name: "key file missing", args: []string{"--peer.key_file=/nonexistent/key"}, want: []string{"peer.key_file", "no such file"}},
 		{name: "key file with no key in it", args: []string{"--peer.key_file=/dev/null"}, want: []string{"peer.key_file", "larder keygen"}},
 		{name: "zone too long", args: []string{"--peer.zone=" + strings.Repeat("z", 64)}, want: []string{"peer.zone", "63"}},

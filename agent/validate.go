@@ -268,6 +268,9 @@ func (v *validator) peerAddresses(c PeerConfig) {
 			v.bad("peer.advertise", c.Advertise, "want the IP address at which other nodes reach this one")
 		}
 	}
+	if c.Advertise == "" && gossip.addr.IsValid() && data.addr.IsValid() && gossip.addr != data.addr {
+		v.bad("peer.data", c.Data, "other nodes look for it at %s, the address of peer.gossip; name that one, or none, or set peer.advertise", gossip.host)
+	}
 	for i, j := range c.Join {
 		if slices.Index(c.Join, j) < i {
 			v.bad("peer.join", j, "is listed twice")

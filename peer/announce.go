@@ -28,7 +28,9 @@ const (
 	vectorEntry   = 12
 	deltaPause    = 3 * time.Second // gossip mostly closes a gap by itself
 	deltasAtOnce  = 4
-	maxPatience   = 4               // times deltaPause
+	maxPatience   = 4                // times deltaPause
+	settleLeast   = 10 * time.Second // after its start a node may still hear of what it missed
+	settleMost    = time.Minute
 	lookOver      = 5 * time.Minute // after which blobs with few known holders are announced after all
 	indexMessage  = 1               // type bytes
 	indexVector   = 2
@@ -49,7 +51,14 @@ type holding struct{ announced bool }
 
 type waiting struct {
 	at     time.Time
+	most   time.Duration // that it could have had to wait
 	prefix uint64
+}
+
+// wait is when to announce a blob, if by then not many are known to have it.
+func (x *index) wait(now time.Time, p uint64) waiting {
+	most := min(announceMost, time.Duration(len(x.s.roster.view.Load().all))*announceNode)
+	return waiting{now.Add(rand.N(most + 1)), most, p}
 }
 
 // op is one change of what a member holds.
@@ -75,7 +84,6 @@ func (s *Swarm) Announce(d digest.Digest) {
 		return
 	}
 	x := s.index
-	most := min(announceMost, time.Duration(len(s.roster.view.Load().all))*announceNode)
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
 	p := prefixOf(k)
@@ -83,7 +91,7 @@ func (s *Swarm) Announce(d digest.Digest) {
 		return
 	}
 	x.own.held[p] = &holding{}
-	x.own.due = append(x.own.due, waiting{time.Now().Add(rand.N(most + 1)), p})
+	x.own.due = append(x.own.due, x.wait(time.Now(), p))
 }
 
 // Withdraw says that this node is about to lose the blob. It returns once no
@@ -152,22 +160,32 @@ func (x *index) gauge() {
 	x.s.metrics.holders.Set(float64(x.postings))
 }
 
-// ripen announces what waited long enough and is still worth a message.
+// ripen announces what waited long enough and is still worth a message. After a start
+// that can be said when this node has met the others, and knows what they have: else each
+// node that restarts would tell all others of all its blobs.
 func (x *index) ripen(now time.Time) {
+	x.mu.Lock()
+	newcomer := !x.settled && x.behind >= manyLate
+	x.settled = x.settled || !newcomer && now.Sub(x.begun) > settleLeast || now.Sub(x.begun) > settleMost
+	x.mu.Unlock()
 	x.own.mu.Lock()
 	var ripe []uint64
-	x.own.due = slices.DeleteFunc(x.own.due, func(w waiting) bool {
-		if now.Before(w.at) {
-			return false
+	var due []waiting
+	for _, w := range x.own.due {
+		if now.Before(w.at) || newcomer && now.Sub(w.at) < announceMost {
+			due = append(due, w)
+		} else if again := x.wait(now, w.prefix); again.most > 2*w.most {
+			due = append(due, again)
+		} else {
+			ripe = append(ripe, w.prefix)
 		}
-		ripe = append(ripe, w.prefix)
-		return true
-	})
+	}
+	x.own.due = due
 	if now.Sub(x.own.looked) > lookOver {
 		x.own.looked = now
 		for p, h := range x.own.held {
 			if !h.announced {
-				x.own.due = append(x.own.due, waiting{now.Add(rand.N(lookOver)), p})
+				x.own.due = append(x.own.due, waiting{now.Add(rand.N(lookOver)), lookOver, p})
 			}
 		}
 	}

@@ -183,6 +183,30 @@ func TestRottenSeed(t *testing.T) {
 	w.within(t, d, 2)
 }
 
+// TestSeedBesideLargeOnes: who hashes blobs of many gigabytes, which takes minutes, gives a
+// small one meanwhile.
+func TestSeedBesideLargeOnes(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	d := w.add(3<<20, 1)
+	home, others := homeOf(d, nodes)
+	ctx, cancel := context.WithCancel(t.Context())
+	var hashed sync.WaitGroup
+	for range 2 * hashersAtOnce {
+		hashed.Go(func() {
+			_ = home.s.hashing(ctx, 50<<30, func() error { <-ctx.Done(); return nil }) // ends with ctx
+		})
+	}
+	waitFor(t, func() bool { return len(home.s.hashers)+len(home.s.bigHashers) == hashersAtOnce })
+	home.give(d)
+	others[0].wantOK(d)
+	if n := w.requests.Load(); n > 0 {
+		t.Errorf("%d requests to the registry for what a peer holds", n)
+	}
+	cancel()
+	hashed.Wait()
+}
+
 func TestSlowSeed(t *testing.T) {
 	w := newTestWorld()
 	slow := w.node(t, "slow", func(c *Config) { c.MaxUploadBytesPerSecond = 64 << 10 })

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -96,6 +95,7 @@ type blob struct {
 	pass       pass              // this node's own
 	admitted   map[string]string // member: registry whose bytes it may have, see admit
 	turned     time.Time         // when somebody last closed on us
+	unproved   time.Time         // when a piece came of somebody whose digests do not count, see learn
 }
 
 // neighbour is another node that takes part in the blob.
@@ -123,7 +123,7 @@ type request struct {
 	piece  int
 	size   int
 	sent   time.Time
-	moved  atomic.Int64 // last bytes, UnixNano
+	moved  moment // last bytes
 	buf    []byte
 	got    int
 	gaveUp bool // guarded by blob.mu
@@ -405,7 +405,7 @@ func (b *blob) failed(r *request, why failure) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
 	b.giveUpLocked(r)
-	if why == failGone && r.nb.have.has(r.piece) && b.fits(r.nb) {
+	if why == failGone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
 		// It said it had it. Believe it no more for this piece.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--
@@ -422,7 +422,7 @@ func (b *blob) busy(r *request, a answer) {
 	b.failed(r, failBusy)
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
-	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, false, now) {
+	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
 		r.nb.busy = now.Add(wait)
 	}
 	b.mu.Unlock()
@@ -445,6 +445,9 @@ func (b *blob) received(r *request) {
 	case f == nil || done:
 	case !known:
 		b.s.log.Debug("piece came without a digest that counts", "digest", b.d, "peer", r.nb.l.node)
+		b.mu.Lock()
+		b.unproved, r.nb.busy = now, now.Add(vouchWait)
+		b.mu.Unlock()
 	default:
 		err := b.write(f, r, by)
 		if err == nil {

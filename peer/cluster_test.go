@@ -523,3 +523,16 @@ func TestResolveOnce(t *testing.T) {
 		t.Logf("members gauge is %v without gossip", n)
 	}
 }
+
+// TestAdvertisesWhatDataListensOn: on a host with several addresses, of which peer.data
+// names one, others are told that one, for they find pieces where they find gossip.
+func TestAdvertisesWhatDataListensOn(t *testing.T) {
+	w := newTestWorld()
+	first := w.node(t, "node-0", func(c *Config) { c.Gossip, c.Data = ":0", "127.0.0.2:0" })
+	second := w.node(t, "node-1", gossiping(first))
+	wantMembers(t, 2, first, second)
+	m, _ := second.s.roster.get(first.s.self.Name)
+	if _, err := second.s.connect(t.Context(), m); err != nil {
+		t.Errorf("others are told %s: %v", m.Addr, err)
+	}
+}

@@ -33,7 +33,7 @@ type Config struct {
 
 	// Gossip and Data are listen addresses (host:port); with an empty Gossip the
 	// node stays alone. Advertise is the IP address told to others; empty means
-	// the one bound, or the first that is not loopback. Join lists hosts, with or
+	// the one bound, of Gossip or else of Data, or the first that is not loopback. Join lists hosts, with or
 	// without a port; names are looked up again for as long as Run runs.
 	Gossip, Data, Advertise string
 	Join                    []string

@@ -20,6 +20,7 @@ const (
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
 	permitWait  = time.Second
+	vouchWait   = 500 * time.Millisecond  // between questions whose piece digests count
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	giveUpAfter = 20 * time.Second        // without progress and without a permit
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
@@ -373,7 +374,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, reply joinReply, err error) {
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
-	ask.Authorization, ask.Node, ask.Zone, ask.Have = x.w.Authorization, x.w.Node, x.s.cfg.Zone, x.b.held()
+	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
 	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = x.more(m.Name, x.tried), x.fetched()
@@ -455,9 +456,12 @@ func (x *fetch) meet(ctx context.Context, name string) {
 
 // inline takes a small blob that came with the answer.
 func (x *fetch) inline(l *link, body []byte) error {
-	if x.f.Size() != int64(len(body)) || key(sha256.Sum256(body)) != x.b.k {
+	if key(sha256.Sum256(body)) != x.b.k {
 		x.s.ban(l, banDigest)
 		return errWrongBlob
+	}
+	if err := x.b.fix(x.f, int64(len(body))); err != nil { // the home may have learned the size last
+		return fmt.Errorf("home %s: %w", l.node, err)
 	}
 	_, err := x.f.From(l.node).WriteAt(body, 0)
 	return err
@@ -497,7 +501,8 @@ func (x *fetch) takePart(ctx context.Context) error {
 				return nil // the next home
 			}
 		case now.Sub(x.joinedAt) > renew, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
-			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second:
+			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second,
+			x.b.unprovedAfter(rejoined) && now.Sub(rejoined) > vouchWait:
 			rejoined = now
 			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
 				return nil // the next home
@@ -505,6 +510,14 @@ func (x *fetch) takePart(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// unprovedAfter reports whether pieces came since of somebody whom the home did not vouch
+// for: it may have let him fetch from upstream meanwhile.
+func (b *blob) unprovedAfter(t time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.unproved.After(t)
 }
 
 // rejoin renews the lease and asks for more neighbours.
@@ -775,7 +788,7 @@ func (b *blob) cameLocked() time.Time {
 	last := b.progress
 	for _, rs := range b.wants {
 		for _, r := range rs {
-			if t := time.Unix(0, r.moved.Load()); t.After(r.sent) && t.After(last) {
+			if t := r.moved.get(); t.After(r.sent) && t.After(last) {
 				last = t
 			}
 		}

@@ -136,7 +136,7 @@ func FuzzQuestions(f *testing.F) {
 	missed := digest.FromString("missed")
 	for _, d := range []digest.Digest{held, missed, "sha256:00"} {
 		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Registry: "r", Repository: "a", Have: 3, Pass: true}))
-		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Peek: true, Stalled: true, Manifest: true, Zone: "z"}))
+		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Peek: true, Stalled: true, Manifest: true}))
 		f.Add(methodJoin, marshal(joinAsk{Digest: d.String(), Attempt: 1}))
 		f.Add(methodPermit, marshal(permitAsk{Digest: d.String(), Attempt: 1}))
 	}

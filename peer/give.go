@@ -69,8 +69,24 @@ func (b *blob) refused(u *upload) {
 	if u.hinted && u.given > 0 {
 		u.hint = b.hintLocked(u.l)
 	}
+	b.notGivenLocked(u)
+}
+
+// notGiven takes back that a piece was given: the peer cancelled it, or its link ended.
+func (b *blob) notGiven(u *upload) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !u.foreign {
+		b.notGivenLocked(u)
+	}
+}
+
+func (b *blob) notGivenLocked(u *upload) {
+	if b.given[u.piece] == 0 { // it counts anew, see forgetGiven
+		return
+	}
 	b.given[u.piece]--
-	if b.given[u.piece] == 0 {
+	if b.given[u.piece] == 0 && b.have.has(u.piece) {
 		b.fresh++
 	}
 }

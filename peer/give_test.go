@@ -3,6 +3,8 @@ package peer
 import (
 	"testing"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // uploadsOf makes a node's upload queue with links that never write.
@@ -94,5 +96,40 @@ func TestUploadsTurnAway(t *testing.T) {
 	q.tend()
 	if len(q.active) != before+1 {
 		t.Error("a slow receiver keeps its slot")
+	}
+}
+
+// TestCutIsNotGiven: a piece that was asked for and cancelled before its end, or whose
+// link ended, is as good as never given. If it counted, a home with a slow uplink, whose
+// askers lose their patience, would have nothing left that comes first.
+func TestCutIsNotGiven(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	n.s.limiter = rate.NewLimiter(rate.Every(time.Hour), 1) // nothing leaves
+	b := n.s.blob(blobID{key: key{1}})
+	if !b.setSize(8 * PieceSize(1)) {
+		t.Fatal("no pieces")
+	}
+	b.offer(0, b.n)
+	l := fuzzLink(n.s, nil)
+	b.admit(l.peer, "")
+	fresh := func() int { b.mu.Lock(); defer b.mu.Unlock(); return b.fresh }
+	for i := range b.n {
+		b.asked(l, want{id: uint32(i + 1), blob: b.id, piece: uint32(i)})
+	}
+	if got := fresh(); got != 0 {
+		t.Fatalf("%d pieces were never given, want 0", got)
+	}
+	b.s.uploads.cancel(l, uint32(b.n)) // waits
+	b.s.uploads.cancel(l, 1)           // is under way
+	l.bulk[0].off = 100
+	l.endUpload(l.bulk[0]) // as the writer does
+	if got := fresh(); got != 2 {
+		t.Errorf("%d pieces count as never given after two were cancelled, want 2", got)
+	}
+	l.close(errIdle)
+	b.s.uploads.drop(l)
+	_ = l.settle() // says why it ended
+	if got := fresh(); got != b.n {
+		t.Errorf("%d pieces count as never given after the link has ended, want %d", got, b.n)
 	}
 }

@@ -113,7 +113,8 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 	s := g.s
 	c = memberlist.DefaultLANConfig()
 	c.Name = s.self.Name
-	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, bound); err != nil {
+	data, _, _ := net.SplitHostPort(s.cfg.Data) // it is bound already
+	if c.AdvertiseAddr, err = advertised(s.cfg.Advertise, bound, data); err != nil {
 		return nil, err
 	}
 	c.Label = gossipLabel
@@ -150,14 +151,16 @@ func splitAddr(addr string, port int) (string, int, error) {
 	return host, port, nil
 }
 
-// advertised is the address others use: as configured, or the one bound, or one
+// advertised is the address others use: as configured, or the first one bound, or one
 // that is not loopback, of IPv4 if there is one.
-func advertised(want, bound string) (string, error) {
+func advertised(want string, bound ...string) (string, error) {
 	if want != "" {
 		return want, nil
 	}
-	if ip, err := netip.ParseAddr(bound); err == nil && !ip.IsUnspecified() {
-		return bound, nil
+	for _, b := range bound {
+		if ip, err := netip.ParseAddr(b); err == nil && !ip.IsUnspecified() {
+			return b, nil
+		}
 	}
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -322,26 +325,34 @@ func (g *gossip) unknown(addrs []string) []string {
 	return slices.DeleteFunc(addrs, func(a string) bool { return slices.Contains(known, a) })
 }
 
-// resolve turns Join into addresses; err is of a name that has none.
+// resolve turns Join into addresses; err is of a name that has none. Names are looked up
+// at the same time: one whose server is dead takes all the time there is.
 func (s *Swarm) resolve(ctx context.Context) (out []string, unresolved error) {
 	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	for _, j := range s.cfg.Join {
+	found, errs := make([][]string, len(s.cfg.Join)), make([]error, len(s.cfg.Join))
+	var names sync.WaitGroup
+	for i, j := range s.cfg.Join {
 		host, p, err := net.SplitHostPort(j)
 		if err != nil {
 			host, p = j, port
 		}
-		ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
-		if err != nil {
-			s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
-			unresolved = err
-		}
-		for _, ip := range ips {
-			out = append(out, net.JoinHostPort(ip.IP.String(), p))
-		}
+		names.Go(func() { found[i], errs[i] = s.lookUp(ctx, host, p) })
 	}
-	return out, unresolved
+	names.Wait()
+	return slices.Concat(found...), cmp.Or(errs...)
+}
+
+func (s *Swarm) lookUp(ctx context.Context, host, port string) (addrs []string, err error) {
+	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
+	if err != nil {
+		s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
+	}
+	for _, ip := range ips {
+		addrs = append(addrs, net.JoinHostPort(ip.IP.String(), port))
+	}
+	return addrs, err
 }
 
 // NodeMeta implements memberlist.Delegate.

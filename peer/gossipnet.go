@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -16,6 +17,9 @@ const (
 	largestPacket = 64 << 10               // of UDP
 	bindTries     = 10                     // to find a port that is free for TCP and UDP
 	listenPause   = 100 * time.Millisecond // after an error
+	// memberlist gathers up to 20 MiB of a stream before it knows whether a member sent them.
+	// Members send 0.2 kB for each member.
+	maxInbound = 64 << 20 // bytes of all such streams
 )
 
 // gossipNet carries memberlist's packets by UDP and its streams by TCP, on one
@@ -32,6 +36,9 @@ type gossipNet struct {
 	tasks   sync.WaitGroup
 
 	sent, received atomic.Int64 // bytes of payload
+
+	places chan struct{} // one for each stream that others opened; the listener has the next
+	held   atomic.Int64  // bytes that came on these
 }
 
 var _ memberlist.NodeAwareTransport = (*gossipNet)(nil)
@@ -39,7 +46,8 @@ var _ memberlist.NodeAwareTransport = (*gossipNet)(nil)
 // newGossipNet binds a port, any if it is zero, on host or, if that is empty, on
 // every address of IPv4 and IPv6; and begins to listen.
 func newGossipNet(host string, port int) (*gossipNet, error) {
-	n := &gossipNet{packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), done: make(chan struct{})}
+	n := &gossipNet{packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), done: make(chan struct{}),
+		places: make(chan struct{}, maxStrangers)}
 	tries := 1
 	if port == 0 {
 		tries = bindTries
@@ -101,21 +109,34 @@ func (n *gossipNet) listenUDP() {
 }
 
 func (n *gossipNet) listenTCP() {
-	for {
+	for n.place() {
 		conn, err := n.tcp.Accept()
 		if err != nil {
+			<-n.places
 			if n.over() {
 				return
 			}
 			n.pause()
 			continue
 		}
+		in := &strangeConn{countedConn: countedConn{conn, n}}
 		select {
-		case n.streams <- countedConn{conn, n}:
+		case n.streams <- in:
 		case <-n.done:
-			conn.Close()
+			in.Close()
 			return
 		}
+	}
+}
+
+// place waits until there are fewer than maxStrangers streams; meanwhile the kernel's
+// queue holds others back. It returns false at the end.
+func (n *gossipNet) place() bool {
+	select {
+	case n.places <- struct{}{}:
+		return true
+	case <-n.done:
+		return false
 	}
 }
 
@@ -209,4 +230,32 @@ func (c countedConn) Write(p []byte) (int, error) {
 	put, err := c.Conn.Write(p)
 	c.n.sent.Add(int64(put))
 	return put, err
+}
+
+// strangeConn is a stream that somebody else opened, who may be no member. memberlist
+// closes it after at most gossipTimeout.
+type strangeConn struct {
+	countedConn
+	got  atomic.Int64
+	once sync.Once
+}
+
+var errInbound = errors.New("too many bytes of those who may be strangers")
+
+func (c *strangeConn) Read(p []byte) (int, error) {
+	if c.n.held.Load() >= maxInbound {
+		return 0, errInbound
+	}
+	got, err := c.countedConn.Read(p)
+	c.got.Add(int64(got))
+	c.n.held.Add(int64(got))
+	return got, err
+}
+
+func (c *strangeConn) Close() error {
+	c.once.Do(func() {
+		c.n.held.Add(-c.got.Load())
+		<-c.n.places
+	})
+	return c.countedConn.Close()
 }

@@ -108,3 +108,62 @@ func TestGossipNetStops(t *testing.T) {
 		t.Error("a name was taken for an address")
 	}
 }
+
+// TestGossipNetStrangers: whoever reaches the port can neither open any number of streams
+// nor send any number of bytes, all of which memberlist would hold until it knows that
+// they are of no member.
+func TestGossipNetStrangers(t *testing.T) {
+	n, err := newGossipNet("127.0.0.1", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = n.Shutdown() })
+	dial := func() net.Conn {
+		c, err := net.Dial("tcp", n.tcp.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	const each = 20 << 20 // memberlist takes as much
+	var taken []net.Conn
+	held := 0
+	for range 6 {
+		c := dial()
+		go func() { _, _ = c.Write(make([]byte, each)) }() // may fail
+		in := <-n.StreamCh()
+		got, _ := io.CopyN(io.Discard, in, each)
+		held += int(got)
+		taken = append(taken, in)
+	}
+	if held > maxInbound+1<<20 || held < maxInbound-1<<20 {
+		t.Errorf("%d bytes are held of strangers, want %d", held, maxInbound)
+	}
+	for len(taken) < maxStrangers {
+		dial()
+		taken = append(taken, <-n.StreamCh())
+	}
+	c := dial()
+	if _, err := c.Write([]byte("member")); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-n.StreamCh():
+		t.Fatal("there is no end of streams")
+	default:
+	}
+	for _, in := range taken {
+		in.Close()
+		in.Close() // counts once
+	}
+	in := <-n.StreamCh()
+	got := make([]byte, 6)
+	if _, err := io.ReadFull(in, got); err != nil || string(got) != "member" {
+		t.Errorf("after that a member says %q, %v", got, err)
+	}
+	in.Close()
+	if held := n.held.Load(); held != 0 || len(n.places) > 1 { // the listener has one
+		t.Errorf("%d bytes and %d places are held of nobody", held, len(n.places))
+	}
+}

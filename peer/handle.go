@@ -158,12 +158,12 @@ func (s *Swarm) seedFromStore(b *blob) error {
 		return errNotHere
 	}
 	b.mu.Lock()
-	start := !b.scanning
+	start, size := !b.scanning, b.size
 	b.scanning = true
 	b.mu.Unlock()
 	if start {
 		s.spawn(func(ctx context.Context) {
-			err := s.hashing(ctx, b.seed)
+			err := s.hashing(ctx, size, b.seed)
 			b.mu.Lock()
 			b.scanning = false
 			b.rotten = errors.Is(err, errWrongBlob)
@@ -177,15 +177,20 @@ func (s *Swarm) seedFromStore(b *blob) error {
 }
 
 // hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer
-// may ask for all of them.
+// may ask for all of them. As many again may be larger than verifyFirst; these take
+// minutes, and those who wait for the others have no such patience.
 const hashersAtOnce = 2
 
-func (s *Swarm) hashing(ctx context.Context, f func() error) error {
+func (s *Swarm) hashing(ctx context.Context, size int64, f func() error) error {
+	places := s.hashers
+	if size > verifyFirst {
+		places = s.bigHashers
+	}
 	select {
-	case s.hashers <- struct{}{}:
+	case places <- struct{}{}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	defer func() { <-s.hashers }()
+	defer func() { <-places }()
 	return f()
 }

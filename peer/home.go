@@ -157,7 +157,6 @@ type joinAsk struct {
 	Node          bool   `json:",omitempty"`
 	Pass          bool   `json:",omitempty"` // wanted: it has none of this home
 	Manifest      bool   `json:",omitempty"`
-	Zone          string `json:",omitempty"`
 	Attempt       int    `json:",omitempty"`
 	Have          int    `json:",omitempty"` // pieces
 	Size          int64  `json:",omitempty"` // see Want

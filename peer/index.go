@@ -43,6 +43,8 @@ type index struct {
 	sweeping map[uint16]bool   // whose postings the sweep under way drops
 	behind   int               // members that more was heard of than is known
 	adopted  time.Time         // last snapshot; only run touches it
+	begun    time.Time         // constant
+	settled  bool              // knows what others have, as far as it ever does
 
 	own own
 }
@@ -68,7 +70,7 @@ type said struct {
 func (s said) end() uint32 { return s.first + uint32(len(s.ops)) }
 
 func newIndex(s *Swarm) *index {
-	x := &index{s: s, byID: make(map[uint64]uint16)}
+	x := &index{s: s, byID: make(map[uint64]uint16), begun: time.Now()}
 	x.own.init()
 	return x
 }

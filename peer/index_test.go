@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/memberlist"
+	"github.com/opencontainers/go-digest"
 )
 
 func bareIndex(members int) (*index, []Member) {
@@ -365,5 +366,38 @@ func waitLong(t *testing.T, ok func() bool) {
 			t.Fatal("it did not come to pass within 4 minutes")
 		}
 		wait(ctx, 50*time.Millisecond)
+	}
+}
+
+// TestRestartIsQuiet: a node that starts with many blobs in a cluster of many does not tell
+// of all of them at once, and of none until it knows what others have.
+func TestRestartIsQuiet(t *testing.T) {
+	const blobs = 1000
+	x, ms := bareIndex(0)
+	x.s.roster = newRoster()
+	x.s.index = x
+	x.s.roster.set(x.s.self)
+	for i := range blobs {
+		x.s.Announce(digest.FromString(fmt.Sprint(i)))
+	}
+	for i := range 1000 {
+		ms = append(ms, Member{Name: startName(fmt.Sprint("node-", i), 1)})
+	}
+	x.s.roster.set(ms...)
+	now := time.Now().Add(batchEvery)
+	x.ripen(now)
+	if said := len(x.own.pending); said > 0 {
+		t.Errorf("%d of %d blobs are told of at once", said, blobs)
+	}
+	x.behind = len(ms)
+	now = now.Add(11 * time.Second) // all are due
+	x.ripen(now)
+	if said := len(x.own.pending); said > 0 {
+		t.Errorf("%d blobs are told of before it is known what others have", said)
+	}
+	x.behind = 0
+	x.ripen(now)
+	if said := len(x.own.pending); said != blobs {
+		t.Errorf("%d blobs are told of after that, want all %d, which nobody else has", said, blobs)
 	}
 }

@@ -38,9 +38,9 @@ type link struct {
 	dialed  bool
 	conn    net.Conn
 	records *recordConn  // under conn; nil without TLS
-	heard   atomic.Int64 // last bytes from the peer, UnixNano
+	heard   moment       // last bytes from the peer
 	spoke   atomic.Bool  // there were any
-	used    atomic.Int64 // last time a blob or a call needed the link
+	used    moment       // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
 
@@ -68,6 +68,15 @@ var (
 	errMembers    = errors.New("too many links")
 )
 
+// moment is a time that an atomic holds, by the monotonic clock: others set the wall clock,
+// and no peer is silent because of that.
+type moment struct{ since atomic.Int64 } // clockStart, nanoseconds
+
+var clockStart = time.Now()
+
+func (m *moment) set(t time.Time) { m.since.Store(int64(t.Sub(clockStart))) }
+func (m *moment) get() time.Time  { return clockStart.Add(time.Duration(m.since.Load())) }
+
 // heardConn notes when bytes arrive, so that a peer in the middle of a long
 // frame is not silent.
 type heardConn struct {
@@ -78,7 +87,7 @@ type heardConn struct {
 func (c heardConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
-		c.l.heard.Store(time.Now().UnixNano())
+		c.l.heard.set(time.Now())
 		c.l.spoke.Store(true)
 	}
 	return n, err
@@ -93,9 +102,9 @@ func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 	if tc, ok := conn.(*tls.Conn); ok {
 		l.records, _ = tc.NetConn().(*recordConn)
 	}
-	now := time.Now().UnixNano()
-	l.heard.Store(now)
-	l.used.Store(now)
+	now := time.Now()
+	l.heard.set(now)
+	l.used.set(now)
 	return l
 }
 
@@ -109,7 +118,7 @@ func (l *link) over() bool {
 	}
 }
 
-func (l *link) touch() { l.used.Store(time.Now().UnixNano()) }
+func (l *link) touch() { l.used.set(time.Now()) }
 
 // send queues control frames; it never blocks. Frames to a closed link are
 // dropped: its end is told to every blob anyway.
@@ -246,7 +255,7 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 		return err
 	}
 	r.got += n
-	r.moved.Store(time.Now().UnixNano())
+	r.moved.set(time.Now())
 	l.traffic.received.Add(int64(n))
 	if r.got == r.size && l.forget(id) != nil {
 		r.blob.received(r)
@@ -285,21 +294,17 @@ func (l *link) request(r *request, w want) bool {
 func (l *link) next() (ctl []byte, u *upload, ok bool) {
 	for {
 		l.mu.Lock()
-		switch {
-		case l.closed != nil:
+		if l.closed != nil {
 			l.mu.Unlock()
 			return nil, nil, false
-		case len(l.out) > 0:
-			ctl, l.out, l.spare = l.out, l.spare[:0], nil
-		case len(l.bulk) > 0:
-			u = l.bulk[0]
 		}
-		if ctl != nil || u != nil {
-			l.lastTx = time.Now()
-			l.mu.Unlock()
-			return ctl, u, true
+		if ctl = l.controlLocked(); ctl == nil && len(l.bulk) > 0 {
+			u, l.lastTx = l.bulk[0], time.Now()
 		}
 		l.mu.Unlock()
+		if ctl != nil || u != nil {
+			return ctl, u, true
+		}
 		select {
 		case <-l.wake:
 		case <-l.done:
@@ -327,6 +332,48 @@ func (l *link) write() {
 	}
 }
 
+// limit waits for the upload budget, and goes on to send control frames: the peer would
+// take this node for dead.
+func (l *link) limit(n int) error {
+	if l.s.limiter == nil {
+		return nil
+	}
+	t := time.NewTimer(l.s.limiter.ReserveN(time.Now(), n).Delay())
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			return nil
+		case <-l.done:
+			return errLinkClosed
+		case <-l.wake:
+			ctl := l.control()
+			if len(ctl) == 0 {
+				continue
+			}
+			if err := l.put(ctl); err != nil {
+				return err
+			}
+			l.recycle(ctl)
+		}
+	}
+}
+
+// control takes the control frames that wait, if there are any.
+func (l *link) control() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.controlLocked()
+}
+
+func (l *link) controlLocked() (ctl []byte) {
+	if len(l.out) > 0 {
+		ctl, l.out, l.spare = l.out, l.spare[:0], nil
+		l.lastTx = time.Now()
+	}
+	return ctl
+}
+
 func (l *link) recycle(b []byte) {
 	if cap(b) > 64<<10 {
 		return
@@ -347,7 +394,7 @@ func (l *link) writeChunk(u *upload) error {
 		l.send(func(b []byte) []byte { return answer{id: u.id}.append(b, frameGone) })
 		return nil
 	}
-	if err := l.s.limit(l.done, n); err != nil {
+	if err := l.limit(n); err != nil {
 		return err
 	}
 	putDataHead(*b, u.id, uint32(u.off), n)
@@ -387,9 +434,9 @@ func (l *link) start(u *upload) bool {
 	return true
 }
 
-// call asks the peer and waits for the answers; each is given to got in turn.
+// call asks the peer and waits for the answer, which is given to got.
 func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
-	answers := make(chan call, 4)
+	answer := make(chan call, 1)
 	l.mu.Lock()
 	if l.closed != nil {
 		l.mu.Unlock()
@@ -397,7 +444,7 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 	}
 	l.nextID++
 	id := l.nextID
-	l.calls[id] = answers
+	l.calls[id] = answer
 	l.out = call{id: id, method: method, body: body}.append(l.out, frameCall)
 	l.mu.Unlock()
 	l.touch()
@@ -407,45 +454,35 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 		delete(l.calls, id)
 		l.mu.Unlock()
 	}()
-	for {
-		select {
-		case a, ok := <-answers:
-			if !ok {
-				return errLinkClosed
-			}
-			if err := got(a); err != nil || !a.more {
-				return err
-			}
-		case <-ctx.Done():
-			return ctx.Err()
+	select {
+	case a, ok := <-answer:
+		if !ok {
+			return errLinkClosed
 		}
+		return got(a)
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
-// answered gives an answer to whoever asked. A peer that sends more answers
-// than were taken in time breaks its own link.
+// answered gives an answer to whoever asked.
 func (l *link) answered(a call) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c, ok := l.calls[a.id]
-	if !ok {
-		return nil
+	if c, ok := l.calls[a.id]; ok {
+		delete(l.calls, a.id) // there is one
+		c <- a
 	}
-	select {
-	case c <- a:
-		return nil
-	default:
-		return fmt.Errorf("%w: answers pile up", errWire)
-	}
+	return nil
 }
 
 // tend pings a quiet link and closes a silent or idle one.
 func (l *link) tend(now time.Time, idle time.Duration) {
-	if now.UnixNano()-l.heard.Load() > int64(silence) {
+	if now.Sub(l.heard.get()) > silence {
 		l.close(errSilent)
 		return
 	}
-	if now.UnixNano()-l.used.Load() > int64(idle) {
+	if now.Sub(l.used.get()) > idle {
 		l.close(errIdle)
 		return
 	}

@@ -130,7 +130,10 @@ func (r *roster) set(ms ...Member) {
 		m.rank = hash64(m.Node)
 		v.put(&m)
 		delete(r.fallen, m.Name)
-		r.reachedLocked(m.Name)
+		delete(r.down, m.Name)
+	}
+	if len(v.all) <= mostStrikes+1 { // perhaps it is the one that could not be reached
+		r.endAloneLocked()
 	}
 	r.view.Store(v)
 }
@@ -222,13 +225,11 @@ func (r *roster) strikeLocked(now time.Time) (alone time.Duration) {
 func (r *roster) reachable(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.reachedLocked(name)
+	delete(r.down, name)
+	r.endAloneLocked()
 }
 
-func (r *roster) reachedLocked(name string) {
-	delete(r.down, name)
-	r.strikes, r.apart, r.alone = 0, 0, time.Time{}
-}
+func (r *roster) endAloneLocked() { r.strikes, r.apart, r.alone = 0, 0, time.Time{} }
 
 func (r *roster) isDown(name string) bool {
 	r.mu.Lock()

@@ -67,9 +67,9 @@ func (b *blob) pumpUrgent(now time.Time) {
 		rs := b.wants[i]
 		switch {
 		case len(rs) == 0:
-			b.askOne(i, nil, true, now)
+			b.askOne(i, nil, now)
 		case len(rs) == 1 && now.Sub(rs[0].sent) > max(twinTimes*rs[0].nb.took, twinAfter):
-			b.askOne(i, rs[0].nb, true, now)
+			b.askOne(i, rs[0].nb, now)
 		}
 	}
 }
@@ -105,14 +105,14 @@ func (b *blob) ask(c []candidate, limit int, now time.Time) bool {
 		if b.flying >= limit {
 			return true
 		}
-		b.askOne(x.piece, nil, false, now)
+		b.askOne(x.piece, nil, now)
 	}
 	return b.flying >= limit
 }
 
 // askOne asks the neighbour that will likely deliver the piece first, except
 // one. Chance breaks ties.
-func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) bool {
+func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 	var best *neighbour
 	var bestCost float64
 	for _, nb := range b.idle {
@@ -128,9 +128,9 @@ func (b *blob) askOne(piece int, except *neighbour, urgent bool, now time.Time) 
 		return false
 	}
 	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
-	r.moved.Store(now.UnixNano())
+	r.moved.set(now)
 	_, known := b.proofLocked(piece)
-	if !best.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known, urgent: urgent}) {
+	if !best.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known}) {
 		return false
 	}
 	if best.flying++; best.flying == 1 {
@@ -183,7 +183,7 @@ func (b *blob) expire(now time.Time) (slow []*link) {
 	for _, rs := range b.wants {
 		for _, r := range slices.Clone(rs) {
 			limit := max(pieceTime, 4*r.nb.took) + b.queueTime(r.size)
-			if now.Sub(time.Unix(0, r.moved.Load())) < limit {
+			if now.Sub(r.moved.get()) < limit {
 				continue
 			}
 			if r.nb.last.Before(r.sent) && now.Sub(b.progress) < limit/2 {

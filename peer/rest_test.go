@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 )
 
 // restNode is a simNode with a store like the cache: it loses blobs, may have no
@@ -466,5 +467,108 @@ func TestNoNeighbourByADeadLink(t *testing.T) {
 	l.close(errIdle)
 	if b.meet(l) {
 		t.Error("a neighbour by a link that has ended")
+	}
+}
+
+// TestLimitedIsNotSilent: a node that waits for its upload budget goes on to say that it
+// is there, and to answer.
+func TestLimitedIsNotSilent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(2, 40))
+		stop := running(t, nodes)
+		home, other := nodes[0], nodes[1]
+		if w.top() != home.simNode {
+			home, other = other, home
+		}
+		home.s.limiter = rate.NewLimiter(rate.Every(time.Second/20), 4*home.s.chunk) // a chunk takes 6 s
+		other.start(Want{Digest: w.images[0].digest, Registry: "registry.test", Repository: "app"})
+		wait(t.Context(), time.Second)
+		links := other.s.allLinks()
+		if len(links) != 1 {
+			t.Fatalf("%d links, want 1", len(links))
+		}
+		wait(t.Context(), 4*time.Second) // then a node that gets nothing turns to the registry itself
+		if links[0].over() {
+			t.Errorf("the link ended while the home waited for its budget: %v", links[0].closed)
+		}
+		member := home.s.self
+		began := time.Now()
+		_, err := other.s.askMember(t.Context(), &member, methodPermit, permitAsk{Digest: w.images[0].digest.String()}, &permitReply{})
+		if took := time.Since(began); err != nil || took > time.Second {
+			t.Errorf("the answer took %v: %v", took, err)
+		}
+		other.fills.Wait()
+		stop()
+	})
+}
+
+// TestBodyWithoutSize: a home that has waited in vain for a small blob's size, and gets
+// the blob while it writes its answer, is believed what it gives.
+func TestBodyWithoutSize(t *testing.T) {
+	world := newTestWorld()
+	n := world.node(t, "node-0")
+	d := world.add(1000, 1)
+	f := newMemBlob(d)
+	l := fuzzLink(n.s, nil)
+	x := &fetch{s: n.s, b: n.s.blob(blobID{key: sha256Of(d)}), f: f, w: Want{Digest: d}, tried: make(map[string]bool)}
+	if err := x.accept(t.Context(), &Member{Name: l.peer, Node: l.node}, l, joinReply{Body: world.bytes(d)}); err != nil {
+		t.Error(err)
+	}
+	if !x.whole() || f.verify() != nil {
+		t.Error("the blob was not taken")
+	}
+	if n.s.bans.has(l.node) {
+		t.Error("the home is banned")
+	}
+}
+
+// TestGoneAndLeft: a neighbour's word that it has a piece no more, which comes while the
+// neighbour is dropped, takes the piece off what neighbours have once. Else a home would
+// take it for held by 65,535 of them, and not fetch it.
+func TestGoneAndLeft(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	l := fuzzLink(n.s, nil)
+	b := n.s.blob(blobID{key: key{1}})
+	if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil || !b.setSize(3<<20) {
+		t.Fatal(err)
+	}
+	has := newBitmap(b.n)
+	has.set(0)
+	b.opened(l, open{blob: b.id, size: b.size, pieceSize: b.pieceSize, have: has})
+	b.mu.Lock()
+	b.idleLocked(time.Now())
+	asked := b.askOne(0, nil, time.Now())
+	b.mu.Unlock()
+	r := l.forget(1) // as the link's reader does before it tells the blob
+	if !asked || r == nil || !b.left(l) {
+		t.Fatal("nothing was asked of a neighbour")
+	}
+	b.failed(r, failGone)
+	if start, end := b.lost(0, b.size); start != 0 || end != b.size {
+		t.Errorf("lost [%d, %d), want everything: piece 0 is with %d neighbours", start, end, b.avail[0])
+	}
+}
+
+// TestAloneAmongNewcomers: that members join, as they do all the time where an autoscaler
+// is at work, reaches nobody. Only where there are few may the newcomer be the one that was missed.
+func TestAloneAmongNewcomers(t *testing.T) {
+	for others, stays := range map[int]bool{1: false, mostStrikes - 1: false, 20: true} {
+		r := newRoster()
+		r.self = "self~00000000001"
+		r.set(Member{Name: r.self, Node: "self", Home: true})
+		for i := range others {
+			name := fmt.Sprint("other-", i)
+			r.set(Member{Name: startName(name, 1), Node: name, Home: true})
+		}
+		for i := range min(others, mostStrikes) {
+			r.unreachable(startName(fmt.Sprint("other-", i), 1))
+		}
+		if got := r.homes(key{}, "", false); len(got) != 1 {
+			t.Errorf("%d others, none of them reached: %d homes, want this node alone", others, len(got))
+		}
+		r.set(Member{Name: startName("newcomer", 1), Node: "newcomer", Home: true})
+		if got := r.homes(key{}, "", false); len(got) == 1 != stays {
+			t.Errorf("%d others and a newcomer: %d homes, alone is to be %t", others, len(got), stays)
+		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 )
 
 // A simulation runs the real package, wire format, hashing and signatures
@@ -551,6 +552,45 @@ func TestStormOfTroubles(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHomeSlowGoingOut: a home that may give no more than 1 MB/s, where all others have
+// 100, gives each piece once, and they pass it on: in 10.5 s at best.
+func TestHomeSlowGoingOut(t *testing.T) {
+	const most = 1e6
+	bubble(t, func(t *testing.T) {
+		c := baseSim(20, 40)
+		c.rate = 800 * mbit
+		w := c.world(t)
+		top := w.top()
+		top.s.limiter = rate.NewLimiter(rate.Limit(most/w.net.scale), 4*top.s.chunk)
+		r := w.play(t)
+		t.Log(r)
+		gave := 0.0
+		for _, moved := range top.s.Status().Traffic {
+			gave += float64(moved.Sent*w.net.scale) / w.size()
+		}
+		if gave > 2.3 || r.slowest.Seconds() > 2.3*w.size()/most || r.copies > 1.02 || len(r.failed) > 0 {
+			t.Errorf("the home gave %.2f copies; %v %v", gave, r, r.failed)
+		}
+	})
+}
+
+// TestPermitIsKnown: where the home gives next to nothing, all learn soon that another node
+// was let fetch the blob, and do not take its pieces in vain until they do.
+func TestPermitIsKnown(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		c := baseSim(30, 200)
+		c.rate, c.origin = 800*mbit, 800*mbit
+		w := c.world(t)
+		top := w.top()
+		top.s.limiter = rate.NewLimiter(rate.Every(time.Second/500), 4*top.s.chunk)
+		r := w.play(t)
+		t.Log(r)
+		if r.slowest > 9*time.Second || r.sent > 1.1 || r.copies > 2 || len(r.failed) > 0 {
+			t.Errorf("%v %v", r, r.failed)
+		}
+	})
 }
 
 // TestStormOfThousand is the one behind `make sim`.

@@ -46,8 +46,9 @@ type Swarm struct {
 	scratch  scratch
 	flying   atomic.Int64 // bytes of pieces asked for
 
-	strangers chan struct{} // a place each
-	hashers   chan struct{} // likewise
+	strangers  chan struct{} // a place each
+	hashers    chan struct{} // likewise
+	bigHashers chan struct{}
 
 	tasks sync.WaitGroup // every goroutine but Run's own
 
@@ -79,7 +80,7 @@ func New(cfg Config) (*Swarm, error) {
 	}
 	s := &Swarm{
 		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]time.Time)},
-		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce),
+		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce), bigHashers: make(chan struct{}, hashersAtOnce),
 		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}
 	s.index = newIndex(s)
@@ -285,22 +286,6 @@ func (s *Swarm) signingKey(name string) ed25519.PublicKey {
 // holders are live members known to hold the whole blob.
 func (s *Swarm) holders(k key, zone string) []string {
 	return s.index.holders(prefixOf(k), zone, namedHolders)
-}
-
-// limit waits for the upload budget.
-func (s *Swarm) limit(done <-chan struct{}, n int) error {
-	if s.limiter == nil {
-		return nil
-	}
-	r := s.limiter.ReserveN(time.Now(), n)
-	t := time.NewTimer(r.Delay())
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-done:
-		return errLinkClosed
-	}
 }
 
 func parseKey(d string) (key, error) {

@@ -11,23 +11,33 @@ const tendEvery = 100 * time.Millisecond
 func (s *Swarm) tend(ctx context.Context) {
 	tick := time.NewTicker(tendEvery)
 	defer tick.Stop()
-	for {
+	for last := time.Now(); ; {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
 		now := time.Now()
-		links := s.allLinks()
-		for _, l := range links {
-			l.tend(now, idleFor(len(links)))
-		}
+		s.tendLinks(now, now.Sub(last))
+		last = now
 		blobs := s.allBlobs()
 		for _, b := range blobs {
 			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0 || b.isVoid()))
 		}
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
+	}
+}
+
+// tendLinks looks after links, for the first time in so long. If this process stood still
+// meanwhile, as when its machine is moved, nobody was silent: what came is yet to be read.
+func (s *Swarm) tendLinks(now time.Time, since time.Duration) {
+	links := s.allLinks()
+	for _, l := range links {
+		if since > silence/2 {
+			l.heard.set(now)
+		}
+		l.tend(now, idleFor(len(links)))
 	}
 }
 
@@ -96,7 +106,7 @@ func (b *blob) tend(now time.Time) (slow []*link, idle time.Duration) {
 	if b.fill != nil {
 		b.lastUse = now
 		for _, nb := range b.nbrs {
-			nb.l.used.Store(now.UnixNano())
+			nb.l.used.set(now)
 		}
 		b.poke()
 	}

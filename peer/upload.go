@@ -214,6 +214,9 @@ func (q *uploads) finished(u *upload) {
 		u.blob.release(u.src)
 		u.src = nil
 	}
+	if u.off < u.size {
+		u.blob.notGiven(u)
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	i := slices.Index(q.active, u)
@@ -230,22 +233,35 @@ func (q *uploads) finished(u *upload) {
 
 // cancel drops what a peer no longer wants.
 func (q *uploads) cancel(l *link, id uint32) {
+	mine := func(u *upload) bool { return u.l == l && u.id == id }
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool { return u.l == l && u.id == id })
 	for _, u := range q.active {
-		if u.l == l && u.id == id {
+		if mine(u) {
 			u.gone.Store(true)
 		}
 	}
+	q.mu.Unlock()
+	q.takeOut(mine)
 }
 
 // drop forgets what waits for a link that ended.
-func (q *uploads) drop(l *link) {
+func (q *uploads) drop(l *link) { q.takeOut(func(u *upload) bool { return u.l == l }) }
+
+// takeOut takes off uploads that wait.
+func (q *uploads) takeOut(which func(*upload) bool) {
+	var out []*upload
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool { return u.l == l })
+	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool {
+		if which(u) {
+			out = append(out, u)
+		}
+		return which(u)
+	})
 	q.dispatchLocked()
+	q.mu.Unlock()
+	for _, u := range out {
+		u.blob.notGiven(u)
+	}
 }
 
 // tend starts what a place freed by slotTime lets in.

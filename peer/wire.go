@@ -38,7 +38,7 @@ const (
 	frameDigests           // signed batch of piece digests
 	frameData              // request id, offset in the piece, bytes
 	frameCall              // call id, method, body
-	frameReply             // call id, status, more?, body
+	frameReply             // call id, status, body
 	frameLast
 )
 
@@ -288,7 +288,6 @@ type want struct {
 	blob       blobID
 	piece      uint32
 	needDigest bool
-	urgent     bool
 }
 
 func (w want) append(b []byte) []byte {
@@ -296,15 +295,14 @@ func (w want) append(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, w.id)
 		b = w.blob.append(b)
 		b = binary.BigEndian.AppendUint32(b, w.piece)
-		return append(b, flag(w.needDigest, 1)|flag(w.urgent, 2))
+		return append(b, flag(w.needDigest, 1))
 	})
 }
 
 func parseWant(p []byte) (want, error) {
 	c := cursor{b: p}
 	w := want{id: c.u32(), blob: c.blob(), piece: c.u32()}
-	f := c.u8()
-	w.needDigest, w.urgent = f&1 != 0, f&2 != 0
+	w.needDigest = c.u8()&1 != 0
 	if w.piece >= maxPieces {
 		return want{}, errWire
 	}
@@ -441,26 +439,26 @@ func putDataHead(b []byte, id, off uint32, n int) {
 	binary.BigEndian.PutUint32(b[8:], off)
 }
 
-// call is a question with one answer, or with several of which all but the last
-// have more set.
+// call is a question, or its answer. Between the method and the body is a byte that
+// means nothing.
 type call struct {
 	id     uint32
 	method byte // of a question; the status of an answer
-	more   bool
 	body   []byte
 }
 
 func (m call) append(b []byte, t frameType) []byte {
 	return appendFrame(b, t, func(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, m.id)
-		b = append(b, m.method, flag(m.more, 1))
+		b = append(b, m.method, 0)
 		return append(b, m.body...)
 	})
 }
 
 func parseCall(p []byte) (call, error) {
 	c := cursor{b: p}
-	m := call{id: c.u32(), method: c.u8(), more: c.u8()&1 != 0}
+	m := call{id: c.u32(), method: c.u8()}
+	_ = c.u8() // see above
 	if c.bad {
 		return call{}, errWire
 	}
