@@ -111,12 +111,10 @@ func nodeRoot(t *testing.T) string {
 	return root
 }
 
-func TestDoctor(t *testing.T) {
-	root := nodeRoot(t)
-	certs := filepath.Join(root, "etc/containerd/certs.d")
-	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = certs })
+// pullThrough is a runtime that uses the mirror.
+func pullThrough(n *node) func(ctx context.Context, image string) error {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	through := func(ctx context.Context, image string) error {
+	return func(ctx context.Context, image string) error {
 		ref, err := agent.ParseImage(image)
 		if err != nil {
 			return err
@@ -124,6 +122,13 @@ func TestDoctor(t *testing.T) {
 		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
 		return err
 	}
+}
+
+func TestDoctor(t *testing.T) {
+	root := nodeRoot(t)
+	certs := filepath.Join(root, "etc/containerd/certs.d")
+	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = certs })
+	through := pullThrough(n)
 	past := func(context.Context, string) error {
 		return errors.New("failed to resolve reference: lookup registry-1.docker.io: no such host")
 	}
@@ -203,15 +208,7 @@ func TestDoctorKnowsTheAgentsRegistries(t *testing.T) {
 func TestDoctorOfTwoRuntimes(t *testing.T) {
 	root := nodeRoot(t)
 	n := startNode(t, func(c *agent.Config) { c.Hosts.Containerd = filepath.Join(root, "etc/containerd/certs.d") })
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	through := func(ctx context.Context, image string) error {
-		ref, err := agent.ParseImage(image)
-		if err != nil {
-			return err
-		}
-		_, err = agent.Puller{Proxy: "http://" + n.ProxyAddr(), Client: client}.Pull(ctx, ref)
-		return err
-	}
+	through := pullThrough(n)
 	past := func(context.Context, string) error { return errors.New("not found") }
 	for _, tt := range []struct {
 		name          string
