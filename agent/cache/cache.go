@@ -376,10 +376,14 @@ func (c *Cache) mismatched(d digest.Digest) int {
 }
 
 // Mismatches returns how many fills of d in a row, not longer ago than ten minutes,
-// ended with bytes that did not match it.
+// ended with bytes that did not match it. Whoever has heard so from a reader finds that
+// counted.
 func (c *Cache) Mismatches(d digest.Digest) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if f := c.filling[d]; f != nil && errors.Is(f.failure(), ErrDigestMismatch) { // not booked yet
+		return (&Fill{f}).Mismatches() + 1
+	}
 	return c.mismatched(d)
 }
 
