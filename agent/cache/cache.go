@@ -541,6 +541,15 @@ type Progress struct {
 	Origins map[Origin]int64 // bytes that this process fetched, by origin
 }
 
+// Begun reports whether some of d may be here and not all: a fill is under way, or has
+// left what the next one goes on with.
+func (c *Cache) Begun(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, idle := c.idle[d]
+	return idle || c.filling[d] != nil
+}
+
 // Fills describes the running fills.
 func (c *Cache) Fills() []Progress {
 	c.mu.Lock()
