@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -63,7 +64,7 @@ func TestListedIsNotHadInPart(t *testing.T) {
 	if a.err == nil || len(a.body) < 4_000_000 || n.cache.Stats().Bytes < 9_000_000 {
 		t.Fatalf("%d: %d bytes, %v; %d are kept", a.status, len(a.body), a.err, n.cache.Stats().Bytes)
 	}
-	slow := n.registry.Inject(registrytest.Match{Repository: mine, Method: "GET"}, registrytest.Hold())
+	slow := n.registry.Inject(registrytest.Match{Repository: mine, Method: "GET"}, registrytest.Delay(300*time.Millisecond))
 	if a := n.get(myBlob(layer), "Range", "bytes=0-999"); a.status != 404 {
 		t.Errorf("%d, %d bytes", a.status, len(a.body))
 	}
@@ -127,6 +128,33 @@ func TestJoiningIsNoProof(t *testing.T) {
 			if a := <-stolen; a.status == http.StatusOK {
 				t.Errorf("given %d bytes of %s", len(a.body), l.Digest)
 			}
+		}
+	}
+}
+
+// TestHeadTellsLess: Harbor as a cache for another registry says to a HEAD that a blob is
+// not there which it has not fetched yet, and gives it to a GET. An image that shares its
+// base with another is had all the same, by clients that can go nowhere else too.
+func TestHeadTellsLess(t *testing.T) {
+	head := registrytest.Match{Kind: registrytest.Blob, Method: "HEAD"}
+	open := startNode(t, nil)
+	open.image(1000, 2000)
+	open.registry.Inject(head, registrytest.Status(404))
+	if a := open.get(pathManifest("v1")); a.status != 200 {
+		t.Errorf("to a client that is promised its blobs: %d", a.status)
+	}
+	n := startNode(t, func(s *setup) {
+		s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}}
+	})
+	img := n.image(1000, 2000)
+	n.registry.Inject(head, registrytest.Status(404))
+	n.whole(img, ann...)
+	const other = "team/other"
+	n.registry.Put(other, img, "v1")
+	n.get("/v2/"+other+"/manifests/v1?ns="+host, ann...)
+	for _, l := range img.Layers {
+		if a := n.get("/v2/"+other+"/blobs/"+l.Digest.String()+"?ns="+host, ann...); a.status != 200 || a.header.Get(headerSource) != "disk" {
+			t.Errorf("shared: %d from %s", a.status, a.header.Get(headerSource))
 		}
 	}
 }
