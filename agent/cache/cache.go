@@ -376,10 +376,14 @@ func (c *Cache) mismatched(d digest.Digest) int {
 }
 
 // Mismatches returns how many fills of d in a row, not longer ago than ten minutes,
-// ended with bytes that did not match it.
+// ended with bytes that did not match it. Whoever has heard so from a reader finds that
+// counted.
 func (c *Cache) Mismatches(d digest.Digest) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if f := c.filling[d]; f != nil && errors.Is(f.failure(), ErrDigestMismatch) { // not booked yet
+		return (&Fill{f}).Mismatches() + 1
+	}
 	return c.mismatched(d)
 }
 
@@ -535,6 +539,15 @@ type Progress struct {
 	Readers int
 	Started time.Time
 	Origins map[Origin]int64 // bytes that this process fetched, by origin
+}
+
+// Begun reports whether some of d may be here and not all: a fill is under way, or has
+// left what the next one goes on with.
+func (c *Cache) Begun(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, idle := c.idle[d]
+	return idle || c.filling[d] != nil
 }
 
 // Fills describes the running fills.

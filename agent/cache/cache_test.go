@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -275,5 +276,58 @@ func TestMismatchesAreCounted(t *testing.T) {
 	mustRead(t, c, d, counting(all(body), 2, t))
 	if !slices.Equal(told, []int{1, 2, 2}) {
 		t.Errorf("told of %v", told)
+	}
+}
+
+// TestMismatchIsCountedWhenHeard: a reader that fails for wrong bytes finds that counted,
+// however long the fill takes to be cleared away. Else a blob that was wrong twice would
+// be offered a third time to the client that has just been told of the second.
+func TestMismatchIsCountedWhenHeard(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(3, 3*minPiece)
+	writing, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	c.faults = func(s step, _ digest.Digest) error {
+		if s == stepWrite {
+			once.Do(func() {
+				close(writing)
+				<-release
+			})
+		}
+		return nil
+	}
+	for times := 1; times <= 2; times++ {
+		r, err := c.Open(t.Context(), d, SourceFunc(func(_ context.Context, f *Fill) error {
+			if err := f.SetSize(int64(len(body))); err != nil {
+				return err
+			}
+			writer := f.Writer(Origin{Kind: FromPeer})
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				_, _ = writer.WriteAt(body[:minPiece], 0)
+			}()
+			defer func() { <-done }()
+			<-writing
+			f.fail(ErrDigestMismatch)
+			return ErrDigestMismatch
+		}))
+		if err == nil {
+			_, err = io.ReadAll(r)
+			_ = r.Close()
+		}
+		if !errors.Is(err, ErrDigestMismatch) {
+			t.Fatal(err)
+		}
+		if got := c.Mismatches(d); got != times {
+			t.Errorf("heard of %d, counted %d", times, got)
+		}
+		if times == 1 {
+			close(release)
+		}
+		settle(c, d)
+		if got := c.Mismatches(d); got != times {
+			t.Errorf("in the end %d, counted %d", times, got)
+		}
 	}
 }

@@ -129,10 +129,13 @@ func (db *database) open() (opened *bolt.DB, err error) {
 		return nil, err
 	}
 	count := map[bucket]int{}
+	marked := false
 	err = guard(func() error {
 		complete := false
 		err := opened.View(func(tx *bolt.Tx) error {
 			complete = tally(tx, count)
+			state := tx.Bucket([]byte(bucketState))
+			marked = state == nil || state.Get(keyMarked) != nil
 			return nil
 		})
 		if err != nil || complete {
@@ -150,8 +153,24 @@ func (db *database) open() (opened *bolt.DB, err error) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.file, db.count = file, count
+	if !marked {
+		db.enqueueLocked(bucketState, string(keyMarked), stampNow())
+	}
 	return opened, nil
 }
+
+// keyMarked is the state whose stamp says since when members that are manifests are
+// marked as such: 0 in a file that was made when they were. Versions before did not.
+var keyMarked = []byte("marked")
+
+// marks reports whether a member that was stamped then would be marked.
+func (db *database) marks(stamped []byte) bool {
+	since, ok := db.stamped(bucketState, keyMarked)
+	return ok && stamp(stamped) > stamp(since)
+}
+
+// stampNow is the stamp of what is written now.
+func stampNow() []byte { return binary.BigEndian.AppendUint64(nil, uint64(time.Now().Unix())) }
 
 // tally counts what is in each bucket, and reports whether all buckets are there.
 func tally(tx *bolt.Tx, count map[bucket]int) (complete bool) {
@@ -168,12 +187,16 @@ func tally(tx *bolt.Tx, count map[bucket]int) (complete bool) {
 }
 
 func makeBuckets(tx *bolt.Tx) error {
+	fresh := tx.Bucket([]byte(bucketState)) == nil
 	for name := range capacity {
 		if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
 			return err
 		}
 	}
-	return nil
+	if !fresh {
+		return nil
+	}
+	return tx.Bucket([]byte(bucketState)).Put(keyMarked, make([]byte, stampLen))
 }
 
 // spared reports whether err says nothing against the file: the disk takes no writes
@@ -278,6 +301,15 @@ func (db *database) renew(broken *bolt.DB, why error) bool {
 
 // get returns the value of k, which the caller may keep.
 func (db *database) get(b bucket, k []byte) (v []byte, ok bool) {
+	stamped, ok := db.stamped(b, k)
+	if !ok {
+		return nil, false
+	}
+	return stamped[stampLen:], true
+}
+
+// stamped is get with the time before the value.
+func (db *database) stamped(b bucket, k []byte) (v []byte, ok bool) {
 	if len(k) == 0 {
 		return nil, false
 	}
@@ -286,9 +318,8 @@ func (db *database) get(b bucket, k []byte) (v []byte, ok bool) {
 	}
 	_ = db.run(func(opened *bolt.DB) error {
 		return opened.View(func(tx *bolt.Tx) error {
-			stored := tx.Bucket([]byte(b)).Get(k)
-			if len(stored) >= stampLen {
-				v, ok = bytes.Clone(stored[stampLen:]), true
+			if stored := tx.Bucket([]byte(b)).Get(k); len(stored) >= stampLen {
+				v, ok = bytes.Clone(stored), true
 			}
 			return nil
 		})
@@ -316,18 +347,14 @@ func (db *database) recent(b bucket, k []byte) (v []byte, known bool) {
 	defer db.mu.Unlock()
 	for _, from := range []map[bucket]map[string][]byte{db.pending, db.writing} {
 		if stored, ok := from[b][string(k)]; ok {
-			if stored == nil {
-				return nil, true
-			}
-			return stored[stampLen:], true
+			return stored, true
 		}
 	}
 	return nil, false
 }
 
 func (db *database) put(b bucket, k, v []byte) {
-	stamped := binary.BigEndian.AppendUint64(make([]byte, 0, stampLen+len(v)), uint64(time.Now().Unix()))
-	db.enqueue(b, k, append(stamped, v...))
+	db.enqueue(b, k, append(stampNow(), v...))
 }
 
 func (db *database) delete(b bucket, k []byte) { db.enqueue(b, k, nil) }

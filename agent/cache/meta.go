@@ -180,9 +180,17 @@ func (m *Meta) AddManifests(r Repository, parent digest.Digest, manifests ...oci
 	}
 }
 
-// MemberManifest reports whether AddManifests was called.
+// MemberManifest reports whether AddManifests was called, or whether d is a manifest and
+// was a member before there was AddManifests: an upgrade must not forget what is cached.
 func (m *Meta) MemberManifest(r Repository, d digest.Digest) bool {
-	_, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), manifestMember))
+	if _, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), manifestMember)); ok {
+		return true
+	}
+	stamped, ok := m.db.stamped(bucketMembers, key(r.Registry, r.Name, string(d)))
+	if !ok || m.db.marks(stamped) {
+		return false
+	}
+	_, ok = m.Manifest(d)
 	return ok
 }
 

@@ -97,6 +97,8 @@ type authorizer struct {
 	verdicts *recent[verdictKey, verdict]
 	members  *recent[member, struct{}]     // belong to their repository
 	told     *recent[blobKey, struct{}]    // see said
+	asking   counted[blobKey]              // by fills, see said
+	about    counted[blobKey]              // to ask, see willAsk
 	here     func(digest.Digest) bool      // see Proxy.here
 	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
 	asks     *flights[askKey, struct{}]    // for callers of this node
@@ -190,7 +192,8 @@ func (a *authorizer) present(acc *access, authorization string) {
 // repository, and d belongs to that.
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
 	known := a.belongs(memberOf(acc.target, kind, d))
-	unproven := a.unproven(keyOf(acc.target, d), a.here)
+	key := keyOf(acc.target, d)
+	unproven := !a.about.has(key) && a.unproven(key, a.here)
 	if acc.allowed && known && !unproven {
 		return nil
 	}

@@ -169,12 +169,12 @@ func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
 	if p.swarm == nil || x.route.pathEncoded || p.cache.Has(d) {
 		stop := x.within(time.Until(then), errBudget)
 		defer stop()
-		return p.open(x.ctx, t, d, KindBlob)
+		return p.openProven(x, p.open)
 	}
 	c := &promised{opened: make(chan struct{})}
 	go func() {
 		defer close(c.opened)
-		c.at, c.err = p.open(x.ctx, t, d, KindBlob)
+		c.at, c.err = p.openProven(x, p.open)
 	}()
 	timer := time.NewTimer(time.Until(then))
 	defer timer.Stop()

@@ -244,7 +244,8 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	if err != nil {
 		return err
 	}
-	unproven := p.auth.unproven(keyOf(t, d), p.around)
+	key := keyOf(t, d)
+	unproven := !p.auth.about.has(key) && p.auth.unproven(key, p.around)
 	if acc.allowed && !unproven {
 		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil

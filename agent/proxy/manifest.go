@@ -57,6 +57,11 @@ func (p *Proxy) serveManifest(x *exchange) error {
 		}
 		return err
 	}
+	if x.route.tag == "" {
+		if err := p.auth.proven(x.ctx, x.access, KindManifest, d); err != nil {
+			return err
+		}
+	}
 	if x.route.pathEncoded {
 		if err := p.promise(x.ctx, x.access.target, m); err != nil {
 			return err

@@ -146,6 +146,18 @@ func (n *node) open(ctx context.Context, method, path string, header ...string) 
 	return resp
 }
 
+// attempt is get where there may be no answer: then that is the error.
+func (n *node) attempt(path string) answer {
+	n.t.Helper()
+	resp, err := n.client.Get("http://" + n.addr + path)
+	if err != nil {
+		return answer{err: err}
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, body, err}
+}
+
 func (n *node) get(path string, header ...string) answer {
 	n.t.Helper()
 	return n.do(http.MethodGet, path, header...)

@@ -2,7 +2,7 @@ package proxy
 
 import (
 	"context"
-	"slices"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -19,7 +19,7 @@ import (
 // said reports whether the registry itself has told that something is in its repository,
 // or is being asked for it there by a fill of this node.
 func (a *authorizer) said(key blobKey) bool {
-	if a.told.has(key) {
+	if a.told.has(key) || a.asking.has(key) {
 		return true
 	}
 	if !a.meta.Said(cache.Repository{Registry: key.registry, Name: key.repository}, key.digest) {
@@ -27,6 +27,35 @@ func (a *authorizer) said(key blobKey) bool {
 	}
 	a.told.put(key, struct{}{}, membershipMemory)
 	return true
+}
+
+// counted is what is under way, any number of times.
+type counted[K comparable] struct {
+	mu    sync.Mutex // guards count
+	count map[K]int
+}
+
+// begin counts key until end is called.
+func (c *counted[K]) begin(key K) (end func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.count == nil {
+		c.count = map[K]int{}
+	}
+	c.count[key]++
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.count[key]--; c.count[key] == 0 {
+			delete(c.count, key)
+		}
+	}
+}
+
+func (c *counted[K]) has(key K) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.count[key] > 0
 }
 
 // say notes the registry's word.
@@ -61,19 +90,41 @@ func (a *authorizer) unproven(key blobKey, around func(digest.Digest) bool) bool
 	return around(key.digest)
 }
 
-// here reports whether this node's cache has d, or is getting it.
-func (p *Proxy) here(d digest.Digest) bool {
-	return p.cache.Has(d) || slices.ContainsFunc(p.cache.Fills(), func(f cache.Progress) bool { return f.Digest == d })
+// proven returns nil if a caller who was let in may have what was opened for him. Since
+// then it may have become another's: who waits for a fill of his own repository that
+// fails gets the next one, and that may be for whoever waited with him.
+func (a *authorizer) proven(ctx context.Context, acc access, kind Kind, d digest.Digest) error {
+	if !a.unproven(keyOf(acc.target, d), a.here) {
+		return nil
+	}
+	return a.ask(ctx, &acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: true})
 }
 
+// openProven opens a blob for a client.
+func (p *Proxy) openProven(x *exchange, open func(context.Context, upstream.Target, digest.Digest, Kind) (content, error)) (content, error) {
+	acc, d := x.access, x.route.digest
+	c, err := open(x.ctx, acc.target, d, KindBlob)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.auth.proven(x.ctx, acc, KindBlob, d); err != nil {
+		_ = c.Close() // nothing was read
+		return nil, err
+	}
+	return c, nil
+}
+
+// here reports whether this node's cache has any of d, or is getting it.
+func (p *Proxy) here(d digest.Digest) bool { return p.cache.Has(d) || p.cache.Begun(d) }
+
 // willAsk notes, before a fill that is not there yet, that it will ask for d in the
-// repository: those who join it there need no other word. undo takes that back.
-func (p *Proxy) willAsk(key blobKey) (undo func()) {
+// repository: those who come for it there until it does need no other word. end takes
+// that back.
+func (p *Proxy) willAsk(key blobKey) (end func()) {
 	if p.auth.said(key) || p.here(key.digest) {
 		return func() {}
 	}
-	p.auth.told.put(key, struct{}{}, membershipMemory)
-	return func() { p.auth.told.forget(key) }
+	return p.auth.about.begin(key)
 }
 
 // around is here for a home, which leads others to what other nodes have.
@@ -85,9 +136,8 @@ func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 		return s.fetch(ctx, f)
 	}
 	key := keyOf(s.t, f.Digest())
-	err := s.fetch(ctx, f)
-	if err != nil {
-		s.p.auth.told.forget(key)
+	defer s.p.auth.asking.begin(key)()
+	if err := s.fetch(ctx, f); err != nil {
 		return err
 	}
 	s.p.auth.say(key)

@@ -82,13 +82,10 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
-	undo := p.willAsk(keyOf(t, d))
+	defer p.willAsk(keyOf(t, d))()
 	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d)})
 	if errors.Is(err, cache.ErrForeign) {
 		p.log.Debug("here, but not from this registry", "digest", d, "registry", t.Registry, "repository", t.Repository)
-	}
-	if err != nil && ctx.Err() == nil { // else the fill goes on
-		undo()
 	}
 	if errors.Is(err, cache.ErrInvalidDigest) { // an algorithm that the cache does not keep
 		return nil, fmt.Errorf("%w: %w", cache.ErrNoRoom, err)
@@ -396,7 +393,7 @@ func (h *healer) next(err error, off int64) (content, error) {
 			c, err = h.pass(off)
 		case !h.again && notOurs(err) && !(wrongBytes(err) && h.x.sent.Load() > 0):
 			h.again = true
-			c, err = h.p.openCache(h.x.ctx, h.x.access.target, h.x.route.digest, KindBlob)
+			c, err = h.p.openProven(h.x, h.p.openCache)
 		case h.mayRetry(err):
 			c, err = h.retry()
 		default:
@@ -410,7 +407,8 @@ func (h *healer) next(err error, off int64) (content, error) {
 }
 
 func (h *healer) mayRetry(err error) bool {
-	return h.x.route.pathEncoded && !final(err) && !(wrongBytes(err) && h.x.sent.Load() > 0) &&
+	_, refused := errors.AsType[*apiError](err)
+	return h.x.route.pathEncoded && !refused && !final(err) && !(wrongBytes(err) && h.x.sent.Load() > 0) &&
 		time.Since(h.since) < pathPatience
 }
 
@@ -425,7 +423,7 @@ func (h *healer) retry() (content, error) {
 		return nil, err
 	}
 	h.tries++
-	return h.p.open(h.x.ctx, h.x.access.target, h.x.route.digest, KindBlob)
+	return h.p.openProven(h.x, h.p.open)
 }
 
 // pass streams past the cache.

@@ -279,7 +279,9 @@ func (c *Client) Stat(ctx context.Context, t Target, d digest.Digest) (size int6
 }
 
 // statAt asks by HEAD and, where that does not tell (no length, a web page, or a signed
-// redirect that is good for GET alone), by a GET of one byte.
+// redirect that is good for GET alone), by a GET of one byte. So it does on a 404: Harbor
+// gives what it is a cache for by GET, and says of what it has not fetched yet that it is
+// not there (goharbor/harbor#22609).
 func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Digest) (int64, error) {
 	q := request{op: "stat", kind: kindBlob, method: http.MethodHead, path: "blobs/" + d.String()}
 	resp, err := c.send(ctx, ep, t, q)
@@ -288,11 +290,16 @@ func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Di
 		if resp.ContentLength >= 0 && resp.StatusCode == http.StatusOK && !webPage(resp.Response) {
 			return resp.ContentLength, nil
 		}
-	} else if e, _ := errors.AsType[*Error](err); e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented && !errors.Is(err, ErrBadAnswer) {
+	} else if e, _ := errors.AsType[*Error](err); e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented &&
+		!errors.Is(err, ErrBadAnswer) && !IsNotFound(err) {
 		return 0, err
 	}
+	missing := err
 	q.method, q.rng = http.MethodGet, "bytes=0-0"
 	if resp, err = c.send(ctx, ep, t, q); err != nil {
+		if IsNotFound(missing) {
+			return 0, missing
+		}
 		return 0, err
 	}
 	resp.Body.Close()
