@@ -29,19 +29,16 @@ const (
 	wayTime   = 3 * time.Second  // for one member to try: a connect without an answer is known after 1.5 s
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
-	// keepSure is how long a node that reached a registry, in a cluster where others do
-	// not, does without trying it again.
-	keepSure = 10 * time.Minute
-	keepCut  = keepDown // a member that said it is cut off is passed over; it says so at once
-	maxCut   = 4096
-	maxWays  = 256 // registries
+	keepCut   = keepDown         // a member that said it is cut off is passed over; it says so at once
+	maxCut    = 4096
+	maxWays   = 256 // registries
 )
 
 // ways is what this node knows of who reaches which registry.
 type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
-	sure   map[string]time.Time // registries that this node reached when it tried, until when that counts
+	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
 	ours   map[string]bool      // those of which it has told others
 	sought map[string]seeking
 }
@@ -55,7 +52,7 @@ type seeking struct {
 }
 
 func newWays() *ways {
-	return &ways{cut: make(map[access]time.Time), sure: make(map[string]time.Time), ours: make(map[string]bool), sought: make(map[string]seeking)}
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool), sought: make(map[string]seeking)}
 }
 
 // wayTo is what the index calls a way to a registry.
@@ -83,7 +80,7 @@ func (s *Swarm) reaches(registry string) bool {
 func (w *ways) isSure(registry string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return time.Now().Before(w.sure[registry])
+	return w.sure[registry] || w.ours[registry]
 }
 
 // loseWay takes back what this node said of its way to a registry.
@@ -243,13 +240,13 @@ func (s *Swarm) tryWay(ctx context.Context, registry string) error {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	now := time.Now()
-	if len(w.sure) >= maxWays {
-		maps.DeleteFunc(w.sure, func(_ string, until time.Time) bool { return now.After(until) })
+	if len(w.sure) >= maxWays { // who is forgotten is tried once more
+		for other := range w.sure {
+			delete(w.sure, other)
+			break
+		}
 	}
-	if len(w.sure) < maxWays {
-		w.sure[registry] = now.Add(keepSure)
-	}
+	w.sure[registry] = true
 	return nil
 }
 

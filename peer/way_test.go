@@ -173,3 +173,28 @@ func namesOf(ms []*Member) (out []string) {
 	}
 	return out
 }
+
+// TestWaysOfHealthy: members are still listed after a flaw that is over. All reach the
+// registry, none is sure of it, and to try takes a while. Those that are listed do not
+// say no: else each node would have to get each blob for itself.
+func TestWaysOfHealthy(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 12)
+	for _, n := range nodes[:2] {
+		if err := n.s.giveWay(t.Context(), "registry.test"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes {
+		waitFor(t, func() bool { return len(n.s.withWay(key{}, "registry.test")) == 2 })
+		n.s.ways.mu.Lock()
+		clear(n.s.ways.sure)
+		n.s.ways.mu.Unlock()
+		n.connect = 300 * time.Millisecond
+	}
+	allOK(t, w.add(1<<20, 1), nodes...)
+	if got := w.requests.Load(); got != 1 {
+		t.Errorf("%d requests to the registry", got)
+	}
+}
