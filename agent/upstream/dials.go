@@ -52,12 +52,12 @@ func (d *dials) end(err error, begun, now time.Time) {
 	switch {
 	case err != nil && now.Sub(begun) > unconnected:
 		d.failed = now
-	case noRoute(err):
-		d.since, d.failed = now.Add(-unconnected), now
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.Canceled): // perhaps while the name was looked up
 		if d.waiting == 0 && d.failed.IsZero() {
 			d.since = time.Time{} // says nothing
 		}
+	case noRoute(err):
+		d.since, d.failed = now.Add(-unconnected), now
 	default: // an answer, if only a refusal
 		d.since, d.failed = time.Time{}, time.Time{}
 		if d.waiting > 0 {

@@ -21,6 +21,9 @@ func TestDials(t *testing.T) {
 		err  error
 	}
 	timeout := &net.OpError{Op: "dial", Err: context.DeadlineExceeded}
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, lookupGivenUp := new(net.Resolver).LookupHost(canceled, "registry.test")
 	const begins = 0
 	for name, tc := range map[string]struct {
 		events []event
@@ -36,6 +39,8 @@ func TestDials(t *testing.T) {
 			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
 		"no name": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}}},
 			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
+		"given up while the name was looked up": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: lookupGivenUp}}},
+			map[time.Duration]bool{time.Second: false, 9 * time.Second: false}},
 		"no route, then one": {[]event{{0, begins, nil}, {0, 1, syscall.EHOSTUNREACH}, {time.Second, begins, nil}, {time.Second, 2, nil}},
 			map[time.Duration]bool{time.Second: false}},
 		"timed out": {[]event{{0, begins, nil}, {5 * time.Second, 1, timeout}},
