@@ -155,3 +155,28 @@ func TestConnect(t *testing.T) {
 		t.Error("an address inside was connected to")
 	}
 }
+
+// TestConnectPassesSilence: an upstream that does not answer leaves the next one time to.
+func TestConnectPassesSilence(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { silent.Close() })
+	srv := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(srv.Close)
+	c, err := New(Config{Registries: []Registry{{Host: "a.test", Upstreams: []string{"http://" + silent.Addr().String(), srv.URL}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if err := c.Connect(ctx, "a.test"); err != nil {
+		t.Errorf("the first upstream is silent, and nobody asks the second: %v", err)
+	}
+}
