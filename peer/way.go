@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -26,7 +27,7 @@ const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
 	wayRarely = 2 * time.Minute  // and up to this, twice as long each time, if nobody has one
 	wayCheck  = 2 * time.Second  // if somebody has, it looks so often whether that is still so
-	wayTime   = 3 * time.Second  // for one member to try: a connect without an answer is known after 1.5 s
+	wayTime   = 3 * time.Second  // for one member to try, less than questionTime, so that it can still say that it was in vain
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
 	keepCut   = keepDown         // a member that said it is cut off is passed over; it says so at once
@@ -134,6 +135,9 @@ func (w *ways) maySeek(registry string, now time.Time) bool {
 			return false
 		}
 	}
+	if now.Sub(k.next) > wayRarely { // nobody needed one for long
+		k.pause = 0
+	}
 	k.pause = min(max(2*k.pause, wayAgain), wayRarely)
 	k.next = now.Add(k.pause)
 	w.sought[registry] = k
@@ -211,8 +215,6 @@ func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 		var asked sync.WaitGroup
 		for _, m := range some {
 			asked.Go(func() {
-				ctx, cancel := context.WithTimeout(ctx, wayTime)
-				defer cancel()
 				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
 				if err == nil {
 					found.Store(true)
@@ -257,7 +259,7 @@ func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 		return errNothing
 	}
 	if err := s.tryWay(ctx, registry); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errUnreached, err)
 	}
 	w := s.ways
 	w.mu.Lock()

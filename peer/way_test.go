@@ -113,9 +113,30 @@ func TestSeekPauses(t *testing.T) {
 		seek(wayRarely, true)
 	}
 	seek(wayRarely-1, false)
+	seek(time.Hour, true) // another outage, which ends as the first did not
+	seek(wayAgain, true)
 	w.found("r")
 	now = time.Now()
 	seek(wayCheck+time.Second, true)
+}
+
+// TestNoWay: a member that tried in vain says so, and is passed over where others have a
+// way.
+func TestNoWay(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 4)
+	for _, n := range nodes {
+		n.cutOff.Store(true)
+	}
+	if nodes[0].s.askWay(t.Context(), "registry.test") {
+		t.Error("a way was found")
+	}
+	for _, n := range nodes[1:] {
+		if n.connects.Load() != 1 || !nodes[0].s.isCut(n.s.self.Name, "registry.test") {
+			t.Errorf("%s tried %d times, and it is not known that this was in vain", n.s.self.Node, n.connects.Load())
+		}
+	}
 }
 
 // TestWaysAreBounded: registries and members come from outside.
