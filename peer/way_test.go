@@ -219,3 +219,29 @@ func TestWaysOfHealthy(t *testing.T) {
 		t.Errorf("%d requests to the registry", got)
 	}
 }
+
+// TestWayWasLost: the last way out is lost, and members still list it. Those that are
+// homes say no, since somebody else seems to have a way, and so does he. Then one home
+// tries for everybody, and when the registry is back it sends one copy.
+func TestWayWasLost(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 8)
+	d := w.add(1<<20, 1)
+	lost := nodes[slices.IndexFunc(nodes, func(n *testNode) bool { return !n.s.mayBeHome(sha256Of(d), n.s.self.Name) })]
+	for _, n := range nodes {
+		n.cutOff.Store(true)
+		n.tries.Store(time.Now().Add(-time.Minute).UnixNano())
+		n.s.index.joined([]Member{lost.s.self})
+		n.s.index.heard(appendMessage(nil, memberID(lost.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+	}
+	time.AfterFunc(3*time.Second, func() {
+		for _, n := range nodes {
+			n.cutOff.Store(false)
+		}
+	})
+	allOK(t, d, nodes...)
+	if got := w.requests.Load(); got != 1 {
+		t.Errorf("%d requests to the registry", got)
+	}
+}
