@@ -20,8 +20,9 @@ import (
 // Where only some members have a way to a registry, none of a blob's homes may. So a
 // member that has none looks for others that have. These say so in the index, like
 // holders of a blob, and stand in for the homes that are cut off: the best of them by
-// rank, so that all nodes turn to the same ones. In a cluster where everybody has a way
-// nobody asks, and the index knows nothing of it.
+// rank, so that all nodes turn to the same ones. In a cluster where everybody always
+// had a way nobody asks, and the index knows nothing of it. An entry stays until who made
+// it fails to reach the registry, also if nobody needs it any more.
 
 const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
@@ -242,7 +243,7 @@ func (s *Swarm) tryWay(ctx context.Context, registry string) error {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.sure) >= maxWays { // who is forgotten is tried once more
+	if !w.sure[registry] && len(w.sure) >= maxWays { // what is forgotten is tried once more
 		for other := range w.sure {
 			delete(w.sure, other)
 			break
