@@ -691,6 +691,9 @@ func (x *fetch) upstream(ctx context.Context) error {
 			return errUnreached
 		}
 		if err != nil {
+			if ctx.Err() == nil && !x.w.Held {
+				x.s.doubt(x.w.Registry)
+			}
 			return err
 		}
 		if x.whole() {

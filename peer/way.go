@@ -73,10 +73,17 @@ func (s *Swarm) reaches(registry string) bool {
 	case s.ways.isSure(registry), len(s.withWay(key{}, registry)) == 0:
 		return true
 	}
+	s.doubt(registry)
+	return false
+}
+
+// doubt has this node look, in the background, whether it reaches a registry, and who
+// does if it does not. Who failed there for whatever reason calls it: a firewall may refuse
+// connections in the registry's name.
+func (s *Swarm) doubt(registry string) {
 	if s.ways.maySeek(registry, time.Now()) {
 		s.spawn(func(ctx context.Context) { s.seekWay(ctx, registry) })
 	}
-	return false
 }
 
 func (w *ways) isSure(registry string) bool {
@@ -196,8 +203,11 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 // seekWay looks whether this node reaches the registry, and if not, and nobody is
 // known who does, asks others.
 func (s *Swarm) seekWay(ctx context.Context, registry string) {
-	if s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil ||
-		len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
+	reached := s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil
+	if !reached {
+		s.loseWay(registry)
+	}
+	if reached || len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
 		s.ways.found(registry)
 	}
 }
