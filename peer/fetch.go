@@ -248,6 +248,8 @@ type fetch struct {
 	homeLink *link // while the home is a neighbour
 	tried    map[string]bool
 	idle     []string // of tried: said that they get the blob, and gave nothing
+	left     []string // of tried: have no way to the registry, and left it to others
+	last     bool     // nobody else may have one: who is asked now keeps trying
 	refused  error
 	helping  *helping // the home; nil = not now
 	helped   int64    // bytes, before
@@ -305,7 +307,7 @@ func (x *fetch) step(ctx context.Context) error {
 			if !errors.Is(err, errUnreached) {
 				return err
 			}
-			x.tried[m.Name] = true
+			x.tried[m.Name], x.left = true, append(x.left, m.Name)
 			x.refused = errors.Join(x.refused, err)
 			continue
 		}
@@ -321,14 +323,34 @@ func (x *fetch) step(ctx context.Context) error {
 		}
 		x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", err)
 		x.tried[m.Name] = true
+		if errors.Is(err, errUnreached) {
+			x.left = append(x.left, m.Name)
+		}
 		x.refused = errors.Join(x.refused, err)
+	}
+	if m := x.lastLeft(); m != nil && !x.last { // those it was left to have no way either, or are gone
+		x.last = true
+		delete(x.tried, m.Name)
+		return nil
 	}
 	// Nobody else is left. A home that answered, but could not help, still
 	// keeps count of who goes upstream.
 	if !x.permit(ctx) {
 		return fmt.Errorf("%w: %w", ErrRefused, x.refused)
 	}
+	x.last = true
 	return x.asHome(ctx)
+}
+
+// lastLeft is the last home that left the blob to others; nil if none did. All nodes come
+// to the same one.
+func (x *fetch) lastLeft() *Member {
+	for _, m := range slices.Backward(x.homes()) {
+		if slices.Contains(x.left, m.Name) {
+			return m
+		}
+	}
+	return nil
 }
 
 // next is the home to ask now; nil once those that count were asked.
@@ -377,7 +399,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
 	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
-		ask.More, ask.Helped = x.more(m.Name, x.tried), x.fetched()
+		ask.More, ask.Helped = !x.last && x.more(m.Name, x.tried), x.fetched()
 	}
 	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
 	defer cancel()
@@ -391,6 +413,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 		err = errors.New(reply.Refused)
 		if reply.CutOff {
 			x.s.cutOff(m.Name, x.w.Registry)
+			err = errUnreached
 		}
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
 		x.s.unreached(m.Name)
@@ -653,8 +676,9 @@ func (x *fetch) rest(ctx context.Context, d time.Duration) {
 func (x *fetch) upstream(ctx context.Context) error {
 	x.endHelp()
 	x.b.goesUp(true)
-	asked := maps.Clone(x.tried)
-	ctx, stop := x.s.whileReached(ctx, x.w.Registry, func() bool { return x.b.barren(time.Now()) && x.more(x.s.self.Name, asked) })
+	asked, last := maps.Clone(x.tried), x.last
+	leave := func() bool { return !last && x.b.barren(time.Now()) && x.more(x.s.self.Name, asked) }
+	ctx, stop := x.s.whileReached(ctx, x.w.Registry, leave)
 	defer stop()
 	sink := &sink{x: x, w: x.f.From("")}
 	for !x.whole() {
@@ -667,6 +691,9 @@ func (x *fetch) upstream(ctx context.Context) error {
 			return errUnreached
 		}
 		if err != nil {
+			if ctx.Err() == nil && !x.w.Held {
+				x.s.doubt(x.w.Registry)
+			}
 			return err
 		}
 		if x.whole() {

@@ -31,6 +31,7 @@ type testNode struct {
 	cutOff   atomic.Bool
 	tries    atomic.Int64
 	connects atomic.Int64
+	connect  time.Duration // takes so long
 
 	mu     sync.Mutex // guards the following
 	blobs  map[digest.Digest]*memBlob
@@ -391,6 +392,7 @@ func (n *testNode) Connect(ctx context.Context, _ string) error {
 	if n.cutOff.Load() {
 		<-ctx.Done()
 	}
+	wait(ctx, n.connect)
 	return ctx.Err()
 }
 

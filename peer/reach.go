@@ -52,12 +52,13 @@ func (b *blob) barren(now time.Time) bool {
 	return b.haveN == 0 && !b.triesLocked(now, b.begun) // pieces on their way here may not count
 }
 
-// more reports whether there is another home to ask than m, if these were asked. Who
-// stands in for homes is never the last: these are asked again if he loses his way too.
+// more reports whether there is another home to ask than m, if these were asked. The last
+// home is the one that keeps trying if there is none, so for all others there is one.
 func (x *fetch) more(m string, asked map[string]bool) bool {
 	if len(asked)+1 >= maxAsked {
 		return false
 	}
 	other := func(o *Member) bool { return o.Name != m && !asked[o.Name] }
-	return slices.ContainsFunc(x.route(), other) || !slices.ContainsFunc(x.homes(), func(h *Member) bool { return h.Name == m })
+	homes := x.homes()
+	return slices.ContainsFunc(x.route(), other) || len(homes) > 0 && homes[len(homes)-1].Name != m
 }

@@ -243,8 +243,11 @@ func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, tim
 	if err == nil || refused(err) {
 		return body, ttl, err
 	}
-	if unreached(octx) {
+	switch _, told := errors.AsType[*Refusal](err); {
+	case unreached(octx):
 		err = errUnreached
+	case !told && !r.Memory:
+		s.doubt(r.Registry)
 	}
 	r.Memory = true
 	for _, m := range witnesses {

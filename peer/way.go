@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -19,29 +20,27 @@ import (
 // Where only some members have a way to a registry, none of a blob's homes may. So a
 // member that has none looks for others that have. These say so in the index, like
 // holders of a blob, and stand in for the homes that are cut off: the best of them by
-// rank, so that all nodes turn to the same ones. In a cluster where everybody has a way
-// nobody asks, and the index knows nothing of it.
+// rank, so that all nodes turn to the same ones. In a cluster where everybody always
+// had a way nobody asks, and the index knows nothing of it. An entry stays until who made
+// it fails to reach the registry, also if nobody needs it any more.
 
 const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
 	wayRarely = 2 * time.Minute  // and up to this, twice as long each time, if nobody has one
 	wayCheck  = 2 * time.Second  // if somebody has, it looks so often whether that is still so
-	wayTime   = 3 * time.Second  // for one member to try: a connect without an answer is known after 1.5 s
+	wayTime   = 3 * time.Second  // for one member to try, less than questionTime, so that it can still say that it was in vain
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
-	// keepSure is how long a node that reached a registry, in a cluster where others do
-	// not, does without trying it again.
-	keepSure = 10 * time.Minute
-	keepCut  = keepDown // a member that said it is cut off is passed over; it says so at once
-	maxCut   = 4096
-	maxWays  = 256 // registries
+	keepCut   = keepDown         // a member that said it is cut off is passed over; it says so at once
+	maxCut    = 4096
+	maxWays   = 256 // registries
 )
 
 // ways is what this node knows of who reaches which registry.
 type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
-	sure   map[string]time.Time // registries that this node reached when it tried, until when that counts
+	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
 	ours   map[string]bool      // those of which it has told others
 	sought map[string]seeking
 }
@@ -55,7 +54,7 @@ type seeking struct {
 }
 
 func newWays() *ways {
-	return &ways{cut: make(map[access]time.Time), sure: make(map[string]time.Time), ours: make(map[string]bool), sought: make(map[string]seeking)}
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool), sought: make(map[string]seeking)}
 }
 
 // wayTo is what the index calls a way to a registry.
@@ -74,16 +73,23 @@ func (s *Swarm) reaches(registry string) bool {
 	case s.ways.isSure(registry), len(s.withWay(key{}, registry)) == 0:
 		return true
 	}
+	s.doubt(registry)
+	return false
+}
+
+// doubt has this node look, in the background, whether it reaches a registry, and who
+// does if it does not. Who failed there for whatever reason calls it: a firewall may refuse
+// connections in the registry's name.
+func (s *Swarm) doubt(registry string) {
 	if s.ways.maySeek(registry, time.Now()) {
 		s.spawn(func(ctx context.Context) { s.seekWay(ctx, registry) })
 	}
-	return false
 }
 
 func (w *ways) isSure(registry string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return time.Now().Before(w.sure[registry])
+	return w.sure[registry] || w.ours[registry]
 }
 
 // loseWay takes back what this node said of its way to a registry.
@@ -136,6 +142,9 @@ func (w *ways) maySeek(registry string, now time.Time) bool {
 		if len(w.sought) >= maxWays {
 			return false
 		}
+	}
+	if now.Sub(k.next) > wayRarely { // nobody needed one for long
+		k.pause = 0
 	}
 	k.pause = min(max(2*k.pause, wayAgain), wayRarely)
 	k.next = now.Add(k.pause)
@@ -194,8 +203,11 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 // seekWay looks whether this node reaches the registry, and if not, and nobody is
 // known who does, asks others.
 func (s *Swarm) seekWay(ctx context.Context, registry string) {
-	if s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil ||
-		len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
+	reached := s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil
+	if !reached {
+		s.loseWay(registry)
+	}
+	if reached || len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
 		s.ways.found(registry)
 	}
 }
@@ -214,8 +226,6 @@ func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 		var asked sync.WaitGroup
 		for _, m := range some {
 			asked.Go(func() {
-				ctx, cancel := context.WithTimeout(ctx, wayTime)
-				defer cancel()
 				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
 				if err == nil {
 					found.Store(true)
@@ -243,13 +253,13 @@ func (s *Swarm) tryWay(ctx context.Context, registry string) error {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	now := time.Now()
-	if len(w.sure) >= maxWays {
-		maps.DeleteFunc(w.sure, func(_ string, until time.Time) bool { return now.After(until) })
+	if !w.sure[registry] && len(w.sure) >= maxWays { // what is forgotten is tried once more
+		for other := range w.sure {
+			delete(w.sure, other)
+			break
+		}
 	}
-	if len(w.sure) < maxWays {
-		w.sure[registry] = now.Add(keepSure)
-	}
+	w.sure[registry] = true
 	return nil
 }
 
@@ -260,7 +270,7 @@ func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 		return errNothing
 	}
 	if err := s.tryWay(ctx, registry); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errUnreached, err)
 	}
 	w := s.ways
 	w.mu.Lock()

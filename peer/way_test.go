@@ -113,9 +113,30 @@ func TestSeekPauses(t *testing.T) {
 		seek(wayRarely, true)
 	}
 	seek(wayRarely-1, false)
+	seek(time.Hour, true) // another outage, which ends as the first did not
+	seek(wayAgain, true)
 	w.found("r")
 	now = time.Now()
 	seek(wayCheck+time.Second, true)
+}
+
+// TestNoWay: a member that tried in vain says so, and is passed over where others have a
+// way.
+func TestNoWay(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 4)
+	for _, n := range nodes {
+		n.cutOff.Store(true)
+	}
+	if nodes[0].s.askWay(t.Context(), "registry.test") {
+		t.Error("a way was found")
+	}
+	for _, n := range nodes[1:] {
+		if n.connects.Load() != 1 || !nodes[0].s.isCut(n.s.self.Name, "registry.test") {
+			t.Errorf("%s tried %d times, and it is not known that this was in vain", n.s.self.Node, n.connects.Load())
+		}
+	}
 }
 
 // TestWaysAreBounded: registries and members come from outside.
@@ -172,4 +193,55 @@ func namesOf(ms []*Member) (out []string) {
 		out = append(out, m.Name)
 	}
 	return out
+}
+
+// TestWaysOfHealthy: members are still listed after a flaw that is over. All reach the
+// registry, none is sure of it, and to try takes a while. Those that are listed do not
+// say no: else each node would have to get each blob for itself.
+func TestWaysOfHealthy(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 12)
+	for _, n := range nodes[:2] {
+		if err := n.s.giveWay(t.Context(), "registry.test"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes {
+		waitFor(t, func() bool { return len(n.s.withWay(key{}, "registry.test")) == 2 })
+		n.s.ways.mu.Lock()
+		clear(n.s.ways.sure)
+		n.s.ways.mu.Unlock()
+		n.connect = 300 * time.Millisecond
+	}
+	allOK(t, w.add(1<<20, 1), nodes...)
+	if got := w.requests.Load(); got != 1 {
+		t.Errorf("%d requests to the registry", got)
+	}
+}
+
+// TestWayWasLost: the last way out is lost, and members still list it. Those that are
+// homes say no, since somebody else seems to have a way, and so does he. Then one home
+// tries for everybody, and when the registry is back it sends one copy.
+func TestWayWasLost(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 8)
+	d := w.add(1<<20, 1)
+	lost := nodes[slices.IndexFunc(nodes, func(n *testNode) bool { return !n.s.mayBeHome(sha256Of(d), n.s.self.Name) })]
+	for _, n := range nodes {
+		n.cutOff.Store(true)
+		n.tries.Store(time.Now().Add(-time.Minute).UnixNano())
+		n.s.index.joined([]Member{lost.s.self})
+		n.s.index.heard(appendMessage(nil, memberID(lost.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+	}
+	time.AfterFunc(3*time.Second, func() {
+		for _, n := range nodes {
+			n.cutOff.Store(false)
+		}
+	})
+	allOK(t, d, nodes...)
+	if got := w.requests.Load(); got != 1 {
+		t.Errorf("%d requests to the registry", got)
+	}
 }

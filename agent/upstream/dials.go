@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -52,12 +53,12 @@ func (d *dials) end(err error, begun, now time.Time) {
 	switch {
 	case err != nil && now.Sub(begun) > unconnected:
 		d.failed = now
-	case noRoute(err):
-		d.since, d.failed = now.Add(-unconnected), now
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.Canceled): // perhaps while the name was looked up
 		if d.waiting == 0 && d.failed.IsZero() {
 			d.since = time.Time{} // says nothing
 		}
+	case noRoute(err):
+		d.since, d.failed = now.Add(-unconnected), now
 	default: // an answer, if only a refusal
 		d.since, d.failed = time.Time{}, time.Time{}
 		if d.waiting > 0 {
@@ -111,12 +112,24 @@ func (c *Client) Connect(ctx context.Context, host string) error {
 	if !reg.Contact() {
 		return ErrNoContact
 	}
-	for _, ep := range reg.endpoints {
-		if err = ep.connect(ctx); err == nil {
-			return nil
-		}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var asked sync.WaitGroup
+	var reached atomic.Bool
+	errs := make([]error, len(reg.endpoints))
+	for i, ep := range reg.endpoints { // all at once: one that is silent must not take the others' time
+		asked.Go(func() {
+			if errs[i] = ep.connect(ctx); errs[i] == nil {
+				reached.Store(true)
+				cancel()
+			}
+		})
 	}
-	return err
+	asked.Wait()
+	if reached.Load() {
+		return nil
+	}
+	return errors.Join(errs...)
 }
 
 func (ep *endpoint) connect(ctx context.Context) error {

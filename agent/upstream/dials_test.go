@@ -21,6 +21,9 @@ func TestDials(t *testing.T) {
 		err  error
 	}
 	timeout := &net.OpError{Op: "dial", Err: context.DeadlineExceeded}
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, lookupGivenUp := new(net.Resolver).LookupHost(canceled, "registry.test")
 	const begins = 0
 	for name, tc := range map[string]struct {
 		events []event
@@ -36,6 +39,8 @@ func TestDials(t *testing.T) {
 			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
 		"no name": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}}},
 			map[time.Duration]bool{time.Second: true, 9 * time.Second: true, 11 * time.Second: false}},
+		"given up while the name was looked up": {[]event{{0, begins, nil}, {time.Millisecond, 1, &net.OpError{Op: "dial", Err: lookupGivenUp}}},
+			map[time.Duration]bool{time.Second: false, 9 * time.Second: false}},
 		"no route, then one": {[]event{{0, begins, nil}, {0, 1, syscall.EHOSTUNREACH}, {time.Second, begins, nil}, {time.Second, 2, nil}},
 			map[time.Duration]bool{time.Second: false}},
 		"timed out": {[]event{{0, begins, nil}, {5 * time.Second, 1, timeout}},
@@ -148,5 +153,30 @@ func TestConnect(t *testing.T) {
 	}
 	if err := c.Connect(t.Context(), "127.0.0.1:1"); err == nil {
 		t.Error("an address inside was connected to")
+	}
+}
+
+// TestConnectPassesSilence: an upstream that does not answer leaves the next one time to.
+func TestConnectPassesSilence(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { silent.Close() })
+	srv := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(srv.Close)
+	c, err := New(Config{Registries: []Registry{{Host: "a.test", Upstreams: []string{"http://" + silent.Addr().String(), srv.URL}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if err := c.Connect(ctx, "a.test"); err != nil {
+		t.Errorf("the first upstream is silent, and nobody asks the second: %v", err)
 	}
 }

@@ -102,6 +102,7 @@ func TestWithoutRegistry(t *testing.T) {
 func TestFewWaysOut(t *testing.T) {
 	for name, rule := range map[string]string{
 		"no answer": "-A INPUT -s " + address(0) + " -j DROP",
+		"reset":     "-A OUTPUT -p tcp -d " + address(0) + " -j REJECT --reject-with tcp-reset",
 		"no route":  "-A OUTPUT -d " + address(0) + " -j REJECT --reject-with icmp-net-unreachable",
 	} {
 		t.Run(name, func(t *testing.T) {
