@@ -577,7 +577,8 @@ func TestHomeSlowGoingOut(t *testing.T) {
 }
 
 // TestPermitIsKnown: where the home gives next to nothing, all learn soon that another node
-// was let fetch the blob, and do not take its pieces in vain until they do.
+// was let fetch the blob, and do not take its pieces in vain until they do. 8 to 9 s were
+// seen, and 15 s where they learned it when they renewed their leases.
 func TestPermitIsKnown(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		c := baseSim(30, 200)
@@ -587,7 +588,7 @@ func TestPermitIsKnown(t *testing.T) {
 		top.s.limiter = rate.NewLimiter(rate.Every(time.Second/500), 4*top.s.chunk)
 		r := w.play(t)
 		t.Log(r)
-		if r.slowest > 9*time.Second || r.sent > 1.1 || r.copies > 2 || len(r.failed) > 0 {
+		if r.slowest > 12*time.Second || r.sent > 1.1 || r.copies > 2 || len(r.failed) > 0 {
 			t.Errorf("%v %v", r, r.failed)
 		}
 	})
