@@ -94,7 +94,7 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
 	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 	hang := reg.Inject(registrytest.Match{}, registrytest.Hold())
-	c := newClient(t, func(cfg *Config) { cfg.FirstByte = 20 * time.Millisecond }, registryOf(reg))
+	c := newClient(t, func(cfg *Config) { cfg.FirstByte = 200 * time.Millisecond }, registryOf(reg))
 	for range 2 {
 		if _, err := c.Resolve(t.Context(), target, "v1", nil); err == nil {
 			t.Fatal("a registry that hangs answered")

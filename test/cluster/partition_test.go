@@ -108,7 +108,8 @@ func TestFewWaysOut(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newNetwork(t)
-			c := newCluster(t, options{nodes: 9, net: w, more: 5, layers: []int64{2 * mb, 1 * mb}})
+			c := newCluster(t, options{nodes: 9, net: w, more: 5, layers: []int64{2 * mb, 1 * mb},
+				try: 15 * time.Second, tries: 6}) // who is let go turns to the registry, and waits for it in vain
 			ways, others := c.nodes[:2], c.nodes[2:]
 			for _, host := range c.hosts(others...) {
 				w.filter(t, host, rule)
