@@ -117,7 +117,7 @@ func TestFewWaysOut(t *testing.T) {
 			// Who finds out first that it is cut off, and that others are not, may be
 			// too late for its own client.
 			first := c.pullRefs(c.refs[:3], others...)
-			first.wait(3)
+			first.wait(8)
 			if got := c.copies(); got > 3.5/6 {
 				t.Errorf("the registry sent %.2f copies of three images of six", got)
 			}
@@ -126,7 +126,7 @@ func TestFewWaysOut(t *testing.T) {
 				used = ways[1]
 			}
 			used.kill()
-			c.pullRefs(c.refs[3:], others...).wait(4)
+			c.pullRefs(c.refs[3:], others...).wait(8)
 			for _, host := range c.hosts(others...) {
 				w.heal(t, host)
 				w.filter(t, host, "-F OUTPUT")
