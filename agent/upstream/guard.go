@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -266,7 +267,7 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 		return fmt.Errorf("%w: token realm %q is no http(s) URL", ErrRefused, clip(redactURL(u.String()), 128))
 	case u.Scheme == "http" && ep.addr.scheme == "https":
 		return fmt.Errorf("%w: token realm %s would send credentials in clear", ErrRefused, u.Host)
-	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()):
+	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()) || sameOwner(host, ep.hostname()):
 		return nil
 	case loopback(host) && loopback(ep.hostname()):
 		return nil // two names of this machine
@@ -274,6 +275,16 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 	return fmt.Errorf("%w: token realm %s is not of %s; add it to token_realms of registry %q if this is right",
 		ErrRefused, u.Host, ep.hostname(), ep.reg.Host)
 }
+
+// sameOwner says whether a registry is one whose operator is known to have the token
+// service under another registrable domain. So far that is Scaleway's alone
+// (apple/container#2268).
+func sameOwner(realm, registry string) bool {
+	return strings.EqualFold(realm, "api.scaleway.com") && scalewayRE.MatchString(registry)
+}
+
+// Other names below scw.cloud are those of Scaleway's customers.
+var scalewayRE = regexp.MustCompile(`^rg\.[a-z0-9-]+\.scw\.cloud$`)
 
 // realmListed says whether token_realms has host, with any port or this one.
 func (r *registry) realmListed(host, port string) bool {
