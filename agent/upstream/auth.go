@@ -38,6 +38,7 @@ type session struct {
 	expires   time.Time // a little early, so that no request carries a dying token
 	raw       []string  // WWW-Authenticate of a 401 to a request without credential
 	refusedAt time.Time // when the registry last said no to the credential
+	openedAt  time.Time // when it last opened something, if that was later
 }
 
 type sessionKey struct {
