@@ -195,7 +195,7 @@ func (b *body) Read(p []byte) (int, error) {
 
 // await returns when a byte at the cursor can be read. It is called with mu held.
 func (b *body) await() error {
-	err := b.until(b.ready)
+	err := b.until(b.ready, func() (stop func()) { return b.x.within(b.stall, errStalled) })
 	if err == nil && b.late {
 		b.late = false
 		b.x.foundAt(b.at.source())
@@ -204,14 +204,16 @@ func (b *body) await() error {
 }
 
 // until calls ready for one place after another, until it returns nil or there is
-// none left.
-func (b *body) until(ready func() error) error {
+// none left. bound bounds the search for the next.
+func (b *body) until(ready func() error, bound func() (stop func())) error {
 	for {
 		err := ready()
 		if err == nil {
 			return nil
 		}
+		stop := bound()
 		next, err := b.heal(err, b.off)
+		stop()
 		if err != nil {
 			return b.note(err)
 		}
@@ -270,7 +272,7 @@ func (b *body) readyAt(off int64, then time.Time) error {
 		}
 		b.x.cancel(err)
 		return err
-	})
+	}, func() (stop func()) { return b.x.within(time.Until(then), errBudget) })
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -82,6 +83,9 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
+	if p.tooLarge(t, d) {
+		return nil, cache.ErrNoRoom
+	}
 	defer p.willAsk(keyOf(t, d))()
 	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d)})
 	if errors.Is(err, cache.ErrForeign) {
@@ -94,6 +98,17 @@ func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Diges
 		return nil, err
 	}
 	return cached{r}, nil
+}
+
+// tooLarge reports whether d is known to be more than the cache has room for: then it need
+// not be asked for to find out.
+func (p *Proxy) tooLarge(t upstream.Target, d digest.Digest) bool {
+	size := p.Listed(t, d)
+	if size == 0 || p.here(d) {
+		return false
+	}
+	room, err := p.cache.Room()
+	return err == nil && size > room
 }
 
 func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
@@ -306,7 +321,7 @@ func final(err error) bool {
 // the swarm, and every node when there is no swarm.
 func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, into upstream.Sink) error {
 	if kind != KindManifest {
-		return p.upstream.Fetch(ctx, t, d, into)
+		return p.upstream.Fetch(ctx, t, d, sizeNoter{into, p, keyOf(t, d)})
 	}
 	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
 	if err != nil {
@@ -321,6 +336,27 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 	_, err = into.WriteAt(body, 0)
 	return err
 }
+
+// sizeNoter is a sink that keeps the size of a blob for which there is no room, for who
+// passes it through next.
+type sizeNoter struct {
+	upstream.Sink
+	p   *Proxy
+	key blobKey
+}
+
+// SetSize is the sink's.
+func (s sizeNoter) SetSize(n int64) error {
+	err := s.Sink.SetSize(n)
+	if errors.Is(err, cache.ErrNoRoom) && !s.p.listed.has(s.key) {
+		s.p.listed.put(s.key, n, passMemory)
+	}
+	return err
+}
+
+// passMemory is how long the word of a registry alone counts for a size: that of what
+// lists a blob is verified, and goes before.
+const passMemory = time.Minute
 
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
 // it, and does not wait: what a home does for other nodes. They may have seen the
@@ -426,13 +462,20 @@ func (h *healer) retry() (content, error) {
 	return h.p.openProven(h.x, h.p.open)
 }
 
-// pass streams past the cache.
+// pass streams past the cache. Where the size is known, the registry is asked for
+// nothing but what is sent.
 func (h *healer) pass(off int64) (content, error) {
-	h.p.log.Debug("passing through", "digest", h.x.route.digest, "registry", h.x.access.target.Registry)
-	s, err := openStream(h.x.ctx, h.p.upstream, h.x.access.target, h.x.route.digest, off)
-	if err != nil {
-		return nil, err
+	x, t, d := h.x, h.x.access.target, h.x.route.digest
+	h.p.log.Debug("passing through", "digest", d, "registry", t.Registry)
+	s := &stream{upstream: h.p.upstream, target: t, digest: d, total: cmp.Or(x.sizeToSend(), h.p.Listed(t, d))}
+	s.whole = func() { h.p.cache.Meta().AddGiver(d, t.Registry) }
+	s.ctx, s.cancel = context.WithCancelCause(x.ctx)
+	s.reposition(off)
+	if s.total == 0 {
+		if err := s.open(); err != nil {
+			s.cancel(nil)
+			return nil, err
+		}
 	}
-	s.whole = func() { h.p.cache.Meta().AddGiver(s.digest, s.target.Registry) }
 	return s, nil
 }
