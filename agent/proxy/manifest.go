@@ -24,9 +24,6 @@ type manifest struct {
 	from source
 }
 
-// membershipMemory spares the metadata a write for each hit.
-const membershipMemory = time.Hour
-
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
 	defer x.within(p.manifestPatience(x), errBudget)()
@@ -223,7 +220,7 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	if facts.MediaType != m.desc.MediaType {
 		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
 	}
-	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}
+	repository := key.place()
 	children := slices.Concat(o.children(), o.Manifests)
 	meta.AddManifests(repository, "", m.desc)
 	meta.AddManifests(repository, m.desc.Digest, o.Manifests...)

@@ -190,15 +190,3 @@ func (s *stream) Close() error {
 	s.cancel(nil)
 	return nil
 }
-
-// sleep waits for d or returns why ctx ended.
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}

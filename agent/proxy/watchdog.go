@@ -111,12 +111,8 @@ func (p *Proxy) dropOverdue() int {
 
 func (p *Proxy) longestWait(x *exchange) time.Duration {
 	x.mu.Lock()
-	pathEncoded := x.shown.pathEncoded
-	x.mu.Unlock()
-	if pathEncoded {
-		return max(p.opts.FirstByteBudget, pathPatience)
-	}
-	return p.opts.FirstByteBudget
+	defer x.mu.Unlock()
+	return p.patience(x.shown.pathEncoded)
 }
 
 // addresses are where the listeners can be reached from here. A closed port that
