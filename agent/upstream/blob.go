@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
 	"sync"
@@ -243,25 +244,22 @@ func (st *stream) again(ctx context.Context, err error) bool {
 func (st *stream) open(ctx context.Context) error {
 	var verdict error
 	final := false
-	fallback := func() error { return verdict }
+	var whole *endpoint // ignores Range, which costs more than cheapSkip
 	order := st.src.reg.order(st.src.t)
 	if len(order) > 1 && order[0] == st.avoid {
 		order = append(order[1:len(order):len(order)], order[0])
 	}
+	most := int64(cheapSkip)
+	if len(order) == 1 {
+		most = math.MaxInt64
+	}
 	for _, ep := range order {
-		resp, err := st.ask(ctx, ep)
+		err := st.openAt(ctx, ep, most)
 		if err == nil {
-			skip, err2 := st.accept(resp, ep)
-			if err2 == nil && (skip <= cheapSkip || len(order) == 1) {
-				st.use(resp, ep, skip)
-				return nil
-			}
-			resp.Body.Close()
-			if err = err2; err == nil { // too much to skip here, but better than nothing
-				err = errNoRanges
-				fallback = func() error { return st.fromStart(ctx, ep) }
-			}
-			err = st.src.c.describe(err, ep, st.src.t, request{op: st.op})
+			return nil
+		}
+		if errors.Is(err, errNoRanges) && !st.extra {
+			whole = ep
 		}
 		if !final {
 			verdict, final = err, ep.last
@@ -270,29 +268,31 @@ func (st *stream) open(ctx context.Context) error {
 			return err
 		}
 	}
-	return fallback()
+	if whole != nil { // the last resort: read all of it again for its end
+		return st.openAt(ctx, whole, math.MaxInt64)
+	}
+	return verdict
 }
 
-// fromStart reads all of a blob again for its end: the last resort.
-func (st *stream) fromStart(ctx context.Context, ep *endpoint) error {
+// openAt keeps the answer of ep unless more than most bytes of it come before off.
+func (st *stream) openAt(ctx context.Context, ep *endpoint, most int64) error {
 	resp, err := st.ask(ctx, ep)
 	if err != nil {
 		return err
 	}
 	skip, err := st.accept(resp, ep)
+	if err == nil && skip > most {
+		err = errNoRanges
+	}
 	if err != nil {
 		resp.Body.Close()
 		return st.src.c.describe(err, ep, st.src.t, request{op: st.op})
 	}
-	st.use(resp, ep, skip)
-	return nil
-}
-
-func (st *stream) use(resp *answer, ep *endpoint, skip int64) {
 	if resp.moved != nil {
 		st.src.setRedirect(ep, resp.moved)
 	}
 	st.body, st.from, st.skip, st.gained, st.avoid = resp.Body, ep, skip, 0, nil
+	return nil
 }
 
 // ask sends the request for [off, end) to ep: first where an earlier redirect
