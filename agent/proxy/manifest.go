@@ -243,8 +243,8 @@ func (p *Proxy) list(t upstream.Target, ds ...ocispec.Descriptor) {
 }
 
 // Listed is how many bytes d has by the manifest or tag that led to it in the
-// target's repository lately; 0 if that is not known. Nobody has verified it, but
-// the runtime expects it.
+// target's repository lately, or by the registry if there was no room for it; 0 if
+// that is not known. Nobody has verified it, but the runtime expects it.
 func (p *Proxy) Listed(t upstream.Target, d digest.Digest) int64 {
 	size, _ := p.listed.get(keyOf(t, d))
 	return size

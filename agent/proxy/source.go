@@ -179,8 +179,8 @@ func (s sizeNoter) SetSize(n int64) error {
 	return err
 }
 
-// passMemory is how long the word of a registry alone counts for a size: that of what
-// lists a blob is verified, and goes before.
+// passMemory is how long a registry's word alone counts for a size; that of what lists the
+// blob goes before.
 const passMemory = time.Minute
 
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
