@@ -139,11 +139,11 @@ type Proxy struct {
 	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
 	canaries    *recent[string, Canary]
 
-	answers atomic.Int64 // headers sent, ever
+	answers atomic.Int64           // headers sent, ever
+	server  atomic.Pointer[server] // nil unless listening
 
-	mu        sync.Mutex             // guards the maps
+	mu        sync.Mutex             // guards exchanges
 	exchanges map[*exchange]struct{} // under way
-	servers   map[*server]struct{}   // listening
 }
 
 // maxRemembered bounds each of the memories of blobs and tags: some 200 bytes
@@ -181,7 +181,6 @@ func New(opts Options) (*Proxy, error) {
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
 		exchanges:   map[*exchange]struct{}{},
-		servers:     map[*server]struct{}{},
 	}, nil
 }
 
