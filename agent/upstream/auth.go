@@ -205,14 +205,13 @@ func (c *Client) CheckChallenge(registry string, challenge []string) error {
 	if err != nil {
 		return fmt.Errorf("check challenge of %s: %w", registry, err)
 	}
-	final := reg.endpoints[len(reg.endpoints)-1]
 	for _, ch := range parseChallenges(challenge) {
 		if ch.scheme != "bearer" {
 			continue
 		}
 		realm, err := url.Parse(ch.params["realm"])
 		if err == nil {
-			err = final.checkRealm(realm)
+			err = reg.final().checkRealm(realm)
 		}
 		if err != nil {
 			return fmt.Errorf("check challenge of %s: %s", registry, redactError(err))

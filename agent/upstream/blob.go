@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -76,12 +77,7 @@ func (s *source) setRedirect(ep *endpoint, u *url.URL) {
 
 // noRanges says whether no endpoint that would be asked takes ranges.
 func (s *source) noRanges() bool {
-	for _, ep := range s.reg.endpoints {
-		if ep.ranges.Load() != rangesNo {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(s.reg.endpoints, func(ep *endpoint) bool { return ep.ranges.Load() != rangesNo })
 }
 
 // stream reads [off, end) of a source in order and mends itself: after a cut,
@@ -211,7 +207,7 @@ func (st *stream) broken(err error) error {
 func (st *stream) fail(err error) error {
 	ep := st.from
 	if ep == nil {
-		ep = st.src.reg.endpoints[len(st.src.reg.endpoints)-1]
+		ep = st.src.reg.final()
 	}
 	return st.src.c.describe(err, ep, st.src.t, request{op: st.op})
 }

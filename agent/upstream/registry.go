@@ -18,10 +18,9 @@ import (
 // registry is a Registry with what its requests share.
 type registry struct {
 	Registry
-	c          *Client
-	label      string // for metrics: the configured host, or "other"
-	configured bool
-	endpoints  []*endpoint
+	label      string              // for metrics: the configured host, or "other"
+	configured bool                // by an operator, who may name inside addresses
+	endpoints  []*endpoint         // never empty
 	slots      *semaphore.Weighted // all requests
 	bulk       *semaphore.Weighted // blob bodies: fewer, so that manifests always find a slot
 	limiter    *rate.Limiter       // nil = no limit
@@ -29,18 +28,17 @@ type registry struct {
 
 // endpoint is one upstream of a registry.
 type endpoint struct {
-	c          *Client
-	reg        *registry
-	addr       address
-	tls        TLS
-	configured bool // by an operator, who may name inside addresses
-	last       bool // of the registry's upstreams; it has the last word on what exists
-	breaker    breaker
-	tokens     breaker // of the token service
-	dials      dials
-	reach      atomic.Int32 // reach it was last dialled at
-	ranges     atomic.Int32 // rangesUnknown, rangesYes, rangesNo
-	active     atomic.Int32 // requests under way
+	c       *Client
+	reg     *registry
+	addr    address
+	tls     TLS
+	last    bool // of the registry's upstreams; it has the last word on what exists
+	breaker breaker
+	tokens  breaker // of the token service
+	dials   dials
+	reach   atomic.Int32 // reach it was last dialled at
+	ranges  atomic.Int32 // rangesUnknown, rangesYes, rangesNo
+	active  atomic.Int32 // requests under way
 
 	mu         sync.Mutex // guards all below
 	transports *transports
@@ -109,7 +107,7 @@ const burst = 256 << 10
 func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 	slots, bulk := bulkShare(r.connections())
 	reg := &registry{
-		Registry: r, c: c, label: "other", configured: configured,
+		Registry: r, label: "other", configured: configured,
 		slots: semaphore.NewWeighted(slots), bulk: semaphore.NewWeighted(bulk),
 	}
 	if configured {
@@ -131,7 +129,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 			return nil, fmt.Errorf("registry %q: %w", r.Host, err)
 		}
 		reg.endpoints = append(reg.endpoints, &endpoint{
-			c: c, reg: reg, addr: addr, tls: r.tls(u), configured: configured, last: i == len(upstreams)-1,
+			c: c, reg: reg, addr: addr, tls: r.tls(u), last: i == len(upstreams)-1,
 		})
 	}
 	return reg, nil
@@ -176,7 +174,7 @@ func (ep *endpoint) hostname() string {
 }
 
 func (ep *endpoint) ruling(foreign bool) ruling {
-	return ruling{ep: ep, foreign: foreign, proxies: ep.c.proxies}
+	return ruling{ep: ep, foreign: foreign}
 }
 
 // mirrors says whether this endpoint stands in for another registry, and so
@@ -190,9 +188,12 @@ func (ep *endpoint) mirrors() bool {
 // its registrable domain. Others would learn a credential that is not theirs
 // and might answer what the registry itself would refuse.
 func (ep *endpoint) trustedWith() bool {
-	final := ep.reg.endpoints[len(ep.reg.endpoints)-1]
+	final := ep.reg.final()
 	return ep.last || strings.EqualFold(ep.hostname(), final.hostname()) || sameSite(ep.hostname(), final.hostname())
 }
+
+// final is the endpoint with the last word on what exists.
+func (r *registry) final() *endpoint { return r.endpoints[len(r.endpoints)-1] }
 
 // order lists the endpoints to ask: as configured, those that are known to be
 // down last, so that they are asked when nothing else answers.
@@ -317,31 +318,27 @@ func (ep *endpoint) logTurn(o outcome) {
 var errBusy = errors.New("all connections to the registry are in use")
 
 func (r *registry) acquire(ctx context.Context, bulk, spare bool) (release func(), err error) {
-	if spare {
-		if !r.bulk.TryAcquire(1) {
-			return nil, errBusy
-		}
-		if !r.slots.TryAcquire(1) {
-			r.bulk.Release(1)
-			return nil, errBusy
-		}
-		return func() { r.slots.Release(1); r.bulk.Release(1) }, nil
-	}
+	slots := []*semaphore.Weighted{r.slots}
 	if bulk {
-		if err := r.bulk.Acquire(ctx, 1); err != nil {
+		slots = []*semaphore.Weighted{r.bulk, r.slots}
+	}
+	var held []*semaphore.Weighted
+	release = func() {
+		for _, s := range held {
+			s.Release(1)
+		}
+	}
+	for _, s := range slots {
+		if !spare {
+			err = s.Acquire(ctx, 1)
+		} else if !s.TryAcquire(1) {
+			err = errBusy
+		}
+		if err != nil {
+			release()
 			return nil, err
 		}
+		held = append(held, s)
 	}
-	if err := r.slots.Acquire(ctx, 1); err != nil {
-		if bulk {
-			r.bulk.Release(1)
-		}
-		return nil, err
-	}
-	return func() {
-		r.slots.Release(1)
-		if bulk {
-			r.bulk.Release(1)
-		}
-	}, nil
+	return release, nil
 }

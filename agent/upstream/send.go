@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -258,12 +259,7 @@ func redirects(status int) bool {
 
 // plain says whether an operator wrote this http origin into upstreams.
 func (r *registry) plain(u *url.URL) bool {
-	for _, ep := range r.endpoints {
-		if r.configured && ep.origin(u) {
-			return true
-		}
-	}
-	return false
+	return r.configured && slices.ContainsFunc(r.endpoints, func(ep *endpoint) bool { return ep.origin(u) })
 }
 
 func (ep *endpoint) origin(u *url.URL) bool {

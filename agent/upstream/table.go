@@ -107,12 +107,7 @@ func (r Registry) NodeAuth(repository string) bool {
 
 func matchAny(globs []string, repository string) bool {
 	segments := strings.Split(repository, "/")
-	for _, g := range globs {
-		if matchSegments(strings.Split(g, "/"), segments) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(globs, func(g string) bool { return matchSegments(strings.Split(g, "/"), segments) })
 }
 
 // matchSegments is the usual two-finger glob match over path segments:

@@ -138,7 +138,7 @@ func (ep *endpoint) newTransport(conf *tls.Config, r ruling) *http.Transport {
 	proxy := ep.c.proxyFunc
 	return &http.Transport{
 		Proxy:                  func(req *http.Request) (*url.URL, error) { return proxy(req.URL) },
-		DialContext:            r.dial(net.Dialer{Resolver: ep.c.resolver, KeepAlive: 15 * time.Second}),
+		DialContext:            r.dial(net.Dialer{Resolver: ep.c.cfg.resolver, KeepAlive: 15 * time.Second}),
 		TLSClientConfig:        conf,
 		Protocols:              protocols,
 		DisableCompression:     true,
