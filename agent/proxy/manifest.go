@@ -60,7 +60,7 @@ func (p *Proxy) serveManifest(x *exchange) error {
 		}
 	}
 	if x.route.pathEncoded {
-		if err := p.promise(x.ctx, x.access.target, m); err != nil {
+		if err := p.promise(x.ctx, x.access.target, m, promiseDepth); err != nil {
 			return err
 		}
 	}
