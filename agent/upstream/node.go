@@ -44,7 +44,7 @@ func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
 }
 
 // sendNode asks ep with this node's credentials, as kubelet pulls: one after
-// the other, the most specific first, until one is taken. If none is, they are
+// the other, the most specific first, until one is taken. If one was refused, they are
 // looked up afresh, for a password may have changed under us, and at last the
 // request is made without: a wrong credential must not keep a public
 // repository from us. GitLab and Harbor answer 404 to a credential that does not
@@ -55,7 +55,7 @@ func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request
 		if answer, settled, err := n.all(ctx, refresh); settled {
 			return answer, err
 		}
-		if n.missing != nil {
+		if n.missing != nil && (refresh || n.refusal == nil) {
 			return nil, n.missing
 		}
 	}

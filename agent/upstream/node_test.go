@@ -53,7 +53,7 @@ type basicRegistry struct {
 	mu     sync.Mutex // guards all below
 	user   string
 	public string // this repository is open to all
-	hides  bool   // 404 to other users, and of the tag "gone" to all
+	hides  bool   // 404 to other users but "old", and of the tag "gone" to all
 	came   []string
 }
 
@@ -62,7 +62,7 @@ func (b *basicRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer b.mu.Unlock()
 	name, _, sent := r.BasicAuth()
 	b.came = append(b.came, name)
-	if b.hides && sent && (name != b.user || strings.HasSuffix(r.URL.Path, "/gone")) {
+	if b.hides && sent && name != "old" && (name != b.user || strings.HasSuffix(r.URL.Path, "/gone")) {
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
@@ -137,6 +137,7 @@ func TestCredentialThatSeesNothing(t *testing.T) {
 	c := newClient(t, k.use, Registry{Host: "test", Auth: "node", Upstreams: []string{at.String()}})
 	for _, s := range []struct {
 		name, repository, reference string
+		change                      func()
 		want                        string // who comes
 		missing                     bool
 	}{
@@ -144,7 +145,14 @@ func TestCredentialThatSeesNothing(t *testing.T) {
 		{name: "the one that sees it first", repository: repo, reference: "v1", want: "bob"},
 		{name: "and its 404 is believed", repository: repo, reference: "gone", want: "bob", missing: true},
 		{name: "nobody sees it", repository: "other", reference: "gone", want: "ann bob zoe", missing: true},
+		{name: "one that sees nothing and one that is out of date", repository: "third", reference: "v1", want: "ann old bob", change: func() {
+			k.set(user("ann", "1"), user("old", "2"))
+			k.renewed = []authn.AuthConfig{user("ann", "1"), user("bob", "2")}
+		}},
 	} {
+		if s.change != nil {
+			s.change()
+		}
 		_, _, err := c.Manifest(t.Context(), Target{Registry: "test", Repository: s.repository}, s.reference, nil)
 		if IsNotFound(err) != s.missing || (err != nil) != s.missing {
 			t.Errorf("%s: %v", s.name, err)
