@@ -56,7 +56,7 @@ func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request
 			return answer, err
 		}
 		if n.missing != nil && (refresh || n.refusal == nil) {
-			return nil, n.missing
+			return nil, cmp.Or(n.unknown(), n.missing)
 		}
 	}
 	answer, err := c.sendAs(ctx, ep, t, q, c.session(ep, t, authn.AuthConfig{}))
@@ -136,12 +136,20 @@ func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 	return append(first, last...)
 }
 
+// unknown is the error if a credential could not be looked up: nobody knows what it
+// would have opened.
+func (n *nodeTry) unknown() error {
+	if n.lookup == nil {
+		return nil
+	}
+	return n.c.describe(fmt.Errorf("%w: %w", errLookup, n.lookup), n.ep, n.t, n.q)
+}
+
 // verdict is the error once everything was refused: that of the first
-// credential, with the challenge that a client without one gets. If a
-// credential could not be looked up, nobody knows what it would have opened.
+// credential, with the challenge that a client without one gets.
 func (n *nodeTry) verdict(anonymous *Error) error {
-	if n.lookup != nil {
-		return n.c.describe(fmt.Errorf("%w: %w", errLookup, n.lookup), n.ep, n.t, n.q)
+	if err := n.unknown(); err != nil {
+		return err
 	}
 	if n.refusal == nil {
 		return anonymous

@@ -161,6 +161,11 @@ func TestCredentialThatSeesNothing(t *testing.T) {
 			t.Errorf("%s: %q came, want %q", s.name, got, s.want)
 		}
 	}
+	k.set(user("ann", "1"))
+	k.err = errors.New("the plugin is broken")
+	if _, _, err := c.Manifest(t.Context(), Target{Registry: "test", Repository: "fourth"}, "v1", nil); !IsUnavailable(err) || IsNotFound(err) {
+		t.Errorf("one sees nothing, another could not be looked up: %v, want unavailable", err)
+	}
 }
 
 // TestRefusalIsForgotten holds that a refused credential has another chance.
