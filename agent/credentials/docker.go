@@ -93,17 +93,20 @@ func readDockerConfig(path string) (*loaded, error) {
 	}
 	// Within the resolution of its time a file may change unseen.
 	l := &loaded{info: info, settled: time.Since(info.ModTime()) > settleTime}
+	body, err := readBounded(f)
+	if err == nil {
+		l.config, err = parseDockerConfig(body)
+	}
+	return l, wrap(err, "docker config %s", path)
+}
+
+// readBounded reads a file of at most maxFile bytes.
+func readBounded(f *os.File) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return l, fmt.Errorf("docker config: %w", err)
+	if err == nil && len(body) > maxFile {
+		err = fmt.Errorf("larger than %d MiB", maxFile>>20)
 	}
-	if len(body) > maxFile {
-		return l, fmt.Errorf("docker config %s: larger than %d MiB", path, maxFile>>20)
-	}
-	if l.config, err = parseDockerConfig(body); err != nil {
-		return l, fmt.Errorf("docker config %s: %w", path, err)
-	}
-	return l, nil
+	return body, err
 }
 
 // settleTime is longer than any file system's steps of modification times.

@@ -67,13 +67,8 @@ func matching(auths map[string]authn.AuthConfig, name string) []authn.AuthConfig
 
 // merged is a with what b has more and otherwise.
 func merged(a, b map[string]authn.AuthConfig) map[string]authn.AuthConfig {
-	if len(b) == 0 {
-		return a
-	}
-	out := maps.Clone(a)
-	if out == nil {
-		out = map[string]authn.AuthConfig{}
-	}
+	out := map[string]authn.AuthConfig{}
+	maps.Copy(out, a)
 	maps.Copy(out, b)
 	return out
 }
@@ -93,15 +88,10 @@ func matches(pattern, name string) bool {
 	}
 	globs, port := splitHost(p.Host)
 	labels, namePort := splitHost(n.Host)
-	if port != namePort || len(globs) != len(labels) {
-		return false
-	}
-	for i, glob := range globs {
-		if ok, err := path.Match(glob, labels[i]); err != nil || !ok {
-			return false
-		}
-	}
-	return true
+	return port == namePort && slices.EqualFunc(globs, labels, func(glob, label string) bool {
+		ok, err := path.Match(glob, label)
+		return err == nil && ok
+	})
 }
 
 func splitHost(hostport string) (labels []string, port string) {

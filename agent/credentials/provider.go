@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -148,10 +147,7 @@ func readProviderConfig(path string) ([]providerFields, error) {
 		return nil, err
 	}
 	defer f.Close()
-	body, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(body) > maxFile {
-		err = fmt.Errorf("larger than %d MiB", maxFile>>20)
-	}
+	body, err := readBounded(f)
 	var list []providerFields
 	if err == nil {
 		list, err = parseProviderConfig(body)

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
@@ -87,6 +86,7 @@ func (q Question) kind() Kind {
 type authorizer struct {
 	upstream *upstream.Client
 	swarm    Swarm // nil: a node alone
+	cache    *cache.Cache
 	meta     *cache.Meta
 	log      *slog.Logger
 	budget   time.Duration // for a request's headers
@@ -96,10 +96,9 @@ type authorizer struct {
 	lasting  lasting
 	verdicts *recent[verdictKey, verdict]
 	members  *recent[member, struct{}]     // belong to their repository
-	told     *recent[blobKey, struct{}]    // see said
-	asking   counted[blobKey]              // by fills, see said
-	about    counted[blobKey]              // to ask, see willAsk
-	here     func(digest.Digest) bool      // see Proxy.here
+	told     *recent[blobKey, struct{}]    // the registry has said that it has them there (A13)
+	asking   counted[blobKey]              // fills of this node ask for them there now
+	willAsk  counted[blobKey]              // fills that are about to begin will
 	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
 	asks     *flights[askKey, struct{}]    // for callers of this node
 	homeAsks *flights[askKey, struct{}]    // for other nodes; apart, for the former wait for these
@@ -107,7 +106,8 @@ type authorizer struct {
 
 func newAuthorizer(opts Options, b *background) *authorizer {
 	a := &authorizer{
-		upstream: opts.Upstream, swarm: opts.Swarm, meta: opts.Cache.Meta(), log: opts.Logger, budget: opts.FirstByteBudget, pinned: opts.Pinned,
+		upstream: opts.Upstream, swarm: opts.Swarm, cache: opts.Cache, meta: opts.Cache.Meta(), log: opts.Logger,
+		budget: opts.FirstByteBudget, pinned: opts.Pinned,
 		secret: newKeyed(newSecret()), lasting: lasting{meta: opts.Cache.Meta()},
 		verdicts: newRecent[verdictKey, verdict](maxRemembered),
 		members:  newRecent[member, struct{}](maxRemembered),
@@ -193,58 +193,11 @@ func (a *authorizer) present(acc *access, authorization string) {
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
 	known := a.belongs(memberOf(acc.target, kind, d))
 	key := keyOf(acc.target, d)
-	unproven := !a.about.has(key) && a.unproven(key, a.here)
+	unproven := !a.willAsk.has(key) && a.unproven(key, a.here)
 	if acc.allowed && known && !unproven {
 		return nil
 	}
 	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known, Stored: unproven})
-}
-
-// member is what may be in a repository, as a manifest or else as a blob. Every manifest
-// that is may be had as a blob too; the other way round a blob would be believed what it
-// lists, although no registry has checked that.
-type member struct {
-	blobKey
-	manifest bool
-}
-
-func memberOf(t upstream.Target, kind Kind, d digest.Digest) member {
-	return member{keyOf(t, d), kind == KindManifest}
-}
-
-// belongs reports whether m is known to be in its repository.
-func (a *authorizer) belongs(m member) bool {
-	if a.members.has(m) {
-		return true
-	}
-	repository := cache.Repository{Registry: m.registry, Name: m.repository}
-	var ok bool
-	if m.manifest {
-		ok = a.meta.MemberManifest(repository, m.digest)
-	} else {
-		_, ok = a.meta.Member(repository, m.digest)
-	}
-	if !ok {
-		_, ok = a.pinnedAs(repository, Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
-	}
-	if ok {
-		a.members.put(m, struct{}{}, membershipMemory)
-	}
-	return ok
-}
-
-// enlist notes that the registry says that d is in a repository, as that kind.
-func (a *authorizer) enlist(t upstream.Target, kind Kind, d ocispec.Descriptor) {
-	m := memberOf(t, kind, d.Digest)
-	if d.Digest.Validate() != nil || a.belongs(m) {
-		return
-	}
-	add := a.meta.AddMembers
-	if m.manifest {
-		add = a.meta.AddManifests
-	}
-	add(cache.Repository{Registry: t.Registry, Name: t.Repository}, "", d)
-	a.members.put(m, struct{}{}, membershipMemory)
 }
 
 // ask has the registry decide, once for all who ask the same now. When it
@@ -295,77 +248,6 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
 	}
 	return nil
-}
-
-// stands returns what holds for a caller who asks for a reference while the registry
-// cannot be asked, and whether that lets him in: a verdict that is still good, else
-// what offline says.
-func (a *authorizer) stands(acc access, reference string) (access, bool) {
-	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
-		return acc, false
-	}
-	return acc, acc.allowed || a.offline(&acc, reference)
-}
-
-// standsHere is stands for a caller of this node, who may have a public pin besides.
-// Other nodes' callers may not (A12).
-func (a *authorizer) standsHere(acc access, reference string) (access, bool) {
-	if stand, in := a.stands(acc, reference); in {
-		return stand, true
-	}
-	return a.shownPin(acc, reference)
-}
-
-// forOne reports whether a leave holds for one question, and not for the repository.
-func (a *access) forOne() bool {
-	return a.decision == decidedImported || a.decision == decidedPinned
-}
-
-// shownPin returns what holds for a caller of this node who asks for something that is
-// pinned here, and whether that lets him in whatever the registry says: it showed it to
-// everybody when it confirmed it last (A12).
-func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
-	if p, ok := a.pinned(acc.repository(), ref); !ok || !p.Public {
-		return acc, false
-	}
-	acc.asAnyone(decidedPinned)
-	return acc, true
-}
-
-// keeps returns what holds for a caller of this node who asks for something that the
-// registry does not give, no being its answer, and whether that lets him in: it is pinned
-// here, and was public. If the registry says only that it has it no more, and it was not,
-// he gets it if he may read the repository, or if that was public, or the node's, when the
-// registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
-// for this one thing.
-func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
-	if _, ok := a.pinnedAs(acc.repository(), q); !ok {
-		return acc, false
-	}
-	v, ok := a.verdicts.get(acc.key())
-	refused := ok && !v.allowed || upstream.IsUnauthorized(no)
-	if refused || !acc.allowed {
-		if stand, in := a.shownPin(acc, q.Reference); in || refused {
-			return stand, in
-		}
-	}
-	switch {
-	case acc.allowed:
-	case a.wasPublic(acc.repository()):
-		acc.asAnyone(decidedPinned)
-	case acc.who == theNode && (offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineAll || a.lasting.knows(&acc)):
-	default:
-		return acc, false
-	}
-	acc.allowed, acc.decision = true, decidedPinned
-	return acc, true
-}
-
-// pinnedAs is what is pinned under the reference of a question, if that is of the kind
-// that is asked for.
-func (a *authorizer) pinnedAs(r cache.Repository, q Question) (Pinned, bool) {
-	p, ok := a.pinned(r, q.Reference)
-	return p, ok && (q.Blob || p.Manifest)
 }
 
 // find asks the repository's home, and if that cannot say the registry itself.
@@ -432,14 +314,7 @@ func pauseFor(ctx context.Context, err error) bool {
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= e.RetryAfter {
 		return false
 	}
-	wait := time.NewTimer(e.RetryAfter)
-	defer wait.Stop()
-	select {
-	case <-wait.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
+	return sleep(ctx, e.RetryAfter) == nil
 }
 
 // withChallenge completes a refusal of "anyone" with what the registry asks a
@@ -473,13 +348,6 @@ func (a *authorizer) learn(acc *access, q Question, err error) {
 		}
 	case upstream.IsUnauthorized(err):
 		a.reject(acc, err)
-	}
-}
-
-// enlistAsked enlists what a question names by digest.
-func (a *authorizer) enlistAsked(t upstream.Target, q Question) {
-	if d, err := digest.Parse(q.Reference); err == nil {
-		a.enlist(t, q.kind(), ocispec.Descriptor{Digest: d})
 	}
 }
 
@@ -564,76 +432,6 @@ func (a *authorizer) unknown(acc *access, err error) error {
 		return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry asks for credentials", challenge: challenge}
 	}
 	return err
-}
-
-// The values of a registry's offline.
-const (
-	offlineRemembered = "remembered"
-	offlineAll        = "all"
-	offlineNone       = "none"
-)
-
-// offlineMode is the registry's offline, or its default: "remembered", and "all"
-// where contact_upstream = false, since such a registry can never be asked.
-func offlineMode(policy upstream.Registry) string {
-	switch {
-	case policy.Offline != "":
-		return policy.Offline
-	case !policy.Contact():
-		return offlineAll
-	}
-	return offlineRemembered
-}
-
-// offline changes acc to what holds for a reference while the registry cannot be
-// asked, and reports whether that lets the caller in.
-func (a *authorizer) offline(acc *access, reference string) bool {
-	if a.wasPublic(acc.repository()) {
-		acc.asAnyone(decidedPublic)
-		return true
-	}
-	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
-	case mode == offlineAll:
-		acc.allowed, acc.decision = true, decidedOffline
-	case mode == offlineRemembered && a.lasting.has(acc):
-		acc.allowed, acc.decision = true, decidedRemembered
-	case a.meta.Imported(acc.repository(), reference):
-		acc.asAnyone(decidedImported)
-	}
-	return acc.allowed
-}
-
-// asAnyone lets the caller in by what holds for everybody: his credential goes nowhere.
-func (a *access) asAnyone(d decision) {
-	a.allowed, a.decision = true, d
-	if a.who != theNode {
-		a.who, a.target.Authorization, a.target.Anonymous = anyone, "", true
-	}
-}
-
-// wasPublic reports whether a repository was public when the registry said so last.
-func (a *authorizer) wasPublic(r cache.Repository) bool {
-	if v, ok := a.verdicts.get(verdictKey{r.Registry, r.Name, anyone}); ok {
-		return v.public()
-	}
-	_, ok := a.meta.Verdict(r, cache.Anyone)
-	return ok
-}
-
-// shown reports whether anybody may have d, wherever it is asked for: it is in a
-// public repository, and that one's registry has given it.
-func (a *authorizer) shown(d digest.Digest) (registry string, ok bool) {
-	r, ok := a.meta.Shown(d)
-	return r.Registry, ok && a.meta.Given(d, r.Registry) && a.wasPublic(r)
-}
-
-// show notes what a public repository holds.
-func (a *authorizer) show(r cache.Repository, blobs ...ocispec.Descriptor) {
-	for _, b := range blobs {
-		if _, ok := a.shown(b.Digest); !ok {
-			a.meta.SetShown(b.Digest, r)
-		}
-	}
 }
 
 // isBasic reports whether a client can answer the challenge by itself.

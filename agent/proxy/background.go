@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // background owns the work that outlives the request which began it. stop ends
@@ -93,4 +94,16 @@ func (g *flights[K, V]) join(key K, fn func(context.Context) (V, error)) (*fligh
 	}
 	g.flying[key] = f
 	return f, nil
+}
+
+// sleep waits for d or returns why ctx ended.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }

@@ -2,10 +2,8 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net/http"
-	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -14,24 +12,14 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-const (
-	// failureMemory is how long a blob that ended short is refused to clients
-	// that can take the rest from the registry (I4): longer than any runtime's
-	// immediate retries, shorter than kubelet's back-off gets.
-	failureMemory = 30 * time.Second
-	// wrongMemory is the same for a blob whose bytes were wrong, and may be again:
-	// longer than kubelet backs off.
-	wrongMemory = 10 * time.Minute
-	// undeliverableMemory is how long manifests that list a blob which could not be
-	// delivered to a path-encoded client answer 404 (I5).
-	undeliverableMemory = 5 * time.Minute
-	immutable           = "max-age=31536000, immutable"
-)
-
 // blobKey is a blob under the name that its bytes are asked for.
 type blobKey struct {
 	registry, repository string
 	digest               digest.Digest
+}
+
+func (k blobKey) place() cache.Repository {
+	return cache.Repository{Registry: k.registry, Name: k.repository}
 }
 
 func keyOf(t upstream.Target, d digest.Digest) blobKey {
@@ -40,7 +28,7 @@ func keyOf(t upstream.Target, d digest.Digest) blobKey {
 
 // serveBlob answers GET and HEAD of a blob: the straight line of I1.
 func (p *Proxy) serveBlob(x *exchange) error {
-	then := x.start.Add(p.patience(x))
+	then := x.start.Add(p.patience(x.route.pathEncoded))
 	stop := x.within(time.Until(then), errBudget)
 	defer stop()
 	if err := p.auth.permit(x.ctx, &x.access, KindBlob, x.route.digest); err != nil {
@@ -57,47 +45,6 @@ func (p *Proxy) serveBlob(x *exchange) error {
 	err := p.sendBlob(x, then)
 	p.judge(x, key, err)
 	return err
-}
-
-// failure is what is refused of a blob that could not be delivered: all of it, or what
-// a body of wrong bytes lacks.
-type failure struct {
-	wrong bool  // the bytes did not match, and are fetched anew once
-	size  int64 // of the body
-	from  int64 // its first byte that was not sent; 0 = nothing was sent
-}
-
-// failureOf says what of a blob clients are to take from the registry, and for how
-// long. Of bytes that did not match at most all but the last piece was sent: who asks
-// for that is in the same pull, and gets it sooner there.
-func failureOf(x *exchange, err error) (failure, time.Duration) {
-	if !wrongBytes(err) {
-		return failure{}, failureMemory
-	}
-	if _, ok := errors.AsType[*cache.FillError](err); !ok {
-		return failure{}, wrongMemory
-	}
-	f := failure{wrong: true}
-	if x.sent.Load() > 0 {
-		f.size = x.sizeToSend()
-		f.from = (f.size - 1) / cache.PieceSize(f.size) * cache.PieceSize(f.size)
-	}
-	return f, wrongMemory
-}
-
-// refuses reports whether the client is to take what it asks for from the registry.
-func (p *Proxy) refuses(x *exchange, key blobKey) bool {
-	f, failed := p.failed.get(key)
-	switch {
-	case !failed || p.cache.Has(key.digest):
-		return false
-	case !f.wrong || p.cache.Mismatches(key.digest) > 1:
-		return true
-	case f.from == 0:
-		return false
-	}
-	off, ok := firstOffset(x.r, f.size, etag(key.digest))
-	return !ok || off >= f.from
 }
 
 // sendBlob answers before then, with an error at least.
@@ -131,9 +78,9 @@ const (
 	swarmPathPatience = 5 * time.Minute
 )
 
-// patience is how long a client may wait for the first byte.
-func (p *Proxy) patience(x *exchange) time.Duration {
-	if x.route.pathEncoded {
+// patience is how long a client may wait for the first byte of a blob.
+func (p *Proxy) patience(pathEncoded bool) time.Duration {
+	if pathEncoded {
 		return max(p.opts.FirstByteBudget, pathPatience)
 	}
 	return p.opts.FirstByteBudget
@@ -192,66 +139,18 @@ func (p *Proxy) openBy(x *exchange, then time.Time) (content, error) {
 	return nil, errBudget
 }
 
-// judge remembers how the blob went, unless the client or this agent's end
-// decided it.
-func (p *Proxy) judge(x *exchange, key blobKey, err error) {
-	p.discard(key.digest, err)
-	switch {
-	case err == nil && x.err == nil:
-		p.undelivered.forget(key)
-		p.doubt(x, key.digest)
-		return
-	case x.r.Context().Err() != nil || err == nil:
-		return
-	case upstream.IsUnauthorized(err) && !x.route.pathEncoded:
-		// A token that ended, most likely: the client gets another and goes on.
-		p.auth.doubt(&x.access)
-		return
-	case x.route.pathEncoded:
-		p.undelivered.put(key, struct{}{}, undeliverableMemory)
-		p.deliverable.forget(key)
-	case wrongBytes(err), x.status != 0:
-		f, ttl := failureOf(x, err)
-		p.failed.put(key, f, ttl)
+// openProven opens a blob for a client.
+func (p *Proxy) openProven(x *exchange, open func(context.Context, upstream.Target, digest.Digest, Kind) (content, error)) (content, error) {
+	acc, d := x.access, x.route.digest
+	c, err := open(x.ctx, acc.target, d, KindBlob)
+	if err != nil {
+		return nil, err
 	}
-	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
-		"bytes", x.sent.Load(), "err", err)
-}
-
-// errRot is what became of bytes that were right when the cache committed them.
-var errRot = errors.New("the cache's copy is not what it was")
-
-// discard deletes the cache's copy of what its disk could not give, or gave wrong, and
-// reports whether it did: the bytes are to be fetched anew.
-func (p *Proxy) discard(d digest.Digest, err error) bool {
-	if !errors.Is(err, errRot) && !errors.Is(err, syscall.EIO) || !p.cache.Has(d) {
-		return false
+	if err := p.auth.proven(x.ctx, acc, KindBlob, d); err != nil {
+		_ = c.Close() // nothing was read
+		return nil, err
 	}
-	p.log.Warn("deleting what the cache's disk cannot give any more", "digest", d, "err", err)
-	return p.cache.Remove(d) == nil
-}
-
-const (
-	// againMemory is longer than kubelet backs off between two tries of a pull.
-	againMemory = 10 * time.Minute
-	// doubtMemory is how long a blob is not doubted again.
-	doubtMemory = time.Hour
-)
-
-// doubt has the cache's copy of a blob read again if runtimes got all of it twice within a
-// short time. A runtime keeps what it got, unless the digest did not match, which it
-// tells nobody: it would get the same wrong bytes at each try, and never ask the registry.
-func (p *Proxy) doubt(x *exchange, d digest.Digest) {
-	if x.sourceLabel() != sourceDisk || x.sent.Load() != x.sizeToSend() {
-		return
-	}
-	switch doubted, again := p.again.get(d); {
-	case !again:
-		p.again.put(d, false, againMemory)
-	case !doubted:
-		p.cache.Suspect(d)
-		p.again.put(d, true, doubtMemory)
-	}
+	return c, nil
 }
 
 // headBlob needs the size alone, and starts no fill.
@@ -283,6 +182,8 @@ func (p *Proxy) stat(ctx context.Context, t upstream.Target, d digest.Digest) (i
 	})
 	return size, sourceUpstream, err
 }
+
+const immutable = "max-age=31536000, immutable"
 
 func setBlobHeaders(h http.Header, d digest.Digest) {
 	h.Set("Content-Type", "application/octet-stream")

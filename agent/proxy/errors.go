@@ -16,7 +16,6 @@ import (
 const (
 	codeBlobUnknown     = "BLOB_UNKNOWN"
 	codeManifestUnknown = "MANIFEST_UNKNOWN"
-	codeManifestInvalid = "MANIFEST_INVALID"
 	codeNameUnknown     = "NAME_UNKNOWN"
 	codeNameInvalid     = "NAME_INVALID"
 	codeDigestInvalid   = "DIGEST_INVALID"

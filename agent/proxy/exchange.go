@@ -120,6 +120,10 @@ func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
 			return b.sendTo(x, limited.N)
 		}
 	}
+	return x.copy(r)
+}
+
+func (x *exchange) copy(r io.Reader) (int64, error) {
 	buf := buffers.Get().(*[copyBuffer]byte)
 	defer buffers.Put(buf)
 	return io.CopyBuffer(struct{ io.Writer }{x}, r, buf[:])
@@ -131,9 +135,7 @@ func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
 	x.extend()
 	below, ok := x.ResponseWriter.(io.ReaderFrom)
 	if !ok {
-		buf := buffers.Get().(*[copyBuffer]byte)
-		defer buffers.Put(buf)
-		return io.CopyBuffer(struct{ io.Writer }{x}, file, buf[:])
+		return x.copy(file)
 	}
 	n, err := below.ReadFrom(file)
 	x.count(n)
@@ -158,16 +160,17 @@ var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 // extend moves the write deadline, so that the client has the full time for the
 // chunk that is sent next.
 func (x *exchange) extend() {
-	err := http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err != nil && !errors.Is(err, http.ErrNotSupported) && x.err == nil {
-		x.err = err
-	}
+	x.note(http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout)))
 }
 
 // flush sends the headers before there is a body.
 func (x *exchange) flush() {
 	x.extend()
-	err := http.NewResponseController(x.ResponseWriter).Flush()
+	x.note(http.NewResponseController(x.ResponseWriter).Flush())
+}
+
+// note keeps the first error of the connection.
+func (x *exchange) note(err error) {
 	if err != nil && !errors.Is(err, http.ErrNotSupported) && x.err == nil {
 		x.err = err
 	}
@@ -246,4 +249,19 @@ func (x *exchange) hangUp() {
 	if conn, ok := x.r.Context().Value(connKey{}).(net.Conn); ok {
 		_ = conn.Close() // it may be closed already
 	}
+}
+
+func (x *exchange) event() Event {
+	e := Event{
+		Time: x.start, Kind: x.route.kind, Method: x.r.Method, Registry: x.route.registry, Repository: x.route.repository,
+		Source: string(x.sourceLabel()), Status: x.status, Bytes: x.sent.Load(), Duration: time.Since(x.start),
+		Remote: x.r.RemoteAddr, UserAgent: x.r.UserAgent(), Decision: string(x.access.decision), Err: x.err,
+	}
+	if x.proxy.opts.Audit != nil {
+		e.Caller = x.proxy.auth.fingerprint(x.r.Header.Get("Authorization"))
+	}
+	if x.route.tag != "" || x.route.digest != "" {
+		e.Reference = x.route.reference()
+	}
+	return e
 }

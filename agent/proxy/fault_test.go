@@ -296,6 +296,84 @@ func TestNoRoom(t *testing.T) {
 	})
 }
 
+// TestNoRoomAsksOnce: where the cache has no room, the bytes that a client asks for are
+// asked for once, and no others.
+func TestNoRoomAsksOnce(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.cache.MaxBytes = cache.Bytes(1) })
+	img := n.image(3_000_000, 3_000_001)
+	gets := func(d digest.Digest) int {
+		return n.registry.Count(registrytest.Match{Reference: d.String(), Method: "GET"})
+	}
+	unlisted := img.Layers[1].Digest
+	for i, want := range []int{2, 1} { // the first finds out how large it is
+		before := gets(unlisted)
+		if a := n.get(blobPath(unlisted), "Range", "bytes=2000000-"); a.status != 206 || !bytes.Equal(a.body, bytesOf(t, img, unlisted)[2_000_000:]) {
+			t.Errorf("status %d, %d bytes", a.status, len(a.body))
+		}
+		if got := gets(unlisted) - before; got != want {
+			t.Errorf("request %d for a blob of unknown size: %d GETs, want %d", i, got, want)
+		}
+	}
+	n.get(manifestPath(img.Digest.String()))
+	d := img.Layers[0].Digest
+	for i, r := range []string{"", "bytes=2000000-", "bytes=10-19", "bytes=-7"} {
+		if a := n.get(blobPath(d), "Range", r); a.err != nil || a.status/100 != 2 {
+			t.Errorf("%q: status %d, %v", r, a.status, a.err)
+		}
+		if got := gets(d); got != i+1 {
+			t.Errorf("%q: %d GETs so far, want %d", r, got, i+1)
+		}
+	}
+}
+
+// TestNoRoomWaitsForNoByteForEver: what passes the cache by keeps to the same deadlines.
+func TestNoRoomWaitsForNoByteForEver(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.upstream.FirstByte, s.upstream.Stall = 30*time.Second, 30*time.Second
+		s.proxy.FirstByteBudget, s.proxy.StallTimeout = 300*time.Millisecond, 300*time.Millisecond
+		s.cache.MaxBytes = cache.Bytes(1)
+	})
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	n.get(manifestPath("v1"))
+	for name, effect := range map[string]registrytest.Effect{"headers": registrytest.Hold(), "body": registrytest.StallAfter(0)} {
+		f := n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, effect)
+		begin := time.Now()
+		checkOCIError(t, n.get(blobPath(d)), 503, "UNAVAILABLE")
+		if d := time.Since(begin); d > 3*time.Second {
+			t.Errorf("%s: answered after %s", name, d)
+		}
+		f.Remove()
+		n.proxy.failed.forget(keyOf(n.target(), d))
+	}
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.StallAfter(1_000_000))
+	begin := time.Now()
+	a := n.get(blobPath(d))
+	if took := time.Since(begin); a.status != 200 || !errors.Is(a.err, io.ErrUnexpectedEOF) || len(a.body) == 0 || took > 3*time.Second {
+		t.Errorf("status %d, %d bytes, %v after %s; want 200 cut short by FIN", a.status, len(a.body), a.err, took)
+	}
+}
+
+// TestHealWithinBudget: the runtime's copy turns out to be bad. The registry is asked
+// instead, and has no more than what is left of the budget.
+func TestHealWithinBudget(t *testing.T) {
+	store := &runtimeDir{t.TempDir(), true}
+	n := startNode(t, func(s *setup) {
+		s.upstream.FirstByte, s.upstream.Stall = 30*time.Second, 30*time.Second
+		s.proxy.FirstByteBudget, s.proxy.Runtime = 300*time.Millisecond, store
+	})
+	img := n.image(3_000_000)
+	d := img.Layers[0].Digest
+	n.get(manifestPath(img.Digest.String()))
+	store.put(t, d, bytesOf(t, img, d))
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.Hold())
+	begin := time.Now()
+	checkOCIError(t, n.get(blobPath(d)), 503, "UNAVAILABLE")
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("answered after %s", took)
+	}
+}
+
 // TestNoRoomInTheMiddle: the disk fills up while a body is under way; the rest
 // comes past it.
 func TestNoRoomInTheMiddle(t *testing.T) {

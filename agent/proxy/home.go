@@ -69,7 +69,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	if err != nil {
 		return desc, false, err
 	}
-	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)}
+	key := newTagKey(t, tag, acceptsLists(accept))
 	last, known := p.lastKnown(key)
 	_, in := p.auth.stands(acc, last.desc.Digest.String())
 	known = known && acceptable(accept, last.desc.MediaType) && in
@@ -98,7 +98,7 @@ func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (o
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	last, known := p.lastKnown(tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: acceptsLists(accept)})
+	last, known := p.lastKnown(newTagKey(t, tag, acceptsLists(accept)))
 	if _, in := p.auth.stands(acc, last.desc.Digest.String()); !in || !known || !acceptable(accept, last.desc.MediaType) {
 		return ocispec.Descriptor{}, errNotKnownHere
 	}
@@ -117,19 +117,6 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 		return errNotKnownHere
 	}
 	return p.auth.wasOpen(acc.repository(), q.Reference)
-}
-
-// wasOpen returns nil if a repository was public when the registry said so last,
-// ErrImported if an operator gave this reference of it to everybody, and
-// errNotKnownHere if neither.
-func (a *authorizer) wasOpen(r cache.Repository, reference string) error {
-	switch {
-	case a.wasPublic(r):
-		return nil
-	case a.meta.Imported(r, reference):
-		return ErrImported
-	}
-	return errNotKnownHere
 }
 
 // MayFor asks the registry whether another node's caller may read what q is
@@ -166,12 +153,6 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 		return open
 	}
 	return err
-}
-
-// belongsTo is belongs for what a question names by digest.
-func (a *authorizer) belongsTo(t upstream.Target, q Question) bool {
-	d, err := digest.Parse(q.Reference)
-	return err == nil && a.belongs(memberOf(t, q.kind(), d))
 }
 
 // Keep brings a blob here from other nodes, for others, as far as this node may have it by
@@ -221,7 +202,7 @@ func (p *Proxy) KeepTag(ctx context.Context, t upstream.Target, tag string, desc
 	if err := p.mayKeep(ctx, t, KindManifest, desc.Digest); err != nil {
 		return err
 	}
-	key := tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: true}
+	key := newTagKey(t, tag, true)
 	if _, known := p.KnownTag(key.place(), tag); known {
 		p.swarm.Remember(t, tag)
 		return nil
@@ -245,7 +226,7 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 		return err
 	}
 	key := keyOf(t, d)
-	unproven := !p.auth.about.has(key) && p.auth.unproven(key, p.around)
+	unproven := !p.auth.willAsk.has(key) && p.auth.unproven(key, p.around)
 	if acc.allowed && !unproven {
 		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil

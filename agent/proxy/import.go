@@ -87,7 +87,7 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 // asked, says better at the next pull. An index is no answer for clients that take no
 // lists.
 func (p *Proxy) setTag(i Import) {
-	key := tagKey{registry: i.Registry, repository: i.Repository, tag: i.Tag, lists: true}
+	key := newTagKey(upstream.Target{Registry: i.Registry, Repository: i.Repository}, i.Tag, true)
 	keys := []tagKey{key}
 	if len(i.Manifests) == 1 {
 		keys = append(keys, key.other())
@@ -96,15 +96,4 @@ func (p *Proxy) setTag(i Import) {
 		p.keepTag(key, cache.Tag{Descriptor: i.Root})
 		p.fresh.forget(key)
 	}
-}
-
-// open reports whether a caller about whom nothing is known may have a reference as long
-// as the registry cannot be asked, because it was imported, or is pinned and was public.
-func (a *authorizer) open(acc *access, reference string) bool {
-	stand, in := a.standsHere(*acc, reference)
-	if in && stand.forOne() {
-		*acc = stand
-		return true
-	}
-	return false
 }

@@ -24,9 +24,6 @@ type manifest struct {
 	from source
 }
 
-// membershipMemory spares the metadata a write for each hit.
-const membershipMemory = time.Hour
-
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
 	defer x.within(p.manifestPatience(x), errBudget)()
@@ -63,7 +60,7 @@ func (p *Proxy) serveManifest(x *exchange) error {
 		}
 	}
 	if x.route.pathEncoded {
-		if err := p.promise(x.ctx, x.access.target, m); err != nil {
+		if err := p.promise(x.ctx, x.access.target, m, promiseDepth); err != nil {
 			return err
 		}
 	}
@@ -223,7 +220,7 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	if facts.MediaType != m.desc.MediaType {
 		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
 	}
-	repository := cache.Repository{Registry: t.Registry, Name: t.Repository}
+	repository := key.place()
 	children := slices.Concat(o.children(), o.Manifests)
 	meta.AddManifests(repository, "", m.desc)
 	meta.AddManifests(repository, m.desc.Digest, o.Manifests...)
@@ -246,8 +243,8 @@ func (p *Proxy) list(t upstream.Target, ds ...ocispec.Descriptor) {
 }
 
 // Listed is how many bytes d has by the manifest or tag that led to it in the
-// target's repository lately; 0 if that is not known. Nobody has verified it, but
-// the runtime expects it.
+// target's repository lately, or by the registry if there was no room for it; 0 if
+// that is not known. Nobody has verified it, but the runtime expects it.
 func (p *Proxy) Listed(t upstream.Target, d digest.Digest) int64 {
 	size, _ := p.listed.get(keyOf(t, d))
 	return size

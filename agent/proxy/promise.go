@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -25,12 +26,9 @@ const (
 // promise returns nil if every blob of m can be delivered: a client that gets
 // the manifest by a path-encoded mirror takes all its blobs from there or fails
 // (I5). Of an index, what this node's platform needs is looked at, and of the
-// other images only whether one of their blobs failed a moment ago.
-func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest) error {
-	return p.promiseTree(ctx, t, m, promiseDepth)
-}
-
-func (p *Proxy) promiseTree(ctx context.Context, t upstream.Target, m manifest, depth int) error {
+// other images only whether one of their blobs failed a moment ago. depth is how many
+// indexes may yet be in one another.
+func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest, depth int) error {
 	o, err := parseOutline(m.body)
 	if err != nil || depth == 0 {
 		return errUndeliverable
@@ -47,30 +45,30 @@ func (p *Proxy) promiseTree(ctx context.Context, t upstream.Target, m manifest, 
 }
 
 func (p *Proxy) promiseChild(ctx context.Context, t upstream.Target, child ocispec.Descriptor, depth int) error {
-	if !p.ours(child.Platform) && !p.cache.Has(child.Digest) {
+	mine := ours(child.Platform)
+	if !mine && !p.cache.Has(child.Digest) {
 		return nil
 	}
 	m, err := p.manifest(ctx, t, child.Digest)
 	if err != nil {
 		return err
 	}
-	if p.ours(child.Platform) {
-		return p.promiseTree(ctx, t, m, depth)
+	if mine {
+		return p.promise(ctx, t, m, depth)
 	}
 	o, err := parseOutline(m.body)
 	if err != nil {
 		return nil // not ours, and cached under a media type of its own
 	}
-	for _, blob := range o.children() {
-		if p.undelivered.has(keyOf(t, blob.Digest)) {
-			return errUndeliverable
-		}
+	failed := func(blob ocispec.Descriptor) bool { return p.undelivered.has(keyOf(t, blob.Digest)) }
+	if slices.ContainsFunc(o.children(), failed) {
+		return errUndeliverable
 	}
 	return nil
 }
 
 // ours reports whether this node's runtime would choose an image of an index.
-func (p *Proxy) ours(platform *ocispec.Platform) bool {
+func ours(platform *ocispec.Platform) bool {
 	return platform == nil || platform.Architecture == runtime.GOARCH && platform.OS == runtime.GOOS
 }
 

@@ -124,10 +124,10 @@ type Proxy struct {
 	canary   *canaryImage
 
 	background *background
-	resolves   *flights[tagAsk, resolved]
-	stats      *flights[blobKey, int64]
-	pageAsks   *flights[pageKey, upstream.Page]
-	late       *flights[blobKey, struct{}]
+	resolves   *flights[tagAsk, resolved]       // what tags stand for
+	stats      *flights[blobKey, int64]         // how large blobs are
+	pageAsks   *flights[pageKey, upstream.Page] // tags and referrers
+	late       *flights[blobKey, struct{}]      // manifests; see learnLate
 
 	fresh       *recent[tagKey, resolved]       // tags that need not be asked for yet
 	failed      *recent[blobKey, failure]       // ended short; see I4
@@ -139,11 +139,11 @@ type Proxy struct {
 	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
 	canaries    *recent[string, Canary]
 
-	answers atomic.Int64 // headers sent, ever
+	answers atomic.Int64           // headers sent, ever
+	server  atomic.Pointer[server] // nil unless listening
 
-	mu        sync.Mutex             // guards the maps
+	mu        sync.Mutex             // guards exchanges
 	exchanges map[*exchange]struct{} // under way
-	servers   map[*server]struct{}   // listening
 }
 
 // maxRemembered bounds each of the memories of blobs and tags: some 200 bytes
@@ -163,13 +163,13 @@ func New(opts Options) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("proxy: %w", err)
 	}
-	m := newMetrics(opts.Registerer)
 	b := newBackground()
-	auth := newAuthorizer(opts, b)
-	p := &Proxy{
+	return &Proxy{
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
-		auth: auth, metrics: m, canary: canary,
-		background: b, resolves: newFlights[tagAsk, resolved](b), stats: newFlights[blobKey, int64](b), pageAsks: newFlights[pageKey, upstream.Page](b),
+		auth: newAuthorizer(opts, b), metrics: newMetrics(opts.Registerer), canary: canary, background: b,
+		resolves:    newFlights[tagAsk, resolved](b),
+		stats:       newFlights[blobKey, int64](b),
+		pageAsks:    newFlights[pageKey, upstream.Page](b),
 		late:        newFlights[blobKey, struct{}](b),
 		fresh:       newRecent[tagKey, resolved](maxRemembered),
 		failed:      newRecent[blobKey, failure](maxRemembered),
@@ -180,10 +180,8 @@ func New(opts Options) (*Proxy, error) {
 		again:       newRecent[digest.Digest, bool](maxRemembered),
 		pages:       newRecent[pageKey, upstream.Page](maxPages),
 		canaries:    newRecent[string, Canary](maxCanaries),
-		exchanges:   map[*exchange]struct{}{}, servers: map[*server]struct{}{},
-	}
-	auth.here = p.here
-	return p, nil
+		exchanges:   map[*exchange]struct{}{},
+	}, nil
 }
 
 func (o *Options) setDefaults() {
@@ -297,19 +295,4 @@ func (p *Proxy) finish(x *exchange) {
 	}
 	p.log.Debug("request", "kind", e.Kind, "method", e.Method, "registry", e.Registry, "repository", e.Repository, "reference", e.Reference,
 		"source", e.Source, "status", e.Status, "bytes", e.Bytes, "duration", e.Duration, "err", e.Err)
-}
-
-func (x *exchange) event() Event {
-	e := Event{
-		Time: x.start, Kind: x.route.kind, Method: x.r.Method, Registry: x.route.registry, Repository: x.route.repository,
-		Source: string(x.sourceLabel()), Status: x.status, Bytes: x.sent.Load(), Duration: time.Since(x.start),
-		Remote: x.r.RemoteAddr, UserAgent: x.r.UserAgent(), Decision: string(x.access.decision), Err: x.err,
-	}
-	if x.proxy.opts.Audit != nil {
-		e.Caller = x.proxy.auth.fingerprint(x.r.Header.Get("Authorization"))
-	}
-	if x.route.tag != "" || x.route.digest != "" {
-		e.Reference = x.route.reference()
-	}
-	return e
 }

@@ -22,7 +22,7 @@ func (a *authorizer) said(key blobKey) bool {
 	if a.told.has(key) || a.asking.has(key) {
 		return true
 	}
-	if !a.meta.Said(cache.Repository{Registry: key.registry, Name: key.repository}, key.digest) {
+	if !a.meta.Said(key.place(), key.digest) {
 		return false
 	}
 	a.told.put(key, struct{}{}, membershipMemory)
@@ -60,7 +60,7 @@ func (c *counted[K]) has(key K) bool {
 
 // say notes the registry's word.
 func (a *authorizer) say(key blobKey) {
-	repository := cache.Repository{Registry: key.registry, Name: key.repository}
+	repository := key.place()
 	if !a.meta.Said(repository, key.digest) {
 		a.meta.SetSaid(repository, key.digest)
 	}
@@ -100,46 +100,34 @@ func (a *authorizer) proven(ctx context.Context, acc access, kind Kind, d digest
 	return a.ask(ctx, &acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: true})
 }
 
-// openProven opens a blob for a client.
-func (p *Proxy) openProven(x *exchange, open func(context.Context, upstream.Target, digest.Digest, Kind) (content, error)) (content, error) {
-	acc, d := x.access, x.route.digest
-	c, err := open(x.ctx, acc.target, d, KindBlob)
-	if err != nil {
-		return nil, err
-	}
-	if err := p.auth.proven(x.ctx, acc, KindBlob, d); err != nil {
-		_ = c.Close() // nothing was read
-		return nil, err
-	}
-	return c, nil
-}
-
 // here reports whether this node's cache has any of d, or is getting it.
-func (p *Proxy) here(d digest.Digest) bool { return p.cache.Has(d) || p.cache.Begun(d) }
+func (a *authorizer) here(d digest.Digest) bool { return a.cache.Has(d) || a.cache.Begun(d) }
 
 // willAsk notes, before a fill that is not there yet, that it will ask for d in the
 // repository: those who come for it there until it does need no other word. end takes
 // that back.
 func (p *Proxy) willAsk(key blobKey) (end func()) {
-	if p.auth.said(key) || p.here(key.digest) {
+	if p.auth.said(key) || p.auth.here(key.digest) {
 		return func() {}
 	}
-	return p.auth.about.begin(key)
+	return p.auth.willAsk.begin(key)
 }
 
 // around is here for a home, which leads others to what other nodes have.
-func (p *Proxy) around(d digest.Digest) bool { return p.here(d) || p.swarm.Holds(d) }
+func (p *Proxy) around(d digest.Digest) bool { return p.auth.here(d) || p.swarm.Holds(d) }
 
-// Fetch asks for d in its repository, and what comes is the registry's word.
-func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
-	if s.held { // on a node's word
-		return s.fetch(ctx, f)
+// shown reports whether anybody may have d, wherever it is asked for: it is in a
+// public repository, and that one's registry has given it.
+func (a *authorizer) shown(d digest.Digest) (registry string, ok bool) {
+	r, ok := a.meta.Shown(d)
+	return r.Registry, ok && a.meta.Given(d, r.Registry) && a.wasPublic(r)
+}
+
+// show notes what a public repository holds.
+func (a *authorizer) show(r cache.Repository, blobs ...ocispec.Descriptor) {
+	for _, b := range blobs {
+		if _, ok := a.shown(b.Digest); !ok {
+			a.meta.SetShown(b.Digest, r)
+		}
 	}
-	key := keyOf(s.t, f.Digest())
-	defer s.p.auth.asking.begin(key)()
-	if err := s.fetch(ctx, f); err != nil {
-		return err
-	}
-	s.p.auth.say(key)
-	return nil
 }

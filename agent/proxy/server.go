@@ -20,7 +20,7 @@ const (
 	cutTime = 2 * time.Second
 )
 
-// server is one listener being served.
+// server is the listener being served.
 type server struct {
 	http     *http.Server
 	listener net.Listener
@@ -29,14 +29,14 @@ type server struct {
 	draining atomic.Bool // the port is closed on purpose
 }
 
-// Serve answers on l until ctx ends: then it closes l, lets bodies go on for
+// Serve answers on l, the proxy's one port, until ctx ends: then it closes l, lets bodies go on for
 // Options.Grace, ends those that are left short of their length, and returns
 // nil when no handler runs any more. After the watchdog closed the port it
 // returns ErrWedged.
 func (p *Proxy) Serve(ctx context.Context, l net.Listener) error {
 	s := p.newServer(l)
-	p.addServer(s)
-	defer p.removeServer(s)
+	p.server.Store(s)
+	defer p.server.Store(nil)
 	served := make(chan error, 1)
 	go func() { served <- s.http.Serve(l) }() // received below
 	select {
@@ -100,27 +100,9 @@ func (s *server) wait(ctx context.Context, d time.Duration) error {
 	return s.http.Shutdown(ctx)
 }
 
-func (p *Proxy) addServer(s *server) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.servers[s] = struct{}{}
-}
-
-func (p *Proxy) removeServer(s *server) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.servers, s)
-}
-
-// closeServers closes all ports and connections, without waiting for handlers.
-func (p *Proxy) closeServers() {
-	p.mu.Lock()
-	servers := make([]*server, 0, len(p.servers))
-	for s := range p.servers {
-		servers = append(servers, s)
-	}
-	p.mu.Unlock()
-	for _, s := range servers {
+// closePort closes the port and all connections, without waiting for handlers.
+func (p *Proxy) closePort() {
+	if s := p.server.Load(); s != nil {
 		s.wedged.Store(true)
 		_ = s.http.Close() // the process ends next
 	}

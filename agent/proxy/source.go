@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net"
-	"os"
 	"slices"
 	"time"
 
@@ -16,28 +13,6 @@ import (
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 )
-
-// RuntimeStore is the container runtime's own content store, as a source that
-// costs nothing and is not stored twice.
-type RuntimeStore interface {
-	// Open returns the blob the runtime holds. The error wraps
-	// fs.ErrNotExist when it holds none.
-	Open(d digest.Digest) (RuntimeBlob, error)
-	// Has is Open without opening.
-	Has(d digest.Digest) bool
-}
-
-// RuntimeBlob is one open blob of a RuntimeStore. Its ReadAt never returns the
-// last bytes before the blob's digest has matched; Ready waits until it can.
-type RuntimeBlob interface {
-	Ready(ctx context.Context, off int64) error
-	ReadAt(p []byte, off int64) (int, error)
-	Close() error
-	Size() int64
-	// File is the blob's file, with an offset of its own, once its digest has
-	// matched; ok is false until then.
-	File() (file *os.File, ok bool)
-}
 
 // Swarm brings what other nodes have, or what the home of a digest may fetch
 // for all of them.
@@ -82,6 +57,9 @@ func (p *Proxy) open(ctx context.Context, t upstream.Target, d digest.Digest, ki
 
 // openCache opens the cache's blob, or what fills it.
 func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Digest, kind Kind) (content, error) {
+	if p.tooLarge(t, d) {
+		return nil, cache.ErrNoRoom
+	}
 	defer p.willAsk(keyOf(t, d))()
 	r, err := p.cache.Open(ctx, d, fill{p: p, t: t, kind: kind, giver: p.giver(t, d)})
 	if errors.Is(err, cache.ErrForeign) {
@@ -96,167 +74,15 @@ func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Diges
 	return cached{r}, nil
 }
 
-func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
-	if p.runtime == nil || !p.mayTakeRuntime(t, d) {
-		return nil
+// tooLarge reports whether d is known to be more than the cache has room for: then it need
+// not be asked for to find out.
+func (p *Proxy) tooLarge(t upstream.Target, d digest.Digest) bool {
+	size := p.Listed(t, d)
+	if size == 0 || p.auth.here(d) {
+		return false
 	}
-	blob, err := p.runtime.Open(d)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			p.log.Debug("runtime's store cannot give a blob", "digest", d, "err", err)
-		}
-		return nil
-	}
-	return held{blob}
-}
-
-// mayTakeRuntime reports whether a caller who may read what the target's registry
-// gives may also have the runtime's copy of d. If it is known which registry d
-// came from, that must be the target's. If nothing is known, the proxy does as
-// containerd does, which lets all images of the node share a blob.
-func (p *Proxy) mayTakeRuntime(t upstream.Target, d digest.Digest) bool {
-	return p.gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
-}
-
-// RuntimeGiver is the name under which the metadata keeps that the container
-// runtime has a blob from a registry. The runtime does not tell its port.
-func RuntimeGiver(registry string) string {
-	if host, _, err := net.SplitHostPort(registry); err == nil {
-		registry = host
-	}
-	return "runtime " + registry
-}
-
-// Gives reports whether a caller who may read from registry may have d: that
-// registry gave this node these bytes once, or they are public. It looks at what
-// is remembered and asks nobody.
-func (p *Proxy) Gives(d digest.Digest, registry string) bool {
-	if p.cache.GivenBy(d, registry) || p.cache.GivenBy(d, RuntimeGiver(registry)) {
-		return true
-	}
-	_, shown := p.auth.shown(d)
-	return shown
-}
-
-// copyGiver is the giver of what was copied from the runtime's store for images of a
-// registry, where nobody knows which registry gave it to the runtime: callers on this
-// node have it as they had it from there, other nodes do not.
-func copyGiver(registry string) string { return "copied " + registry }
-
-// gives is Gives for callers on this node.
-func (p *Proxy) gives(d digest.Digest, registry string) bool {
-	return p.Gives(d, registry) || p.cache.GivenBy(d, copyGiver(registry))
-}
-
-// Holds reports whether d is in this node's cache, committed, for callers on this node
-// who may read from registry: the runtime's store does not count.
-func (p *Proxy) Holds(d digest.Digest, registry string) bool {
-	return p.cache.Has(d) && p.gives(d, registry)
-}
-
-// CopyRuntime copies d from the runtime's store, where it may be deleted, into the
-// cache, on behalf of somebody who may read from registry and has found d there.
-// The error wraps fs.ErrNotExist if the runtime has nothing for him, and
-// cache.ErrNoRoom if the cache cannot take it. It waits for the commit.
-func (p *Proxy) CopyRuntime(ctx context.Context, registry string, d digest.Digest) error {
-	t := upstream.Target{Registry: registry}
-	if p.runtime == nil || !p.runtime.Has(d) || !p.mayTakeRuntime(t, d) {
-		return fmt.Errorf("copy %s from the runtime's store: %w", d, fs.ErrNotExist)
-	}
-	giver := copyGiver(registry)
-	for _, known := range []string{registry, RuntimeGiver(registry)} {
-		if p.cache.GivenBy(d, known) {
-			giver = known
-		}
-	}
-	r, err := p.cache.Open(ctx, d, runtimeCopy{p.runtime, d, giver})
-	if err == nil {
-		err = errors.Join(r.Close(), p.cache.Settled(ctx, d), r.Err())
-	}
-	if err != nil {
-		return fmt.Errorf("copy %s from the runtime's store: %w", d, err)
-	}
-	return nil
-}
-
-// runtimeCopy fills a blob of the cache from the runtime's store.
-type runtimeCopy struct {
-	store  RuntimeStore
-	digest digest.Digest
-	giver  string
-}
-
-var _ cache.Given = runtimeCopy{}
-
-func (s runtimeCopy) Giver() string { return s.giver }
-
-func (s runtimeCopy) Fetch(ctx context.Context, f *cache.Fill) error {
-	blob, err := s.store.Open(s.digest)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = blob.Close() }() // was only read
-	w := f.Writer(cache.Origin{Kind: cache.FromRuntime})
-	if err := w.SetSize(blob.Size()); err != nil {
-		return err
-	}
-	buf := make([]byte, copyBlock)
-	for {
-		start, end, missing := w.Missing(0)
-		if !missing || ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err := blob.Ready(ctx, start); err != nil {
-			return err
-		}
-		n, err := blob.ReadAt(buf[:min(int64(len(buf)), end-start)], start)
-		if n == 0 && err != nil {
-			return err
-		}
-		if _, err := w.WriteAt(buf[:n], start); err != nil {
-			return err
-		}
-	}
-}
-
-// copyBlock is the buffer of one copy.
-const copyBlock = 256 << 10
-
-// lookup is cache.Lookup, limited to what may be had for the target's registry.
-func (p *Proxy) lookup(t upstream.Target, d digest.Digest) (*cache.Reader, bool) {
-	if !p.gives(d, t.Registry) {
-		return nil, false
-	}
-	return p.cache.Lookup(d)
-}
-
-// giver is the name under which the cache is asked for d; it hits only if that
-// giver gave d. It is the target's registry, unless d is here and gives allows it
-// for another reason: then it is that other giver.
-func (p *Proxy) giver(t upstream.Target, d digest.Digest) string {
-	if !p.cache.Has(d) {
-		return t.Registry
-	}
-	for _, giver := range []string{t.Registry, RuntimeGiver(t.Registry), copyGiver(t.Registry)} {
-		if p.cache.GivenBy(d, giver) {
-			return giver
-		}
-	}
-	if registry, ok := p.auth.shown(d); ok {
-		return registry
-	}
-	return t.Registry
-}
-
-// errRuntime marks what is wrong with the runtime's store alone.
-var errRuntime = errors.New("runtime's store")
-
-// notOurs reports whether err says nothing about this request's own source: a
-// fill for another repository failed under this reader, or the runtime's copy
-// is bad. One more try through the cache then asks the own source.
-func notOurs(err error) bool {
-	fill, ok := errors.AsType[*cache.FillError](err)
-	return ok && fill.Joined && !errors.Is(err, cache.ErrNoRoom) || errors.Is(err, errRuntime)
+	room, err := p.cache.Room()
+	return err == nil && size > room
 }
 
 // fill is how a missing blob comes: from the swarm, which knows whether this
@@ -272,6 +98,20 @@ type fill struct {
 var _ cache.Given = fill{}
 
 func (s fill) Giver() string { return s.giver }
+
+// Fetch asks for d in its repository, and what comes is the registry's word.
+func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
+	if s.held { // on a node's word
+		return s.fetch(ctx, f)
+	}
+	key := keyOf(s.t, f.Digest())
+	defer s.p.auth.asking.begin(key)()
+	if err := s.fetch(ctx, f); err != nil {
+		return err
+	}
+	s.p.auth.say(key)
+	return nil
+}
 
 func (s fill) fetch(ctx context.Context, f *cache.Fill) error {
 	p, t := s.p, s.t
@@ -306,7 +146,7 @@ func final(err error) bool {
 // the swarm, and every node when there is no swarm.
 func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, into upstream.Sink) error {
 	if kind != KindManifest {
-		return p.upstream.Fetch(ctx, t, d, into)
+		return p.upstream.Fetch(ctx, t, d, sizeNoter{into, p, keyOf(t, d)})
 	}
 	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
 	if err != nil {
@@ -321,6 +161,27 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 	_, err = into.WriteAt(body, 0)
 	return err
 }
+
+// sizeNoter is a sink that keeps the size of a blob for which there is no room, for who
+// passes it through next.
+type sizeNoter struct {
+	upstream.Sink
+	p   *Proxy
+	key blobKey
+}
+
+// SetSize is the sink's.
+func (s sizeNoter) SetSize(n int64) error {
+	err := s.Sink.SetSize(n)
+	if errors.Is(err, cache.ErrNoRoom) && !s.p.listed.has(s.key) {
+		s.p.listed.put(s.key, n, passMemory)
+	}
+	return err
+}
+
+// passMemory is how long a registry's word alone counts for a size; that of what lists the
+// blob goes before.
+const passMemory = time.Minute
 
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
 // it, and does not wait: what a home does for other nodes. They may have seen the
@@ -355,84 +216,4 @@ func (p *Proxy) prefetch(ctx context.Context, t upstream.Target, kind Kind, d di
 		return err
 	}
 	return c.Close()
-}
-
-// healer finds another place for a blob when the one it came from fails.
-//
-// Clients that name the registry with ns go to the registry themselves once the
-// answer has ended, so for them it works around only what is no fault of the
-// registry: a disk without room, a fill that was begun for another repository.
-// Path-encoded clients go nowhere else, so for them the proxy tries again until
-// pathPatience is over.
-type healer struct {
-	p *Proxy
-	x *exchange
-
-	off   int64     // where the last failure was
-	since time.Time // when the first failure at off was
-	tries int       // at off
-	again bool      // the one more try that notOurs asks for has been made
-}
-
-const (
-	// pathPatience is how long a blob of a path-encoded client may make no
-	// progress. Such clients have no timeout for headers, and an error on a
-	// blob fails their pull.
-	pathPatience = 60 * time.Second
-	healBackoff  = time.Second
-)
-
-func (h *healer) next(err error, off int64) (content, error) {
-	if off != h.off || h.since.IsZero() {
-		h.off, h.since, h.tries = off, time.Now(), 0
-	}
-	for h.x.ctx.Err() == nil {
-		var c content
-		switch {
-		case errors.Is(err, cache.ErrNoRoom):
-			c, err = h.pass(off)
-		case !h.again && notOurs(err) && !(wrongBytes(err) && h.x.sent.Load() > 0):
-			h.again = true
-			c, err = h.p.openProven(h.x, h.p.openCache)
-		case h.mayRetry(err):
-			c, err = h.retry()
-		default:
-			return nil, err
-		}
-		if err == nil {
-			return c, nil
-		}
-	}
-	return nil, context.Cause(h.x.ctx)
-}
-
-func (h *healer) mayRetry(err error) bool {
-	_, refused := errors.AsType[*apiError](err)
-	return h.x.route.pathEncoded && !refused && !final(err) && !(wrongBytes(err) && h.x.sent.Load() > 0) &&
-		time.Since(h.since) < pathPatience
-}
-
-// wrongBytes: what was read so far cannot be trusted, and no other place makes
-// it good.
-func wrongBytes(err error) bool {
-	return errors.Is(err, cache.ErrDigestMismatch) || errors.Is(err, errRuntime)
-}
-
-func (h *healer) retry() (content, error) {
-	if err := sleep(h.x.ctx, healBackoff<<min(h.tries, 3)); err != nil {
-		return nil, err
-	}
-	h.tries++
-	return h.p.openProven(h.x, h.p.open)
-}
-
-// pass streams past the cache.
-func (h *healer) pass(off int64) (content, error) {
-	h.p.log.Debug("passing through", "digest", h.x.route.digest, "registry", h.x.access.target.Registry)
-	s, err := openStream(h.x.ctx, h.p.upstream, h.x.access.target, h.x.route.digest, off)
-	if err != nil {
-		return nil, err
-	}
-	s.whole = func() { h.p.cache.Meta().AddGiver(s.digest, s.target.Registry) }
-	return s, nil
 }

@@ -29,12 +29,13 @@ const (
 // has no room. Read from 0 to the end it is verified, and its tail held back
 // until then; from anywhere else only the runtime can verify it.
 type stream struct {
-	ctx      context.Context
+	ctx      context.Context // of all requests; ends with cancel
+	cancel   context.CancelCauseFunc
 	upstream *upstream.Client
 	target   upstream.Target
 	digest   digest.Digest
-	total    int64
-	whole    func() // called when all of it came and was right; may be nil
+	total    int64  // 0: not known yet
+	whole    func() // called when all of it came and was right
 
 	body     io.ReadCloser // nil: to be opened at next
 	next     int64         // offset of the next byte of body
@@ -43,32 +44,22 @@ type stream struct {
 	room     []byte // backs buf
 }
 
-// openStream asks upstream for the blob from off on.
-func openStream(ctx context.Context, c *upstream.Client, t upstream.Target, d digest.Digest, off int64) (*stream, error) {
-	s := &stream{ctx: ctx, upstream: c, target: t, digest: d}
-	if err := s.reposition(off); err != nil {
-		return nil, err
-	}
-	return s, nil
-}
-
 func (s *stream) source() source                        { return sourceUpstream }
 func (s *stream) size() int64                           { return s.total }
 func (s *stream) extent(int64) (*os.File, int64, error) { return nil, 0, nil }
 
-// reposition opens the stream at off and forgets what was hashed, unless off is
-// the start.
-func (s *stream) reposition(off int64) error {
-	s.buf, s.verifier = nil, nil
+// reposition makes off the next byte, and forgets what was hashed.
+func (s *stream) reposition(off int64) {
+	s.drop()
+	s.buf, s.next, s.verifier = nil, off, nil
 	if off == 0 {
 		s.verifier = s.digest.Verifier()
 	}
-	return s.open(off)
 }
 
-func (s *stream) open(off int64) error {
-	s.drop()
-	body, size, err := s.upstream.Blob(s.ctx, s.target, s.digest, off)
+// open asks upstream for the blob from next on.
+func (s *stream) open() error {
+	body, size, err := s.upstream.Blob(s.ctx, s.target, s.digest, s.next)
 	if err != nil {
 		return err
 	}
@@ -76,19 +67,27 @@ func (s *stream) open(off int64) error {
 		_ = body.Close()
 		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrSizeMismatch)
 	}
-	s.body, s.next, s.total = body, off, size
+	s.body, s.total = body, size
 	return nil
 }
 
-// ready reads ahead until a byte at off may be shown.
-func (s *stream) ready(_ context.Context, off int64) error {
-	if len(s.buf) > 0 && off >= s.next-int64(len(s.buf)) && off < s.next {
+// ready waits until a byte at off may be shown. If ctx ends before, so does the stream.
+func (s *stream) ready(ctx context.Context, off int64) error {
+	if off >= s.next-int64(len(s.buf)) && off < s.next {
 		return nil
 	}
+	stop := context.AfterFunc(ctx, func() { s.cancel(context.Cause(ctx)) })
+	defer stop()
+	err := s.readAhead(off)
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+func (s *stream) readAhead(off int64) error {
 	if len(s.buf) > 0 || off != s.next {
-		if err := s.reposition(off); err != nil {
-			return err
-		}
+		s.reposition(off)
 	}
 	for failures := 0; len(s.buf) == 0; {
 		err := s.fill()
@@ -114,7 +113,7 @@ func (s *stream) mayRetry(err error) bool {
 // is verified.
 func (s *stream) fill() error {
 	if s.body == nil {
-		if err := s.open(s.next); err != nil {
+		if err := s.open(); err != nil {
 			return err
 		}
 	}
@@ -154,9 +153,7 @@ func (s *stream) readTail() error {
 		s.buf = nil
 		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrDigestMismatch)
 	}
-	if s.whole != nil {
-		s.whole()
-	}
+	s.whole()
 	return nil
 }
 
@@ -175,9 +172,6 @@ func (s *stream) grow(n int) {
 }
 
 func (s *stream) read(p []byte, off int64) (int, error) {
-	if err := s.ready(s.ctx, off); err != nil {
-		return 0, err
-	}
 	start := s.next - int64(len(s.buf))
 	n := copy(p, s.buf[off-start:])
 	s.buf = s.buf[off-start+int64(n):]
@@ -193,17 +187,6 @@ func (s *stream) drop() {
 
 func (s *stream) Close() error {
 	s.drop()
+	s.cancel(nil)
 	return nil
-}
-
-// sleep waits for d or returns why ctx ended.
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

@@ -23,6 +23,10 @@ type tagKey struct {
 	accept string
 }
 
+func newTagKey(t upstream.Target, tag string, lists bool) tagKey {
+	return tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: lists}
+}
+
 // tagAsk is the question to the registry, on somebody's behalf.
 type tagAsk struct {
 	tagKey
@@ -71,7 +75,7 @@ const NoStale = "stale-if-error=0"
 // was known. A registry that says no is believed at once, but for what is pinned, see
 // keeps. The answer is also the verdict on a caller who has none yet.
 func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved, error) {
-	key := tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: q.tag, lists: acceptsLists(q.accept)}
+	key := newTagKey(acc.target, q.tag, acceptsLists(q.accept))
 	usual := q
 	usual.accept = key.accepts()
 	found, err := p.resolveKey(ctx, acc, key, usual)
@@ -175,7 +179,7 @@ func (p *Proxy) pinned(key tagKey) (resolved, bool) {
 // confirm asks whether the registry shows the caller a manifest now: who wants no stale
 // answer wants no verdict from memory either.
 func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error {
-	asker, key := *acc, tagKey{registry: acc.target.Registry, repository: acc.target.Repository, tag: d.String(), lists: true}
+	asker, key := *acc, newTagKey(acc.target, d.String(), true)
 	_, err := p.resolves.do(ctx, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()

@@ -31,7 +31,7 @@ const (
 // ErrWedged is what Run and Serve return when requests stopped being answered.
 var ErrWedged = errors.New("requests are not being answered any more; the port is closed so that runtimes go to the registry")
 
-// watch looks after all listeners until ctx ends.
+// watch looks after the port until ctx ends.
 func (p *Proxy) watch(ctx context.Context) error {
 	failures := 0
 	for {
@@ -50,39 +50,36 @@ func (p *Proxy) watch(ctx context.Context) error {
 		}
 		if overdue := p.dropOverdue(); failures >= wedgedProbes || overdue >= wedgedRequests {
 			p.log.Error("requests are not being answered, closing the port; pulls go to the registry", "overdue", overdue, "err", err)
-			p.closeServers()
+			p.closePort()
 			return ErrWedged
 		}
 	}
 }
 
-// probe asks each listener for /v2/ as a runtime would.
+// probe asks for /v2/ as a runtime would. A closed port that only waits for its last
+// bodies must not count as unanswered.
 func (p *Proxy) probe(ctx context.Context) error {
-	var errs []error
-	for _, addr := range p.addresses() {
-		errs = append(errs, p.probeOne(ctx, addr))
+	s := p.server.Load()
+	if s == nil || s.draining.Load() {
+		return nil
 	}
-	return errors.Join(errs...)
-}
-
-func (p *Proxy) probeOne(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, p.opts.Watch.Timeout)
-	defer cancel()
-	transport := &http.Transport{DisableKeepAlives: true} // and no proxy: this is loopback
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/v2/", nil)
+	addr, ok := s.listener.Addr().(*net.TCPAddr)
+	if !ok {
+		return nil
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+loopback(addr)+"/v2/", nil)
 	if err != nil {
-		return fmt.Errorf("probe %s: %w", addr, err)
+		return err
 	}
 	req.Header.Set("User-Agent", "larder-watchdog")
-	resp, err := transport.RoundTrip(req)
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: p.opts.Watch.Timeout} // and no proxy
+	resp, err := client.Do(req)
 	if err != nil {
-		return fmt.Errorf("probe %s: %w", addr, err)
+		return err
 	}
-	if err := resp.Body.Close(); err != nil {
-		return fmt.Errorf("probe %s: %w", addr, err)
-	}
+	_ = resp.Body.Close() // was not read
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("probe %s: status %d", addr, resp.StatusCode)
+		return fmt.Errorf("probe: status %d", resp.StatusCode)
 	}
 	return nil
 }
@@ -111,31 +108,11 @@ func (p *Proxy) dropOverdue() int {
 
 func (p *Proxy) longestWait(x *exchange) time.Duration {
 	x.mu.Lock()
-	pathEncoded := x.shown.pathEncoded
-	x.mu.Unlock()
-	if pathEncoded {
-		return max(p.opts.FirstByteBudget, pathPatience)
-	}
-	return p.opts.FirstByteBudget
+	defer x.mu.Unlock()
+	return p.patience(x.shown.pathEncoded)
 }
 
-// addresses are where the listeners can be reached from here. A closed port that
-// only waits for its last bodies is none, and must not count as unanswered.
-func (p *Proxy) addresses() []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var out []string
-	for s := range p.servers {
-		if s.draining.Load() {
-			continue
-		}
-		if addr, ok := s.listener.Addr().(*net.TCPAddr); ok {
-			out = append(out, loopback(addr))
-		}
-	}
-	return out
-}
-
+// loopback is where a listener can be reached from here.
 func loopback(addr *net.TCPAddr) string {
 	if !addr.IP.IsUnspecified() {
 		return addr.String()

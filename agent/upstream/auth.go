@@ -38,6 +38,7 @@ type session struct {
 	expires   time.Time // a little early, so that no request carries a dying token
 	raw       []string  // WWW-Authenticate of a 401 to a request without credential
 	refusedAt time.Time // when the registry last said no to the credential
+	openedAt  time.Time // when it last opened something, if that was later
 }
 
 type sessionKey struct {
@@ -204,14 +205,13 @@ func (c *Client) CheckChallenge(registry string, challenge []string) error {
 	if err != nil {
 		return fmt.Errorf("check challenge of %s: %w", registry, err)
 	}
-	final := reg.endpoints[len(reg.endpoints)-1]
 	for _, ch := range parseChallenges(challenge) {
 		if ch.scheme != "bearer" {
 			continue
 		}
 		realm, err := url.Parse(ch.params["realm"])
 		if err == nil {
-			err = final.checkRealm(realm)
+			err = reg.final().checkRealm(realm)
 		}
 		if err != nil {
 			return fmt.Errorf("check challenge of %s: %s", registry, redactError(err))

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -75,12 +77,7 @@ func (s *source) setRedirect(ep *endpoint, u *url.URL) {
 
 // noRanges says whether no endpoint that would be asked takes ranges.
 func (s *source) noRanges() bool {
-	for _, ep := range s.reg.endpoints {
-		if ep.ranges.Load() != rangesNo {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(s.reg.endpoints, func(ep *endpoint) bool { return ep.ranges.Load() != rangesNo })
 }
 
 // stream reads [off, end) of a source in order and mends itself: after a cut,
@@ -210,7 +207,7 @@ func (st *stream) broken(err error) error {
 func (st *stream) fail(err error) error {
 	ep := st.from
 	if ep == nil {
-		ep = st.src.reg.endpoints[len(st.src.reg.endpoints)-1]
+		ep = st.src.reg.final()
 	}
 	return st.src.c.describe(err, ep, st.src.t, request{op: st.op})
 }
@@ -243,25 +240,22 @@ func (st *stream) again(ctx context.Context, err error) bool {
 func (st *stream) open(ctx context.Context) error {
 	var verdict error
 	final := false
-	fallback := func() error { return verdict }
+	var whole *endpoint // ignores Range, which costs more than cheapSkip
 	order := st.src.reg.order(st.src.t)
 	if len(order) > 1 && order[0] == st.avoid {
 		order = append(order[1:len(order):len(order)], order[0])
 	}
+	most := int64(cheapSkip)
+	if len(order) == 1 {
+		most = math.MaxInt64
+	}
 	for _, ep := range order {
-		resp, err := st.ask(ctx, ep)
+		err := st.openAt(ctx, ep, most)
 		if err == nil {
-			skip, err2 := st.accept(resp, ep)
-			if err2 == nil && (skip <= cheapSkip || len(order) == 1) {
-				st.use(resp, ep, skip)
-				return nil
-			}
-			resp.Body.Close()
-			if err = err2; err == nil { // too much to skip here, but better than nothing
-				err = errNoRanges
-				fallback = func() error { return st.fromStart(ctx, ep) }
-			}
-			err = st.src.c.describe(err, ep, st.src.t, request{op: st.op})
+			return nil
+		}
+		if errors.Is(err, errNoRanges) && !st.extra {
+			whole = ep
 		}
 		if !final {
 			verdict, final = err, ep.last
@@ -270,29 +264,31 @@ func (st *stream) open(ctx context.Context) error {
 			return err
 		}
 	}
-	return fallback()
+	if whole != nil { // the last resort: read all of it again for its end
+		return st.openAt(ctx, whole, math.MaxInt64)
+	}
+	return verdict
 }
 
-// fromStart reads all of a blob again for its end: the last resort.
-func (st *stream) fromStart(ctx context.Context, ep *endpoint) error {
+// openAt keeps the answer of ep unless more than most bytes of it come before off.
+func (st *stream) openAt(ctx context.Context, ep *endpoint, most int64) error {
 	resp, err := st.ask(ctx, ep)
 	if err != nil {
 		return err
 	}
 	skip, err := st.accept(resp, ep)
+	if err == nil && skip > most {
+		err = errNoRanges
+	}
 	if err != nil {
 		resp.Body.Close()
 		return st.src.c.describe(err, ep, st.src.t, request{op: st.op})
 	}
-	st.use(resp, ep, skip)
-	return nil
-}
-
-func (st *stream) use(resp *answer, ep *endpoint, skip int64) {
 	if resp.moved != nil {
 		st.src.setRedirect(ep, resp.moved)
 	}
 	st.body, st.from, st.skip, st.gained, st.avoid = resp.Body, ep, skip, 0, nil
+	return nil
 }
 
 // ask sends the request for [off, end) to ep: first where an earlier redirect

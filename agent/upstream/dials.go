@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -93,12 +94,7 @@ func (c *Client) Reaches(host string) bool {
 		return true // the request will say what is wrong
 	}
 	now := time.Now()
-	for _, ep := range reg.endpoints {
-		if !ep.dials.silent(now) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(reg.endpoints, func(ep *endpoint) bool { return !ep.dials.silent(now) })
 }
 
 // Connect tries now to reach one of a registry's upstreams: it asks for the root of its

@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -73,12 +75,7 @@ func reachOf(a netip.Addr) reach {
 }
 
 func within(a netip.Addr, list []netip.Prefix) bool {
-	for _, p := range list {
-		if p.Contains(a) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // literal says whether host is an IP address in any spelling that some
@@ -104,12 +101,8 @@ func insideName(host string) bool {
 	if !strings.Contains(host, ".") {
 		return true // localhost, metadata, a service of the pod's own namespace
 	}
-	for _, suffix := range []string{".localhost", ".localdomain", ".local", ".internal"} {
-		if strings.HasSuffix(host, suffix) {
-			return true
-		}
-	}
-	return false
+	suffixes := []string{".localhost", ".localdomain", ".local", ".internal"}
+	return slices.ContainsFunc(suffixes, func(suffix string) bool { return strings.HasSuffix(host, suffix) })
 }
 
 // ruling is what one of an endpoint's two transports may connect to.
@@ -117,7 +110,6 @@ type ruling struct {
 	ep *endpoint
 	// foreign: redirects and token services rather than the endpoint itself.
 	foreign bool
-	proxies map[string]bool // host:port of the forward proxies in use
 }
 
 // checkURL is the half of the check that works without DNS, and thus behind
@@ -130,7 +122,7 @@ func (r ruling) checkURL(u *url.URL) error {
 	switch {
 	case host == "":
 		return fmt.Errorf("%w: no host", ErrRefused)
-	case r.proxies[dialAddress(u)]:
+	case r.ep.c.proxies[dialAddress(u)]:
 		return fmt.Errorf("%w: %s is the forward proxy", ErrRefused, u.Host)
 	case literal(host):
 		return r.checkLiteral(host)
@@ -142,7 +134,7 @@ func (r ruling) checkURL(u *url.URL) error {
 
 func (r ruling) checkLiteral(host string) error {
 	addr, err := netip.ParseAddr(host)
-	if err != nil || !r.ep.configured {
+	if err != nil || !r.ep.reg.configured {
 		return r.refuse(host, "an IP address")
 	}
 	return r.checkAddr(host, addr)
@@ -165,7 +157,7 @@ func (r ruling) checkAddr(host string, addr netip.Addr) error {
 }
 
 func (r ruling) limit() reach {
-	if !r.ep.configured {
+	if !r.ep.reg.configured {
 		return reachPublic
 	}
 	return min(reach(r.ep.reach.Load()), reachLoopback)
@@ -173,18 +165,14 @@ func (r ruling) limit() reach {
 
 // trusted hosts are those an operator wrote into this registry's table.
 func (r ruling) trusted(host string) bool {
-	if !r.ep.configured {
+	if !r.ep.reg.configured {
 		return false
 	}
 	if !r.foreign || strings.EqualFold(host, r.ep.hostname()) {
 		return true
 	}
-	for _, e := range r.ep.reg.endpoints {
-		if strings.EqualFold(host, e.hostname()) {
-			return true
-		}
-	}
-	return r.ep.reg.realmListed(host, "")
+	own := func(e *endpoint) bool { return strings.EqualFold(host, e.hostname()) }
+	return slices.ContainsFunc(r.ep.reg.endpoints, own) || r.ep.reg.realmListed(host, "")
 }
 
 func (r ruling) refuse(host, what string) error {
@@ -210,7 +198,7 @@ func (r ruling) dial(base net.Dialer) func(context.Context, string, string) (net
 		}
 		d.ControlContext = func(_ context.Context, _, resolved string, c syscall.RawConn) error {
 			setOptions(c)
-			if r.proxies[address] {
+			if r.ep.c.proxies[address] {
 				return nil
 			}
 			ap, err := netip.ParseAddrPort(resolved)
@@ -266,7 +254,7 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 		return fmt.Errorf("%w: token realm %q is no http(s) URL", ErrRefused, clip(redactURL(u.String()), 128))
 	case u.Scheme == "http" && ep.addr.scheme == "https":
 		return fmt.Errorf("%w: token realm %s would send credentials in clear", ErrRefused, u.Host)
-	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()):
+	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()) || sameOwner(host, ep.hostname()):
 		return nil
 	case loopback(host) && loopback(ep.hostname()):
 		return nil // two names of this machine
@@ -275,14 +263,21 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 		ErrRefused, u.Host, ep.hostname(), ep.reg.Host)
 }
 
+// sameOwner says whether a registry is one whose operator is known to have the token
+// service under another registrable domain. So far that is Scaleway's alone
+// (apple/container#2268).
+func sameOwner(realm, registry string) bool {
+	return strings.EqualFold(realm, "api.scaleway.com") && scalewayRE.MatchString(registry)
+}
+
+// Other names below scw.cloud are those of Scaleway's customers.
+var scalewayRE = regexp.MustCompile(`^rg\.[a-z0-9-]+\.scw\.cloud$`)
+
 // realmListed says whether token_realms has host, with any port or this one.
 func (r *registry) realmListed(host, port string) bool {
-	for _, realm := range r.TokenRealms {
-		if strings.EqualFold(realm, host) || (port != "" && strings.EqualFold(realm, net.JoinHostPort(host, port))) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(r.TokenRealms, func(realm string) bool {
+		return strings.EqualFold(realm, host) || (port != "" && strings.EqualFold(realm, net.JoinHostPort(host, port)))
+	})
 }
 
 func loopback(host string) bool {

@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,8 +32,9 @@ const (
 	// maxCredentials bounds what one request tries. Kubelet's number is the
 	// pod's secrets and the node's plugins; more than a few are a mistake.
 	maxCredentials = 8
-	// refusalMemory is how long a refused credential is tried after the others:
-	// long enough that the blobs of one pull do not each find out again.
+	// refusalMemory is how long a refused credential is tried after the others, and
+	// one that was taken believed when it finds nothing: long enough that the blobs
+	// of one pull do not each find out again.
 	refusalMemory = 5 * time.Minute
 )
 
@@ -42,15 +44,19 @@ func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
 }
 
 // sendNode asks ep with this node's credentials, as kubelet pulls: one after
-// the other, the most specific first, until one is taken. If none is, they are
+// the other, the most specific first, until one is taken. If one was refused, they are
 // looked up afresh, for a password may have changed under us, and at last the
 // request is made without: a wrong credential must not keep a public
-// repository from us.
+// repository from us. GitLab and Harbor answer 404 to a credential that does not
+// see the project: that is the answer only if none of the others sees it.
 func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
 	n := nodeTry{c: c, ep: ep, t: t, q: q}
 	for _, refresh := range []bool{false, true} {
 		if answer, settled, err := n.all(ctx, refresh); settled {
 			return answer, err
+		}
+		if n.missing != nil && (refresh || n.refusal == nil) {
+			return nil, cmp.Or(n.unknown(), n.missing)
 		}
 	}
 	answer, err := c.sendAs(ctx, ep, t, q, c.session(ep, t, authn.AuthConfig{}))
@@ -69,17 +75,24 @@ type nodeTry struct {
 	tried   []*session
 	lookup  error  // why credentials may be missing
 	refusal *Error // of the first credential
+	missing error  // the first 404
+	blind   []*session
 }
 
 // all tries every credential that was not tried yet, until the answer is
-// settled: anything but a refusal.
+// settled: anything but a refusal, or the 404 of one that may just not see the
+// repository.
 func (n *nodeTry) all(ctx context.Context, refresh bool) (answer *answer, settled bool, err error) {
 	for _, s := range n.sessions(ctx, refresh) {
 		if slices.Contains(n.tried, s) {
 			continue
 		}
 		n.tried = append(n.tried, s)
-		if answer, err := n.one(ctx, s); !refused(err) {
+		answer, err := n.one(ctx, s)
+		switch {
+		case IsNotFound(err) && !s.sees():
+			n.missing, n.blind = cmp.Or(n.missing, err), append(n.blind, s)
+		case !refused(err):
 			return answer, true, err
 		}
 	}
@@ -91,6 +104,9 @@ func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
 	switch {
 	case err == nil:
 		s.noteRefusal(false)
+		for _, other := range n.blind { // so that this one comes first next time
+			other.noteRefusal(true)
+		}
 	case refused(err):
 		if n.refusal == nil {
 			n.refusal = err.(*Error)
@@ -120,12 +136,20 @@ func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 	return append(first, last...)
 }
 
+// unknown is the error if a credential could not be looked up: nobody knows what it
+// would have opened.
+func (n *nodeTry) unknown() error {
+	if n.lookup == nil {
+		return nil
+	}
+	return n.c.describe(fmt.Errorf("%w: %w", errLookup, n.lookup), n.ep, n.t, n.q)
+}
+
 // verdict is the error once everything was refused: that of the first
-// credential, with the challenge that a client without one gets. If a
-// credential could not be looked up, nobody knows what it would have opened.
+// credential, with the challenge that a client without one gets.
 func (n *nodeTry) verdict(anonymous *Error) error {
-	if n.lookup != nil {
-		return n.c.describe(fmt.Errorf("%w: %w", errLookup, n.lookup), n.ep, n.t, n.q)
+	if err := n.unknown(); err != nil {
+		return err
 	}
 	if n.refusal == nil {
 		return anonymous
@@ -161,11 +185,20 @@ func (s *session) noteRefusal(refused bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	was := time.Since(s.refusedAt) < refusalMemory
-	s.refusedAt = time.Time{}
 	if refused {
-		s.refusedAt = time.Now()
+		s.refusedAt, s.openedAt = time.Now(), time.Time{}
+	} else {
+		s.refusedAt, s.openedAt = time.Time{}, time.Now()
 	}
 	return refused && !was
+}
+
+// sees says whether the credential opened something in the repository lately: what
+// it does not find there is not there.
+func (s *session) sees() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.openedAt) < refusalMemory
 }
 
 func (s *session) wasRefused() bool {

@@ -53,6 +53,7 @@ type basicRegistry struct {
 	mu     sync.Mutex // guards all below
 	user   string
 	public string // this repository is open to all
+	hides  bool   // 404 to other users but "old", and of the tag "gone" to all
 	came   []string
 }
 
@@ -61,6 +62,10 @@ func (b *basicRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer b.mu.Unlock()
 	name, _, sent := r.BasicAuth()
 	b.came = append(b.came, name)
+	if b.hides && sent && name != "old" && (name != b.user || strings.HasSuffix(r.URL.Path, "/gone")) {
+		w.WriteHeader(http.StatusNotFound)
+		return
+	}
 	if name != b.user && (sent || b.public == "" || !strings.HasPrefix(r.URL.Path, "/v2/"+b.public+"/")) {
 		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
 		w.WriteHeader(http.StatusUnauthorized)
@@ -119,6 +124,47 @@ func TestNodeCredentialsInTurn(t *testing.T) {
 		if got := reg.takeCame(); got != s.want {
 			t.Errorf("%s: %q came, want %q", s.name, got, s.want)
 		}
+	}
+}
+
+// TestCredentialThatSeesNothing: a registry that hides what a credential may not see
+// answers 404 to it. Then the others have their turn, and the one that sees the
+// repository comes first from then on, and is believed when something is not there.
+func TestCredentialThatSeesNothing(t *testing.T) {
+	reg := &basicRegistry{user: "bob", hides: true}
+	at := serve(t, reg.ServeHTTP)
+	k := &keyring{list: []authn.AuthConfig{user("ann", "1"), user("bob", "2"), user("zoe", "3")}}
+	c := newClient(t, k.use, Registry{Host: "test", Auth: "node", Upstreams: []string{at.String()}})
+	for _, s := range []struct {
+		name, repository, reference string
+		change                      func()
+		want                        string // who comes
+		missing                     bool
+	}{
+		{name: "first request", repository: repo, reference: "v1", want: " ann bob"},
+		{name: "the one that sees it first", repository: repo, reference: "v1", want: "bob"},
+		{name: "and its 404 is believed", repository: repo, reference: "gone", want: "bob", missing: true},
+		{name: "nobody sees it", repository: "other", reference: "gone", want: "ann bob zoe", missing: true},
+		{name: "one that sees nothing and one that is out of date", repository: "third", reference: "v1", want: "ann old bob", change: func() {
+			k.set(user("ann", "1"), user("old", "2"))
+			k.renewed = []authn.AuthConfig{user("ann", "1"), user("bob", "2")}
+		}},
+	} {
+		if s.change != nil {
+			s.change()
+		}
+		_, _, err := c.Manifest(t.Context(), Target{Registry: "test", Repository: s.repository}, s.reference, nil)
+		if IsNotFound(err) != s.missing || (err != nil) != s.missing {
+			t.Errorf("%s: %v", s.name, err)
+		}
+		if got := reg.takeCame(); got != s.want {
+			t.Errorf("%s: %q came, want %q", s.name, got, s.want)
+		}
+	}
+	k.set(user("ann", "1"))
+	k.err = errors.New("the plugin is broken")
+	if _, _, err := c.Manifest(t.Context(), Target{Registry: "test", Repository: "fourth"}, "v1", nil); !IsUnavailable(err) || IsNotFound(err) {
+		t.Errorf("one sees nothing, another could not be looked up: %v, want unavailable", err)
 	}
 }
 

@@ -1,306 +1,344 @@
 package upstream
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"net/url"
-	"path"
+	"net"
 	"slices"
-	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
 )
 
-// Registry is one [[registry]] table of the configuration file. The zero
-// value of each field means the default that its comment names.
-type Registry struct {
-	// Host is the registry as images name it: "docker.io", "reg.example.com:5000".
-	Host string `toml:"host"`
-	// Upstreams are the places to ask, in order; the last one has the last
-	// word on what exists. Default: https on Host itself. A path is a prefix
-	// of the repository (https://harbor/proxy asks for /v2/proxy/<repository>),
-	// or, if it has a segment "v2", the literal path before the repository.
-	Upstreams []string `toml:"upstreams"`
-	// Auth is relay (default), node or anonymous.
-	Auth string `toml:"auth"`
-	// NodeRepositories are globs like Allow: the repositories that auth = "node"
-	// is for. The others are relay. Default: all.
-	NodeRepositories []string `toml:"node_repositories"`
-	// CredentialsFile is a docker config.json, for auth = "node".
-	CredentialsFile string `toml:"credentials_file"`
-	// CAFile is a PEM bundle trusted in addition to the system's roots.
-	CAFile         string `toml:"ca_file"`
-	ClientCertFile string `toml:"client_cert_file"`
-	ClientKeyFile  string `toml:"client_key_file"`
-	SkipVerify     bool   `toml:"skip_verify"`
-	// TLS is for those of Upstreams, by their entries there, for which the four
-	// fields above do not hold. The file has no key for it: a runtime's own
-	// configuration says such things host by host, and that is imported.
-	TLS map[string]TLS `toml:"-"`
-	// TokenRealms are hosts (host or host:port) which may hand out this
-	// registry's tokens although they share no registrable domain with it.
-	TokenRealms []string `toml:"token_realms"`
-	// TagTTL overrides upstream.tag_ttl; nil inherits it.
-	TagTTL *Duration `toml:"tag_ttl"`
-	// Offline is remembered (default), all or none.
-	Offline string `toml:"offline"`
-	// Allow and Deny are repository globs; Allow's default is everything.
-	Allow []string `toml:"allow"`
-	Deny  []string `toml:"deny"`
-	// ContactUpstream = false never opens a connection; nil is true.
-	ContactUpstream *bool `toml:"contact_upstream"`
-	// MaxBytesPerSecond bounds this registry's downloads; 0 is no bound.
-	MaxBytesPerSecond Bytes `toml:"max_bytes_per_second"`
-	// MaxConnections bounds requests under way; 0 is 16.
-	MaxConnections int `toml:"max_connections"`
+// registry is a Registry with what its requests share.
+type registry struct {
+	Registry
+	label      string              // for metrics: the configured host, or "other"
+	configured bool                // by an operator, who may name inside addresses
+	endpoints  []*endpoint         // never empty
+	slots      *semaphore.Weighted // all requests
+	bulk       *semaphore.Weighted // blob bodies: fewer, so that manifests always find a slot
+	limiter    *rate.Limiter       // nil = no limit
 }
 
-// TLS is how one upstream is trusted, and how this node proves who it is. Names of
-// files are as in Registry.
-type TLS struct {
-	CAFiles                       []string // all are trusted
-	ClientCertFile, ClientKeyFile string
-	SkipVerify                    bool
+// endpoint is one upstream of a registry.
+type endpoint struct {
+	c       *Client
+	reg     *registry
+	addr    address
+	tls     TLS
+	last    bool // of the registry's upstreams; it has the last word on what exists
+	breaker breaker
+	tokens  breaker // of the token service
+	dials   dials
+	reach   atomic.Int32 // reach it was last dialled at
+	ranges  atomic.Int32 // rangesUnknown, rangesYes, rangesNo
+	active  atomic.Int32 // requests under way
+
+	mu         sync.Mutex // guards all below
+	transports *transports
+	challenge  challenge // the last one it sent, without scope
+	pauses     map[pauseKey]time.Time
+	lastErr    string
+	lastErrAt  time.Time
+	lastOKAt   time.Time
+	latency    time.Duration // to headers, moving average
+	limit      *RateLimit
 }
 
-// tls is what holds for an entry of Upstreams.
-func (r Registry) tls(entry string) TLS {
-	if t, ok := r.TLS[entry]; ok {
-		return t
+const (
+	rangesUnknown int32 = iota
+	rangesYes
+	rangesNo
+)
+
+// pauseKey: a registry throttles manifests and blobs apart, and each account
+// (session key's credential) apart.
+type pauseKey struct {
+	bulk       bool
+	credential string
+}
+
+// Docker Hub goes by several names, and none of them is where its API lives.
+var hubNames = []string{"docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
+
+const (
+	hubName = "docker.io"
+	hubURL  = "https://registry-1.docker.io"
+)
+
+// CanonicalHost is the one spelling of a registry's host[:port] by which it is
+// looked up: lower case, and docker.io for every name that Docker Hub has.
+func CanonicalHost(host string) string {
+	host = strings.ToLower(host)
+	if slices.Contains(hubNames, host) {
+		return hubName
 	}
-	t := TLS{ClientCertFile: r.ClientCertFile, ClientKeyFile: r.ClientKeyFile, SkipVerify: r.SkipVerify}
-	if r.CAFile != "" {
-		t.CAFiles = []string{r.CAFile}
+	return host
+}
+
+// connections is max_connections with its default.
+func (r Registry) connections() int {
+	if r.MaxConnections == 0 {
+		return defaultMaxConnections
 	}
-	return t
+	return r.MaxConnections
 }
 
-const defaultMaxConnections = 16
-
-// Contact says whether upstream may be asked at all.
-func (r Registry) Contact() bool { return r.ContactUpstream == nil || *r.ContactUpstream }
-
-// TTL is how long a tag's digest stays good: the table's own tag_ttl, or def.
-func (r Registry) TTL(def time.Duration) time.Duration {
-	if r.TagTTL == nil {
-		return def
+// bulkShare leaves a quarter of the connections to everything but blobs. With
+// one connection there is nothing to share: the blob gets it, and small
+// requests may open one more.
+func bulkShare(connections int) (slots, bulk int64) {
+	if connections == 1 {
+		return 2, 1
 	}
-	return time.Duration(*r.TagTTL)
+	n := int64(connections)
+	return n, n - max(1, n/4)
 }
 
-// Allows says whether repository matches Allow and does not match Deny. In a
-// glob, * stands for anything inside one path segment and ** for any number
-// of segments.
-func (r Registry) Allows(repository string) bool {
-	if matchAny(r.Deny, repository) {
-		return false
+// burst of the byte-rate limiters: what one read may take at once.
+const burst = 256 << 10
+
+func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
+	slots, bulk := bulkShare(r.connections())
+	reg := &registry{
+		Registry: r, label: "other", configured: configured,
+		slots: semaphore.NewWeighted(slots), bulk: semaphore.NewWeighted(bulk),
 	}
-	return len(r.Allow) == 0 || matchAny(r.Allow, repository)
-}
-
-// NodeAuth says whether the node's own credential is for repository, which
-// every caller on the node may then read. Where it is not, and auth is not
-// anonymous, callers bring their own.
-func (r Registry) NodeAuth(repository string) bool {
-	return r.Auth == "node" && (len(r.NodeRepositories) == 0 || matchAny(r.NodeRepositories, repository))
-}
-
-func matchAny(globs []string, repository string) bool {
-	segments := strings.Split(repository, "/")
-	for _, g := range globs {
-		if matchSegments(strings.Split(g, "/"), segments) {
-			return true
+	if configured {
+		reg.label = r.Host
+	}
+	if r.MaxBytesPerSecond > 0 {
+		reg.limiter = rate.NewLimiter(rate.Limit(r.MaxBytesPerSecond), burst)
+	}
+	upstreams := r.Upstreams
+	if len(upstreams) == 0 {
+		upstreams = []string{"https://" + r.Host}
+		if r.Host == hubName {
+			upstreams = []string{hubURL}
 		}
 	}
-	return false
+	for i, u := range upstreams {
+		addr, err := parseEndpoint(u)
+		if err != nil {
+			return nil, fmt.Errorf("registry %q: %w", r.Host, err)
+		}
+		reg.endpoints = append(reg.endpoints, &endpoint{
+			c: c, reg: reg, addr: addr, tls: r.tls(u), last: i == len(upstreams)-1,
+		})
+	}
+	return reg, nil
 }
 
-// matchSegments is the usual two-finger glob match over path segments:
-// linear in memory and at worst quadratic in time, whatever the pattern.
-func matchSegments(glob, name []string) bool {
-	g, n, star, mark := 0, 0, -1, 0
-	for n < len(name) {
-		switch {
-		case g < len(glob) && glob[g] == "**":
-			star, mark = g, n
-			g++
-		case g < len(glob) && matchSegment(glob[g], name[n]):
-			g, n = g+1, n+1
-		case star >= 0:
-			mark++
-			g, n = star+1, mark
-		default:
-			return false
+// lookup finds the registry of an image name; one that nobody configured is
+// https on its own host, and remembered among few.
+func (c *Client) lookup(host string) (*registry, error) {
+	host = CanonicalHost(host)
+	if reg, ok := (*c.configured.Load())[host]; ok {
+		return reg, nil
+	}
+	if err := validHost(host); err != nil {
+		return nil, fmt.Errorf("%w: registry %w", ErrRefused, err)
+	}
+	made, err := c.newRegistry(Registry{Host: host}, false)
+	if err != nil {
+		return nil, err
+	}
+	reg, dropped, full := c.others.get(host, func() *registry { return made })
+	if full {
+		dropped.closeIdle()
+	}
+	return reg, nil
+}
+
+func (r *registry) closeIdle() {
+	for _, ep := range r.endpoints {
+		ep.mu.Lock()
+		t := ep.transports
+		ep.mu.Unlock()
+		t.close()
+	}
+}
+
+func (ep *endpoint) hostname() string {
+	host, _, err := net.SplitHostPort(ep.addr.host)
+	if err != nil {
+		host = ep.addr.host
+	}
+	return strings.Trim(host, "[]")
+}
+
+func (ep *endpoint) ruling(foreign bool) ruling {
+	return ruling{ep: ep, foreign: foreign}
+}
+
+// mirrors says whether this endpoint stands in for another registry, and so
+// needs to be told (?ns=) which one is meant.
+func (ep *endpoint) mirrors() bool {
+	return ep.reg.Host != "" && CanonicalHost(ep.addr.host) != CanonicalHost(ep.reg.Host)
+}
+
+// trustedWith says whether a client's own credential, which is meant for the
+// registry, may go to this endpoint: the one with the last word, and those of
+// its registrable domain. Others would learn a credential that is not theirs
+// and might answer what the registry itself would refuse.
+func (ep *endpoint) trustedWith() bool {
+	final := ep.reg.final()
+	return ep.last || strings.EqualFold(ep.hostname(), final.hostname()) || sameSite(ep.hostname(), final.hostname())
+}
+
+// final is the endpoint with the last word on what exists.
+func (r *registry) final() *endpoint { return r.endpoints[len(r.endpoints)-1] }
+
+// order lists the endpoints to ask: as configured, those that are known to be
+// down last, so that they are asked when nothing else answers.
+func (r *registry) order(t Target) []*endpoint {
+	var up, down []*endpoint
+	for _, ep := range r.endpoints {
+		if t.Authorization != "" && !ep.trustedWith() {
+			continue
+		}
+		if _, until := ep.breaker.state(); until.IsZero() {
+			up = append(up, ep)
+		} else {
+			down = append(down, ep)
 		}
 	}
-	for g < len(glob) && glob[g] == "**" {
-		g++
-	}
-	return g == len(glob)
+	return append(up, down...)
 }
 
-func matchSegment(glob, segment string) bool {
-	ok, err := path.Match(glob, segment)
-	return err == nil && ok
+// pausedFor is how long the registry asked requests of this kind to stay away.
+func (ep *endpoint) pausedFor(k pauseKey, now time.Time) time.Duration {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	until, ok := ep.pauses[k]
+	if !ok {
+		return 0
+	}
+	if !now.Before(until) {
+		delete(ep.pauses, k)
+		return 0
+	}
+	return until.Sub(now)
 }
 
-// Validate returns every problem of the table, joined.
-func (r Registry) Validate() error {
-	var problems []error
-	for _, err := range slices.Concat(r.checkAddresses(), r.checkAccess(), r.checkLimits()) {
-		problems = append(problems, fmt.Errorf("registry %q: %w", r.Host, err))
+const (
+	// pauseDefault follows a 429 without Retry-After.
+	pauseDefault = 2 * time.Second
+	// pauseMax: Docker Hub's window is hours; it is worth a look every minute.
+	pauseMax  = time.Minute
+	maxPauses = 64
+)
+
+func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
+	if d <= 0 {
+		d = pauseDefault
 	}
-	return errors.Join(problems...)
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if ep.pauses == nil || len(ep.pauses) >= maxPauses {
+		ep.pauses = map[pauseKey]time.Time{}
+	}
+	ep.pauses[k] = now.Add(min(d, pauseMax))
 }
 
-// checkAddresses checks who is asked, and how it proves who it is.
-func (r Registry) checkAddresses() (problems []error) {
-	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	if err := validHost(r.Host); err != nil {
-		bad("host: %w", err)
+// noteAnswer keeps what `larder status` shows of a request that was answered, be it
+// with a no.
+func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	ep.lastOKAt = now
+	if ep.latency == 0 {
+		ep.latency = took
 	}
-	for _, u := range r.Upstreams {
-		if _, err := parseEndpoint(u); err != nil {
-			bad("upstreams: %w", err)
-		}
-	}
-	for _, realm := range r.TokenRealms {
-		if err := validHost(realm); err != nil {
-			bad("token_realms: %w", err)
-		}
-	}
-	if (r.ClientCertFile == "") != (r.ClientKeyFile == "") {
-		bad("client_cert_file and client_key_file go together; set both or none")
-	}
-	return problems
+	ep.latency += (took - ep.latency) / 8
 }
 
-// checkAccess checks who may read what.
-func (r Registry) checkAccess() (problems []error) {
-	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	if !slices.Contains([]string{"", "relay", "node", "anonymous"}, r.Auth) {
-		bad("auth = %q: want relay, node or anonymous", r.Auth)
+func (ep *endpoint) noteError(err error, now time.Time) {
+	text := err.Error() // an *Error: redacted
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	ep.lastErr, ep.lastErrAt = text, now
+}
+
+// enter admits a request: it refuses while the circuit is open or the registry
+// asked for a pause, and waits for a slot; a spare request (one more stream of a
+// blob) does not wait. leave must be called once, with what the request tells of
+// the endpoint's health.
+func (ep *endpoint) enter(ctx context.Context, q request, credential string) (leave func(outcome), err error) {
+	if !ep.reg.Contact() {
+		return nil, &Error{Err: ErrNoContact}
 	}
-	if !slices.Contains([]string{"", "remembered", "all", "none"}, r.Offline) {
-		bad("offline = %q: want remembered, all or none", r.Offline)
+	if wait := ep.pausedFor(pauseKey{q.bulk, credential}, time.Now()); wait > 0 {
+		return nil, &Error{Status: 429, RetryAfter: wait, Err: errors.New("waiting as the registry asked")}
 	}
-	for _, list := range []struct {
-		key   string
-		globs []string
-	}{{"allow", r.Allow}, {"deny", r.Deny}, {"node_repositories", r.NodeRepositories}} {
-		for _, g := range list.globs {
-			if err := validGlob(g); err != nil {
-				bad("%s: %q: %w", list.key, g, err)
+	if _, until := ep.breaker.state(); time.Now().Before(until) {
+		return nil, &Error{RetryAfter: time.Until(until), Err: ErrCircuitOpen}
+	}
+	release, err := ep.reg.acquire(ctx, q.bulk, q.spare)
+	if err != nil {
+		return nil, err
+	}
+	if wait, ok := ep.breaker.allow(time.Now()); !ok {
+		release()
+		return nil, &Error{RetryAfter: wait, Err: ErrCircuitOpen}
+	}
+	ep.active.Add(1)
+	var once sync.Once
+	return func(o outcome) {
+		once.Do(func() {
+			ep.active.Add(-1)
+			turned := ep.breaker.done(o, time.Now())
+			release()
+			if turned {
+				ep.logTurn(o)
 			}
+		})
+	}, nil
+}
+
+// logTurn tells an operator once when an endpoint goes and once when it is back.
+func (ep *endpoint) logTurn(o outcome) {
+	log := ep.c.log.With("registry", ep.reg.Host, "upstream", ep.addr.host)
+	if o == good {
+		log.Info("upstream answers again")
+		return
+	}
+	ep.mu.Lock()
+	last := ep.lastErr
+	ep.mu.Unlock()
+	log.Warn("upstream left alone for a while after repeated failures", "err", last)
+}
+
+var errBusy = errors.New("all connections to the registry are in use")
+
+func (r *registry) acquire(ctx context.Context, bulk, spare bool) (release func(), err error) {
+	slots := []*semaphore.Weighted{r.slots}
+	if bulk {
+		slots = []*semaphore.Weighted{r.bulk, r.slots}
+	}
+	var held []*semaphore.Weighted
+	release = func() {
+		for _, s := range held {
+			s.Release(1)
 		}
 	}
-	if len(r.NodeRepositories) > 0 && r.Auth != "node" {
-		bad(`node_repositories has no effect without auth = "node"`)
-	}
-	if r.CredentialsFile != "" && r.Auth != "node" {
-		bad(`credentials_file has no effect without auth = "node"`)
-	}
-	return problems
-}
-
-func (r Registry) checkLimits() (problems []error) {
-	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	if r.MaxConnections < 0 {
-		bad("max_connections = %d: want 0 (default) or more", r.MaxConnections)
-	}
-	if r.MaxBytesPerSecond < 0 {
-		bad("max_bytes_per_second = %d: want 0 (no limit) or more", r.MaxBytesPerSecond)
-	}
-	switch ttl := r.TTL(0); {
-	case ttl < 0:
-		bad("tag_ttl = %q: want 0 (always ask) or more", ttl)
-	case ttl > 0 && ttl < time.Millisecond: // a bare TOML integer is read as nanoseconds, which nobody means
-		bad("tag_ttl = %d: write a duration with its unit, such as 10s", int64(*r.TagTTL))
-	}
-	return problems
-}
-
-func validGlob(g string) error {
-	if g == "" {
-		return errors.New("empty pattern")
-	}
-	for _, segment := range strings.Split(g, "/") {
-		if segment == "" {
-			return errors.New("empty path segment")
+	for _, s := range slots {
+		if !spare {
+			err = s.Acquire(ctx, 1)
+		} else if !s.TryAcquire(1) {
+			err = errBusy
 		}
-		if segment != "**" && strings.Contains(segment, "**") {
-			return errors.New("** must be a whole path segment")
+		if err != nil {
+			release()
+			return nil, err
 		}
-		if _, err := path.Match(segment, ""); err != nil {
-			return err
-		}
+		held = append(held, s)
 	}
-	return nil
-}
-
-// validHost accepts host or host:port as an image name would carry it.
-func validHost(host string) error {
-	if host == "" {
-		return errors.New("empty; write it as images name it, such as docker.io")
-	}
-	u, err := url.Parse("//" + host)
-	if err != nil || u.Host != host || u.Hostname() == "" {
-		return fmt.Errorf("%q is not host or host:port", host)
-	}
-	if _, port, ok := strings.Cut(host[strings.LastIndex(host, "]")+1:], ":"); ok {
-		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
-			return fmt.Errorf("%q has no valid port", host)
-		}
-	}
-	return nil
-}
-
-// Duration is a time.Duration that configuration files write as "10s".
-type Duration time.Duration
-
-// UnmarshalText reads Go's duration format; a bare 0 is fine.
-func (d *Duration) UnmarshalText(text []byte) error {
-	v, err := time.ParseDuration(string(text))
-	if err != nil {
-		return fmt.Errorf("%q is not a duration such as 10s or 5m", text)
-	}
-	*d = Duration(v)
-	return nil
-}
-
-// MarshalText writes Go's duration format.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
-
-// Bytes is a number of bytes that configuration files write as 1048576 or
-// "1MiB" (K, M, G, T with i for powers of 1,024 and without for 1,000).
-type Bytes int64
-
-// UnmarshalText reads a whole number with an optional unit.
-func (b *Bytes) UnmarshalText(text []byte) error {
-	v, err := parseBytes(string(text))
-	if err != nil {
-		return err
-	}
-	*b = Bytes(v)
-	return nil
-}
-
-// MarshalText writes the plain number.
-func (b Bytes) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(b), 10), nil }
-
-var byteUnits = map[string]int64{
-	"": 1, "B": 1,
-	"K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12, "TB": 1e12,
-	"KI": 1 << 10, "KIB": 1 << 10, "MI": 1 << 20, "MIB": 1 << 20, "GI": 1 << 30, "GIB": 1 << 30, "TI": 1 << 40, "TIB": 1 << 40,
-}
-
-func parseBytes(s string) (int64, error) {
-	s = strings.TrimSpace(s)
-	digits := strings.TrimRight(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-	unit, ok := byteUnits[strings.ToUpper(strings.TrimSpace(s[len(digits):]))]
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || !ok || n < 0 || n > (1<<62)/unit {
-		return 0, fmt.Errorf("%q is not a size such as 1048576 or 10MiB", s)
-	}
-	return n * unit, nil
+	return release, nil
 }

@@ -3,7 +3,6 @@ package upstream
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,7 +10,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -261,111 +259,12 @@ func redirects(status int) bool {
 
 // plain says whether an operator wrote this http origin into upstreams.
 func (r *registry) plain(u *url.URL) bool {
-	for _, ep := range r.endpoints {
-		if r.configured && ep.origin(u) {
-			return true
-		}
-	}
-	return false
+	return r.configured && slices.ContainsFunc(r.endpoints, func(ep *endpoint) bool { return ep.origin(u) })
 }
 
 func (ep *endpoint) origin(u *url.URL) bool {
 	mine := &url.URL{Scheme: ep.addr.scheme, Host: ep.addr.host}
 	return u.Scheme == mine.Scheme && strings.EqualFold(dialAddress(u), dialAddress(mine))
-}
-
-// exchange sends one HTTP request, waits at most limit for its headers and
-// counts it. Reads of the body are bounded by Config.Stall, each by itself.
-func (ep *endpoint) exchange(ctx context.Context, req *http.Request, k kind, limit time.Duration) (*http.Response, error) {
-	if req.URL.Scheme != "http" && req.URL.Scheme != "https" {
-		return nil, fmt.Errorf("%w: scheme %q", ErrRefused, clip(req.URL.Scheme, 16))
-	}
-	trs, err := ep.transport()
-	if err != nil {
-		return nil, err
-	}
-	tr, own := trs.foreign, ep.origin(req.URL)
-	if own {
-		tr = trs.own
-	}
-	if err := ep.ruling(!own).checkURL(req.URL); err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	timer := time.AfterFunc(limit, func() { cancel(fmt.Errorf("%w: no answer within %s", ErrStalled, limit)) })
-	resp, err := tr.RoundTrip(req.WithContext(ctx))
-	timer.Stop()
-	if err != nil {
-		err = reason(ctx, err)
-		cancel(nil)
-		ep.c.metrics.count(ep.reg.label, k, 0)
-		return nil, err
-	}
-	ep.c.metrics.count(ep.reg.label, k, resp.StatusCode)
-	ep.noteLimit(resp.Header)
-	resp.Body = &timed{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer, stall: ep.c.cfg.Stall, ep: ep, bulk: k == kindBlob}
-	return resp, nil
-}
-
-// reason prefers our own deadline over the "context canceled" it caused.
-func reason(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); errors.Is(cause, ErrStalled) {
-		return cause
-	}
-	return err
-}
-
-// timed is a response body whose single reads end in time, at the pace of
-// the byte-rate limits.
-type timed struct {
-	io.ReadCloser
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	timer  *time.Timer // cancels ctx
-	stall  time.Duration
-	ep     *endpoint
-	bulk   bool
-	armed  sync.Once
-}
-
-func (b *timed) Read(p []byte) (int, error) {
-	// The timer that bounded the headers is done; this one bounds each read.
-	b.armed.Do(func() {
-		b.timer = time.AfterFunc(b.stall, func() { b.cancel(fmt.Errorf("%w: no byte within %s", ErrStalled, b.stall)) })
-	})
-	p = p[:min(len(p), burst)]
-	b.timer.Reset(b.stall)
-	n, err := b.ReadCloser.Read(p)
-	b.timer.Stop()
-	if err != nil && err != io.EOF {
-		err = reason(b.ctx, err)
-	}
-	if n > 0 && b.bulk {
-		if werr := b.ep.throttle(b.ctx, n); err == nil {
-			err = werr
-		}
-	}
-	return n, err
-}
-
-func (b *timed) Close() error {
-	b.timer.Stop()
-	b.cancel(nil)
-	return b.ReadCloser.Close()
-}
-
-// throttle waits until n more bytes are within the limits. The bytes have
-// been read; the wait holds back the next read, and TCP the sender.
-func (ep *endpoint) throttle(ctx context.Context, n int) error {
-	if l := ep.reg.limiter; l != nil {
-		if err := l.WaitN(ctx, n); err != nil {
-			return err
-		}
-	}
-	if l := ep.c.limiter; l != nil {
-		return l.WaitN(ctx, n)
-	}
-	return nil
 }
 
 // settled reports to the endpoint's breaker how a body ended: to its end,
@@ -402,105 +301,4 @@ func (b *settled) Read(p []byte) (int, error) {
 func (b *settled) Close() error {
 	b.leave(good)
 	return b.ReadCloser.Close()
-}
-
-// maxErrorBody is plenty for OCI errors and little for a page of HTML.
-const maxErrorBody = 8 << 10
-
-// drain reads the rest of a small body so that its connection can be used again.
-func drain(body io.ReadCloser) {
-	io.CopyN(io.Discard, body, maxErrorBody) //nolint:errcheck // only the connection is at stake
-	body.Close()
-}
-
-// refusal turns a response that is no 2xx into an *Error.
-func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.URL) error {
-	e := &Error{Status: resp.StatusCode, RetryAfter: parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // what there is
-	drain(resp.Body)
-	e.Code, e.Message = errorCode(body, carried(resp.Request))
-	if moved != nil {
-		e.Endpoint = moved.Host
-		if k == kindBlob && expired(e.Status) {
-			// A CDN's no is about a signed URL, not about the caller or the blob.
-			e.Status, e.Err = http.StatusBadGateway, fmt.Errorf("%w: a redirect led to %d", ErrBadAnswer, resp.StatusCode)
-		}
-		return e // without its challenge: no credential of ours is meant for that host
-	}
-	e.refused = refuses(e.Status, e.Code, resp.Request)
-	if e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden {
-		headers := resp.Header.Values("WWW-Authenticate")
-		e.Challenge = headers
-		if resp.Request.Header.Get("Authorization") != "" {
-			e.Challenge = s.pristine(headers)
-		}
-	}
-	return e
-}
-
-// refuses says whether an answer is about the Authorization that req carried,
-// or its lack. ECR answers 400 with the code DENIED to a password it cannot
-// read; to a HEAD it gives no code.
-func refuses(status int, code string, req *http.Request) bool {
-	switch status {
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return true
-	case http.StatusBadRequest:
-		return req.Header.Get("Authorization") != "" &&
-			(code == "DENIED" || code == "UNAUTHORIZED" || code == "" && req.Method == http.MethodHead)
-	}
-	return false
-}
-
-// expired lists what storage services answer to a signed URL past its time.
-func expired(status int) bool {
-	switch status {
-	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusGone:
-		return true
-	}
-	return false
-}
-
-// carried lists the secrets that req was sent with.
-func carried(req *http.Request) (secrets []string) {
-	_, secret, _ := strings.Cut(req.Header.Get("Authorization"), " ")
-	_, password, _ := req.BasicAuth()
-	return slices.DeleteFunc([]string{secret, password}, func(s string) bool { return s == "" })
-}
-
-// errorCode reads the first of a registry's errors (distribution-spec, "Error
-// codes"), unless it repeats a secret.
-func errorCode(body []byte, secrets []string) (code, message string) {
-	var doc struct {
-		Errors []struct {
-			Code    string `json:"code"`
-			Message string `json:"message"`
-		} `json:"errors"`
-	}
-	if json.Unmarshal(body, &doc) != nil || len(doc.Errors) == 0 {
-		return "", ""
-	}
-	first := doc.Errors[0]
-	for _, s := range secrets {
-		if strings.Contains(first.Code+" "+first.Message, s) {
-			return "", ""
-		}
-	}
-	return clip(first.Code, 64), clip(first.Message, 200)
-}
-
-// noteLimit keeps what Docker Hub says of its pull limit.
-func (ep *endpoint) noteLimit(h http.Header) {
-	remaining, window, ok := parseRateLimit(h.Get("Ratelimit-Remaining"))
-	if !ok {
-		return
-	}
-	total, _, _ := parseRateLimit(h.Get("Ratelimit-Limit"))
-	ep.mu.Lock()
-	ep.limit = &RateLimit{Limit: total, Remaining: remaining, Window: window}
-	ep.mu.Unlock()
-	ep.c.metrics.remaining.WithLabelValues(ep.reg.label).Set(float64(remaining))
-	if total > 0 {
-		ep.c.metrics.allowed.WithLabelValues(ep.reg.label).Set(float64(total))
-	}
 }

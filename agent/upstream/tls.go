@@ -14,18 +14,15 @@ import (
 // transports are the two ways an endpoint connects. Only own presents the
 // client certificate: a CDN or token service has no business with it.
 type transports struct {
-	own, foreign http.RoundTripper
-	idle         []*http.Transport
+	own, foreign *http.Transport
 	files        string // state of the files they were built from
 	checked      time.Time
 }
 
 func (t *transports) close() {
-	if t == nil {
-		return
-	}
-	for _, tr := range t.idle {
-		tr.CloseIdleConnections()
+	if t != nil {
+		t.own.CloseIdleConnections()
+		t.foreign.CloseIdleConnections()
 	}
 }
 
@@ -102,9 +99,11 @@ func (ep *endpoint) buildTransports(files string) (*transports, error) {
 		}
 		withCert.Certificates = []tls.Certificate{pair}
 	}
-	own := ep.newTransport(withCert, ep.ruling(false))
-	foreign := ep.newTransport(conf, ep.ruling(true))
-	return &transports{own: own, foreign: foreign, idle: []*http.Transport{own, foreign}, files: files}, nil
+	return &transports{
+		own:     ep.newTransport(withCert, ep.ruling(false)),
+		foreign: ep.newTransport(conf, ep.ruling(true)),
+		files:   files,
+	}, nil
 }
 
 // config trusts the system's roots and those of CAFiles.
@@ -139,7 +138,7 @@ func (ep *endpoint) newTransport(conf *tls.Config, r ruling) *http.Transport {
 	proxy := ep.c.proxyFunc
 	return &http.Transport{
 		Proxy:                  func(req *http.Request) (*url.URL, error) { return proxy(req.URL) },
-		DialContext:            r.dial(net.Dialer{Resolver: ep.c.resolver, KeepAlive: 15 * time.Second}),
+		DialContext:            r.dial(net.Dialer{Resolver: ep.c.cfg.resolver, KeepAlive: 15 * time.Second}),
 		TLSClientConfig:        conf,
 		Protocols:              protocols,
 		DisableCompression:     true,

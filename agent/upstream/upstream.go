@@ -122,8 +122,7 @@ type Client struct {
 	sessions   *lru[sessionKey, *session]
 	limiter    *rate.Limiter // nil = no limit
 	proxyFunc  func(*url.URL) (*url.URL, error)
-	proxies    map[string]bool
-	resolver   *net.Resolver // nil = the system's
+	proxies    map[string]bool // host:port of the forward proxies in use
 }
 
 // maxOthers bounds the registries that clients name without configuration.
@@ -144,7 +143,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.proxy = httpproxy.FromEnvironment()
 	}
 	c := &Client{
-		cfg: cfg, log: cfg.Logger, resolver: cfg.resolver,
+		cfg: cfg, log: cfg.Logger,
 		others:    newLRU[string, *registry](maxOthers),
 		sessions:  newLRU[sessionKey, *session](maxSessions),
 		proxyFunc: cfg.proxy.ProxyFunc(), proxies: proxyAddresses(cfg.proxy),

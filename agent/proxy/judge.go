@@ -1,0 +1,131 @@
+package proxy
+
+import (
+	"errors"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// What is remembered of how a blob went, so that a runtime which asks again fares better
+// (I4, I5).
+
+const (
+	// failureMemory is how long a blob that ended short is refused to clients
+	// that can take the rest from the registry: longer than any runtime's
+	// immediate retries, shorter than kubelet's back-off gets.
+	failureMemory = 30 * time.Second
+	// wrongMemory is the same for a blob whose bytes were wrong, and may be again:
+	// longer than kubelet backs off.
+	wrongMemory = 10 * time.Minute
+	// undeliverableMemory is how long manifests that list a blob which could not be
+	// delivered to a path-encoded client answer 404.
+	undeliverableMemory = 5 * time.Minute
+)
+
+// failure is what is refused of a blob that could not be delivered: all of it, or what
+// a body of wrong bytes lacks.
+type failure struct {
+	wrong bool  // the bytes did not match, and are fetched anew once
+	size  int64 // of the body
+	from  int64 // its first byte that was not sent; 0 = nothing was sent
+}
+
+// failureOf says what of a blob clients are to take from the registry, and for how
+// long. Of bytes that did not match at most all but the last piece was sent: who asks
+// for that is in the same pull, and gets it sooner there.
+func failureOf(x *exchange, err error) (failure, time.Duration) {
+	if !wrongBytes(err) {
+		return failure{}, failureMemory
+	}
+	if _, ok := errors.AsType[*cache.FillError](err); !ok {
+		return failure{}, wrongMemory
+	}
+	f := failure{wrong: true}
+	if x.sent.Load() > 0 {
+		f.size = x.sizeToSend()
+		f.from = (f.size - 1) / cache.PieceSize(f.size) * cache.PieceSize(f.size)
+	}
+	return f, wrongMemory
+}
+
+// refuses reports whether the client is to take what it asks for from the registry.
+func (p *Proxy) refuses(x *exchange, key blobKey) bool {
+	f, failed := p.failed.get(key)
+	switch {
+	case !failed || p.cache.Has(key.digest):
+		return false
+	case !f.wrong || p.cache.Mismatches(key.digest) > 1:
+		return true
+	case f.from == 0:
+		return false
+	}
+	off, ok := firstOffset(x.r, f.size, etag(key.digest))
+	return !ok || off >= f.from
+}
+
+// judge remembers how the blob went, unless the client or this agent's end
+// decided it.
+func (p *Proxy) judge(x *exchange, key blobKey, err error) {
+	p.discard(key.digest, err)
+	switch {
+	case err == nil && x.err == nil:
+		p.undelivered.forget(key)
+		p.doubt(x, key.digest)
+		return
+	case x.r.Context().Err() != nil || err == nil:
+		return
+	case upstream.IsUnauthorized(err) && !x.route.pathEncoded:
+		// A token that ended, most likely: the client gets another and goes on.
+		p.auth.doubt(&x.access)
+		return
+	case x.route.pathEncoded:
+		p.undelivered.put(key, struct{}{}, undeliverableMemory)
+		p.deliverable.forget(key)
+	case wrongBytes(err), x.status != 0:
+		f, ttl := failureOf(x, err)
+		p.failed.put(key, f, ttl)
+	}
+	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
+		"bytes", x.sent.Load(), "err", err)
+}
+
+// errRot is what became of bytes that were right when the cache committed them.
+var errRot = errors.New("the cache's copy is not what it was")
+
+// discard deletes the cache's copy of what its disk could not give, or gave wrong, and
+// reports whether it did: the bytes are to be fetched anew.
+func (p *Proxy) discard(d digest.Digest, err error) bool {
+	if !errors.Is(err, errRot) && !errors.Is(err, syscall.EIO) || !p.cache.Has(d) {
+		return false
+	}
+	p.log.Warn("deleting what the cache's disk cannot give any more", "digest", d, "err", err)
+	return p.cache.Remove(d) == nil
+}
+
+const (
+	// againMemory is longer than kubelet backs off between two tries of a pull.
+	againMemory = 10 * time.Minute
+	// doubtMemory is how long a blob is not doubted again.
+	doubtMemory = time.Hour
+)
+
+// doubt has the cache's copy of a blob read again if runtimes got all of it twice within a
+// short time. A runtime keeps what it got, unless the digest did not match, which it
+// tells nobody: it would get the same wrong bytes at each try, and never ask the registry.
+func (p *Proxy) doubt(x *exchange, d digest.Digest) {
+	if x.sourceLabel() != sourceDisk || x.sent.Load() != x.sizeToSend() {
+		return
+	}
+	switch doubted, again := p.again.get(d); {
+	case !again:
+		p.again.put(d, false, againMemory)
+	case !doubted:
+		p.cache.Suspect(d)
+		p.again.put(d, true, doubtMemory)
+	}
+}

@@ -1,0 +1,155 @@
+package proxy
+
+import (
+	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
+)
+
+// stands returns what holds for a caller who asks for a reference while the registry
+// cannot be asked, and whether that lets him in: a verdict that is still good, else
+// what offline says.
+func (a *authorizer) stands(acc access, reference string) (access, bool) {
+	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
+		return acc, false
+	}
+	return acc, acc.allowed || a.offline(&acc, reference)
+}
+
+// standsHere is stands for a caller of this node, who may have a public pin besides.
+// Other nodes' callers may not (A12).
+func (a *authorizer) standsHere(acc access, reference string) (access, bool) {
+	if stand, in := a.stands(acc, reference); in {
+		return stand, true
+	}
+	return a.shownPin(acc, reference)
+}
+
+// The values of a registry's offline.
+const (
+	offlineRemembered = "remembered"
+	offlineAll        = "all"
+	offlineNone       = "none"
+)
+
+// offlineMode is the registry's offline, or its default: "remembered", and "all"
+// where contact_upstream = false, since such a registry can never be asked.
+func offlineMode(policy upstream.Registry) string {
+	switch {
+	case policy.Offline != "":
+		return policy.Offline
+	case !policy.Contact():
+		return offlineAll
+	}
+	return offlineRemembered
+}
+
+// offline changes acc to what holds for a reference while the registry cannot be
+// asked, and reports whether that lets the caller in.
+func (a *authorizer) offline(acc *access, reference string) bool {
+	if a.wasPublic(acc.repository()) {
+		acc.asAnyone(decidedPublic)
+		return true
+	}
+	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
+	case mode == offlineAll:
+		acc.allowed, acc.decision = true, decidedOffline
+	case mode == offlineRemembered && a.lasting.has(acc):
+		acc.allowed, acc.decision = true, decidedRemembered
+	case a.meta.Imported(acc.repository(), reference):
+		acc.asAnyone(decidedImported)
+	}
+	return acc.allowed
+}
+
+// wasPublic reports whether a repository was public when the registry said so last.
+func (a *authorizer) wasPublic(r cache.Repository) bool {
+	if v, ok := a.verdicts.get(verdictKey{r.Registry, r.Name, anyone}); ok {
+		return v.public()
+	}
+	_, ok := a.meta.Verdict(r, cache.Anyone)
+	return ok
+}
+
+// asAnyone lets the caller in by what holds for everybody: his credential goes nowhere.
+func (a *access) asAnyone(d decision) {
+	a.allowed, a.decision = true, d
+	if a.who != theNode {
+		a.who, a.target.Authorization, a.target.Anonymous = anyone, "", true
+	}
+}
+
+// forOne reports whether a leave holds for one question, and not for the repository.
+func (a *access) forOne() bool {
+	return a.decision == decidedImported || a.decision == decidedPinned
+}
+
+// shownPin returns what holds for a caller of this node who asks for something that is
+// pinned here, and whether that lets him in whatever the registry says: it showed it to
+// everybody when it confirmed it last (A12).
+func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
+	if p, ok := a.pinned(acc.repository(), ref); !ok || !p.Public {
+		return acc, false
+	}
+	acc.asAnyone(decidedPinned)
+	return acc, true
+}
+
+// keeps returns what holds for a caller of this node who asks for something that the
+// registry does not give, no being its answer, and whether that lets him in: it is pinned
+// here, and was public. If the registry says only that it has it no more, and it was not,
+// he gets it if he may read the repository, or if that was public, or the node's, when the
+// registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
+// for this one thing.
+func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
+	if _, ok := a.pinnedAs(acc.repository(), q); !ok {
+		return acc, false
+	}
+	v, ok := a.verdicts.get(acc.key())
+	refused := ok && !v.allowed || upstream.IsUnauthorized(no)
+	if refused || !acc.allowed {
+		if stand, in := a.shownPin(acc, q.Reference); in || refused {
+			return stand, in
+		}
+	}
+	switch {
+	case acc.allowed:
+	case a.wasPublic(acc.repository()):
+		acc.asAnyone(decidedPinned)
+	case acc.who == theNode && (offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineAll || a.lasting.knows(&acc)):
+	default:
+		return acc, false
+	}
+	acc.allowed, acc.decision = true, decidedPinned
+	return acc, true
+}
+
+// pinnedAs is what is pinned under the reference of a question, if that is of the kind
+// that is asked for.
+func (a *authorizer) pinnedAs(r cache.Repository, q Question) (Pinned, bool) {
+	p, ok := a.pinned(r, q.Reference)
+	return p, ok && (q.Blob || p.Manifest)
+}
+
+// open reports whether a caller about whom nothing is known may have a reference as long
+// as the registry cannot be asked, because it was imported, or is pinned and was public.
+func (a *authorizer) open(acc *access, reference string) bool {
+	stand, in := a.standsHere(*acc, reference)
+	if in && stand.forOne() {
+		*acc = stand
+		return true
+	}
+	return false
+}
+
+// wasOpen returns nil if a repository was public when the registry said so last,
+// ErrImported if an operator gave this reference of it to everybody, and
+// errNotKnownHere if neither.
+func (a *authorizer) wasOpen(r cache.Repository, reference string) error {
+	switch {
+	case a.wasPublic(r):
+		return nil
+	case a.meta.Imported(r, reference):
+		return ErrImported
+	}
+	return errNotKnownHere
+}
