@@ -28,6 +28,7 @@ type claim struct {
 	left     bool      // end was moved here for a reader somewhere else
 	start    int64     // off when the answer came
 	since    time.Time // when it came; zero = not yet
+	body     *settled  // of the answer; nil = not yet
 }
 
 // remaining is how long cl will take at its own pace; 0 = cannot be told yet.
@@ -170,12 +171,17 @@ func (f *fetch) covered(off int64) bool {
 	return false
 }
 
+// heldUp reports whether it is this node that is slow to take what comes: another stream
+// would not bring it sooner, and what is on its way would be lost (see I7). Where twenty
+// agents shared two busy cores, homes that did not ask this were sent up to 46 MB of 40.
+func (cl *claim) heldUp() bool { return cl.body != nil && cl.body.unread() >= readBuffer }
+
 // split takes the far half of the claim that would take longest.
 func (f *fetch) split(piece int64, now time.Time) (*claim, bool) {
 	var slowest *claim
 	longest := slowEnd
 	for cl := range f.claims {
-		if t := cl.remaining(now); t > longest {
+		if t := cl.remaining(now); t > longest && !cl.heldUp() {
 			slowest, longest = cl, t
 		}
 	}

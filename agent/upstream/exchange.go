@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptrace"
+	"syscall"
 	"time"
 )
 
@@ -26,6 +29,8 @@ func (ep *endpoint) exchange(ctx context.Context, req *http.Request, k kind, lim
 	if err := ep.ruling(!own).checkURL(req.URL); err != nil {
 		return nil, err
 	}
+	var conn net.Conn
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { conn = got.Conn }})
 	ctx, cancel := context.WithCancelCause(ctx)
 	timer := time.AfterFunc(limit, func() { cancel(fmt.Errorf("%w: no answer within %s", ErrStalled, limit)) })
 	resp, err := tr.RoundTrip(req.WithContext(ctx))
@@ -41,7 +46,7 @@ func (ep *endpoint) exchange(ctx context.Context, req *http.Request, k kind, lim
 	stall := ep.c.cfg.Stall
 	timer = time.AfterFunc(stall, func() { cancel(fmt.Errorf("%w: no byte within %s", ErrStalled, stall)) })
 	timer.Stop() // until somebody reads
-	resp.Body = &timed{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer, stall: stall, ep: ep, bulk: k == kindBlob}
+	resp.Body = &timed{ReadCloser: resp.Body, conn: conn, ctx: ctx, cancel: cancel, timer: timer, stall: stall, ep: ep, bulk: k == kindBlob}
 	return resp, nil
 }
 
@@ -57,6 +62,7 @@ func reason(ctx context.Context, err error) error {
 // the byte-rate limits.
 type timed struct {
 	io.ReadCloser
+	conn   net.Conn // it comes over
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	timer  *time.Timer // cancels ctx when a read has taken as long as stall
@@ -79,6 +85,21 @@ func (b *timed) Read(p []byte) (int, error) {
 		}
 	}
 	return n, err
+}
+
+// unread is how many bytes of the body, or of what follows on its connection, this
+// machine has and nobody has read; 0 if the connection is gone. Any goroutine may ask.
+func (b *timed) unread() int {
+	conn := b.conn
+	if over, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS
+		conn = over.NetConn()
+	}
+	if c, ok := conn.(syscall.Conn); ok {
+		if raw, err := c.SyscallConn(); err == nil {
+			return unread(raw)
+		}
+	}
+	return 0
 }
 
 func (b *timed) Close() error {

@@ -258,6 +258,7 @@ func (f *fetch) begin(st *stream, cl *claim) {
 	defer f.mu.Unlock()
 	f.arrived(st)
 	cl.start, cl.since = cl.off, time.Now()
+	cl.body, _ = st.body.(*settled)
 }
 
 func (f *fetch) left(cl *claim) int64 { return f.end(cl) - cl.off }

@@ -3,7 +3,9 @@ package upstream
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -128,6 +130,55 @@ func TestWiden(t *testing.T) {
 			}
 			if f.running != tc.want || (tc.by > 0 && reached > tc.by) {
 				t.Errorf("%d streams, after %v; want %d by %v", f.running, reached, tc.want, tc.by)
+			}
+		})
+	}
+}
+
+// TestSlowNodeSplitsNothing pins that no run is asked for again whose bytes are here and
+// wait for this node: they would have been sent in vain (I7).
+func TestSlowNodeSplitsNothing(t *testing.T) {
+	for name, opts := range map[string]registrytest.Options{"plain": {}, "TLS": {TLS: true}} {
+		t.Run(name, func(t *testing.T) {
+			const size, sent = 40 * mib, 8 * mib
+			reg := registrytest.Start(t, opts)
+			d := digest.FromString("any") // nobody looks
+			reg.PutBlobAs(repo, d, registrytest.Random(9, size))
+			reg.Inject(blobGet, registrytest.StallAfter(sent))
+			r := registryOf(reg)
+			if opts.TLS {
+				var err error
+				if r.CAFile, err = reg.CAFile(t.TempDir()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c := newClient(t, func(cfg *Config) { cfg.Stall = time.Minute }, r)
+			src, err := c.newSource(target, d, "fetch")
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := &fetch{src: src, sink: newSinkOf(t, size), claims: map[*claim]struct{}{}, running: 2, target: 2}
+			st, cl := &stream{src: src, op: "fetch", end: -1}, &claim{end: size}
+			defer st.close()
+			f.claims[cl] = struct{}{}
+			read := func(n int) {
+				t.Helper()
+				if _, err := io.ReadFull(&blobBody{t.Context(), st}, make([]byte, n)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			read(sent / 2) // so the kernel has seen a reader who keeps up, and takes more
+			f.begin(st, cl)
+			slow := cl.since.Add(time.Minute) // for not a byte
+			for end := time.Now().Add(10 * time.Second); !cl.heldUp() && time.Now().Before(end); {
+				runtime.Gosched() // until more has come
+			}
+			if far, ok := f.split(1, slow); ok {
+				t.Errorf("%v is asked for again, with %d bytes here", far, cl.body.unread())
+			}
+			read(sent / 2)
+			if _, ok := f.split(1, slow); !ok {
+				t.Error("nothing waits here, and nobody else fetches the rest")
 			}
 		})
 	}

@@ -102,7 +102,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 	if resp.Request.Method == http.MethodHead {
 		leave(good)
 	}
-	resp.Body = &settled{ReadCloser: resp.Body, ep: ep, leave: leave, wrap: wrap}
+	resp.Body = &settled{timed: resp.Body.(*timed), leave: leave, wrap: wrap}
 	return &answer{resp, moved}, nil
 }
 
@@ -270,15 +270,14 @@ func (ep *endpoint) origin(u *url.URL) bool {
 // settled reports to the endpoint's breaker how a body ended: to its end,
 // closed early or with some progress is good, broken off before is not.
 type settled struct {
-	io.ReadCloser
-	ep    *endpoint
+	*timed
 	leave func(outcome)
 	wrap  func(error) error
 	read  int64
 }
 
 func (b *settled) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
+	n, err := b.timed.Read(p)
 	b.read += int64(n)
 	if err == nil || err == io.EOF {
 		return n, err
@@ -300,5 +299,5 @@ func (b *settled) Read(p []byte) (int, error) {
 
 func (b *settled) Close() error {
 	b.leave(good)
-	return b.ReadCloser.Close()
+	return b.timed.Close()
 }

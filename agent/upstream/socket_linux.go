@@ -18,3 +18,9 @@ func setOptions(c syscall.RawConn) {
 		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unanswered.Milliseconds()))
 	})
 }
+
+// unread is how many bytes came on a connection and wait in the kernel to be read.
+func unread(c syscall.RawConn) (n int) {
+	_ = c.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }) // 0 if it cannot be told
+	return n
+}

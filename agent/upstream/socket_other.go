@@ -5,3 +5,5 @@ package upstream
 import "syscall"
 
 func setOptions(syscall.RawConn) {}
+
+func unread(syscall.RawConn) int { return 0 }

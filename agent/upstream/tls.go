@@ -129,6 +129,8 @@ func (t TLS) config() (*tls.Config, error) {
 	return conf, nil
 }
 
+const readBuffer = 64 << 10
+
 // newTransport speaks HTTP/1.1 alone: one TLS stream of it carries 1.29 GB/s
 // here where HTTP/2 carries 0.76, and a connection per range is the very point
 // of parallel ranges on a registry that limits each connection.
@@ -146,6 +148,6 @@ func (ep *endpoint) newTransport(conf *tls.Config, r ruling) *http.Transport {
 		MaxIdleConnsPerHost:    ep.reg.connections(),
 		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: 64 << 10,
-		ReadBufferSize:         64 << 10,
+		ReadBufferSize:         readBuffer,
 	}
 }
