@@ -506,11 +506,16 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 	}
 	switch i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, ours) }); {
 	case i < 0:
-		d.add(Finding{
+		f := Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
 			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
-		})
+		}
+		if d.opts.SeenOnly && !d.node.exists(roots[0]) { // as MicroK8s' current is one of its revision
+			f.Severity = Degraded
+			f.What += " Whether a link makes them one cannot be seen from here; larder doctor on the node can."
+		}
+		d.add(f)
 		return
 	case i > 0:
 		d.add(Finding{

@@ -130,7 +130,7 @@ func (m *managed) acquire() error {
 		}
 		// The previous holder may have removed the file we hold a lock on.
 		m.lock = f
-		if m.holds() {
+		if m.holds(m.path) {
 			return nil
 		}
 		_ = f.Close() // a lock on a file nobody else can find
@@ -147,8 +147,8 @@ func (m *managed) busy() error {
 	return fmt.Errorf("%s%s: %w; stop it first", m.path, who, ErrBusy)
 }
 
-// holds reports whether our lock is still the one others would find.
-func (m *managed) holds() bool {
+// holds reports whether our lock is the one that others would find in dir.
+func (m *managed) holds(dir string) bool {
 	if m.lock == nil {
 		return false
 	}
@@ -156,7 +156,7 @@ func (m *managed) holds() bool {
 	if err != nil {
 		return false
 	}
-	theirs, err := os.Stat(m.backup(lockName))
+	theirs, err := os.Stat(filepath.Join(dir, journalDir, lockName))
 	return err == nil && os.SameFile(ours, theirs)
 }
 
