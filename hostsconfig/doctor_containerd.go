@@ -534,6 +534,7 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 // _default matches everything.
 func (d *doctor) checkHidden(roots []string, where string) {
 	if !d.node.exists(path.Join(roots[0], defaultDir)) {
+		d.noDefault(roots, where)
 		return
 	}
 	for _, root := range roots[1:] {
@@ -547,7 +548,7 @@ func (d *doctor) checkHidden(roots []string, where string) {
 			}
 			fix := d.fixByWriting()
 			if d.opts.Facts.ProxyUp {
-				fix += "\n# an agent in a pod has to see the directory: containerd.furtherRoots of the chart"
+				fix += "\n" + seeRoots
 			}
 			d.add(Finding{
 				ID: "containerd-hidden-directory", Severity: Degraded, Runtime: containerd, Where: path.Join(root, e.Name()),
@@ -556,6 +557,20 @@ func (d *doctor) checkHidden(roots []string, where string) {
 			})
 		}
 	}
+}
+
+const seeRoots = "# an agent in a pod has to see the directory: containerd.furtherRoots of the chart"
+
+// noDefault: an agent that cannot see a further root makes no _default that would hide it.
+func (d *doctor) noDefault(roots []string, where string) {
+	if !d.opts.Facts.ProxyUp || !slices.Contains(d.listed(), "*") {
+		return
+	}
+	d.add(Finding{
+		ID: "containerd-no-default", Severity: Degraded, Runtime: containerd, Where: where,
+		What: fmt.Sprintf("The agent runs and %s/_default is not there: well-known registries alone are mirrored. It would hide %s, which the agent may not see.", roots[0], strings.Join(roots[1:], " and ")),
+		Fix:  d.fixByWriting() + "\n" + seeRoots, Docs: docsSetup,
+	})
 }
 
 // hiddenRoots are the certs.d directories that a node's containerd looks into

@@ -471,6 +471,17 @@ func (m *managed) restore(s situation) error {
 	if e == nil {
 		return nil
 	}
+	// Without the file an empty directory of ours would still hide _default, and further
+	// roots of config_path.
+	if dir := filepath.Dir(s.rel); s.original == nil && slices.Contains(m.journal.Dirs, dir) {
+		gone, err := m.disk.removeDir(m.at(dir))
+		if err != nil {
+			return err
+		}
+		if gone {
+			m.journal.Dirs = slices.DeleteFunc(m.journal.Dirs, func(name string) bool { return name == dir })
+		}
+	}
 	delete(m.journal.Files, s.rel)
 	if err := m.save(); err != nil {
 		return err

@@ -333,9 +333,13 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 			return data, defaultMode, err
 		}, nil
 	}
-	c, err := readCertsDir(m, h.hiddenRoots())
+	hidden := h.hiddenRoots()
+	c, err := readCertsDir(m, hidden)
 	if err != nil {
 		return nil, nil, err
+	}
+	if i := slices.IndexFunc(hidden, missing); i >= 0 && h.opts.Contained && !h.opts.ColonLink {
+		c.unseen = hidden[i]
 	}
 	var rels []string
 	for _, name := range c.names(h.opts.Registries) {
