@@ -197,6 +197,7 @@ func TestRefused(t *testing.T) {
 		{"two directories", []string{"containerd.certsDir=/etc/containerd/certs.d:/etc/docker/certs.d"}, "certsDir"},
 		{"a relative path", []string{"cache.hostPath=larder"}, "hostPath"},
 		{"a port that is none", []string{"ports.proxy=99999"}, "proxy"},
+		{"a port twice", []string{"ports.metrics=5051"}, "ports.data and ports.metrics are both 5051"},
 		{"a wrong type", []string{"metrics.enabled=yes"}, "enabled"},
 		{"a wrong level", []string{"config.log.level=loud"}, "level"},
 		{"a wrong size", []string{"config.cache.max_bytes=lots"}, "max_bytes"},
