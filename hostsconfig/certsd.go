@@ -116,9 +116,9 @@ func listCerts(dir, prefix string) (certFiles, error) {
 			c.ca = append(c.ca, filepath.Join(prefix, e.Name()))
 		}
 		if stem, ok := strings.CutSuffix(e.Name(), ".cert"); ok {
-			pair := [2]string{filepath.Join(prefix, e.Name())}
+			pair := ClientPair{Cert: filepath.Join(prefix, e.Name())}
 			if _, err := os.Stat(filepath.Join(dir, stem+".key")); err == nil {
-				pair[1] = filepath.Join(prefix, stem+".key")
+				pair.Key = filepath.Join(prefix, stem+".key")
 			}
 			c.client = append(c.client, pair)
 		}
@@ -325,10 +325,6 @@ func (c *certsDir) importDir(dir string, proxy netip.AddrPort) (Imported, error)
 	if err != nil || certs.empty() {
 		return im, err
 	}
-	e := Endpoint{Source: true, Pull: true, Resolve: true, CAFiles: certs.ca}
-	for _, p := range certs.client {
-		e.ClientPairs = append(e.ClientPairs, ClientPair{Cert: p[0], Key: p[1]})
-	}
-	im.Endpoints = []Endpoint{e}
+	im.Endpoints = []Endpoint{{Source: true, Pull: true, Resolve: true, CAFiles: certs.ca, ClientPairs: certs.client}}
 	return im, nil
 }

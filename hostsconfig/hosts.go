@@ -76,6 +76,12 @@ type Options struct {
 	Registerer prometheus.Registerer // nil leaves the metrics unregistered
 }
 
+// The values of every field and label named runtime.
+const (
+	containerd = "containerd"
+	crio       = "crio"
+)
+
 // Action says what a [Change] does to its file.
 type Action string
 

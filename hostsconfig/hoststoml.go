@@ -35,7 +35,7 @@ const (
 // directory of the hosts.toml, or absolute when carried over from elsewhere.
 type certFiles struct {
 	ca     []string
-	client [][2]string // certificate and key, key "" when in the same file
+	client []ClientPair
 }
 
 func (c certFiles) empty() bool { return len(c.ca) == 0 && len(c.client) == 0 }
@@ -73,11 +73,7 @@ func hostsBlock(certs certFiles, proxy netip.AddrPort) string {
 	if len(certs.client) > 0 {
 		pairs := make([]string, len(certs.client))
 		for i, p := range certs.client {
-			if p[1] == "" {
-				pairs[i] = "[" + quoteAll([]string{p[0], p[0]}) + "]"
-			} else {
-				pairs[i] = "[" + quoteAll(p[:]) + "]"
-			}
+			pairs[i] = "[" + quoteAll([]string{p.Cert, cmp.Or(p.Key, p.Cert)}) + "]"
 		}
 		fmt.Fprintf(&b, "client = [%s]\n", strings.Join(pairs, ", "))
 	}
@@ -328,6 +324,16 @@ func isSelf(host string, proxy netip.AddrPort) bool {
 	return sameLoopback(u.Hostname(), proxy.Addr())
 }
 
+// redactURL drops user, query and fragment of a URL that a user wrote.
+func redactURL(s string) string {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "(unparsable URL)"
+	}
+	u.User, u.RawQuery, u.Fragment = nil, "", ""
+	return u.String()
+}
+
 func sameLoopback(host string, addr netip.Addr) bool {
 	if ip, err := netip.ParseAddr(host); err == nil {
 		return ip == addr || ip.IsLoopback() && addr.IsLoopback()
@@ -408,7 +414,7 @@ func (t hostTable) endpoint(server, base string) (Endpoint, error) {
 	e.SkipVerify = t.SkipVerify != nil && *t.SkipVerify
 	t.setRewrite(&e)
 	if t.DialTimeout != "" {
-		if e.DialTimeout, err = time.ParseDuration(t.DialTimeout); err != nil {
+		if _, err := time.ParseDuration(t.DialTimeout); err != nil {
 			return e, fmt.Errorf("dial_timeout: %w", err)
 		}
 	}

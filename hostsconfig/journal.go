@@ -524,8 +524,7 @@ func (m *managed) ensureDir(rel string) error {
 // lost reports whether the user removed the directory that rel was in.
 func (m *managed) lost(rel string) bool {
 	dir := filepath.Dir(rel)
-	_, err := os.Stat(m.at(dir))
-	return errors.Is(err, fs.ErrNotExist) && !slices.Contains(m.journal.Dirs, dir)
+	return missing(m.at(dir)) && !slices.Contains(m.journal.Dirs, dir)
 }
 
 // forget drops an entry whose directory the user removed.

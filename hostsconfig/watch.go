@@ -203,11 +203,10 @@ func (h *Hosts) watched() []string {
 	for _, d := range h.directories() {
 		// The parent shows when the directory itself is replaced.
 		out = append(out, filepath.Dir(d.path), d.path)
-		roots := []string{d.path}
 		if d.runtime == crio {
 			continue
 		}
-		for _, path := range append(roots, h.hiddenRoots()...) {
+		for _, path := range append([]string{d.path}, h.hiddenRoots()...) {
 			r, err := hostDirs(path)
 			if err != nil {
 				continue // the pass reports it
