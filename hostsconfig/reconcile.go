@@ -139,7 +139,8 @@ func (h *Hosts) directories() []directory {
 // lock opens a directory, or returns the one that Run holds. Caller holds mu.
 func (h *Hosts) lock(ctx context.Context, d directory) (m *managed, done func() error, err error) {
 	if m := h.held[d.path]; m != nil {
-		if m.holds(m.named) {
+		// While a link is away it will be back, perhaps to something else.
+		if m.holds(m.named) || missing(m.named) && m.holds(m.path) {
 			return m, func() error { return nil }, m.load()
 		}
 		delete(h.held, d.path)
