@@ -195,8 +195,11 @@ of these have an answer to every name. */ -}}
 {{- if and .Values.containerd.colonLink (eq .Values.containerd.mount "directory") -}}
 {{- fail "containerd.colonLink makes a link beside certsDir: set containerd.mount to parent" -}}
 {{- end -}}
+{{- $used := .Values.ports -}}
+{{- if not .Values.metrics.enabled -}}{{- $used = omit $used "metrics" -}}{{- end -}}
+{{- if not (include "larder.peering" .) -}}{{- $used = omit $used "data" "gossip" -}}{{- end -}}
 {{- $taken := dict -}}
-{{- range $name, $port := .Values.ports -}}
+{{- range $name, $port := $used -}}
 {{- $key := toString $port -}}
 {{- with get $taken $key -}}
 {{- fail (printf "ports.%s and ports.%s are both %s: every port of the agent needs its own" . $name $key) -}}
