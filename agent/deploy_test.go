@@ -206,3 +206,13 @@ func TestAlertsHaveARunbook(t *testing.T) {
 		}
 	}
 }
+
+// TestInAPod holds that an agent in a pod knows that it does not see all of its node.
+func TestInAPod(t *testing.T) {
+	for host, want := range map[string]bool{"": false, "10.96.0.1": true} {
+		t.Setenv("KUBERNETES_SERVICE_HOST", host)
+		if got := HostsOptions(Default(), "127.0.0.1:5050", nil, nil).Contained; got != want {
+			t.Errorf("KUBERNETES_SERVICE_HOST=%q: %v", host, got)
+		}
+	}
+}

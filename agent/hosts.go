@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"reflect"
 	"time"
 
@@ -48,6 +49,7 @@ func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.R
 	return hostsconfig.Options{
 		Containerd:   c.Hosts.Containerd,
 		CRIO:         c.Hosts.CRIO,
+		Contained:    os.Getenv("KUBERNETES_SERVICE_HOST") != "", // every pod has it
 		ColonLink:    c.Hosts.ContainerdColonLink,
 		ReloadCRIO:   c.Hosts.CRIOReload,
 		Registries:   c.Hosts.Registries,

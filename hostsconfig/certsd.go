@@ -2,6 +2,7 @@ package hostsconfig
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"net/netip"
@@ -23,6 +24,8 @@ type certsDir struct {
 	// roots are the user's host directories by name, for m and then for each
 	// hidden root.
 	roots []root
+	// unseen is a hidden root that may be there and cannot be read, "" for none.
+	unseen string
 }
 
 type root struct {
@@ -113,9 +116,9 @@ func listCerts(dir, prefix string) (certFiles, error) {
 			c.ca = append(c.ca, filepath.Join(prefix, e.Name()))
 		}
 		if stem, ok := strings.CutSuffix(e.Name(), ".cert"); ok {
-			pair := [2]string{filepath.Join(prefix, e.Name())}
+			pair := ClientPair{Cert: filepath.Join(prefix, e.Name())}
 			if _, err := os.Stat(filepath.Join(dir, stem+".key")); err == nil {
-				pair[1] = filepath.Join(prefix, stem+".key")
+				pair.Key = filepath.Join(prefix, stem+".key")
 			}
 			c.client = append(c.client, pair)
 		}
@@ -140,25 +143,35 @@ func (c *certsDir) inForce(host string) string {
 func (c *certsDir) names(listed []string) []string {
 	var out []string
 	if slices.Contains(listed, "*") {
-		out = append(out, defaultDir)
-		for i, r := range c.roots {
-			for name := range r.dirs {
-				if i == 0 || !c.anySpelling(name, i) {
-					out = append(out, name)
-				}
-			}
-			if r.dirs[defaultDir] {
-				break // it hides the roots behind it, with or without us
-			}
+		out = append(c.inUse(), defaultDir)
+		if !c.refusesDefault() {
+			listed = nil // it stands for all others
 		}
-	} else {
-		for _, host := range listed {
-			out = append(out, c.namesOf(host)...)
-		}
+	}
+	for _, host := range mirrored(listed) {
+		out = append(out, c.namesOf(host)...)
 	}
 	slices.Sort(out)
 	return slices.Compact(out)
 }
+
+// inUse lists the host directories in which containerd finds something without us.
+func (c *certsDir) inUse() (out []string) {
+	for i, r := range c.roots {
+		for name := range r.dirs {
+			if i == 0 || !c.anySpelling(name, i) {
+				out = append(out, name)
+			}
+		}
+		if r.dirs[defaultDir] {
+			break // it hides the roots behind it, with or without us
+		}
+	}
+	return out
+}
+
+// refusesDefault: a _default of ours would hide what cannot be carried over.
+func (c *certsDir) refusesDefault() bool { return c.unseen != "" && !c.roots[0].dirs[defaultDir] }
 
 // anySpelling reports whether a root before i has a directory for the same
 // registry.
@@ -204,6 +217,9 @@ func (c *certsDir) render(name string, original *file, proxy netip.AddrPort) ([]
 		}
 		data, err := mergeHosts(user, certs, proxy)
 		return data, defaultMode, err
+	}
+	if name == defaultDir && c.refusesDefault() {
+		return nil, 0, fmt.Errorf("it would hide %s, which config_path names too and which cannot be seen from here: mount that (containerd.furtherRoots in the chart); until then only well-known registries are mirrored", c.unseen)
 	}
 	// A directory of our own would hide the one in force until now.
 	dir := c.inForce(hostOfDir(name))
@@ -309,10 +325,6 @@ func (c *certsDir) importDir(dir string, proxy netip.AddrPort) (Imported, error)
 	if err != nil || certs.empty() {
 		return im, err
 	}
-	e := Endpoint{Source: true, Pull: true, Resolve: true, CAFiles: certs.ca}
-	for _, p := range certs.client {
-		e.ClientPairs = append(e.ClientPairs, ClientPair{Cert: p[0], Key: p[1]})
-	}
-	im.Endpoints = []Endpoint{e}
+	im.Endpoints = []Endpoint{{Source: true, Pull: true, Resolve: true, CAFiles: certs.ca, ClientPairs: certs.client}}
 	return im, nil
 }

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 )
 
 // secondRoot is what containerd 2.2 and the EKS images have behind the colon
@@ -49,17 +48,12 @@ func (m *managed) linkColon() error {
 	if err != nil {
 		return err
 	}
-	var missing []string
-	dir := ":"
-	for _, part := range strings.Split(filepath.Dir(secondRoot), "/") {
-		if dir = strings.TrimSuffix(dir+"/"+part, "/"); part == "" {
-			dir = ":"
-		}
-		if _, err := os.Lstat(m.named + dir); errors.Is(err, fs.ErrNotExist) {
-			missing = append(missing, dir)
-		}
+	dirs := []string{":"}
+	for dir := filepath.Dir(secondRoot); dir != "/"; dir = filepath.Dir(dir) {
+		dirs = slices.Insert(dirs, 1, ":"+dir) // parents first
 	}
-	for _, dir := range missing {
+	dirs = slices.DeleteFunc(dirs, func(dir string) bool { return !missing(m.named + dir) })
+	for _, dir := range dirs {
 		if !slices.Contains(m.journal.LinkDirs, dir) {
 			m.journal.LinkDirs = append(m.journal.LinkDirs, dir)
 		}
@@ -68,7 +62,7 @@ func (m *managed) linkColon() error {
 	if err := m.save(); err != nil {
 		return err
 	}
-	for _, dir := range missing {
+	for _, dir := range dirs {
 		if err := m.disk.makeDir(m.named + dir); err != nil {
 			return err
 		}

@@ -26,7 +26,7 @@ func crioFiles(m *managed, original *file) ([]registriesFile, error) {
 			break
 		}
 	}
-	dropIns, err := dropInPaths(dirs)
+	dropIns, err := dropInPaths(dirs, os.ReadDir)
 	if err != nil {
 		return nil, err
 	}
@@ -53,10 +53,10 @@ func crioFiles(m *managed, original *file) ([]registriesFile, error) {
 
 // dropInPaths finds drop-ins by name; a directory earlier in dirs shadows the
 // later ones.
-func dropInPaths(dirs []string) (map[string]string, error) {
+func dropInPaths(dirs []string, list func(dir string) ([]fs.DirEntry, error)) (map[string]string, error) {
 	out := map[string]string{}
 	for _, dir := range slices.Backward(dirs) {
-		entries, err := os.ReadDir(dir)
+		entries, err := list(dir)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}

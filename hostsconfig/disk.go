@@ -194,6 +194,11 @@ func (d disk) copyFile(src, dst string) error {
 	return os.Chtimes(dst, time.Time{}, f.mtime)
 }
 
+func missing(path string) bool {
+	_, err := os.Stat(path)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 func same(a, b string) bool {
 	x, err := os.Lstat(a)
 	if err != nil {

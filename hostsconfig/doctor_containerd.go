@@ -11,91 +11,12 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-
-	"github.com/pelletier/go-toml/v2"
 )
-
-// distribution is a place where containerd's configuration may be.
-type distribution struct {
-	name, config string
-	// generated: the file is rewritten at every start; the fix goes elsewhere.
-	generated string
-	restart   string
-}
-
-var distributions = []distribution{
-	{"k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
-	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
-	{"MicroK8s", "/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
-	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
-	{"Talos", "/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
-	{"containerd", "/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"},
-}
 
 const (
 	docsSetup    = "https://github.com/containerd/containerd/blob/main/docs/hosts.md"
 	docsTwoRoots = "https://github.com/containerd/containerd/issues/12415"
 	docsCRI      = "https://github.com/containerd/containerd/blob/main/docs/cri/registry.md"
-)
-
-// release is a containerd release; versions is what is known of the one that
-// runs: it lies between low and high.
-type release struct{ major, minor int }
-
-func (r release) less(o release) bool {
-	return r.major < o.major || r.major == o.major && r.minor < o.minor
-}
-
-type versions struct{ low, high release }
-
-// surely and maybe: is it this release or a later one?
-func (v versions) surely(major, minor int) bool { return !v.low.less(release{major, minor}) }
-func (v versions) maybe(major, minor int) bool  { return !v.high.less(release{major, minor}) }
-
-func (v versions) String() string {
-	if v.low == v.high {
-		return fmt.Sprintf("containerd %d.%d", v.low.major, v.low.minor)
-	}
-	return fmt.Sprintf("containerd %d.%d or later", v.low.major, v.low.minor)
-}
-
-// knownVersions combines the version, when known, with the version of the
-// configuration file, which a release refuses when it is newer than itself.
-func knownVersions(containerdVersion string, configVersion int) versions {
-	var r release
-	if _, err := fmt.Sscanf(strings.TrimPrefix(containerdVersion, "v"), "%d.%d", &r.major, &r.minor); err == nil {
-		return versions{r, r}
-	}
-	v := versions{release{1, 6}, release{99, 0}}
-	switch {
-	case configVersion >= 4:
-		v.low = release{2, 3}
-	case configVersion == 3:
-		v.low = release{2, 0}
-	}
-	return v
-}
-
-// criConfig is the merged configuration of containerd's image service.
-type criConfig struct {
-	dist     distribution
-	found    bool
-	version  int
-	plugins  map[string]any
-	files    []string
-	versions versions
-	// versioned: a file says that it is of version 2 or later. long: one has settings
-	// of the CRI plugin under the name that it has since then.
-	versioned, long bool
-	moved           bool // registry settings of the old section are in force in 2.x
-	// where is file:line of the config_path in force.
-	where string
-}
-
-// Plugin sections that hold the registry settings: before and since 2.0.
-const (
-	pluginOld = "io.containerd.grpc.v1.cri"
-	pluginNew = "io.containerd.cri.v1.images"
 )
 
 var (
@@ -117,198 +38,6 @@ func (d *doctor) checkContainerd() {
 		d.checkNotImported(c)
 	}
 	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
-}
-
-// loadConfig finds and merges the configuration; nil when it cannot be read.
-func (d *doctor) loadConfig() *criConfig {
-	c := &criConfig{plugins: map[string]any{}}
-	for _, dist := range d.places() {
-		if d.node.exists(dist.config) {
-			c.dist, c.found = dist, true
-			break
-		}
-	}
-	if !c.found {
-		return d.configUnseen()
-	}
-	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
-		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
-	}
-	err := d.merge(c, c.dist.config, map[string]bool{})
-	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
-		return d.configUnseen()
-	}
-	if err != nil {
-		d.add(Finding{
-			ID: "containerd-config-unreadable", Severity: Broken, Runtime: containerd, Where: lineOfError(c.dist.config, err),
-			What: fmt.Sprintf("containerd's configuration cannot be read: %v.", err),
-			Fix:  "containerd config dump    # says where; correct the file, then: " + c.dist.restart,
-		})
-		return nil
-	}
-	return c
-}
-
-// configUnseen is what is known of a containerd without its configuration.
-func (d *doctor) configUnseen() *criConfig {
-	what := "No containerd configuration file was found, so its defaults are assumed. In a container, the node's root may not be mounted."
-	if d.opts.SeenOnly {
-		what = "containerd's configuration cannot be read from here, so nothing is known of it: in a container, the node's root may not be mounted."
-	}
-	d.add(Finding{
-		ID: "containerd-config-not-found", Severity: Note, Runtime: containerd, What: what,
-		Fix: "larder doctor    # on the node itself, as root", Docs: docsSetup,
-	})
-	return &criConfig{
-		plugins: map[string]any{}, dist: distributions[len(distributions)-1],
-		versions: knownVersions(d.opts.Facts.ContainerdVersion, 0),
-	}
-}
-
-func (d *doctor) places() []distribution {
-	if d.opts.Config == "" {
-		return distributions
-	}
-	for _, dist := range distributions {
-		if dist.config == d.opts.Config {
-			return []distribution{dist}
-		}
-	}
-	last := distributions[len(distributions)-1]
-	last.config = d.opts.Config
-	return []distribution{last}
-}
-
-// merge adds one file and its imports. containerd 1.x replaces the section of
-// a plugin as a whole, 2.x merges it key by key.
-func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
-	if seen[name] {
-		return nil
-	}
-	seen[name] = true
-	doc, err := d.node.read(name)
-	if err != nil {
-		return err
-	}
-	var f struct {
-		Version int            `toml:"version"`
-		Imports []string       `toml:"imports"`
-		Plugins map[string]any `toml:"plugins"`
-	}
-	if err := toml.Unmarshal(doc, &f); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	if len(c.files) == 0 {
-		c.version = f.Version
-		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
-	}
-	c.files = append(c.files, name)
-	c.versioned = c.versioned || f.Version >= 2
-	c.long = c.long || f.Plugins[pluginOld] != nil
-	if short, ok := f.Plugins["cri"]; ok && f.Version < 2 {
-		f.Plugins[pluginOld] = short
-	}
-	c.migrate(f.Version, f.Plugins)
-	for plugin, section := range f.Plugins {
-		if c.versions.maybe(2, 0) {
-			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
-		} else {
-			c.plugins[plugin] = section
-		}
-	}
-	if configPathLine.Match(doc) {
-		c.where = lineOf(name, doc, configPathLine)
-	}
-	// `containerd config default` prints an import of conf.d since 2.3, but a file
-	// that does not name it has none.
-	for _, pattern := range f.Imports {
-		for _, file := range d.glob(absolute(pattern, path.Dir(name))) {
-			if err := d.merge(c, file, seen); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// glob expands a pattern in the last element, as imports have it.
-func (d *doctor) glob(pattern string) []string {
-	if !strings.ContainsAny(pattern, "*?[") {
-		return []string{pattern}
-	}
-	entries, err := d.node.list(path.Dir(pattern))
-	if err != nil {
-		return nil // containerd takes no match for no import
-	}
-	var out []string
-	for _, e := range entries {
-		if ok, err := path.Match(path.Base(pattern), e.Name()); err == nil && ok {
-			out = append(out, path.Join(path.Dir(pattern), e.Name()))
-		}
-	}
-	return out
-}
-
-func deepMerge(into, from any) any {
-	a, ok := into.(map[string]any)
-	b, ok2 := from.(map[string]any)
-	if !ok || !ok2 {
-		return from
-	}
-	out := maps.Clone(a)
-	for k, v := range b {
-		out[k] = deepMerge(a[k], v)
-	}
-	return out
-}
-
-func table(v any, keys ...string) map[string]any {
-	for _, k := range keys {
-		t, _ := v.(map[string]any)
-		v = t[k]
-	}
-	t, _ := v.(map[string]any)
-	return t
-}
-
-// migrate does what 2.x does to a file of an earlier version: the image service's
-// settings move, those of the old section before those of the new one, and some only
-// with a table of runtimes beside them (migrateConfig in plugins/cri/images).
-func (c *criConfig) migrate(version int, files map[string]any) {
-	current := 3
-	if c.versions.surely(2, 3) {
-		current = 4
-	}
-	old := table(files[pluginOld])
-	if old == nil || version >= current || !c.versions.maybe(2, 0) {
-		return
-	}
-	recent := maps.Clone(table(files[pluginNew]))
-	if recent == nil {
-		recent = map[string]any{}
-	}
-	move := func(from map[string]any, keys ...string) {
-		for _, key := range keys {
-			if v, ok := from[key]; ok {
-				recent[key] = v
-			}
-		}
-	}
-	move(old, "registry", "max_concurrent_downloads", "image_pull_with_sync_fs")
-	if runtime := table(old, "containerd"); runtime["runtimes"] != nil {
-		move(runtime, "disable_snapshot_annotations", "discard_unpacked_layers")
-	}
-	files[pluginNew] = recent
-	c.moved = c.moved || old["registry"] != nil
-}
-
-// registry is the registry section in force: 1.x knows the old one alone, and 2.x
-// has moved that.
-func (c *criConfig) registry() map[string]any {
-	if !c.versions.maybe(2, 0) {
-		return table(c.plugins[pluginOld], "registry")
-	}
-	return table(c.plugins[pluginNew], "registry")
 }
 
 func (c *criConfig) section() string {
@@ -506,11 +235,16 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 	}
 	switch i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, ours) }); {
 	case i < 0:
-		d.add(Finding{
+		f := Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
 			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
-		})
+		}
+		if d.opts.SeenOnly && !d.node.exists(roots[0]) { // as MicroK8s' current is one of its revision
+			f.Severity = Degraded
+			f.What += " Whether a link makes them one cannot be seen from here; larder doctor on the node can."
+		}
+		d.add(f)
 		return
 	case i > 0:
 		d.add(Finding{
@@ -529,6 +263,7 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 // _default matches everything.
 func (d *doctor) checkHidden(roots []string, where string) {
 	if !d.node.exists(path.Join(roots[0], defaultDir)) {
+		d.noDefault(roots, where)
 		return
 	}
 	for _, root := range roots[1:] {
@@ -542,7 +277,7 @@ func (d *doctor) checkHidden(roots []string, where string) {
 			}
 			fix := d.fixByWriting()
 			if d.opts.Facts.ProxyUp {
-				fix += "\n# an agent in a pod has to see the directory: containerd.furtherRoots of the chart"
+				fix += "\n" + seeRoots
 			}
 			d.add(Finding{
 				ID: "containerd-hidden-directory", Severity: Degraded, Runtime: containerd, Where: path.Join(root, e.Name()),
@@ -553,26 +288,18 @@ func (d *doctor) checkHidden(roots []string, where string) {
 	}
 }
 
-// hiddenRoots are the certs.d directories that a node's containerd looks into
-// after dir, and that a _default in dir hides. Where the configuration cannot
-// be seen, containerd's own default counts: carrying over what containerd does
-// not read costs nothing, losing a registry's CA costs its pulls.
-func hiddenRoots(root fs.FS, dir string) []string {
-	d := &doctor{node: node{root}, opts: DoctorOptions{Containerd: dir}}
-	c := d.loadConfig()
-	configPath := ""
-	if c != nil {
-		configPath, _ = c.registry()["config_path"].(string)
+const seeRoots = "# an agent in a pod has to see the directory: containerd.furtherRoots of the chart"
+
+// noDefault: an agent that cannot see a further root makes no _default that would hide it.
+func (d *doctor) noDefault(roots []string, where string) {
+	if !d.opts.Facts.ProxyUp || !slices.Contains(d.listed(), "*") {
+		return
 	}
-	if c == nil || !c.found || configPath == "" {
-		configPath = "/etc/containerd/certs.d:" + secondRoot
-	}
-	roots := strings.Split(configPath, ":")
-	i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, dir) })
-	if i < 0 {
-		return nil
-	}
-	return roots[i+1:]
+	d.add(Finding{
+		ID: "containerd-no-default", Severity: Degraded, Runtime: containerd, Where: where,
+		What: fmt.Sprintf("The agent runs and %s/_default is not there: well-known registries alone are mirrored. It would hide %s, which the agent may not see.", roots[0], strings.Join(roots[1:], " and ")),
+		Fix:  d.fixByWriting() + "\n" + seeRoots, Docs: docsSetup,
+	})
 }
 
 func (d *doctor) pathUnset(c *criConfig) {
@@ -585,16 +312,6 @@ func (d *doctor) pathUnset(c *criConfig) {
 		f.What += " (From 2.2 on its default is two roots, which it does not split either; the fix is the same.)"
 	}
 	d.add(f)
-}
-
-// sameDir compares directories of the node, symlinks followed.
-func (d *doctor) sameDir(a, b string) bool {
-	x, err := d.node.resolve(a)
-	if err != nil {
-		return false
-	}
-	y, err := d.node.resolve(b)
-	return err == nil && x == y
 }
 
 // checkTwoRoots: from 2.1 on, the transfer service takes "a:b" for one name.
@@ -624,29 +341,6 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 		f.What = fmt.Sprintf("config_path is %q: containerd 2.1 and later do not split it and ignore every hosts.toml without a word. Which containerd runs here is not known.", configPath)
 	}
 	d.add(f)
-}
-
-// localPull returns the setting that makes 2.1 and later pull without the
-// transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
-func (c *criConfig) localPull() string {
-	t := table(c.plugins[pluginNew])
-	for _, key := range []string{"use_local_image_pull", "discard_unpacked_layers", "image_pull_with_sync_fs"} {
-		if on, _ := t[key].(bool); on {
-			return key + " = true"
-		}
-	}
-	if off, ok := t["disable_snapshot_annotations"].(bool); ok && !off {
-		return "disable_snapshot_annotations = false"
-	}
-	if n, ok := t["max_concurrent_downloads"].(int64); ok && n != 3 {
-		return fmt.Sprintf("max_concurrent_downloads = %d", n)
-	}
-	for _, key := range []string{"configs", "auths"} {
-		if len(table(c.registry(), key)) > 0 {
-			return "registry." + key
-		}
-	}
-	return ""
 }
 
 // checkHostDirs looks at what containerd finds in our directory.

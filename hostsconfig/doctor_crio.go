@@ -55,17 +55,10 @@ func (d *doctor) crioFiles() ([]registriesFile, bool) {
 			break
 		}
 	}
-	byName := map[string]string{}
-	for _, dir := range slices.Backward(dirs) {
-		entries, err := d.node.list(dir)
-		if err != nil {
-			continue // a missing directory is an empty one
-		}
-		for _, e := range entries {
-			if !e.IsDir() && strings.HasSuffix(e.Name(), ".conf") {
-				byName[e.Name()] = path.Join(dir, e.Name())
-			}
-		}
+	byName, err := dropInPaths(dirs, d.node.list)
+	if err != nil {
+		d.add(Finding{ID: "crio-directory-unreadable", Severity: Broken, Runtime: crio, Where: d.opts.CRIO, What: err.Error() + ".", Fix: "chmod 755 " + d.opts.CRIO})
+		return nil, false
 	}
 	for _, name := range slices.Sorted(maps.Keys(byName)) {
 		names = append(names, byName[name])

@@ -220,6 +220,38 @@ func TestLinkToOurs(t *testing.T) {
 	}
 }
 
+// TestLinkMoves: the managed directory is reached by a link, which leads elsewhere after an
+// update: MicroK8s' "current" to a copy of all that was there, ours included.
+func TestLinkMoves(t *testing.T) {
+	const first = "# first\n[host.\"https://first.x\"]\n"
+	for name, next := range map[string]func(t *testing.T, dir string){
+		"to a copy":            func(t *testing.T, dir string) { must(t, os.CopyFS(dir+"/2", os.DirFS(dir+"/1"))) },
+		"to what nobody wrote": func(t *testing.T, dir string) { tree{"2/certs.d/docker.io/hosts.toml": first}.write(t, dir) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			tree{"1/certs.d/docker.io/hosts.toml": first, "current": "-> 1"}.write(t, dir)
+			before := snapshot(t, filepath.Join(dir, "1"))
+			certs := filepath.Join(dir, "current/certs.d")
+			h := newHosts(t, Options{Containerd: certs, PollInterval: time.Hour, RemoveOnExit: true})
+			stop := runInBackground(t, h)
+			next(t, dir)
+			must(t, os.Remove(filepath.Join(dir, "current")))
+			apply(t, h) // a directory in its place would be in the way of the next link
+			must(t, os.Symlink("2", filepath.Join(dir, "current")))
+			apply(t, h)
+			wantSame(t, "the former directory is not as it was", before, snapshot(t, filepath.Join(dir, "1")))
+			wantHosts(t, certs, "docker.io", ours, "https://first.x/v2 pull,resolve,push", upstreamOf("registry-1.docker.io"))
+			wantHosts(t, certs, "quay.io", ours, upstreamOf("quay.io"))
+			stop()
+			if left := snapshot(t, filepath.Join(dir, "2")); len(left) != len(before) {
+				t.Errorf("left behind: %v", left)
+			}
+			wantContent(t, filepath.Join(certs, "docker.io/hosts.toml"), first)
+		})
+	}
+}
+
 // TestUnwatchedIsSaidOnce: where inotify has no watch to give (fs.inotify.max_user_watches)
 // each pass finds that again, for every directory.
 func TestUnwatchedIsSaidOnce(t *testing.T) {

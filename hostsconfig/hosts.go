@@ -39,6 +39,12 @@ type Options struct {
 	// directories are carried over into Containerd instead. nil looks them up in
 	// containerd's configuration; empty means there are none.
 	HiddenRoots []string
+	// Contained: this process runs in a container and sees of the node's files what is
+	// mounted. A further root that is not there may be on the node, with certificates
+	// that a _default of ours would hide and nobody carry over: there is none then, and
+	// "*" means the well-known registries, unless ColonLink says that containerd reads
+	// Containerd alone.
+	Contained bool
 	// ColonLink also links the literal path "<Containerd>:/etc/docker/certs.d"
 	// to Containerd, which containerd 2.1 and later look up by mistake when
 	// config_path has two roots. The parent of Containerd must be writable.
@@ -69,6 +75,12 @@ type Options struct {
 	Logger     *slog.Logger          // nil discards
 	Registerer prometheus.Registerer // nil leaves the metrics unregistered
 }
+
+// The values of every field and label named runtime.
+const (
+	containerd = "containerd"
+	crio       = "crio"
+)
 
 // Action says what a [Change] does to its file.
 type Action string

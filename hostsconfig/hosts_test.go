@@ -370,3 +370,44 @@ func TestApplyAndRemove(t *testing.T) {
 		})
 	}
 }
+
+// TestUnseenRoot: in a pod the second root of config_path may be there, on the node, with the
+// certificates of a registry. A _default in the first would hide them, and that registry
+// could not be pulled from any more.
+func TestUnseenRoot(t *testing.T) {
+	for name, tt := range map[string]struct {
+		have      tree
+		opts      Options
+		isDefault bool
+	}{
+		"not mounted":            {opts: Options{Contained: true}},
+		"mounted":                {have: tree{"docker/": ""}, opts: Options{Contained: true}, isDefault: true},
+		"on the node":            {isDefault: true},
+		"read by the link alone": {opts: Options{Contained: true, ColonLink: true}, isDefault: true},
+		"hidden before us":       {have: tree{"certs.d/_default/hosts.toml": ""}, opts: Options{Contained: true}, isDefault: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			tree{"certs.d/m.x/hosts.toml": "server = \"https://m.x\"\n"}.write(t, dir)
+			tt.have.write(t, dir)
+			tt.opts.Containerd, tt.opts.HiddenRoots = filepath.Join(dir, "certs.d"), []string{filepath.Join(dir, "docker")}
+			before := snapshot(t, dir)
+			earlier := newHosts(t, Options{Containerd: tt.opts.Containerd, HiddenRoots: []string{}})
+			apply(t, earlier) // with a _default, by an agent that was killed
+			h := newHosts(t, tt.opts)
+			refused := slices.ContainsFunc(apply(t, h), func(c Change) bool { return strings.Contains(c.Reason, "furtherRoots") })
+			if _, err := os.Stat(filepath.Join(dir, "certs.d/_default")); (err == nil) != tt.isDefault || refused == tt.isDefault {
+				t.Errorf("_default: %v; refused with a reason: %v", err, refused)
+			}
+			unknown := []string{upstreamOf("reg.x")}
+			if tt.isDefault {
+				unknown = []string{ours, upstreamOf("reg.x")}
+			}
+			wantHosts(t, tt.opts.Containerd, "reg.x", unknown...)
+			wantHosts(t, tt.opts.Containerd, "quay.io", ours, upstreamOf("quay.io"))
+			wantHosts(t, tt.opts.Containerd, "m.x", ours, "https://m.x/v2 pull,resolve,push")
+			remove(t, h)
+			wantSame(t, "not restored", before, snapshot(t, dir))
+		})
+	}
+}

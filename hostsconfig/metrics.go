@@ -1,10 +1,6 @@
 package hostsconfig
 
-import (
-	"net/url"
-
-	"github.com/prometheus/client_golang/prometheus"
-)
+import "github.com/prometheus/client_golang/prometheus"
 
 type metrics struct {
 	repaired *prometheus.CounterVec
@@ -24,20 +20,4 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		reg.MustRegister(m.repaired)
 	}
 	return m
-}
-
-// The values of every field and label named runtime.
-const (
-	containerd = "containerd"
-	crio       = "crio"
-)
-
-// redactURL drops user, query and fragment of a URL that a user wrote.
-func redactURL(s string) string {
-	u, err := url.Parse(s)
-	if err != nil {
-		return "(unparsable URL)"
-	}
-	u.User, u.RawQuery, u.Fragment = nil, "", ""
-	return u.String()
 }

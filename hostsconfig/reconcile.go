@@ -137,15 +137,15 @@ func (h *Hosts) directories() []directory {
 }
 
 // lock opens a directory, or returns the one that Run holds. Caller holds mu.
-func (h *Hosts) lock(d directory) (m *managed, done func() error, err error) {
+func (h *Hosts) lock(ctx context.Context, d directory) (m *managed, done func() error, err error) {
 	if m := h.held[d.path]; m != nil {
-		if m.holds() {
+		// While a link is away it will be back, perhaps to something else.
+		if m.holds(m.named) || missing(m.named) && m.holds(m.path) {
 			return m, func() error { return nil }, m.load()
 		}
-		// The directory was replaced under us, journal and all.
 		delete(h.held, d.path)
-		if err := m.release(); err != nil {
-			return nil, nil, err
+		if err := errors.Join(h.leave(ctx, m), m.release()); err != nil {
+			h.log.Warn("host directory was replaced, and not all of the former one is given back", "runtime", d.runtime, "path", m.path, "err", err)
 		}
 	}
 	m, err = open(d.path, d.runtime, h.proxy.String(), h.disk)
@@ -157,6 +157,22 @@ func (h *Hosts) lock(d directory) (m *managed, done func() error, err error) {
 		return m, func() error { return nil }, nil
 	}
 	return m, m.release, nil
+}
+
+// leave gives a directory back that is no longer the one that is configured. A link to
+// it may lead elsewhere now, as MicroK8s' "current" does after an update; a directory
+// that was replaced, journal and all, has nothing of ours any more.
+func (h *Hosts) leave(ctx context.Context, m *managed) error {
+	if !m.holds(m.path) {
+		return nil
+	}
+	if err := m.load(); err != nil {
+		return err
+	}
+	if _, err := h.removeAll(ctx, m); err != nil {
+		return err
+	}
+	return m.close()
 }
 
 // explain adds what to do to errors that have one cause.
@@ -175,7 +191,7 @@ func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
 	var changes []Change
 	var problems []error
 	for _, d := range h.directories() {
-		m, done, err := h.lock(d)
+		m, done, err := h.lock(ctx, d)
 		if err != nil {
 			problems = append(problems, explain(d, err))
 			continue
@@ -318,9 +334,13 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 			return data, defaultMode, err
 		}, nil
 	}
-	c, err := readCertsDir(m, h.hiddenRoots())
+	hidden := h.hiddenRoots()
+	c, err := readCertsDir(m, hidden)
 	if err != nil {
 		return nil, nil, err
+	}
+	if i := slices.IndexFunc(hidden, missing); i >= 0 && h.opts.Contained && !h.opts.ColonLink {
+		c.unseen = hidden[i]
 	}
 	var rels []string
 	for _, name := range c.names(h.opts.Registries) {
@@ -417,7 +437,7 @@ func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
 	if there, err := hasTraces(d); err != nil || !there {
 		return nil, err
 	}
-	m, _, err := h.lock(d)
+	m, _, err := h.lock(ctx, d)
 	if err != nil {
 		return nil, err
 	}

@@ -488,10 +488,7 @@ func ruleEndpoint(r rule, certs func(string) certFiles) Endpoint {
 		e.Base += "/" + rest
 	}
 	c := certs(host)
-	e.CAFiles = c.ca
-	for _, p := range c.client {
-		e.ClientPairs = append(e.ClientPairs, ClientPair{Cert: p[0], Key: p[1]})
-	}
+	e.CAFiles, e.ClientPairs = c.ca, c.client
 	return e
 }
 

@@ -30,7 +30,7 @@ const (
 // directory, or if taking back failed; what else goes wrong is retried and in
 // [Hosts.InPlace].
 func (h *Hosts) Run(ctx context.Context) error {
-	if err := h.hold(); err != nil {
+	if err := h.hold(ctx); err != nil {
 		h.setState(err)
 		return errors.Join(err, h.unhold())
 	}
@@ -99,12 +99,12 @@ func (h *Hosts) pass(ctx context.Context, w *watcher, before []Imported, repair 
 }
 
 // hold locks the directories for as long as Run lasts.
-func (h *Hosts) hold() error {
+func (h *Hosts) hold(ctx context.Context) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.running = true
 	for _, d := range h.directories() {
-		_, _, err := h.lock(d)
+		_, _, err := h.lock(ctx, d)
 		if errors.Is(err, ErrBusy) {
 			return explain(d, err)
 		}
@@ -203,11 +203,10 @@ func (h *Hosts) watched() []string {
 	for _, d := range h.directories() {
 		// The parent shows when the directory itself is replaced.
 		out = append(out, filepath.Dir(d.path), d.path)
-		roots := []string{d.path}
 		if d.runtime == crio {
 			continue
 		}
-		for _, path := range append(roots, h.hiddenRoots()...) {
+		for _, path := range append([]string{d.path}, h.hiddenRoots()...) {
 			r, err := hostDirs(path)
 			if err != nil {
 				continue // the pass reports it

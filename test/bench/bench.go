@@ -22,16 +22,15 @@ import (
 // bench is one run of the program.
 type bench struct {
 	settings
-	profileDir string
-	dir        string // ours alone
-	upstream   *registrytest.Server
-	children   []*process
-	seed       uint64
-	table      table
+	dir      string // ours alone, in settings.dir
+	upstream *registrytest.Server
+	children []*process
+	seed     uint64
+	table    table
 }
 
 func newBench(ctx context.Context, s settings) (_ *bench, err error) {
-	b := &bench{settings: s, profileDir: s.profile}
+	b := &bench{settings: s}
 	if b.dir, err = os.MkdirTemp(s.dir, "larder-bench-"); err != nil {
 		return nil, err
 	}
@@ -40,8 +39,8 @@ func newBench(ctx context.Context, s settings) (_ *bench, err error) {
 			b.close()
 		}
 	}()
-	if b.profileDir != "" {
-		if err := os.MkdirAll(b.profileDir, 0o755); err != nil {
+	if b.profile != "" {
+		if err := os.MkdirAll(b.profile, 0o755); err != nil {
 			return nil, err
 		}
 	}

@@ -274,17 +274,17 @@ func (b *bench) startRegistry(ctx context.Context) (s server, err error) {
 	return s, s.await(ctx, "http://"+s.addr+"/v2/")
 }
 
-// profile writes a CPU profile of the agent under a load to the directory asked
+// cpuProfile writes a CPU profile of the agent under a load to the directory asked
 // for, if one was.
 func (b *bench) cpuProfile(ctx context.Context, a *agent, name string, work func(context.Context) error) error {
-	if b.profileDir == "" {
+	if b.profile == "" {
 		return nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	saved := make(chan error, 1)
 	go func() {
-		saved <- save(ctx, "http://"+a.admin+"/debug/pprof/profile?seconds=5", filepath.Join(b.profileDir, name+".pprof"))
+		saved <- save(ctx, "http://"+a.admin+"/debug/pprof/profile?seconds=5", filepath.Join(b.profile, name+".pprof"))
 	}()
 	for {
 		select {

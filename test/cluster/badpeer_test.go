@@ -59,10 +59,7 @@ func TestRottenHolder(t *testing.T) {
 func (c *cluster) seedHome() (home *node) {
 	c.t.Helper()
 	home = c.beginAgain()
-	for _, n := range c.nodes {
-		n.up()
-	}
-	c.awaitMembers()
+	c.upAll()
 	c.pull(home).wait(1)
 	for _, n := range c.but(home) {
 		if n.has(c.layer()) {
@@ -206,12 +203,8 @@ func TestSlowHolder(t *testing.T) {
 	others := c.but(slow, fast)
 	c.withoutRegistry(others)
 	s := c.pull(others...)
-	s.wait(2) // on a busy machine the slow one is found out after the proxies' 5 s
-	for n, p := range s.pulls {
-		if p.took > most {
-			t.Errorf("%s took %v: it waited for the slow one", n.name, p.took)
-		}
-	}
+	s.wait(2)      // on a busy machine the slow one is found out after the proxies' 5 s
+	s.within(most) // or it waited for the slow one
 	if slow.status().Uploaded == 0 {
 		t.Error("nobody asked the slow one; nothing was tested")
 	}

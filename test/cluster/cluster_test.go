@@ -185,6 +185,24 @@ func (c *cluster) add() *node {
 	return n
 }
 
+// newcomer adds a node, which is up.
+func (c *cluster) newcomer() *node {
+	c.t.Helper()
+	n := c.add()
+	n.up()
+	n.rest()
+	return n
+}
+
+// upAll starts every agent and waits until they know each other.
+func (c *cluster) upAll() {
+	c.t.Helper()
+	for _, n := range c.nodes {
+		n.up()
+	}
+	c.awaitMembers()
+}
+
 // place gives n an address: one of 127.0.0.0/8, or a network namespace.
 func (c *cluster) place(n *node, host int) {
 	c.t.Helper()
@@ -418,6 +436,16 @@ func (s *storm) wait(tries int) {
 	s.report()
 }
 
+// within fails for each pull that took longer.
+func (s *storm) within(most time.Duration) {
+	s.c.t.Helper()
+	for n, p := range s.pulls {
+		if p.took > most {
+			s.c.t.Errorf("%s took %v, want %v at most", n.name, p.took, most)
+		}
+	}
+}
+
 // report says what was seen.
 func (s *storm) report() {
 	var slowest time.Duration
@@ -431,6 +459,14 @@ func (s *storm) report() {
 // copies of the image that the registry has sent.
 func (c *cluster) copies() float64 {
 	return float64(c.reg.Bytes(registrytest.Match{Kind: registrytest.Blob})) / float64(c.size)
+}
+
+// sentAtMost fails if the registry has sent more copies.
+func (c *cluster) sentAtMost(copies float64) {
+	c.t.Helper()
+	if got := c.copies(); got > copies {
+		c.t.Errorf("the registry sent %.2f copies, want %.2f at most", got, copies)
+	}
 }
 
 // awaitSent waits until the registry has sent so many copies.

@@ -34,9 +34,7 @@ func TestFullDisk(t *testing.T) {
 	ref := r.addr + "/large:" + img.tag
 	for range 2 {
 		seen := r.during(func() { c.mustPull(ref) })
-		if direct := byRuntime(seen); len(direct) > 0 {
-			t.Errorf("containerd went past the agent: %v", direct)
-		}
+		wantThroughAgent(t, "pull", seen)
 		c.remove(ref)
 	}
 }
@@ -81,9 +79,7 @@ func TestTagMoves(t *testing.T) {
 	for seed := range uint64(2) {
 		img := r.push(ociImage, "moving", 70+10*seed)
 		seen := r.during(func() { c.mustPull(r.addr + "/moving:" + img.tag) })
-		if direct := byRuntime(seen); len(direct) > 0 {
-			t.Errorf("containerd went past the agent: %v", direct)
-		}
+		wantThroughAgent(t, "pull", seen)
 		if !c.holds(img.digest.Hex) {
 			t.Errorf("push %d: containerd did not get %s", seed+1, img.digest)
 		}

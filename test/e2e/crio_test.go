@@ -47,9 +47,7 @@ func TestCRIODropIn(t *testing.T) {
 			viaAgent := func(phase string, wantBlobs bool) {
 				t.Helper()
 				seen := pullAll(phase)
-				if direct := byRuntime(seen); len(direct) > 0 {
-					t.Errorf("%s: went past the agent: %v", phase, direct)
-				}
+				wantThroughAgent(t, phase, seen)
 				if blobs := blobReads(seen); (len(blobs) > 0) != wantBlobs {
 					t.Errorf("%s: blob requests at the registry: %v", phase, blobs)
 				}

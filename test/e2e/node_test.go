@@ -117,9 +117,7 @@ func (n *nodeLife) pullAll(phase string, check func(phase string, seen accessLis
 
 func (n *nodeLife) cameThroughTheAgent(what string, seen accessList) {
 	n.t.Helper()
-	if direct := byRuntime(seen); len(direct) > 0 {
-		n.t.Errorf("%s: containerd went past the agent: %v", what, direct)
-	}
+	wantThroughAgent(n.t, what, seen)
 	if len(blobReads(seen)) < len(ordinarySizes)+1 {
 		n.t.Errorf("%s: want each layer and the config from the registry once: %v", what, seen)
 	}
@@ -130,9 +128,7 @@ func (n *nodeLife) movedNoBlob(what string, seen accessList) {
 	if blobs := blobReads(seen); len(blobs) > 0 {
 		n.t.Errorf("%s: want no blob request, the registry saw %v", what, blobs)
 	}
-	if direct := byRuntime(seen); len(direct) > 0 {
-		n.t.Errorf("%s: containerd went past the agent: %v", what, direct)
-	}
+	wantThroughAgent(n.t, what, seen)
 }
 
 func (n *nodeLife) wentDirect(what string, seen accessList) {

@@ -235,3 +235,11 @@ func byRuntime(all accessList) accessList {
 	}
 	return direct
 }
+
+// wantThroughAgent fails if a runtime asked the registry itself.
+func wantThroughAgent(t *testing.T, what string, seen accessList) {
+	t.Helper()
+	if direct := byRuntime(seen); len(direct) > 0 {
+		t.Errorf("%s: went past the agent: %v", what, direct)
+	}
+}

@@ -124,11 +124,3 @@ func TestImagesAreDeterministic(t *testing.T) {
 		t.Error("seeds do not matter")
 	}
 }
-
-func TestSizeLie(t *testing.T) {
-	img := OCIImage(ImageSpec{Seed: 5, Layers: []int64{1000}, Opaque: true, LieSize: -1})
-	layer := manifestOf(t, img).Layers[0]
-	if layer.Size != 999 || img.Blobs[layer.Digest].Size() != 1000 {
-		t.Errorf("manifest says %d, blob is %d", layer.Size, img.Blobs[layer.Digest].Size())
-	}
-}

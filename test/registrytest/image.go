@@ -41,8 +41,6 @@ type ImageSpec struct {
 	Opaque bool
 	// Platform defaults to linux/amd64.
 	Platform ocispec.Platform
-	// LieSize adds so many bytes to the size of each layer in the manifest.
-	LieSize int64
 }
 
 // OCIImage builds an image with OCI media types.
@@ -72,7 +70,6 @@ func buildImage(spec ImageSpec, types mediaTypes) *Image {
 	for i, size := range spec.Layers {
 		c, diffID := buildLayer(spec, i, size)
 		d := img.add(types.layer, c)
-		d.Size += spec.LieSize
 		img.Layers = append(img.Layers, d)
 		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, diffID)
 		config.History = append(config.History, ocispec.History{Created: &epoch, CreatedBy: fmt.Sprintf("layer %d of seed %d", i, spec.Seed)})
@@ -133,11 +130,6 @@ func Index(images ...*Image) *Image {
 	return buildIndex(ocispec.MediaTypeImageIndex, images)
 }
 
-// ManifestList builds Docker's manifest list over images.
-func ManifestList(images ...*Image) *Image {
-	return buildIndex(DockerManifestList, images)
-}
-
 func buildIndex(mediaType string, images []*Image) *Image {
 	index := &Image{Blobs: map[digest.Digest]Content{}}
 	list := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: mediaType}
@@ -160,7 +152,7 @@ func Platforms(spec ImageSpec, docker bool) *Image {
 	other.Seed = spec.Seed + 1<<32
 	other.Platform = ocispec.Platform{OS: "linux", Architecture: "arm64"}
 	if docker {
-		return ManifestList(DockerImage(spec), DockerImage(other))
+		return buildIndex(DockerManifestList, []*Image{DockerImage(spec), DockerImage(other)})
 	}
 	return Index(OCIImage(spec), OCIImage(other))
 }

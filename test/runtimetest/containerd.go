@@ -42,8 +42,6 @@ type Containerd struct {
 	Root string
 	// Platform is pulled from indexes; default linux/amd64.
 	Platform ocispec.Platform
-	// ConcurrentDownloads defaults to 3, as in containerd.
-	ConcurrentDownloads int64
 	// ChunkSize, if not 0, fetches layers in parallel ranges of so many bytes
 	// (concurrent_layer_fetch_buffer).
 	ChunkSize int
@@ -125,10 +123,7 @@ func (c *Containerd) Pull(ctx context.Context, ref string, auth *Auth) (Result, 
 }
 
 func (c *Containerd) resolver(ctx context.Context, auth *Auth, rec *recorder) remotes.Resolver {
-	downloads := c.ConcurrentDownloads
-	if downloads == 0 {
-		downloads = 3
-	}
+	const downloads = 3 // containerd's own
 	resolver := docker.NewResolver(docker.ResolverOptions{
 		Hosts: oneAtATime(config.ConfigureHosts(ctx, config.HostOptions{
 			HostDir:      hostDir(filepath.SplitList(c.CertsDir)),
@@ -139,7 +134,7 @@ func (c *Containerd) resolver(ctx context.Context, auth *Auth, rec *recorder) re
 	if r, ok := resolver.(remotes.ResolverWithOptions); ok {
 		r.SetOptions(
 			transfer.WithConcurrentLayerFetchBuffer(c.ChunkSize),
-			transfer.WithMaxConcurrentDownloads(int(downloads)),
+			transfer.WithMaxConcurrentDownloads(downloads),
 			transfer.WithDownloadLimiter(semaphore.NewWeighted(downloads)),
 		)
 	}

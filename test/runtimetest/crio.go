@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
@@ -22,15 +21,13 @@ import (
 
 // CRIO is a model of containers/image, on which CRI-O, podman and skopeo stand.
 // It is as strict as they are: the source whose manifest could be had is the
-// source of everything, and what then fails there fails the pull.
+// source of everything, and what then fails there fails the pull. It alone does not wait
+// before it repeats a request (429, or the rest of a broken body).
 type CRIO struct {
 	// Sources are tried in order: the mirrors, the registry itself last. Each is
 	// host[:port] with a path before the repository, such as
 	// "127.0.0.1:5050/docker.io".
 	Sources []string
-	// Backoff waits before the n-th repeated request (429, or the rest of a broken
-	// body); nil = not at all, which is all that differs from the original.
-	Backoff func(n int) time.Duration
 }
 
 // crioAccept is sent with every manifest, in this order.
@@ -58,7 +55,7 @@ func (c *CRIO) Pull(ctx context.Context, repository, reference string) (Result, 
 	var result Result
 	var errs []error
 	for _, source := range c.Sources {
-		p := &crioPull{crio: c, client: client, result: &result}
+		p := &crioPull{client: client, result: &result}
 		m, body, err := p.open(ctx, source+"/"+repository, reference)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", source, err))
@@ -74,7 +71,6 @@ func (c *CRIO) Pull(ctx context.Context, repository, reference string) (Result, 
 
 // crioPull is a pull from one source.
 type crioPull struct {
-	crio   *CRIO
 	client *http.Client
 	base   string // scheme://host/v2/repository
 	result *Result
@@ -126,21 +122,6 @@ func (p *crioPull) do(ctx context.Context, url string, header http.Header) (*htt
 			return resp, err
 		}
 		resp.Body.Close()
-		if err := p.wait(ctx, n); err != nil {
-			return nil, err
-		}
-	}
-}
-
-func (p *crioPull) wait(ctx context.Context, n int) error {
-	if p.crio.Backoff == nil {
-		return ctx.Err()
-	}
-	select {
-	case <-time.After(p.crio.Backoff(n)):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 
@@ -235,9 +216,6 @@ func (p *crioPull) blob(ctx context.Context, d ocispec.Descriptor) error {
 		}
 		broken := errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
 		if !broken || n > 0 && read < resumeProgress {
-			return err
-		}
-		if err := p.wait(ctx, n+1); err != nil {
 			return err
 		}
 	}

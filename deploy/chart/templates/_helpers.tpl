@@ -195,6 +195,17 @@ of these have an answer to every name. */ -}}
 {{- if and .Values.containerd.colonLink (eq .Values.containerd.mount "directory") -}}
 {{- fail "containerd.colonLink makes a link beside certsDir: set containerd.mount to parent" -}}
 {{- end -}}
+{{- $used := .Values.ports -}}
+{{- if not .Values.metrics.enabled -}}{{- $used = omit $used "metrics" -}}{{- end -}}
+{{- if not (include "larder.peering" .) -}}{{- $used = omit $used "data" "gossip" -}}{{- end -}}
+{{- $taken := dict -}}
+{{- range $name, $port := $used -}}
+{{- $key := toString $port -}}
+{{- with get $taken $key -}}
+{{- fail (printf "ports.%s and ports.%s are both %s: every port of the agent needs its own" . $name $key) -}}
+{{- end -}}
+{{- $_ := set $taken $key $name -}}
+{{- end -}}
 {{- $drain := include "larder.seconds" (dig "proxy" "drain_timeout" "20s" .Values.config) | int -}}
 {{- if lt (int .Values.terminationGracePeriodSeconds) (add $drain 20 | int) -}}
 {{- fail (printf "terminationGracePeriodSeconds must be at least %d: config.proxy.drain_timeout, and 20 s to restore the node's files" (add $drain 20)) -}}

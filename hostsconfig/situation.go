@@ -1,0 +1,261 @@
+package hostsconfig
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// situation is what is at a managed path and whose it is.
+type situation struct {
+	rel     string
+	current *file
+	// original is what the user wants there without us; nil is nothing.
+	original *file
+	// unsaved: the original is not in the journal yet. It is the current file,
+	// or, if rewritten, was taken out of it.
+	unsaved   bool
+	rewritten bool
+	// ours: the current file is, to the byte, what we wrote.
+	ours bool
+	// mode is for a file of ours where there was none.
+	mode fs.FileMode
+}
+
+// situate tells the user's files from ours by content, never by time (I2).
+func (m *managed) situate(rel string) (situation, error) {
+	s := situation{rel: rel}
+	var err error
+	if s.current, err = readFile(m.at(rel)); err != nil {
+		return s, err
+	}
+	e := m.journal.Files[rel]
+	switch {
+	case e != nil && s.current == nil:
+		s.original, err = m.original(rel)
+	case e != nil && slices.Contains(e.Ours, s.current.sum()):
+		s.ours = true
+		s.original, err = m.original(rel)
+	case e != nil && s.current.sum() == e.Sum:
+		s.original = s.current
+		s.unsaved = !same(m.at(rel), m.backup(e.Backup))
+	case s.current != nil && s.current.link == "" && hasBlock(s.current.data): // we write no symlinks
+		s.takeOut()
+	default:
+		s.original = s.current
+		s.unsaved = s.current != nil || e != nil
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		// Someone deleted the backup; what is left of it is in our file.
+		err = nil
+		if s.current != nil {
+			s.takeOut()
+		}
+	}
+	return s, err
+}
+
+// takeOut makes the original what is left of the current file without us.
+func (s *situation) takeOut() {
+	s.unsaved, s.rewritten = true, true
+	if data := removeBlock(s.current.data); len(data) > 0 {
+		f := *s.current
+		f.data, f.link = data, ""
+		s.original = &f
+	}
+}
+
+// original reads an entry's backup.
+func (m *managed) original(rel string) (*file, error) {
+	e := m.journal.Files[rel]
+	if e.Backup == "" {
+		return nil, nil
+	}
+	info, err := os.Lstat(m.backup(e.Backup))
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode()&fs.ModeSymlink == 0 {
+		return readFile(m.backup(e.Backup))
+	}
+	// A relative target counts from where the link was.
+	target, err := os.Readlink(m.backup(e.Backup))
+	if err != nil {
+		return nil, err
+	}
+	f, err := readFile(absolute(target, filepath.Dir(m.at(rel))))
+	if err != nil {
+		return nil, err
+	}
+	if f == nil {
+		f = &file{} // it leads nowhere now, and is the user's all the same
+	}
+	f.link = target
+	return f, nil
+}
+
+// errRaced: the file changed between reading and replacing it.
+var errRaced = errors.New("changed while it was being replaced; the next pass takes it up")
+
+// install makes data the content of s.rel. See DESIGN.md for the states.
+func (m *managed) install(s situation, data []byte) error {
+	old := m.journal.Files[s.rel]
+	e := &entry{Ours: []string{sumOf(data)}}
+	if old != nil {
+		e.Sum, e.Backup = old.Sum, old.Backup
+		if s.ours {
+			e.Ours = append(e.Ours, s.current.sum())
+		}
+	}
+	if s.unsaved || old == nil {
+		if err := m.keep(s, e); err != nil {
+			return err
+		}
+	}
+	if old == nil || !sameEntry(old, e) {
+		m.journal.Files[s.rel] = e
+		if err := m.save(); err != nil {
+			return err
+		}
+		if old != nil && old.Backup != e.Backup {
+			if err := m.discard(old); err != nil {
+				return err
+			}
+		}
+	}
+	if s.current != nil && s.current.link == "" && string(s.current.data) == string(data) {
+		return nil
+	}
+	if !unchanged(m.at(s.rel), s.current) {
+		return fmt.Errorf("%s: %w", m.at(s.rel), errRaced)
+	}
+	like := s.original
+	if s.current != nil {
+		like = s.current
+	}
+	if like == nil || like.link != "" { // a link's own mode says nothing
+		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
+	}
+	return m.disk.write(m.at(s.rel), data, like)
+}
+
+// modeBehind is the mode of what a link at rel leads to; all bits if there is none.
+func (m *managed) modeBehind(link *file, rel string) fs.FileMode {
+	if link != nil {
+		if info, err := os.Stat(absolute(link.link, filepath.Dir(m.at(rel)))); err == nil {
+			return info.Mode()
+		}
+	}
+	return fs.ModePerm
+}
+
+func sameEntry(a, b *entry) bool {
+	for _, sum := range b.Ours {
+		if !slices.Contains(a.Ours, sum) {
+			return false
+		}
+	}
+	return a.Sum == b.Sum && a.Backup == b.Backup
+}
+
+// keep saves the original of s and names it in e.
+func (m *managed) keep(s situation, e *entry) error {
+	e.Sum, e.Backup = s.original.sum(), ""
+	if s.original == nil {
+		return nil
+	}
+	e.Backup = m.backupName()
+	if s.rewritten {
+		return m.disk.write(m.backup(e.Backup), s.original.data, s.original)
+	}
+	return m.disk.copyTo(m.at(s.rel), m.backup(e.Backup))
+}
+
+func (m *managed) backupName() string {
+	return strings.TrimSuffix(strings.TrimPrefix(filepath.Base(tempName("")), tempPrefix), ".tmp") + ".orig"
+}
+
+func (m *managed) discard(e *entry) error {
+	if e.Backup == "" || m.keepAll {
+		return nil
+	}
+	return m.disk.remove(m.backup(e.Backup))
+}
+
+// unchanged reports whether path is still the file that was read.
+func unchanged(path string, f *file) bool {
+	info, err := os.Lstat(path)
+	if f == nil {
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	if err != nil {
+		return false
+	}
+	now := newFile(info)
+	return now.inode == f.inode && now.device == f.device && now.mtime.Equal(f.mtime)
+}
+
+// restore gives s.rel back to the user and forgets it.
+func (m *managed) restore(s situation) error {
+	e := m.journal.Files[s.rel]
+	if err := m.giveBack(s, e); err != nil {
+		return err
+	}
+	if e == nil {
+		return nil
+	}
+	// Without the file an empty directory of ours would still hide _default, and further
+	// roots of config_path.
+	if dir := filepath.Dir(s.rel); s.original == nil && slices.Contains(m.journal.Dirs, dir) {
+		gone, err := m.disk.removeDir(m.at(dir))
+		if err != nil {
+			return err
+		}
+		if gone {
+			m.journal.Dirs = slices.DeleteFunc(m.journal.Dirs, func(name string) bool { return name == dir })
+		}
+	}
+	delete(m.journal.Files, s.rel)
+	if err := m.save(); err != nil {
+		return err
+	}
+	return m.discard(e)
+}
+
+// reverts reports whether giveBack would change anything.
+func (s situation) reverts() bool {
+	return s.rewritten || s.ours || s.current == nil && s.original != nil
+}
+
+func (m *managed) giveBack(s situation, e *entry) error {
+	switch {
+	case !s.reverts():
+		return nil // the user's latest is in place
+	case s.original == nil:
+		return m.disk.remove(m.at(s.rel))
+	case s.rewritten:
+		return m.disk.write(m.at(s.rel), s.original.data, s.original)
+	default:
+		return m.disk.copyTo(m.backup(e.Backup), m.at(s.rel))
+	}
+}
+
+// lost reports whether the user removed the directory that rel was in.
+func (m *managed) lost(rel string) bool {
+	dir := filepath.Dir(rel)
+	return missing(m.at(dir)) && !slices.Contains(m.journal.Dirs, dir)
+}
+
+// forget drops an entry whose directory the user removed.
+func (m *managed) forget(rel string) error {
+	e := m.journal.Files[rel]
+	delete(m.journal.Files, rel)
+	if err := m.save(); err != nil {
+		return err
+	}
+	return m.discard(e)
+}
