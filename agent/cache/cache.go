@@ -131,6 +131,7 @@ type blob struct {
 type idleIngest struct {
 	size int64
 	when time.Time
+	gone chan struct{} // not nil while its files are being deleted; closed after
 }
 
 // New opens the cache in opts.Dir and finds out what is there. It starts
@@ -329,8 +330,8 @@ func (c *Cache) openFile(b *blob) (*os.File, error) {
 	return file, nil
 }
 
-// startFill starts a fill of d. When somebody else was faster, or a failed fill
-// is still being cleared away - its files must not meet the next one's - it
+// startFill starts a fill of d. When somebody else was faster, or what an earlier fill
+// left is still being cleared away - its files must not meet the next one's - it
 // returns over, which is to be waited for before trying again.
 func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan struct{}, err error) {
 	c.mu.Lock()
@@ -346,6 +347,9 @@ func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan str
 			return nil, c.started, nil
 		}
 		return nil, f.done, nil
+	}
+	if i := c.idle[d]; i.gone != nil {
+		return nil, i.gone, nil
 	}
 	f = newFill(c, d, src, c.mismatched(d))
 	f.refs++ // the caller's

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -426,27 +427,43 @@ const idleFor = 24 * time.Hour
 // expire deletes idle ingests, oldest first, until n bytes are free, and all
 // that are too old; n < 0 deletes only those.
 func (c *Cache) expire(n int64, now time.Time) (freed int64) {
-	type candidate struct {
-		d digest.Digest
-		idleIngest
-	}
-	var all []candidate
 	c.mu.Lock()
-	for d, i := range c.idle {
-		all = append(all, candidate{d, i})
-	}
+	idle := maps.Clone(c.idle)
 	c.mu.Unlock()
-	slices.SortFunc(all, func(x, y candidate) int { return x.when.Compare(y.when) })
-	for _, i := range all {
-		if freed >= n && now.Sub(i.when) < idleFor {
+	byAge := func(x, y digest.Digest) int { return idle[x].when.Compare(idle[y].when) }
+	for _, d := range slices.SortedFunc(maps.Keys(idle), byAge) {
+		if freed >= n && now.Sub(idle[d].when) < idleFor {
 			break
 		}
-		freed += c.dropIdle(i.d)
+		freed += c.dropIdle(d)
 	}
 	return freed
 }
 
-// takeIdle makes an idle ingest the caller's, as a reservation.
+// dropIdle deletes an idle ingest and returns how many bytes that freed. A fill of the
+// same blob has the same files: one that has begun will take them up, and one that comes
+// meanwhile waits until they are gone (see startFill).
+func (c *Cache) dropIdle(d digest.Digest) int64 {
+	c.mu.Lock()
+	i, ok := c.idle[d]
+	if !ok || i.gone != nil || c.filling[d] != nil {
+		c.mu.Unlock()
+		return 0
+	}
+	i.gone = make(chan struct{})
+	c.idle[d] = i
+	c.mu.Unlock()
+	c.purge(d)
+	c.mu.Lock()
+	delete(c.idle, d)
+	c.used -= i.size
+	c.mu.Unlock()
+	close(i.gone)
+	c.log.Debug("ingest deleted", "digest", d, "bytes", i.size)
+	return i.size
+}
+
+// takeIdle makes an idle ingest the caller's, which is the fill of d, as a reservation.
 func (c *Cache) takeIdle(d digest.Digest) (size int64, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
