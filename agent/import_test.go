@@ -579,3 +579,56 @@ func TestPinWhatWasImported(t *testing.T) {
 		t.Errorf("%+v, held: %v", p, a.holds(img))
 	}
 }
+
+// bundleOf is an archive of one image whose digests are of one algorithm.
+func bundleOf(t *testing.T, algorithm digest.Algorithm) []byte {
+	t.Helper()
+	describe := func(mediaType string, body []byte) ocispec.Descriptor {
+		return ocispec.Descriptor{MediaType: mediaType, Digest: algorithm.FromBytes(body), Size: int64(len(body))}
+	}
+	config, layer := []byte(`{"os":"linux"}`), bytes.Repeat([]byte("layer"), 100_000)
+	manifest, err := json.Marshal(ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest,
+		Config: describe(ocispec.MediaTypeImageConfig, config), Layers: []ocispec.Descriptor{describe(ocispec.MediaTypeImageLayer, layer)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	w, err := archive.NewWriter(&out, []archive.Root{{Name: testImage.String(), Descriptor: describe(ocispec.MediaTypeImageManifest, manifest)}})
+	for _, body := range [][]byte{manifest, config, layer} {
+		if err == nil {
+			err = w.Blob(algorithm.FromBytes(body), int64(len(body)), bytes.NewReader(body))
+		}
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// TestImportAlgorithms: an image is served under the digests that it has, or it is said
+// that Larder does not keep such.
+func TestImportAlgorithms(t *testing.T) {
+	for algorithm, kept := range map[digest.Algorithm]bool{digest.SHA256: true, digest.SHA512: true, digest.SHA384: false} {
+		t.Run(string(algorithm), func(t *testing.T) {
+			c := testConfig(t)
+			c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+			a := start(t, c)
+			images, failed := a.importTar(t, bytes.NewReader(bundleOf(t, algorithm)), "")
+			if !kept {
+				if !strings.Contains(failed, "sha256 and sha512") {
+					t.Errorf("not said: %v, %q", images, failed)
+				}
+				return
+			}
+			if failed != "" {
+				t.Fatalf("%v, %s", images, failed)
+			}
+			if err := a.pullRef(t, testImage.String()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
