@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -38,21 +39,44 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusInsufficientStorage)
 		return
 	}
-	out := newEventStream(w)
+	out := a.newEventStream(w)
 	// Events go out while the body still comes in.
 	if err := out.http.EnableFullDuplex(); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(r.Body); err != nil {
+	body := &patientBody{body: r.Body, http: out.http, patience: a.patience}
+	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(body); err != nil {
 		out.send(ImportEvent{Done: true, Error: err.Error()})
 		// A connection that is closed on a client in the middle of its body may cost it
 		// the answer. It hangs up when it has read that.
-		_, _ = io.Copy(io.Discard, r.Body)
+		_, _ = io.Copy(io.Discard, body)
 		return
 	}
 	out.send(ImportEvent{Done: true})
+}
+
+// patientBody is the body of a request whose client may take any time, as long as it
+// sends something: one that hangs must not keep others from importing.
+type patientBody struct {
+	body     io.Reader
+	http     *http.ResponseController
+	patience time.Duration
+}
+
+func (b *patientBody) Read(p []byte) (int, error) {
+	if err := b.http.SetReadDeadline(time.Now().Add(b.patience)); err != nil {
+		return 0, err
+	}
+	n, err := b.body.Read(p)
+	if err != nil { // at the end the server goes on reading, for the client to hang up
+		_ = b.http.SetReadDeadline(time.Time{})
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("nothing more of the archive came for %s", b.patience)
+	}
+	return n, err
 }
 
 // roomFor refuses an archive of n bytes, -1 if unknown, that the cache could not take

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"slices"
@@ -542,6 +544,49 @@ func TestImportDuringAFetch(t *testing.T) {
 	}
 	stuck.Remove()
 	stuck.Release()
+}
+
+// curt has an agent wait no longer for its clients than a test would.
+func curt(o *options) { o.patience = 300 * time.Millisecond }
+
+// TestImportOfAClientThatHangs: who stops sending is told so, and others can import.
+func TestImportOfAClientThatHangs(t *testing.T) {
+	c := testConfig(t)
+	c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+	a := start(t, c, curt)
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 67, Layers: []int64{1 << 20}})
+	good := bundle(t, testImage.String(), img)
+	hangs, w := io.Pipe()
+	defer w.Close()
+	go func() { _, _ = w.Write(good[:len(good)/2]) }()
+	if _, failed := a.importTar(t, hangs, ""); !strings.Contains(failed, "nothing more of the archive came for 300ms") {
+		t.Errorf("ended with %q", failed)
+	}
+	if images, failed := a.importTar(t, bytes.NewReader(good), ""); failed != "" {
+		t.Errorf("the next: %v, %s", images, failed)
+	}
+}
+
+// TestClientThatTakesNothing: it holds up what it is told of, a pin or an import, for so
+// long and not for ever.
+func TestClientThatTakesNothing(t *testing.T) {
+	done := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer close(done)
+		out := (&Agent{patience: 10 * time.Millisecond}).newEventStream(w)
+		out.send(WarmEvent{Error: strings.Repeat("more than sockets take ", 1<<20)})
+		<-r.Context().Done()
+	}))
+	defer server.Close()
+	conn, err := net.Dial("tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-done
 }
 
 // TestContainerdPullsWhatWasImported uses containerd's own resolver and fetcher, on the

@@ -42,14 +42,20 @@ func (a *Agent) upstreamTrouble(registry string) string {
 type eventStream struct {
 	// mu guards all below: events come from several goroutines. It is held
 	// while writing, so that lines do not mix.
-	mu   sync.Mutex
-	enc  *json.Encoder
-	http *http.ResponseController
-	told map[digest.Digest]time.Time
+	mu       sync.Mutex
+	enc      *json.Encoder
+	http     *http.ResponseController
+	patience time.Duration
+	told     map[digest.Digest]time.Time
 }
 
-func newEventStream(w http.ResponseWriter) *eventStream {
-	return &eventStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
+// clientPatience is how long a client of an event stream may take nothing of it, or send
+// nothing of an archive: longer than somebody looks at a terminal that he has stopped, or
+// than `larder export` asks for manifests before it writes to a pipe.
+const clientPatience = 5 * time.Minute
+
+func (a *Agent) newEventStream(w http.ResponseWriter) *eventStream {
+	return &eventStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), patience: a.patience, told: map[digest.Digest]time.Time{}}
 }
 
 // follow has a puller tell of what it pulls under an image's name.
@@ -80,11 +86,13 @@ func (s *eventStream) due(d digest.Digest) bool {
 	return true
 }
 
-// send writes one event. A client that hung up ends the request's context,
-// which is noticed elsewhere.
+// send writes one event. A client that hung up, or takes nothing for too long, ends the
+// request's context, which is noticed elsewhere.
 func (s *eventStream) send(event any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	_ = s.http.SetWriteDeadline(time.Now().Add(s.patience))
 	_ = s.enc.Encode(event)
 	_ = s.http.Flush()
+	_ = s.http.SetWriteDeadline(time.Time{}) // it must not outlive the answer
 }
