@@ -19,7 +19,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -386,7 +388,7 @@ func (c *Cache) Mismatches(d digest.Digest) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f := c.filling[d]; f != nil && errors.Is(f.failure(), ErrDigestMismatch) { // not booked yet
-		return (&Fill{f}).Mismatches() + 1
+		return f.Mismatches() + 1
 	}
 	return c.mismatched(d)
 }
@@ -557,10 +559,7 @@ func (c *Cache) Begun(d digest.Digest) bool {
 // Fills describes the running fills.
 func (c *Cache) Fills() []Progress {
 	c.mu.Lock()
-	fills := make([]*fill, 0, len(c.filling))
-	for _, f := range c.filling {
-		fills = append(fills, f)
-	}
+	fills := slices.Collect(maps.Values(c.filling))
 	c.mu.Unlock()
 	all := make([]Progress, len(fills))
 	for i, f := range fills {

@@ -357,7 +357,7 @@ func (c *Cache) abandon(f *fill, size int64, keep bool) {
 
 // mismatch counts a fill whose bytes were wrong, and tells the others.
 func (c *Cache) mismatch(f *fill, size int64) {
-	times := (&Fill{f}).Mismatches() + 1
+	times := f.Mismatches() + 1
 	c.metrics.corruptions.Inc()
 	c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size)
 	c.remember(f.digest, times)

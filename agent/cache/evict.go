@@ -74,7 +74,7 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := shortage{evictable: c.used - c.reserved - c.pinned}
+	s := shortage{evictable: c.evictable()}
 	if limit > 0 {
 		s.overMax, s.slackMax = c.used+n-limit, int64(float64(limit)*slack)
 	}
@@ -89,6 +89,9 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	return s, nil
 }
 
+// evictable is how many bytes may go. c.mu is held.
+func (c *Cache) evictable() int64 { return c.used - c.reserved - c.pinned }
+
 // Room returns how many bytes of new blobs there is room for now, if everything goes
 // that may be evicted.
 func (c *Cache) Room() (int64, error) {
@@ -98,7 +101,7 @@ func (c *Cache) Room() (int64, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	evictable := c.used - c.reserved - c.pinned
+	evictable := c.evictable()
 	room := free + evictable - c.unbacked - c.opts.MinFree.Of(total)
 	if limit := c.opts.MaxBytes.Of(total); limit > 0 {
 		room = min(room, limit-c.used+evictable)
@@ -119,7 +122,7 @@ func (c *Cache) MakeRoom(n int64) error {
 		c.mu.Lock()
 		s := shortage{
 			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
-			evictable: c.used - c.reserved - c.pinned,
+			evictable: c.evictable(),
 		}
 		c.mu.Unlock()
 		if s.none() {
@@ -286,7 +289,7 @@ func (c *Cache) relieve(n int64) bool {
 		return false
 	}
 	c.mu.Lock()
-	most := free + c.used - c.reserved - c.pinned
+	most := free + c.evictable()
 	c.mu.Unlock()
 	return n <= most && c.evict(n, reasonFull) > 0
 }

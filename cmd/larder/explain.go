@@ -31,8 +31,8 @@ this node is not known.`,
 			if err != nil {
 				return err
 			}
-			if _, err := agent.ParseImage(args[0]); err != nil {
-				return usageError{err}
+			if _, err := parseImages(args); err != nil {
+				return err
 			}
 			var e agent.Explanation
 			q := url.Values{"image": {args[0]}, "platform": {platform}}

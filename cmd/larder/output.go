@@ -38,8 +38,8 @@ func plainValue(v reflect.Value) {
 			plainValue(v.Index(i))
 		}
 	case reflect.Struct:
-		for i := range v.NumField() {
-			plainValue(v.Field(i))
+		for _, field := range v.Fields() {
+			plainValue(field)
 		}
 	}
 }

@@ -117,10 +117,7 @@ func replicasLine(st style, r agent.ReplicasStatus) string {
 // bySource is "1.0 GiB disk, 3.2 MiB upstream", largest first.
 func bySource(bytes map[string]int64) string {
 	names := slices.SortedFunc(maps.Keys(bytes), func(a, b string) int {
-		if bytes[a] != bytes[b] {
-			return int(min(1, max(-1, bytes[b]-bytes[a])))
-		}
-		return strings.Compare(a, b)
+		return cmp.Or(cmp.Compare(bytes[b], bytes[a]), strings.Compare(a, b))
 	})
 	var parts []string
 	for _, n := range names {
