@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"slices"
@@ -84,7 +85,7 @@ func (b *patientBody) Read(p []byte) (int, error) {
 func (a *Agent) roomFor(n int64) error {
 	room, err := a.cache.Room()
 	if err == nil && n > room {
-		err = fmt.Errorf("the archive has %d bytes; %w", n, a.noRoom(room))
+		err = fmt.Errorf("the archive has %s; %w", sizeText(n), a.noRoom(room))
 	}
 	return err
 }
@@ -92,15 +93,12 @@ func (a *Agent) roomFor(n int64) error {
 // noRoom says why there is room for no more than so many bytes, and what to do.
 func (a *Agent) noRoom(room int64) error {
 	s := a.cache.Stats()
-	return fmt.Errorf("the cache can take %d: cache.max_bytes is %s, the disk has %d free, of which cache.min_free keeps %d; raise the one or free the other",
-		room, orNone(s.Limit), s.Free, s.MinFree)
-}
-
-func orNone(limit int64) string {
-	if limit == 0 {
-		return "none"
+	limit := "none"
+	if s.Limit > 0 {
+		limit = sizeText(s.Limit)
 	}
-	return fmt.Sprint(limit)
+	return fmt.Errorf("the cache can take %s: cache.max_bytes is %s, the disk has %s free, of which cache.min_free keeps %s; raise the one or free the other",
+		sizeText(room), limit, sizeText(s.Free), sizeText(s.MinFree))
 }
 
 // importer is one import under way, and the archive.Store that its content goes to.
@@ -383,28 +381,24 @@ func (in *importer) explain(err error, size int64) error {
 	case !errors.Is(err, cache.ErrNoRoom):
 		return err
 	}
-	need := fmt.Sprintf("at least %d bytes are", in.read+size)
+	need := "at least " + sizeText(in.read+size)
 	if in.length > in.read+size {
-		need = fmt.Sprintf("about %d bytes are", in.length)
+		need = "about " + sizeText(in.length)
 	}
 	room, rerr := in.agent.cache.Room()
 	if rerr != nil {
 		return errors.Join(err, rerr)
 	}
-	return fmt.Errorf("%w: %s needed; beside the %d that are in, %w", cache.ErrNoRoom, need, in.read, in.agent.noRoom(room))
+	return fmt.Errorf("%w: %s are needed; beside the %s that are in, %w", cache.ErrNoRoom, need, sizeText(in.read), in.agent.noRoom(room))
 }
 
 // Get reads a manifest back.
 func (in *importer) Get(d digest.Digest) ([]byte, error) {
-	r, ok := in.agent.cache.Lookup(d)
-	if !ok {
-		return nil, errors.New("the cache has lost it; is its disk failing?")
+	body, err := in.agent.readManifest(d)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = errors.New("the cache has lost it; is its disk failing?")
 	}
-	defer r.Close()
-	if r.Size() > maxManifest {
-		return nil, errors.New("too large for a manifest")
-	}
-	return io.ReadAll(r)
+	return body, err
 }
 
 // progressReader tells how far a blob has been read.
