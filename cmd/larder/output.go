@@ -63,12 +63,37 @@ func terminal(w io.Writer) (width int, ok bool) {
 	return max(width, 40), err == nil
 }
 
-// style colours words on a terminal, unless NO_COLOR is set (no-color.org).
-type style struct{ on bool }
+// style colours words on a terminal, unless NO_COLOR is set (no-color.org), and breaks
+// long lines there.
+type style struct {
+	on    bool
+	width int // 0: no terminal
+}
 
 func newStyle(w io.Writer) style {
-	_, ok := terminal(w)
-	return style{on: ok && os.Getenv("NO_COLOR") == ""}
+	width, ok := terminal(w)
+	return style{on: ok && os.Getenv("NO_COLOR") == "", width: width}
+}
+
+// wrap breaks text that begins in a column, between words, and begins each further line
+// there.
+func (s style) wrap(text string, column int) string {
+	var out strings.Builder
+	at := column
+	for i, word := range strings.Fields(text) {
+		switch {
+		case i == 0:
+		case s.width > 0 && at+1+visible(word) > s.width:
+			out.WriteString("\n" + strings.Repeat(" ", column))
+			at = column
+		default:
+			out.WriteString(" ")
+			at++
+		}
+		out.WriteString(word)
+		at += visible(word)
+	}
+	return out.String()
 }
 
 func (s style) paint(code, text string) string {

@@ -189,9 +189,9 @@ func printPinTrouble(w io.Writer, st style, p agent.PinsStatus) {
 	}
 	fmt.Fprintln(w, "\nPins (larder pin lists all)")
 	if p.Problem != "" {
-		fmt.Fprintf(w, "  %s %s\n", st.bad("problem:"), p.Problem)
+		fmt.Fprintf(w, "  %s %s\n", st.bad("problem:"), st.wrap(p.Problem, 11))
 	}
 	for _, one := range p.Trouble {
-		fmt.Fprintf(w, "  %s  %s: %s\n", pinState(st, one.State), one.Image, one.Error)
+		fmt.Fprintf(w, "  %s  %s\n", pinState(st, one.State), st.wrap(one.Image+": "+one.Error, 4+len(one.State)))
 	}
 }
