@@ -10,7 +10,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -58,34 +57,12 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 	out.send(ImportEvent{Done: true})
 }
 
-// patientBody is the body of a request whose client may take any time, as long as it
-// sends something: one that hangs must not keep others from importing.
-type patientBody struct {
-	body     io.Reader
-	http     *http.ResponseController
-	patience time.Duration
-}
-
-func (b *patientBody) Read(p []byte) (int, error) {
-	if err := b.http.SetReadDeadline(time.Now().Add(b.patience)); err != nil {
-		return 0, err
-	}
-	n, err := b.body.Read(p)
-	if err != nil { // at the end the server goes on reading, for the client to hang up
-		_ = b.http.SetReadDeadline(time.Time{})
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = fmt.Errorf("nothing more of the archive came for %s", b.patience)
-	}
-	return n, err
-}
-
 // roomFor refuses an archive of n bytes, -1 if unknown, that the cache could not take
 // if it were empty but for what is pinned. A compressed one may still be too large.
 func (a *Agent) roomFor(n int64) error {
 	room, err := a.cache.Room()
 	if err == nil && n > room {
-		err = fmt.Errorf("the archive has %s; %w", sizeText(n), a.noRoom(room))
+		err = fmt.Errorf("the archive has %s; %w", SizeText(n), a.noRoom(room))
 	}
 	return err
 }
@@ -95,10 +72,10 @@ func (a *Agent) noRoom(room int64) error {
 	s := a.cache.Stats()
 	limit := "none"
 	if s.Limit > 0 {
-		limit = sizeText(s.Limit)
+		limit = SizeText(s.Limit)
 	}
 	return fmt.Errorf("the cache can take %s: cache.max_bytes is %s, the disk has %s free, of which cache.min_free keeps %s; raise the one or free the other",
-		sizeText(room), limit, sizeText(s.Free), sizeText(s.MinFree))
+		SizeText(room), limit, SizeText(s.Free), SizeText(s.MinFree))
 }
 
 // importer is one import under way, and the archive.Store that its content goes to.
@@ -381,15 +358,15 @@ func (in *importer) explain(err error, size int64) error {
 	case !errors.Is(err, cache.ErrNoRoom):
 		return err
 	}
-	need := "at least " + sizeText(in.read+size)
+	need := "at least " + SizeText(in.read+size)
 	if in.length > in.read+size {
-		need = "about " + sizeText(in.length)
+		need = "about " + SizeText(in.length)
 	}
 	room, rerr := in.agent.cache.Room()
 	if rerr != nil {
 		return errors.Join(err, rerr)
 	}
-	return fmt.Errorf("%w: %s are needed; beside the %s that are in, %w", cache.ErrNoRoom, need, sizeText(in.read), in.agent.noRoom(room))
+	return fmt.Errorf("%w: %s are needed; beside the %s that are in, %w", cache.ErrNoRoom, need, SizeText(in.read), in.agent.noRoom(room))
 }
 
 // Get reads a manifest back.

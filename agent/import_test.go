@@ -390,7 +390,7 @@ func TestImportRefusals(t *testing.T) {
 			c.Registries = []upstream.Registry{{Host: "quay.io", Allow: []string{"org/*"}}}
 		}, []string{"denied", "quay.io/other/app:v1"}},
 		"larger than the cache": {bytes.NewReader(good), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
-			[]string{"507", sizeText(int64(len(good))), "400.0 KiB", "cache.max_bytes"}},
+			[]string{"507", SizeText(int64(len(good))), "400.0 KiB", "cache.max_bytes"}},
 		"larger than the cache, unknown before": {io.MultiReader(bytes.NewReader(good)), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
 			[]string{"no room", "needed", "400.0 KiB", "cache.max_bytes"}},
 		"cut off":             {bytes.NewReader(good[:200<<10]), "", nil, []string{"EOF"}},

@@ -231,7 +231,7 @@ func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []o
 	}
 	if room, err := s.agent.cache.Room(); err != nil || bytes > room {
 		s.giveUp(p, v)
-		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", sizeText(bytes), sizeText(room))}))
+		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", SizeText(bytes), SizeText(room))}))
 	}
 	return missing, nil
 }
@@ -255,7 +255,7 @@ func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
 	case len(v.parts)+len(parts) > maxPinnedParts:
 		return &noRoomError{fmt.Sprintf("the image has more than %d parts", maxPinnedParts)}
 	case limit > 0 && total > limit:
-		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", sizeText(total), sizeText(limit))}
+		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", SizeText(total), SizeText(limit))}
 	}
 	for _, d := range parts {
 		size := partSize(d)

@@ -172,10 +172,3 @@ func until(ctx context.Context, ok func() bool) error {
 	}
 	return nil
 }
-
-func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
-}

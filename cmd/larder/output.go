@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/larder-cache/larder/agent"
 	"golang.org/x/term"
 )
 
@@ -178,22 +179,27 @@ func bar(done, total int64, width int) string {
 	return "[" + strings.Repeat("=", filled) + strings.Repeat(" ", width-filled) + "]"
 }
 
-// size is n bytes for people: 512 B, 4.2 MiB.
+// size is n bytes for people, -1 being unknown.
 func size(n int64) string {
 	if n < 0 {
 		return "?"
 	}
-	if n < 1<<10 {
-		return fmt.Sprintf("%d B", n)
+	return agent.SizeText(n)
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
 	}
-	value, unit := float64(n), ""
-	for _, unit = range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
-		value /= 1 << 10
-		if value < 1023.95 {
-			break
-		}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+// took is a duration to three digits or so.
+func took(d time.Duration) string {
+	if d < time.Second {
+		return d.Round(time.Millisecond).String()
 	}
-	return fmt.Sprintf("%.1f %s", value, unit)
+	return d.Round(10 * time.Millisecond).String()
 }
 
 // rate is bytes over a duration, in decimal megabytes as networks are sold.

@@ -233,13 +233,6 @@ func printRecent(w io.Writer, st style, pulls []agent.RecentPull, now time.Time)
 	t.print(w)
 }
 
-func took(d time.Duration) string {
-	if d < time.Second {
-		return d.Round(time.Millisecond).String()
-	}
-	return d.Round(100 * time.Millisecond).String()
-}
-
 func imageName(p agent.RecentPull) string {
 	switch {
 	case p.Reference == "":
