@@ -113,26 +113,16 @@ func (c *Cache) Room() (int64, error) {
 // for them if need be, and if that can be enough. They are for a file of the caller's own, and
 // not set aside. An error satisfies ErrNoRoom.
 func (c *Cache) MakeRoom(n int64) error {
-	for range mostEvictions {
+	return c.evictFor(n, func() (shortage, error) {
 		total, free, err := c.space()
-		if err != nil {
-			return noRoom(err)
-		}
 		minFree := c.opts.MinFree.Of(total)
 		c.mu.Lock()
-		s := shortage{
+		defer c.mu.Unlock()
+		return shortage{
 			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
 			evictable: c.evictable(),
-		}
-		c.mu.Unlock()
-		if s.none() {
-			return nil
-		}
-		if s.hopeless() || !c.shrink(s) {
-			break
-		}
-	}
-	return fmt.Errorf("%d bytes beside the cache: %w", n, ErrNoRoom)
+		}, err
+	})
 }
 
 // Welcome reports whether a blob of n bytes that was last used then would take the place
@@ -200,8 +190,13 @@ func (c *Cache) reserve(n int64) error {
 	if n > maxBlob {
 		return fmt.Errorf("%d bytes in one blob: %w", n, ErrNoRoom)
 	}
+	return c.evictFor(n, func() (shortage, error) { return c.admit(n) })
+}
+
+// evictFor evicts until there is no shortage of n bytes any more, or returns ErrNoRoom.
+func (c *Cache) evictFor(n int64, look func() (shortage, error)) error {
 	for range mostEvictions {
-		s, err := c.admit(n)
+		s, err := look()
 		if err != nil {
 			return noRoom(err)
 		}
