@@ -214,7 +214,7 @@ func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	out := newEventStream(w)
+	out := a.newEventStream(w)
 	for i, image := range images {
 		out.send(a.warm(r.Context(), image, req, req.Images[i], out))
 	}

@@ -49,6 +49,7 @@ type Agent struct {
 	events      *events
 	findings    atomic.Pointer[DoctorStatus] // nil until the node was examined
 	importing   chan struct{}                // holds a token while an archive is imported
+	patience    time.Duration                // see clientPatience
 
 	state atomic.Int32 // one of the states below
 
@@ -73,6 +74,8 @@ type options struct {
 	watch proxy.Watch         // tests make it impatient
 	pins  time.Duration       // see pinDelay
 	look  time.Duration       // see replicaInterval
+	// patience is clientPatience, shorter in tests.
+	patience time.Duration
 }
 
 // WithLogger sets the logger; without one the agent is silent.
@@ -89,7 +92,7 @@ func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedg
 // starts nothing. When it fails it takes back host configuration that an
 // earlier agent left behind: nobody will serve it now.
 func New(c Config, opts ...Option) (*Agent, error) {
-	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay, look: replicaInterval}
+	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay, look: replicaInterval, patience: clientPatience}
 	for _, opt := range opts {
 		opt(&o)
 	}
@@ -98,7 +101,7 @@ func New(c Config, opts ...Option) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{config: c, build: o.build, log: o.log, registry: prometheus.NewRegistry(), counters: prometheus.NewRegistry(), started: time.Now(),
-		importing: make(chan struct{}, 1)}
+		importing: make(chan struct{}, 1), patience: o.patience}
 	a.replicas = newReplicas(a, o.look)
 	a.events = newEvents(a.sample, a.Status, o.log)
 	if err := a.open(o); err != nil {

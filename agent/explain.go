@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/platforms"
+	"github.com/larder-cache/larder/agent/archive"
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -113,10 +114,10 @@ func (e *explainer) manifest(d ocispec.Descriptor) error {
 func (a *Agent) readManifest(d digest.Digest) ([]byte, error) {
 	r, ok := a.cache.Lookup(d)
 	if !ok {
-		return a.readRuntime(d, maxManifest)
+		return a.readRuntime(d, archive.MaxManifest)
 	}
 	defer r.Close()
-	if r.Size() > maxManifest {
+	if r.Size() > archive.MaxManifest {
 		return nil, errors.New("too large for a manifest")
 	}
 	return io.ReadAll(r)

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -20,7 +19,6 @@ import (
 // with the content of p.Platform alone. The same images make the same bytes. What w got
 // before an error is of no use.
 func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
-	p.Client = cmp.Or(p.Client, http.DefaultClient)
 	var plans []*exported
 	for _, image := range images {
 		plan, err := p.plan(ctx, image)
@@ -48,14 +46,14 @@ func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 
 // exported is an image on its way into an archive.
 type exported struct {
-	pull
+	*pull
 	parts []blob // the root first
 	root  archive.Root
 }
 
 // plan reads the manifests of an image.
 func (p Puller) plan(ctx context.Context, image Image) (*exported, error) {
-	e := &exported{pull: pull{Puller: p, image: image, seen: map[digest.Digest]bool{}}}
+	e := &exported{pull: p.begin(image)}
 	root, err := e.resolve(ctx)
 	if err != nil {
 		return nil, err
@@ -138,7 +136,7 @@ func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer
 		return err
 	}
 	defer resp.Body.Close()
-	counter := &progressWriter{w: io.Discard, pull: &e.pull, d: part.Digest, total: part.Size}
+	counter := &progressWriter{w: io.Discard, pull: e.pull, d: part.Digest, total: part.Size}
 	if err := out.Blob(part.Digest, part.Size, io.TeeReader(resp.Body, counter)); err != nil {
 		return err
 	}

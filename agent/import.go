@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"slices"
@@ -38,18 +39,19 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusInsufficientStorage)
 		return
 	}
-	out := newEventStream(w)
+	out := a.newEventStream(w)
 	// Events go out while the body still comes in.
 	if err := out.http.EnableFullDuplex(); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(r.Body); err != nil {
+	body := &patientBody{body: r.Body, http: out.http, patience: a.patience}
+	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(body); err != nil {
 		out.send(ImportEvent{Done: true, Error: err.Error()})
 		// A connection that is closed on a client in the middle of its body may cost it
 		// the answer. It hangs up when it has read that.
-		_, _ = io.Copy(io.Discard, r.Body)
+		_, _ = io.Copy(io.Discard, body)
 		return
 	}
 	out.send(ImportEvent{Done: true})
@@ -60,7 +62,7 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 func (a *Agent) roomFor(n int64) error {
 	room, err := a.cache.Room()
 	if err == nil && n > room {
-		err = fmt.Errorf("the archive has %d bytes; %w", n, a.noRoom(room))
+		err = fmt.Errorf("the archive has %s; %w", SizeText(n), a.noRoom(room))
 	}
 	return err
 }
@@ -68,15 +70,12 @@ func (a *Agent) roomFor(n int64) error {
 // noRoom says why there is room for no more than so many bytes, and what to do.
 func (a *Agent) noRoom(room int64) error {
 	s := a.cache.Stats()
-	return fmt.Errorf("the cache can take %d: cache.max_bytes is %s, the disk has %d free, of which cache.min_free keeps %d; raise the one or free the other",
-		room, orNone(s.Limit), s.Free, s.MinFree)
-}
-
-func orNone(limit int64) string {
-	if limit == 0 {
-		return "none"
+	limit := "none"
+	if s.Limit > 0 {
+		limit = SizeText(s.Limit)
 	}
-	return fmt.Sprint(limit)
+	return fmt.Errorf("the cache can take %s: cache.max_bytes is %s, the disk has %s free, of which cache.min_free keeps %s; raise the one or free the other",
+		SizeText(room), limit, SizeText(s.Free), SizeText(s.MinFree))
 }
 
 // importer is one import under way, and the archive.Store that its content goes to.
@@ -359,28 +358,24 @@ func (in *importer) explain(err error, size int64) error {
 	case !errors.Is(err, cache.ErrNoRoom):
 		return err
 	}
-	need := fmt.Sprintf("at least %d bytes are", in.read+size)
+	need := "at least " + SizeText(in.read+size)
 	if in.length > in.read+size {
-		need = fmt.Sprintf("about %d bytes are", in.length)
+		need = "about " + SizeText(in.length)
 	}
 	room, rerr := in.agent.cache.Room()
 	if rerr != nil {
 		return errors.Join(err, rerr)
 	}
-	return fmt.Errorf("%w: %s needed; beside the %d that are in, %w", cache.ErrNoRoom, need, in.read, in.agent.noRoom(room))
+	return fmt.Errorf("%w: %s are needed; beside the %s that are in, %w", cache.ErrNoRoom, need, SizeText(in.read), in.agent.noRoom(room))
 }
 
 // Get reads a manifest back.
 func (in *importer) Get(d digest.Digest) ([]byte, error) {
-	r, ok := in.agent.cache.Lookup(d)
-	if !ok {
-		return nil, errors.New("the cache has lost it; is its disk failing?")
+	body, err := in.agent.readManifest(d)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = errors.New("the cache has lost it; is its disk failing?")
 	}
-	defer r.Close()
-	if r.Size() > maxManifest {
-		return nil, errors.New("too large for a manifest")
-	}
-	return io.ReadAll(r)
+	return body, err
 }
 
 // progressReader tells how far a blob has been read.

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"slices"
@@ -388,9 +390,9 @@ func TestImportRefusals(t *testing.T) {
 			c.Registries = []upstream.Registry{{Host: "quay.io", Allow: []string{"org/*"}}}
 		}, []string{"denied", "quay.io/other/app:v1"}},
 		"larger than the cache": {bytes.NewReader(good), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
-			[]string{"507", fmt.Sprint(len(good)), fmt.Sprint(400 << 10), "cache.max_bytes"}},
+			[]string{"507", SizeText(int64(len(good))), "400.0 KiB", "cache.max_bytes"}},
 		"larger than the cache, unknown before": {io.MultiReader(bytes.NewReader(good)), "", func(c *Config) { c.Cache.MaxBytes = cache.Bytes(400 << 10) },
-			[]string{"no room", "needed", fmt.Sprint(400 << 10), "cache.max_bytes"}},
+			[]string{"no room", "needed", "400.0 KiB", "cache.max_bytes"}},
 		"cut off":             {bytes.NewReader(good[:200<<10]), "", nil, []string{"EOF"}},
 		"nothing":             {bytes.NewReader(nil), "", nil, []string{"nothing in it"}},
 		"damaged":             {bytes.NewReader(flip(good)), "", nil, []string{"blobs/sha256/", "damaged"}},
@@ -544,6 +546,49 @@ func TestImportDuringAFetch(t *testing.T) {
 	stuck.Release()
 }
 
+// curt has an agent not wait for long for a client that hangs.
+func curt(o *options) { o.patience = 2 * time.Second }
+
+// TestImportOfAClientThatHangs: who stops sending is told so, and others can import.
+func TestImportOfAClientThatHangs(t *testing.T) {
+	c := testConfig(t)
+	c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+	a := start(t, c, curt)
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 67, Layers: []int64{1 << 20}})
+	good := bundle(t, testImage.String(), img)
+	hangs, w := io.Pipe()
+	defer w.Close()
+	go func() { _, _ = w.Write(good[:len(good)/2]) }()
+	if _, failed := a.importTar(t, hangs, ""); !strings.Contains(failed, "nothing more of the archive came for 2s") {
+		t.Errorf("ended with %q", failed)
+	}
+	if images, failed := a.importTar(t, bytes.NewReader(good), ""); failed != "" {
+		t.Errorf("the next: %v, %s", images, failed)
+	}
+}
+
+// TestClientThatTakesNothing: it holds up what it is told of, a pin or an import, for so
+// long and not for ever.
+func TestClientThatTakesNothing(t *testing.T) {
+	done := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer close(done)
+		out := (&Agent{patience: 10 * time.Millisecond}).newEventStream(w)
+		out.send(WarmEvent{Error: strings.Repeat("more than sockets take ", 1<<20)})
+		<-r.Context().Done()
+	}))
+	defer server.Close()
+	conn, err := net.Dial("tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+}
+
 // TestContainerdPullsWhatWasImported uses containerd's own resolver and fetcher, on the
 // node that imported and on another.
 func TestContainerdPullsWhatWasImported(t *testing.T) {
@@ -577,5 +622,58 @@ func TestPinWhatWasImported(t *testing.T) {
 	}
 	if p := a.pinOf(t, pinnedName); p.State != PinStale || p.Digest != img.Digest || p.Error == "" || !a.holds(img) {
 		t.Errorf("%+v, held: %v", p, a.holds(img))
+	}
+}
+
+// bundleOf is an archive of one image whose digests are of one algorithm.
+func bundleOf(t *testing.T, algorithm digest.Algorithm) []byte {
+	t.Helper()
+	describe := func(mediaType string, body []byte) ocispec.Descriptor {
+		return ocispec.Descriptor{MediaType: mediaType, Digest: algorithm.FromBytes(body), Size: int64(len(body))}
+	}
+	config, layer := []byte(`{"os":"linux"}`), bytes.Repeat([]byte("layer"), 100_000)
+	manifest, err := json.Marshal(ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest,
+		Config: describe(ocispec.MediaTypeImageConfig, config), Layers: []ocispec.Descriptor{describe(ocispec.MediaTypeImageLayer, layer)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	w, err := archive.NewWriter(&out, []archive.Root{{Name: testImage.String(), Descriptor: describe(ocispec.MediaTypeImageManifest, manifest)}})
+	for _, body := range [][]byte{manifest, config, layer} {
+		if err == nil {
+			err = w.Blob(algorithm.FromBytes(body), int64(len(body)), bytes.NewReader(body))
+		}
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// TestImportAlgorithms: an image is served under the digests that it has, or it is said
+// that Larder does not keep such.
+func TestImportAlgorithms(t *testing.T) {
+	for algorithm, kept := range map[digest.Algorithm]bool{digest.SHA256: true, digest.SHA512: true, digest.SHA384: false} {
+		t.Run(string(algorithm), func(t *testing.T) {
+			c := testConfig(t)
+			c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+			a := start(t, c)
+			images, failed := a.importTar(t, bytes.NewReader(bundleOf(t, algorithm)), "")
+			if !kept {
+				if !strings.Contains(failed, "sha256 and sha512") {
+					t.Errorf("not said: %v, %q", images, failed)
+				}
+				return
+			}
+			if failed != "" {
+				t.Fatalf("%v, %s", images, failed)
+			}
+			if err := a.pullRef(t, testImage.String()); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -45,24 +45,18 @@ func Keys() []Key {
 // keysOf walks the tagged fields of c.
 func keysOf(c *Config) []boundKey {
 	var out []boundKey
-	root := reflect.ValueOf(c).Elem()
-	for i := range root.NumField() {
-		table := root.Type().Field(i).Tag.Get("key")
-		if table == "" {
+	for table, group := range reflect.ValueOf(c).Elem().Fields() {
+		if table.Tag.Get("key") == "" {
 			continue
 		}
-		group := root.Field(i)
-		for j := range group.NumField() {
-			f := group.Type().Field(j)
-			out = append(out, boundKey{
-				Key: Key{
-					Name:    table + "." + f.Tag.Get("key"),
-					Default: f.Tag.Get("default"),
-					Shown:   f.Tag.Get("shown"),
-					Help:    f.Tag.Get("help"),
-				},
-				value: group.Field(j),
-			})
+		for f, value := range group.Fields() {
+			key := Key{
+				Name:    table.Tag.Get("key") + "." + f.Tag.Get("key"),
+				Default: f.Tag.Get("default"),
+				Shown:   f.Tag.Get("shown"),
+				Help:    f.Tag.Get("help"),
+			}
+			out = append(out, boundKey{key, value})
 		}
 	}
 	return out

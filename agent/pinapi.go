@@ -31,7 +31,7 @@ func (a *Agent) servePin(w http.ResponseWriter, r *http.Request) {
 	defer a.pins.hurry()
 	_ = a.pins.sync(r.Context()) // follow tells
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	out := newEventStream(w)
+	out := a.newEventStream(w)
 	for i, p := range pinned {
 		out.send(a.pins.follow(r.Context(), p, req.Images[i], out))
 	}

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -229,7 +231,7 @@ func (s *pins) plan(p *pin, v *version, parts []ocispec.Descriptor) (missing []o
 	}
 	if room, err := s.agent.cache.Room(); err != nil || bytes > room {
 		s.giveUp(p, v)
-		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", sizeText(bytes), sizeText(room))}))
+		return nil, cmp.Or(err, error(&noRoomError{fmt.Sprintf("%s are missing, and the disk has room for %s beside what is pinned: free it, or lower cache.min_free", SizeText(bytes), SizeText(room))}))
 	}
 	return missing, nil
 }
@@ -253,14 +255,14 @@ func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
 	case len(v.parts)+len(parts) > maxPinnedParts:
 		return &noRoomError{fmt.Sprintf("the image has more than %d parts", maxPinnedParts)}
 	case limit > 0 && total > limit:
-		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", sizeText(total), sizeText(limit))}
+		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", SizeText(total), SizeText(limit))}
 	}
 	for _, d := range parts {
-		if s.parts[d.Digest] == nil || s.parts[d.Digest].size == 0 {
-			s.hold(v, d.Digest, partSize(d))
-		} else {
-			s.hold(v, d.Digest, s.parts[d.Digest].size)
+		size := partSize(d)
+		if known := s.parts[d.Digest]; known != nil {
+			size = cmp.Or(known.size, size)
 		}
+		s.hold(v, d.Digest, size)
 	}
 	return nil
 }
@@ -299,10 +301,7 @@ func (s *pins) list(v *version) {
 // pull the image. The sizes of those that it has are known for certain then.
 func (s *pins) lacking(image Image, v *version) (out []digest.Digest) {
 	s.mu.Lock()
-	parts := make([]digest.Digest, 0, len(v.parts))
-	for d := range v.parts {
-		parts = append(parts, d)
-	}
+	parts := slices.Collect(maps.Keys(v.parts))
 	s.mu.Unlock()
 	for _, d := range parts {
 		if r, ok := s.agent.cache.Lookup(d); ok {

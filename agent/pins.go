@@ -539,10 +539,10 @@ func (s *pins) problem(stats cache.Stats) string {
 	switch evictable := stats.Bytes - stats.Reserved - stats.Pinned; {
 	case limit > 0 && stats.Pinned > limit:
 		return fmt.Sprintf("pins hold %s, more than the %s that cache.max_bytes leaves to them: unpin images or raise it; what else is pulled is hardly cached",
-			sizeText(stats.Pinned), sizeText(limit))
+			SizeText(stats.Pinned), SizeText(limit))
 	case stats.Pinned > 0 && evictable <= 0 && stats.Free >= 0 && stats.Free < stats.MinFree:
 		return fmt.Sprintf("%s are free on the disk, less than cache.min_free, and only pins are left in the cache: unpin images or free the disk, before kubelet evicts pods",
-			sizeText(stats.Free))
+			SizeText(stats.Free))
 	}
 	return ""
 }

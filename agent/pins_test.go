@@ -912,7 +912,7 @@ func TestPinOnAFullDisk(t *testing.T) {
 	}
 	c.Cache.Pins = []string{pinnedName}
 	a := start(t, c, atOnce)
-	if p := a.reaches(t, pinnedName, PinMissing); !strings.Contains(p.Error, "the disk has room for 0 bytes") {
+	if p := a.reaches(t, pinnedName, PinMissing); !strings.Contains(p.Error, "the disk has room for 0 B") {
 		t.Errorf("%+v", p)
 	}
 	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Method: "GET"}); n != 0 || a.cache.Stats().Pinned != 0 {

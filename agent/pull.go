@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/larder-cache/larder/agent/archive"
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/opencontainers/go-digest"
@@ -57,11 +58,8 @@ var manifestTypes = []string{
 	"*/*",
 }
 
-const (
-	maxManifest = 4 << 20 // as the distribution spec lets registries limit it
-	// pullStreams is containerd's max_concurrent_downloads.
-	pullStreams = 3
-)
+// pullStreams is containerd's max_concurrent_downloads.
+const pullStreams = 3
 
 // Pulled is one manifest, config or layer that a Puller got.
 type Pulled struct {
@@ -237,7 +235,7 @@ func (p *pull) readManifest(ctx context.Context, d digest.Digest) ([]byte, http.
 		return nil, nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, archive.MaxManifest))
 	if err != nil {
 		return nil, nil, fmt.Errorf("read manifest %s: %w", d, err)
 	}

@@ -40,9 +40,11 @@ func (a *Agent) openRuntime() error {
 }
 
 // runtimeSourced keeps from whom containerd has a blob: what decides who else may
-// have it.
+// have it. It is told so again and again, and writes what the metadata does not have.
 func (a *Agent) runtimeSourced(d digest.Digest, registry string) {
-	a.cache.Meta().AddGiver(d, proxy.RuntimeGiver(registry))
+	if giver := proxy.RuntimeGiver(registry); !a.cache.Meta().Given(d, giver) {
+		a.cache.Meta().AddGiver(d, giver)
+	}
 }
 
 // keep says what a blob is worth to the cache: one that containerd holds too is the

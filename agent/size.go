@@ -23,17 +23,17 @@ func ParseSize(text string) (Size, error) {
 // String is a form that ParseSize reads back to the same Size.
 func (s Size) String() string { return cache.Bytes(int64(s)).String() }
 
-// sizeText is n bytes for people, "4.2 MiB"; ParseSize may not read it back.
-func sizeText(n int64) string {
-	value, unit := float64(n), "bytes"
-	for _, larger := range []string{"KiB", "MiB", "GiB", "TiB"} {
-		if value < 1<<10 {
+// SizeText is n bytes for people: 512 B, 4.2 MiB; ParseSize may not read it back.
+func SizeText(n int64) string {
+	if n < 1<<10 {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, unit := float64(n), ""
+	for _, unit = range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
+		value /= 1 << 10
+		if value < 1023.95 {
 			break
 		}
-		value, unit = value/(1<<10), larger
-	}
-	if unit == "bytes" {
-		return fmt.Sprintf("%d bytes", n)
 	}
 	return fmt.Sprintf("%.1f %s", value, unit)
 }

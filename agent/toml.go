@@ -68,7 +68,7 @@ func (f *tomlFile) at(key string) string {
 
 func (f *tomlFile) table(table string, v any) {
 	if !slices.ContainsFunc(f.keys, func(k boundKey) bool { return strings.HasPrefix(k.Name, table+".") }) {
-		f.unknown(table, f.names())
+		f.unknown(table, table, f.names())
 		return
 	}
 	inner, ok := v.(map[string]any)
@@ -80,7 +80,7 @@ func (f *tomlFile) table(table string, v any) {
 		name := table + "." + leaf
 		i := slices.IndexFunc(f.keys, func(k boundKey) bool { return k.Name == name })
 		if i < 0 {
-			f.unknown(name, f.names())
+			f.unknown(name, name, f.names())
 			continue
 		}
 		f.set(f.keys[i], f.at(name), fmt.Sprint(inner[leaf]), func() error { return f.keys[i].setTOML(inner[leaf]) })
@@ -97,9 +97,10 @@ func (f *tomlFile) names() []string {
 	return names
 }
 
-func (f *tomlFile) unknown(key string, known []string) {
+// unknown says which of the known names what is written may be a slip of.
+func (f *tomlFile) unknown(key, written string, known []string) {
 	reason := "unknown key"
-	if near, _ := nearest(key, known); near != "" {
+	if near, _ := nearest(written, known); near != "" {
 		reason += fmt.Sprintf("; did you mean %s?", near)
 	}
 	f.add(&Problem{Key: key, From: f.at(key), Reason: reason})
@@ -124,15 +125,17 @@ func (f *tomlFile) registries(v any) {
 // registry decodes one table key by key into an upstream.Registry.
 func (f *tomlFile) registry(prefix string, inner map[string]any) {
 	var r upstream.Registry
-	known := registryKeys()
+	fields := registryFields()
+	known := slices.Sorted(maps.Keys(fields))
 	for _, leaf := range slices.Sorted(maps.Keys(inner)) {
 		name := prefix + "." + leaf
 		f.from[name] = f.at(name)
-		if !slices.Contains(known, leaf) {
-			f.unknownIn(prefix, leaf, known)
+		field, ok := fields[leaf]
+		if !ok {
+			f.unknown(name, leaf, known)
 			continue
 		}
-		if err := decodeOne(&r, leaf, inner[leaf]); err != nil {
+		if err := decodeOne(&r, field, leaf, inner[leaf]); err != nil {
 			f.add(&Problem{Key: name, Value: fmt.Sprint(inner[leaf]), From: f.at(name), Reason: err.Error()})
 		}
 	}
@@ -140,17 +143,9 @@ func (f *tomlFile) registry(prefix string, inner map[string]any) {
 	f.config.Registries = append(f.config.Registries, r)
 }
 
-func (f *tomlFile) unknownIn(prefix, leaf string, known []string) {
-	name, reason := prefix+"."+leaf, "unknown key"
-	if near, _ := nearest(leaf, known); near != "" {
-		reason += fmt.Sprintf("; did you mean %s?", near)
-	}
-	f.add(&Problem{Key: name, From: f.at(name), Reason: reason})
-}
-
 // decodeOne lets go-toml put one value into the field of r with that tag.
-func decodeOne(r *upstream.Registry, leaf string, v any) error {
-	if want := wantedShape(leaf, v); want != "" {
+func decodeOne(r *upstream.Registry, field reflect.Type, leaf string, v any) error {
+	if want := wantedShape(field, v); want != "" {
 		return errors.New("want " + want)
 	}
 	body, err := toml.Marshal(map[string]any{leaf: v})
@@ -163,10 +158,9 @@ func decodeOne(r *upstream.Registry, leaf string, v any) error {
 	return nil
 }
 
-// wantedShape says what a key of a [[registry]] table takes, if v is nothing
+// wantedShape says what a field of a [[registry]] table takes, if v is nothing
 // like it: go-toml's own message would name Go types.
-func wantedShape(leaf string, v any) string {
-	field := registryField(leaf)
+func wantedShape(field reflect.Type, v any) string {
 	if field.Kind() == reflect.Pointer {
 		field = field.Elem()
 	}
@@ -192,24 +186,12 @@ func wantedShape(leaf string, v any) string {
 	return ""
 }
 
-// registryField is the type of the field of upstream.Registry with that tag.
-func registryField(leaf string) reflect.Type {
-	t := reflect.TypeFor[upstream.Registry]()
-	for i := range t.NumField() {
-		if tag, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); tag == leaf {
-			return t.Field(i).Type
-		}
-	}
-	return reflect.TypeFor[any]()
-}
-
-// registryKeys are the keys of a [[registry]] table.
-func registryKeys() []string {
-	var out []string
-	t := reflect.TypeFor[upstream.Registry]()
-	for i := range t.NumField() {
-		if tag, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); tag != "" && tag != "-" {
-			out = append(out, tag)
+// registryFields are the keys of a [[registry]] table and their types.
+func registryFields() map[string]reflect.Type {
+	out := map[string]reflect.Type{}
+	for f := range reflect.TypeFor[upstream.Registry]().Fields() {
+		if tag, _, _ := strings.Cut(f.Tag.Get("toml"), ","); tag != "" && tag != "-" {
+			out[tag] = f.Type
 		}
 	}
 	return out

@@ -2,18 +2,10 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
-	"net/http"
 	"strings"
-	"sync"
-	"time"
 
 	"github.com/larder-cache/larder/agent/upstream"
-	"github.com/opencontainers/go-digest"
 )
-
-// progressEvery limits how often a blob's progress is told.
-const progressEvery = 100 * time.Millisecond
 
 // warm pulls one image through this node's own proxy and reports to out; what
 // it returns is the image's last event.
@@ -36,55 +28,4 @@ func (a *Agent) upstreamTrouble(registry string) string {
 		}
 	}
 	return b.String()
-}
-
-// eventStream writes events as lines of JSON.
-type eventStream struct {
-	// mu guards all below: events come from several goroutines. It is held
-	// while writing, so that lines do not mix.
-	mu   sync.Mutex
-	enc  *json.Encoder
-	http *http.ResponseController
-	told map[digest.Digest]time.Time
-}
-
-func newEventStream(w http.ResponseWriter) *eventStream {
-	return &eventStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), told: map[digest.Digest]time.Time{}}
-}
-
-// follow has a puller tell of what it pulls under an image's name.
-func (s *eventStream) follow(p *Puller, name string) {
-	p.Progress = func(d digest.Digest, done, total int64) {
-		s.progress(d, WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
-	}
-	p.Done = func(p Pulled) {
-		s.send(WarmEvent{Image: name, Kind: p.Kind, Digest: p.Digest, Bytes: p.Bytes, Total: p.Bytes, Source: p.Source})
-	}
-}
-
-// progress sends an event about a blob unless that was told of a moment ago.
-func (s *eventStream) progress(d digest.Digest, event any) {
-	if s.due(d) {
-		s.send(event)
-	}
-}
-
-func (s *eventStream) due(d digest.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := time.Now()
-	if now.Sub(s.told[d]) < progressEvery {
-		return false
-	}
-	s.told[d] = now
-	return true
-}
-
-// send writes one event. A client that hung up ends the request's context,
-// which is noticed elsewhere.
-func (s *eventStream) send(event any) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_ = s.enc.Encode(event)
-	_ = s.http.Flush()
 }

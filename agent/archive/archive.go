@@ -11,6 +11,8 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	_ "crypto/sha256" // digests find them by registration
+	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"io"
@@ -71,7 +73,7 @@ type Image struct {
 func decompress(r io.Reader) (io.Reader, func(), error) {
 	b := bufio.NewReaderSize(r, 64<<10)
 	magic, _ := b.Peek(4) // a shorter file fails as a tar
-	switch kind := compression(magic); kind {
+	switch compression(magic) {
 	case "gzip":
 		z, err := gzip.NewReader(b)
 		if err != nil {
@@ -113,9 +115,13 @@ func nameOf(d ocispec.Descriptor) string {
 	return ""
 }
 
-// validDigest accepts what caches keep.
+// validDigest accepts what caches keep: the algorithms of the OCI image specification
+// that are in use.
 func validDigest(d digest.Digest) error {
-	if err := d.Validate(); err != nil {
+	switch err := d.Validate(); {
+	case errors.Is(err, digest.ErrDigestUnsupported), err == nil && d.Algorithm() == digest.SHA384:
+		return invalid("names %.100q: images with digests other than sha256 and sha512 are not supported", string(d))
+	case err != nil:
 		return invalid("names %.100q: %v", string(d), err)
 	}
 	return nil

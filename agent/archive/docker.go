@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
-	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -159,5 +158,5 @@ func (in *reader) diffIDs(config digest.Digest) ([]digest.Digest, error) {
 	if err := json.Unmarshal(body, &doc); err != nil {
 		return nil, invalid("configuration %s: %v", config, err)
 	}
-	return slices.Clip(doc.RootFS.DiffIDs), nil
+	return doc.RootFS.DiffIDs, nil
 }

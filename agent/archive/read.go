@@ -125,12 +125,12 @@ func (in *reader) setFile(name string, f file) error {
 	return nil
 }
 
-// blob hands on what has its digest as its name; one of an algorithm that nobody here
-// knows is passed over. The same blob twice is harmless: both are checked.
+// blob hands on what has its digest as its name; one that cannot be kept is passed over,
+// unless an image names it. The same blob twice is harmless: both are checked.
 func (in *reader) blob(name string, h *tar.Header) error {
 	algorithm, hex, _ := strings.Cut(strings.TrimPrefix(name, ocispec.ImageBlobsDir+"/"), "/")
 	d := digest.NewDigestFromEncoded(digest.Algorithm(algorithm), hex)
-	if d.Validate() != nil {
+	if validDigest(d) != nil {
 		return nil
 	}
 	sniffed := &sniffer{r: in.tar}

@@ -182,6 +182,7 @@ func TestRead(t *testing.T) {
 		"docker save, linked":  {tarOf(t, entry{name: "a/layer.tar", body: s.layer}, entry{name: "b/layer.tar", kind: tar.TypeSymlink, link: "../a/layer.tar"}, entry{name: "c.json", body: s.config}, dockerJSON(t, []string{"app:v1"}, "c.json", "b/layer.tar")), "app:v1", 1, 2, nil},
 		"docker save, no name": {dockerTar(t, s, nil, "x.tar"), "", 1, 2, nil},
 		"docker 25, both":      {tarOf(t, append(s.blobs(), rooted, dockerJSON(t, []string{"app:v1"}, blobName(digest.FromBytes(s.config)), blobName(digest.FromBytes(s.layer))))...), name, 1, 2, nil},
+		"a blob of sha384":     {tarOf(t, append(s.blobs(), rooted, entry{name: blobName(digest.SHA384.FromBytes(s.layer)), body: s.layer})...), name, 1, 2, nil},
 		"blobs, docker's json": {tarOf(t, append(s.blobs(), dockerJSON(t, []string{"app:v1"}, blobName(digest.FromBytes(s.config)), blobName(digest.FromBytes(s.layer))))...), "app:v1", 1, 2, nil},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -270,6 +271,8 @@ func TestHostile(t *testing.T) {
 		"index cut off":               {tarOf(t, entry{name: "index.json", body: []byte("{"), size: 100}), "EOF"},
 		"blob cut off":                {tarOf(t, entry{name: blobName(s.desc.Digest), body: []byte("x"), size: 1 << 20}), "EOF"},
 		"digest that is a path":       {tarOf(t, jsonEntry(t, "index.json", index(ocispec.Descriptor{Digest: "sha256:../../x"}))), "sha256:../../x"},
+		"digest of no algorithm":      {tarOf(t, jsonEntry(t, "index.json", index(ocispec.Descriptor{Digest: "x"}))), "invalid checksum digest format"},
+		"digest that nobody knows":    {tarOf(t, jsonEntry(t, "index.json", index(ocispec.Descriptor{Digest: "blake3:00"}))), "other than sha256 and sha512"},
 		"nothing of the image":        {tarOf(t, rooted), "not in the archive"},
 		"a layer missing":             {tarOf(t, s.blobs()[1], s.blobs()[2], rooted), "not in the archive"},
 		"no platform whole":           {tarOf(t, append(chain[:1:1], jsonEntry(t, "index.json", index(named(descriptor("", chain[0].body), name))))...), "no platform"},

@@ -101,17 +101,10 @@ func (w *Writer) Blob(d digest.Digest, size int64, r io.Reader) error {
 	return nil
 }
 
-// entry has no time and no owner: they would differ from one time to the next.
+// entry has no time and no owner: they would differ from one time to the next. Its format
+// is USTAR, which everybody reads, where that can say it.
 func (w *Writer) entry(name string, size int64) error {
-	return w.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444, Format: formatOf(size)})
-}
-
-// formatOf is USTAR, which everybody reads, for what fits into it.
-func formatOf(size int64) tar.Format {
-	if size < 8<<30 {
-		return tar.FormatUSTAR
-	}
-	return tar.FormatPAX
+	return w.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o444})
 }
 
 // Close ends the tar. It does not close what is below.

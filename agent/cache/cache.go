@@ -19,7 +19,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -131,6 +133,7 @@ type blob struct {
 type idleIngest struct {
 	size int64
 	when time.Time
+	gone chan struct{} // not nil while its files are being deleted; closed after
 }
 
 // New opens the cache in opts.Dir and finds out what is there. It starts
@@ -329,8 +332,8 @@ func (c *Cache) openFile(b *blob) (*os.File, error) {
 	return file, nil
 }
 
-// startFill starts a fill of d. When somebody else was faster, or a failed fill
-// is still being cleared away - its files must not meet the next one's - it
+// startFill starts a fill of d. When somebody else was faster, or what an earlier fill
+// left is still being cleared away - its files must not meet the next one's - it
 // returns over, which is to be waited for before trying again.
 func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan struct{}, err error) {
 	c.mu.Lock()
@@ -346,6 +349,9 @@ func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan str
 			return nil, c.started, nil
 		}
 		return nil, f.done, nil
+	}
+	if i := c.idle[d]; i.gone != nil {
+		return nil, i.gone, nil
 	}
 	f = newFill(c, d, src, c.mismatched(d))
 	f.refs++ // the caller's
@@ -382,7 +388,7 @@ func (c *Cache) Mismatches(d digest.Digest) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f := c.filling[d]; f != nil && errors.Is(f.failure(), ErrDigestMismatch) { // not booked yet
-		return (&Fill{f}).Mismatches() + 1
+		return f.Mismatches() + 1
 	}
 	return c.mismatched(d)
 }
@@ -553,10 +559,7 @@ func (c *Cache) Begun(d digest.Digest) bool {
 // Fills describes the running fills.
 func (c *Cache) Fills() []Progress {
 	c.mu.Lock()
-	fills := make([]*fill, 0, len(c.filling))
-	for _, f := range c.filling {
-		fills = append(fills, f)
-	}
+	fills := slices.Collect(maps.Values(c.filling))
 	c.mu.Unlock()
 	all := make([]Progress, len(fills))
 	for i, f := range fills {

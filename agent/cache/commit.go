@@ -26,6 +26,7 @@ const (
 	stepMap      step = "unlink map"
 	stepBooked   step = "booked"
 	stepUnlink   step = "unlink"
+	stepPurge    step = "purge"
 )
 
 // at is called before each step.
@@ -212,7 +213,8 @@ func reopenIngest(path string) (*os.File, error) {
 
 // purge deletes the files of an ingest.
 func (c *Cache) purge(d digest.Digest) {
-	if err := errors.Join(remove(c.dir.ingestMap(d)), remove(c.dir.ingest(d))); err != nil {
+	err := c.do(stepPurge, d, func() error { return errors.Join(remove(c.dir.ingestMap(d)), remove(c.dir.ingest(d))) })
+	if err != nil {
 		c.log.Warn("delete ingest", "digest", d, "err", err)
 	}
 }
@@ -355,7 +357,7 @@ func (c *Cache) abandon(f *fill, size int64, keep bool) {
 
 // mismatch counts a fill whose bytes were wrong, and tells the others.
 func (c *Cache) mismatch(f *fill, size int64) {
-	times := (&Fill{f}).Mismatches() + 1
+	times := f.Mismatches() + 1
 	c.metrics.corruptions.Inc()
 	c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size)
 	c.remember(f.digest, times)

@@ -202,12 +202,8 @@ func makeBuckets(tx *bolt.Tx) error {
 // spared reports whether err says nothing against the file: the disk takes no writes
 // now, this process has no descriptors left, or another one has the file.
 func spared(err error) bool {
-	for _, healthy := range []error{unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EMFILE, unix.ENFILE, unix.ENOMEM, bolterrors.ErrTimeout} {
-		if errors.Is(err, healthy) {
-			return true
-		}
-	}
-	return false
+	healthy := []error{unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EMFILE, unix.ENFILE, unix.ENOMEM, bolterrors.ErrTimeout}
+	return slices.ContainsFunc(healthy, func(one error) bool { return errors.Is(err, one) })
 }
 
 // replace starts anew with an empty file, unless the old one is spared. The corrupt one

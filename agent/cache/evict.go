@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -73,7 +74,7 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := shortage{evictable: c.used - c.reserved - c.pinned}
+	s := shortage{evictable: c.evictable()}
 	if limit > 0 {
 		s.overMax, s.slackMax = c.used+n-limit, int64(float64(limit)*slack)
 	}
@@ -88,6 +89,9 @@ func (c *Cache) admit(n int64) (shortage, error) {
 	return s, nil
 }
 
+// evictable is how many bytes may go. c.mu is held.
+func (c *Cache) evictable() int64 { return c.used - c.reserved - c.pinned }
+
 // Room returns how many bytes of new blobs there is room for now, if everything goes
 // that may be evicted.
 func (c *Cache) Room() (int64, error) {
@@ -97,7 +101,7 @@ func (c *Cache) Room() (int64, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	evictable := c.used - c.reserved - c.pinned
+	evictable := c.evictable()
 	room := free + evictable - c.unbacked - c.opts.MinFree.Of(total)
 	if limit := c.opts.MaxBytes.Of(total); limit > 0 {
 		room = min(room, limit-c.used+evictable)
@@ -109,26 +113,16 @@ func (c *Cache) Room() (int64, error) {
 // for them if need be, and if that can be enough. They are for a file of the caller's own, and
 // not set aside. An error satisfies ErrNoRoom.
 func (c *Cache) MakeRoom(n int64) error {
-	for range mostEvictions {
+	return c.evictFor(n, func() (shortage, error) {
 		total, free, err := c.space()
-		if err != nil {
-			return noRoom(err)
-		}
 		minFree := c.opts.MinFree.Of(total)
 		c.mu.Lock()
-		s := shortage{
+		defer c.mu.Unlock()
+		return shortage{
 			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
-			evictable: c.used - c.reserved - c.pinned,
-		}
-		c.mu.Unlock()
-		if s.none() {
-			return nil
-		}
-		if s.hopeless() || !c.shrink(s) {
-			break
-		}
-	}
-	return fmt.Errorf("%d bytes beside the cache: %w", n, ErrNoRoom)
+			evictable: c.evictable(),
+		}, err
+	})
 }
 
 // Welcome reports whether a blob of n bytes that was last used then would take the place
@@ -196,8 +190,13 @@ func (c *Cache) reserve(n int64) error {
 	if n > maxBlob {
 		return fmt.Errorf("%d bytes in one blob: %w", n, ErrNoRoom)
 	}
+	return c.evictFor(n, func() (shortage, error) { return c.admit(n) })
+}
+
+// evictFor evicts until there is no shortage of n bytes any more, or returns ErrNoRoom.
+func (c *Cache) evictFor(n int64, look func() (shortage, error)) error {
 	for range mostEvictions {
-		s, err := c.admit(n)
+		s, err := look()
 		if err != nil {
 			return noRoom(err)
 		}
@@ -285,7 +284,7 @@ func (c *Cache) relieve(n int64) bool {
 		return false
 	}
 	c.mu.Lock()
-	most := free + c.used - c.reserved - c.pinned
+	most := free + c.evictable()
 	c.mu.Unlock()
 	return n <= most && c.evict(n, reasonFull) > 0
 }
@@ -426,27 +425,43 @@ const idleFor = 24 * time.Hour
 // expire deletes idle ingests, oldest first, until n bytes are free, and all
 // that are too old; n < 0 deletes only those.
 func (c *Cache) expire(n int64, now time.Time) (freed int64) {
-	type candidate struct {
-		d digest.Digest
-		idleIngest
-	}
-	var all []candidate
 	c.mu.Lock()
-	for d, i := range c.idle {
-		all = append(all, candidate{d, i})
-	}
+	idle := maps.Clone(c.idle)
 	c.mu.Unlock()
-	slices.SortFunc(all, func(x, y candidate) int { return x.when.Compare(y.when) })
-	for _, i := range all {
-		if freed >= n && now.Sub(i.when) < idleFor {
+	byAge := func(x, y digest.Digest) int { return idle[x].when.Compare(idle[y].when) }
+	for _, d := range slices.SortedFunc(maps.Keys(idle), byAge) {
+		if freed >= n && now.Sub(idle[d].when) < idleFor {
 			break
 		}
-		freed += c.dropIdle(i.d)
+		freed += c.dropIdle(d)
 	}
 	return freed
 }
 
-// takeIdle makes an idle ingest the caller's, as a reservation.
+// dropIdle deletes an idle ingest and returns how many bytes that freed. A fill of the
+// same blob has the same files: one that has begun will take them up, and one that comes
+// meanwhile waits until they are gone (see startFill).
+func (c *Cache) dropIdle(d digest.Digest) int64 {
+	c.mu.Lock()
+	i, ok := c.idle[d]
+	if !ok || i.gone != nil || c.filling[d] != nil {
+		c.mu.Unlock()
+		return 0
+	}
+	i.gone = make(chan struct{})
+	c.idle[d] = i
+	c.mu.Unlock()
+	c.purge(d)
+	c.mu.Lock()
+	delete(c.idle, d)
+	c.used -= i.size
+	c.mu.Unlock()
+	close(i.gone)
+	c.log.Debug("ingest deleted", "digest", d, "bytes", i.size)
+	return i.size
+}
+
+// takeIdle makes an idle ingest the caller's, which is the fill of d, as a reservation.
 func (c *Cache) takeIdle(d digest.Digest) (size int64, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

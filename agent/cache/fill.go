@@ -526,6 +526,23 @@ func (f *fill) credit(from Origin, n int64) {
 	f.origins[from] += n
 }
 
+// Mismatches returns how many fills of this digest in a row, not longer ago than ten
+// minutes, ended with bytes that did not match it. Whoever brought those is not
+// to be trusted with it now.
+func (f *fill) Mismatches() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.before
+}
+
+// RaiseMismatches says that at least so many fills of this digest have ended with wrong
+// bytes, here or on other nodes, so that a mismatch of this one counts as the next.
+func (f *fill) RaiseMismatches(times int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.before = max(f.before, times)
+}
+
 // verify follows the digest along the contiguous prefix as it grows, reading
 // back what was not checked by links from what is still in the page cache, and
 // returns nil when the whole digest matched.

@@ -575,6 +575,47 @@ func TestIdleIngests(t *testing.T) {
 			}
 		})
 	})
+	// The files of an ingest that is deleted have the names that the next fill's have.
+	t.Run("a fill waits for their deletion", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := open(t, Options{})
+			deleting, filled := false, make(chan []byte, 1)
+			c.faults = func(s step, of digest.Digest) error {
+				if s == stepPurge && of == d && !deleting {
+					deleting = true
+					go func() { filled <- mustRead(t, c, d, all(body)) }()
+					synctest.Wait() // for as far as it gets
+				}
+				return nil
+			}
+			run(t, c)
+			leave(t, c, d, body)
+			if freed := c.expire(int64(len(body)), time.Now()); freed != int64(len(body)) {
+				t.Errorf("freed %d bytes", freed)
+			}
+			if got := <-filled; !bytes.Equal(got, body) {
+				t.Error("wrong bytes")
+			}
+			settle(c, d)
+			if !c.Has(d) {
+				t.Error("the fill's files were deleted with those of the one before")
+			}
+		})
+	})
+	t.Run("what a fill is about to take up stays", func(t *testing.T) {
+		c := start(t, Options{})
+		leave(t, c, d, body)
+		c.mu.Lock()
+		c.filling[d] = newFill(c, d, all(body), 0)
+		c.mu.Unlock()
+		freed := c.expire(int64(len(body)), time.Now())
+		c.mu.Lock()
+		delete(c.filling, d)
+		c.mu.Unlock()
+		if freed != 0 || gone(c.dir.ingest(d)) {
+			t.Errorf("freed %d bytes", freed)
+		}
+	})
 	for name, ruin := range map[string]func(l layout) error{
 		"map deleted":    func(l layout) error { return os.Remove(l.ingestMap(d)) },
 		"data deleted":   func(l layout) error { return os.Remove(l.ingest(d)) },

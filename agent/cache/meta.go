@@ -91,6 +91,11 @@ func (m *Meta) SetTag(r Repository, tag string, t Tag) {
 	m.encode(bucketTags, key(r.Registry, r.Name, tag), t)
 }
 
+// DeleteTag forgets a tag that upstream no longer has.
+func (m *Meta) DeleteTag(r Repository, tag string) {
+	m.db.delete(bucketTags, key(r.Registry, r.Name, tag))
+}
+
 // WalkTags calls f with every tag that is remembered, until it returns false; what
 // was remembered in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
@@ -137,11 +142,6 @@ func (m *Meta) PinnedImages() map[string]PinnedImage {
 		}
 	}
 	return all
-}
-
-// DeleteTag forgets a tag that upstream no longer has.
-func (m *Meta) DeleteTag(r Repository, tag string) {
-	m.db.delete(bucketTags, key(r.Registry, r.Name, tag))
 }
 
 // Manifest returns what is known of manifest d.

@@ -39,14 +39,11 @@ func (c *Cache) scrub(ctx context.Context) {
 
 // scrubAll makes the rest of one pass, spread over interval.
 func (c *Cache) scrubAll(ctx context.Context, interval time.Duration) {
-	c.mu.Lock()
-	all := make([]*blob, 0, len(c.blobs))
+	all := c.oldest(true)
 	var bytes int64
-	for _, b := range c.blobs {
-		all = append(all, b)
+	for _, b := range all {
 		bytes += b.size
 	}
-	c.mu.Unlock()
 	slices.SortFunc(all, func(x, y *blob) int { return cmp.Compare(x.digest, y.digest) })
 	// A fifth faster than needed: blobs come during the pass.
 	speed := float64(bytes) * 1.2 / interval.Seconds()

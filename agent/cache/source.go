@@ -65,23 +65,6 @@ type Fill struct{ *fill }
 // Writer returns a way to write into the fill bytes that came from origin.
 func (f *Fill) Writer(origin Origin) *Writer { return &Writer{fill: f.fill, origin: origin} }
 
-// Mismatches returns how many fills of this digest in a row, not longer ago than ten
-// minutes, ended with bytes that did not match it. Whoever brought those is not
-// to be trusted with it now.
-func (f *Fill) Mismatches() int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.before
-}
-
-// RaiseMismatches says that at least so many fills of this digest have ended with wrong
-// bytes, here or on other nodes, so that a mismatch of this one counts as the next.
-func (f *Fill) RaiseMismatches(times int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.before = max(f.before, times)
-}
-
 // Writer writes one origin's bytes into a fill. It has all of Fill's methods
 // that a transfer needs, and holds nothing that would have to be closed.
 type Writer struct {

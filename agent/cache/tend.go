@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -126,7 +126,10 @@ func (c *Cache) reconcile(seen map[string]time.Time) {
 			_, _ = c.dropNow(b, reasonLost) // it logs
 		}
 	}
-	for _, d := range c.idleDigests() {
+	c.mu.Lock()
+	idle := slices.Collect(maps.Keys(c.idle))
+	c.mu.Unlock()
+	for _, d := range idle {
 		if gone(c.dir.ingest(d)) {
 			c.dropIdle(d)
 		}
@@ -136,26 +139,4 @@ func (c *Cache) reconcile(seen map[string]time.Time) {
 func gone(path string) bool {
 	_, err := os.Lstat(path)
 	return err != nil && lost(err)
-}
-
-func (c *Cache) idleDigests() []digest.Digest {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	all := make([]digest.Digest, 0, len(c.idle))
-	for d := range c.idle {
-		all = append(all, d)
-	}
-	return all
-}
-
-// dropIdle deletes an idle ingest and returns how many bytes that freed.
-func (c *Cache) dropIdle(d digest.Digest) int64 {
-	size, ok := c.takeIdle(d)
-	if !ok {
-		return 0
-	}
-	c.purge(d)
-	c.unreserve(size)
-	c.log.Debug("ingest deleted", "digest", d, "bytes", size)
-	return size
 }

@@ -35,19 +35,21 @@ func (s *Store) watchSocket(ctx context.Context) error {
 	envelopes, errs := c.Subscribe(ctx, topics...)
 	s.log.Info("listening to containerd", "socket", s.opts.Socket)
 	s.hints.addAll() // for what changed before
-	sources := newSources(s.opts.Events.Sourced)
-	due := time.After(0)
+	due, hurried := time.NewTimer(0), true
+	defer due.Stop()
 	for {
 		select {
-		case <-due:
-			due = nil
-			if err := sources.read(ctx, c); err != nil {
+		case <-due.C:
+			if err := s.tellSources(ctx, c); err != nil {
 				s.log.Debug("cannot read the labels of containerd's content", "err", err)
 			}
+			due.Reset(s.every) // a label that is added later makes no event
+			hurried = false
 		case e := <-envelopes:
 			s.hint(e)
-			if due == nil {
-				due = time.After(sourcesPause)
+			if !hurried {
+				due.Reset(sourcesPause)
+				hurried = true
 			}
 		case err := <-errs:
 			return fmt.Errorf("events of containerd: %w", err)

@@ -50,6 +50,7 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -73,7 +74,7 @@ type Events struct {
 	Removed func(d digest.Digest)
 	// Sourced is called for a registry, without its port, that an image of the
 	// runtime came from and that d is part of; only with a Socket, from a goroutine
-	// of its own, and again whenever containerd may know more.
+	// of its own, and again for all of them whenever containerd may know more.
 	Sourced func(d digest.Digest, registry string)
 }
 
@@ -85,6 +86,7 @@ type Store struct {
 	index    *index
 	hints    *hints
 
+	every   time.Duration // rescanInterval; shorter in tests
 	hashing sync.WaitGroup
 	stop    chan struct{} // closed when Run ends
 
@@ -108,6 +110,7 @@ func New(opts Options) (*Store, error) {
 		verified: &memo{},
 		index:    &index{events: opts.Events, sizes: map[digest.Digest]int64{}},
 		hints:    newHints(),
+		every:    rescanInterval,
 		stop:     make(chan struct{}),
 		running:  map[file]*verification{},
 	}, nil

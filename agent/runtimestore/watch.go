@@ -44,7 +44,7 @@ func (s *Store) shutdown() {
 
 // keepIndex follows the hints. It alone changes the index.
 func (s *Store) keepIndex(ctx context.Context) {
-	tick := time.NewTicker(rescanInterval)
+	tick := time.NewTicker(s.every)
 	defer tick.Stop()
 	s.rescan()
 	for {

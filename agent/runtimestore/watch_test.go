@@ -12,7 +12,9 @@ import (
 	"testing"
 
 	apievents "github.com/containerd/containerd/api/events"
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	eventsapi "github.com/containerd/containerd/api/services/events/v1"
+	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/typeurl/v2"
@@ -124,7 +126,7 @@ func TestTooManyHintsBecomeARescan(t *testing.T) {
 	}
 }
 
-// daemon is what the store needs of a containerd: health and events.
+// daemon is what the store needs of a containerd: health, events, and what a library has.
 type daemon struct {
 	eventsapi.UnimplementedEventsServer
 	server     *grpc.Server
@@ -132,7 +134,7 @@ type daemon struct {
 	send       chan *types.Envelope
 }
 
-func startDaemon(t *testing.T, socket string) *daemon {
+func startDaemon(t *testing.T, socket string, content *library) *daemon {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
 	if err != nil {
@@ -140,6 +142,8 @@ func startDaemon(t *testing.T, socket string) *daemon {
 	}
 	d := &daemon{server: grpc.NewServer(), subscribed: make(chan []string, 1), send: make(chan *types.Envelope)}
 	eventsapi.RegisterEventsServer(d.server, d)
+	contentapi.RegisterContentServer(d.server, libraryContent{library: content})
+	namespacesapi.RegisterNamespacesServer(d.server, libraryNamespaces{})
 	grpc_health_v1.RegisterHealthServer(d.server, health.NewServer())
 	done := make(chan error)
 	go func() { done <- d.server.Serve(l) }()
@@ -185,7 +189,7 @@ func TestSocket(t *testing.T) {
 	run(t, f.store) // containerd is not up yet
 	f.expect(t, change{d, 10})
 
-	first := startDaemon(t, socket)
+	first := startDaemon(t, socket, newLibrary())
 	if got := <-first.subscribed; len(got) != len(topics) {
 		t.Errorf("subscribed to %q", got)
 	}
@@ -197,7 +201,7 @@ func TestSocket(t *testing.T) {
 	f.expect(t, change{d, 10})
 
 	first.server.Stop()
-	second := startDaemon(t, socket)
+	second := startDaemon(t, socket, newLibrary())
 	<-second.subscribed
 	must(t, os.Remove(f.path(d)))
 	f.expect(t, change{d, -1})

@@ -209,7 +209,7 @@ func TestAirGapMistakes(t *testing.T) {
 		"no archive":         {[]string{"import", text, "--admin", from.admin}, exitFailed, "no tar"},
 		"one name for files": {[]string{"import", "a", "b", "--name", "nginx"}, exitUsage, "one file"},
 		"bad name":           {[]string{"import", "a", "--name", "a b"}, exitUsage, "not an image name"},
-		"no room":            {[]string{"import", file, "--admin", small.admin}, exitFailed, "cache.max_bytes is 10000"},
+		"no room":            {[]string{"import", file, "--admin", small.admin}, exitFailed, "cache.max_bytes is 9.8 KiB"},
 		"no agent":           {[]string{"import", file, "--admin", "127.0.0.1:1"}, exitFailed, "is it running"},
 	} {
 		code, out, errs := larder(t, tc.args...)

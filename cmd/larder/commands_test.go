@@ -57,7 +57,7 @@ func TestStatusGolden(t *testing.T) {
 		Upstreams: []upstream.Health{
 			{Registry: "docker.io", Endpoint: "registry-1.docker.io", State: "ok", LastOKAt: now.Add(-12 * time.Minute), Latency: 84 * time.Millisecond,
 				RateLimit: &upstream.RateLimit{Limit: 100, Remaining: 87}},
-			{Registry: "quay.io", Endpoint: "quay.io", State: "open", LastError: "connection refused"},
+			{Registry: "quay.io", Endpoint: "quay.io", State: "open", RetryAt: now.Add(28*time.Second + 400*time.Millisecond), LastError: "connection refused"},
 		},
 		Peers: "5 members", Members: []agent.Member{
 			{Name: "node-1", Address: "10.0.0.1:5051", Zone: "a", State: "alive", Self: true},

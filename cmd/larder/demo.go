@@ -34,7 +34,7 @@ func newDemo() *cobra.Command {
 	spec := demoSpec{layers: []int64{30 << 20, 8 << 20, 2 << 20}, registryLink: demoLink, nodeLink: demoLink}
 	cmd := &cobra.Command{
 		Use:   "demo",
-		Short: "Run a whole cluster on loopback: a pull storm, and a table of what came from where",
+		Short: "Run a whole cluster on loopback, and show what came from where",
 		Long: `Run an embedded registry with a generated image, and several agents, all on
 loopback, in this process and in temporary directories. Then:
 
@@ -171,11 +171,4 @@ func until(ctx context.Context, ok func() bool) error {
 		}
 	}
 	return nil
-}
-
-func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
 }

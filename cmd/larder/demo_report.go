@@ -39,7 +39,7 @@ func (r demoReport) print(w io.Writer) {
 	t := newTable("pull", "node", ">from registry", ">from peers", ">from disk", ">time", ">speed")
 	add := func(title string, pulls []demoPull) {
 		for _, p := range pulls {
-			t.row(title, p.node, size(p.upstream), size(p.peer), size(p.disk()), round(p.took), rate(p.bytes, p.took))
+			t.row(title, p.node, size(p.upstream), size(p.peer), size(p.disk()), took(p.took), rate(p.bytes, p.took))
 		}
 	}
 	add("cold, all at once", r.storm)
@@ -53,23 +53,16 @@ func (r demoReport) print(w io.Writer) {
 	facts.row("copies from the registry", fmt.Sprintf("%.3f", float64(r.registryBytes)/float64(r.size)), fmt.Sprintf("%s sent", size(r.registryBytes)))
 	facts.row("requests to the registry", fmt.Sprint(r.requests),
 		fmt.Sprintf("%d for tag and manifest, %d for config and layers, %d other", r.manifestRequests, r.blobRequests, r.requests-r.manifestRequests-r.blobRequests))
-	facts.row("slowest node", round(slowest), fmt.Sprintf("%.2f x the bound", ratio(slowest, bound)))
-	facts.row("median node", round(median), fmt.Sprintf("%.2f x the bound", ratio(median, bound)))
-	facts.row("bound", round(bound), "max(F/u_s, N*F/(u_s + sum u_i)): no way of sharing is faster on these links")
-	facts.row("each from the registry", round(r.spec.direct(r.size)), "N*F/u_s, at least; computed, not measured")
+	facts.row("slowest node", took(slowest), fmt.Sprintf("%.2f x the bound", ratio(slowest, bound)))
+	facts.row("median node", took(median), fmt.Sprintf("%.2f x the bound", ratio(median, bound)))
+	facts.row("bound", took(bound), "max(F/u_s, N*F/(u_s + sum u_i)): no way of sharing is faster on these links")
+	facts.row("each from the registry", took(r.spec.direct(r.size)), "N*F/u_s, at least; computed, not measured")
 	fmt.Fprintln(w, "\nThe storm")
 	facts.indent = "  "
 	facts.printBody(w)
 }
 
 func ratio(a, b time.Duration) float64 { return a.Seconds() / b.Seconds() }
-
-func round(d time.Duration) string {
-	if d < time.Second {
-		return d.Round(time.Millisecond).String()
-	}
-	return fmt.Sprintf("%.2fs", d.Seconds())
-}
 
 // mbit is bytes per second as links are sold.
 func mbit(bytesPerSecond int64) string { return fmt.Sprintf("%d Mbit/s", bytesPerSecond*8/1e6) }

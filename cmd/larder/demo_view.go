@@ -47,7 +47,7 @@ func (v *demoLines) progress(digest.Digest, int64, int64) {}
 func (v *demoLines) done(p demoPull) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	fmt.Fprintf(v.out, "%s: %s has it after %s\n", v.title, p.node, round(p.took))
+	fmt.Fprintf(v.out, "%s: %s has it after %s\n", v.title, p.node, took(p.took))
 }
 
 // demoBars is a bar for each node.

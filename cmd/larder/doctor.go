@@ -26,7 +26,7 @@ func newDoctor() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Would this node's runtime use the mirror? Each finding with its exact fix",
+		Short: "Find what makes a runtime bypass the cache, and the exact fix",
 		Long: `Look for everything that makes a runtime bypass the mirror without a word, then
 prove the opposite: let the real runtime pull a canary image, and see whether
 the request arrives at the agent. Exit code 1 if the runtime would not use the
@@ -95,6 +95,8 @@ type runtimeReport struct {
 	Canary  string `json:"canary"` // seen, not-seen or skipped
 	Detail  string `json:"detail,omitempty"`
 }
+
+func canarySeen(r runtimeReport) bool { return r.Canary == "seen" }
 
 func (d *doctor) find(f hostsconfig.Finding) { d.report.Findings = append(d.report.Findings, f) }
 
@@ -310,7 +312,7 @@ const canaryNotSeen = "canary-not-seen"
 // one of the node uses it. Docker's containerd beside CRI-O or k3s pulls for no
 // kubelet, and a kubelet has one runtime.
 func (d *doctor) secondRuntimes() {
-	if !slices.ContainsFunc(d.report.Runtimes, func(r runtimeReport) bool { return r.Canary == "seen" }) {
+	if !slices.ContainsFunc(d.report.Runtimes, canarySeen) {
 		return
 	}
 	for i, f := range d.report.Findings {
@@ -348,11 +350,11 @@ func printReport(w io.Writer, r doctorReport) {
 	st := newStyle(w)
 	severities := map[hostsconfig.Severity]func(string) string{hostsconfig.Broken: st.bad, hostsconfig.Degraded: st.warn, hostsconfig.Note: st.dim}
 	for _, f := range r.Findings {
-		fmt.Fprintf(w, "%s  %s", severities[f.Severity](fmt.Sprintf("%-7s", f.Severity)), f.What)
+		text := f.What
 		if f.Where != "" {
-			fmt.Fprintf(w, " (%s)", f.Where)
+			text += " (" + f.Where + ")"
 		}
-		fmt.Fprintln(w)
+		fmt.Fprintf(w, "%s  %s\n", severities[f.Severity](fmt.Sprintf("%-7s", f.Severity)), st.wrap(text, 9))
 		for i, line := range strings.Split(f.Fix, "\n") {
 			switch {
 			case f.Fix == "":
@@ -372,20 +374,24 @@ func printReport(w io.Writer, r doctorReport) {
 			fmt.Fprintf(w, "%s  %s at %s: no canary was pulled, nothing is proven\n", st.dim("info   "), name, rt.Socket)
 		}
 	}
-	if r.OK && len(r.Findings) == 0 && len(r.Runtimes) > 0 {
-		fmt.Fprintln(w, "This node's runtime uses the mirror.")
-	}
+	colour := st.good
 	if !r.OK {
-		fmt.Fprintln(w, st.bad(r.verdict()))
+		colour = st.bad
 	}
+	fmt.Fprintln(w, colour(r.verdict()))
 }
 
-// verdict sums up what is broken. An agent that serves pulls, and cannot be asked for
-// more, may well be used.
+// verdict sums up. An agent that serves pulls, and cannot be asked for more, may well be
+// used.
 func (r doctorReport) verdict() string {
 	proof := func(f hostsconfig.Finding) bool { return f.Severity == hostsconfig.Broken && f.ID != adminElsewhere }
-	if !slices.ContainsFunc(r.Findings, proof) {
+	switch {
+	case slices.ContainsFunc(r.Findings, proof):
+		return "This node's runtime would not use the mirror."
+	case !r.OK:
 		return "Whether this node's runtime uses the mirror is not known."
+	case !slices.ContainsFunc(r.Runtimes, canarySeen):
+		return "Nothing was found that keeps this node's runtime from the mirror. No pull has proven that it uses it."
 	}
-	return "This node's runtime would not use the mirror."
+	return "This node's runtime uses the mirror."
 }

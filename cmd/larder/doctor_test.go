@@ -327,16 +327,19 @@ func TestDoctorFindsTheAgentOfItsConfiguration(t *testing.T) {
 }
 
 // TestDoctorVerdict: an agent of which no more is known than that it serves is no proof
-// that the runtime passes it by.
+// that the runtime passes it by, and files alone are none that it does not.
 func TestDoctorVerdict(t *testing.T) {
 	elsewhere := hostsconfig.Finding{ID: adminElsewhere, Severity: hostsconfig.Broken}
 	warning := hostsconfig.Finding{ID: "runtime-not-found", Severity: hostsconfig.Degraded}
 	broken := hostsconfig.Finding{ID: "config-path", Severity: hostsconfig.Broken}
-	for want, findings := range map[string][]hostsconfig.Finding{
-		"Whether this node's runtime uses the mirror is not known.": {elsewhere, warning},
-		"This node's runtime would not use the mirror.":             {elsewhere, broken},
+	seen, skipped := runtimeReport{Canary: "seen"}, runtimeReport{Canary: "skipped"}
+	for want, r := range map[string]doctorReport{
+		"Whether this node's runtime uses the mirror is not known.":                                             {Findings: []hostsconfig.Finding{elsewhere, warning}},
+		"This node's runtime would not use the mirror.":                                                         {Findings: []hostsconfig.Finding{elsewhere, broken}},
+		"This node's runtime uses the mirror.":                                                                  {OK: true, Findings: []hostsconfig.Finding{warning}, Runtimes: []runtimeReport{seen}},
+		"Nothing was found that keeps this node's runtime from the mirror. No pull has proven that it uses it.": {OK: true, Runtimes: []runtimeReport{skipped}},
 	} {
-		if got := (doctorReport{Findings: findings}).verdict(); got != want {
+		if got := r.verdict(); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}

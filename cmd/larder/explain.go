@@ -31,8 +31,8 @@ this node is not known.`,
 			if err != nil {
 				return err
 			}
-			if _, err := agent.ParseImage(args[0]); err != nil {
-				return usageError{err}
+			if _, err := parseImages(args); err != nil {
+				return err
 			}
 			var e agent.Explanation
 			q := url.Values{"image": {args[0]}, "platform": {platform}}
@@ -82,7 +82,12 @@ func where(st style, p agent.Part) string {
 	case "arriving":
 		return st.warn(fmt.Sprintf("arriving %s", size(p.Present)))
 	case "peer":
-		return "peer " + strings.Join(p.Holders, " ")
+		shown := p.Holders[:min(len(p.Holders), fewOrigins)]
+		line := "peer " + strings.Join(shown, ", ")
+		if more := len(p.Holders) - len(shown); more > 0 {
+			line += fmt.Sprintf(" and %d more", more)
+		}
+		return line
 	}
 	return st.dim("upstream only")
 }
@@ -94,7 +99,8 @@ func cameFrom(p agent.Part) string {
 	return origins(few(p.Origins))
 }
 
-// fewOrigins is how many peers of one blob are named; --json names all.
+// fewOrigins is how many peers are named as origins or holders of one blob; --json names
+// all.
 const fewOrigins = 3
 
 // few sums up the peers that gave least. Origins come with most bytes first.

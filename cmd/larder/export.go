@@ -58,6 +58,7 @@ their own digests. "larder import" reads it, and so do ctr, skopeo and podman.`,
 	return cmd
 }
 
+// parseImages refuses what is no image's name before an agent is asked.
 func parseImages(args []string) ([]agent.Image, error) {
 	var images []agent.Image
 	for _, arg := range args {

@@ -20,7 +20,7 @@ func newImport() *cobra.Command {
 	var name string
 	cmd := &cobra.Command{
 		Use:   "import FILE...",
-		Short: "Put images from files into this node's cache, for the whole cluster",
+		Short: "Put images from files into the cache, for the whole cluster",
 		Long: `Put images from files into this node's cache. Every node of the cluster can then
 pull them under their own names, by tag and by digest, from this node and from
 each other, also where no registry can be reached. Whoever may ask a node may pull

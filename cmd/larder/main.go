@@ -89,7 +89,22 @@ other nodes, and only then from the registry.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newAgent(), newStatus(), newExplain(), newDoctor(), newHosts(), newWarm(), newPin(), newUnpin(), newExport(), newImport(), newKeygen(), newDemo(), newVersion())
+	for _, group := range []struct {
+		title    string
+		commands []*cobra.Command
+	}{
+		{"Try it:", []*cobra.Command{newDemo()}},
+		{"Run it on a node:", []*cobra.Command{newKeygen(), newAgent(), newHosts()}},
+		{"Look at a node:", []*cobra.Command{newDoctor(), newStatus(), newExplain()}},
+		{"Choose what is cached:", []*cobra.Command{newWarm(), newPin(), newUnpin(), newExport(), newImport()}},
+	} {
+		root.AddGroup(&cobra.Group{ID: group.title, Title: group.title})
+		for _, cmd := range group.commands {
+			cmd.GroupID = group.title
+			root.AddCommand(cmd)
+		}
+	}
+	root.AddCommand(newVersion())
 	for _, cmd := range root.Commands() {
 		markUsage(cmd)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/larder-cache/larder/agent"
 	"golang.org/x/term"
 )
 
@@ -38,8 +39,8 @@ func plainValue(v reflect.Value) {
 			plainValue(v.Index(i))
 		}
 	case reflect.Struct:
-		for i := range v.NumField() {
-			plainValue(v.Field(i))
+		for _, field := range v.Fields() {
+			plainValue(field)
 		}
 	}
 }
@@ -63,12 +64,37 @@ func terminal(w io.Writer) (width int, ok bool) {
 	return max(width, 40), err == nil
 }
 
-// style colours words on a terminal, unless NO_COLOR is set (no-color.org).
-type style struct{ on bool }
+// style colours words on a terminal, unless NO_COLOR is set (no-color.org), and breaks
+// long lines there.
+type style struct {
+	on    bool
+	width int // 0: no terminal
+}
 
 func newStyle(w io.Writer) style {
-	_, ok := terminal(w)
-	return style{on: ok && os.Getenv("NO_COLOR") == ""}
+	width, ok := terminal(w)
+	return style{on: ok && os.Getenv("NO_COLOR") == "", width: width}
+}
+
+// wrap breaks text that begins in a column, between words, and begins each further line
+// there.
+func (s style) wrap(text string, column int) string {
+	var out strings.Builder
+	at := column
+	for i, word := range strings.Fields(text) {
+		switch {
+		case i == 0:
+		case s.width > 0 && at+1+visible(word) > s.width:
+			out.WriteString("\n" + strings.Repeat(" ", column))
+			at = column
+		default:
+			out.WriteString(" ")
+			at++
+		}
+		out.WriteString(word)
+		at += visible(word)
+	}
+	return out.String()
 }
 
 func (s style) paint(code, text string) string {
@@ -153,22 +179,27 @@ func bar(done, total int64, width int) string {
 	return "[" + strings.Repeat("=", filled) + strings.Repeat(" ", width-filled) + "]"
 }
 
-// size is n bytes for people: 512 B, 4.2 MiB.
+// size is n bytes for people, -1 being unknown.
 func size(n int64) string {
 	if n < 0 {
 		return "?"
 	}
-	if n < 1<<10 {
-		return fmt.Sprintf("%d B", n)
+	return agent.SizeText(n)
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
 	}
-	value, unit := float64(n), ""
-	for _, unit = range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
-		value /= 1 << 10
-		if value < 1023.95 {
-			break
-		}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+// took is a duration to three digits or so.
+func took(d time.Duration) string {
+	if d < time.Second {
+		return d.Round(time.Millisecond).String()
 	}
-	return fmt.Sprintf("%.1f %s", value, unit)
+	return d.Round(10 * time.Millisecond).String()
 }
 
 // rate is bytes over a duration, in decimal megabytes as networks are sold.

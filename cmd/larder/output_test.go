@@ -63,3 +63,18 @@ func TestPlainOutsideTerminals(t *testing.T) {
 		t.Error("colours in a pipe")
 	}
 }
+
+// TestWrap: text is broken where a terminal ends, between words, and nowhere else.
+func TestWrap(t *testing.T) {
+	const text = "The agent does not answer, so pulls go straight to the registry."
+	for width, want := range map[int]string{
+		0:  text,
+		80: text,
+		40: "The agent does not answer, so\n         pulls go straight to the\n         registry.",
+		12: "The\n         agent\n         does\n         not\n         answer,\n         so\n         pulls\n         go\n         straight\n         to\n         the\n         registry.",
+	} {
+		if got := (style{width: width}).wrap(text, 9); got != want {
+			t.Errorf("%d columns:\n%s\nwant\n%s", width, got, want)
+		}
+	}
+}

@@ -40,7 +40,7 @@ configuration. Without arguments the pins of this node are listed.`,
 			case asJSON:
 				return usageError{errors.New("--json is for the list: leave it out, or the images")}
 			}
-			if err := checkImages(args); err != nil {
+			if _, err := parseImages(args); err != nil {
 				return err
 			}
 			err = pin(cmd.Context(), api, cmd.OutOrStdout(), args)
@@ -71,7 +71,7 @@ their room is needed for others.`,
 			if err != nil {
 				return err
 			}
-			if err := checkImages(args); err != nil {
+			if _, err := parseImages(args); err != nil {
 				return err
 			}
 			resp, err := api.do(cmd.Context(), http.MethodDelete, "/api/v1/pins?"+url.Values{"image": args}.Encode(), nil)
@@ -87,16 +87,6 @@ their room is needed for others.`,
 	}
 	admin.bind(cmd)
 	return cmd
-}
-
-// checkImages refuses what is no image's name before an agent is asked.
-func checkImages(names []string) error {
-	for _, name := range names {
-		if _, err := agent.ParseImage(name); err != nil {
-			return usageError{err}
-		}
-	}
-	return nil
 }
 
 // pin has the agent pin images, and shows how they come.
@@ -199,9 +189,9 @@ func printPinTrouble(w io.Writer, st style, p agent.PinsStatus) {
 	}
 	fmt.Fprintln(w, "\nPins (larder pin lists all)")
 	if p.Problem != "" {
-		fmt.Fprintf(w, "  %s %s\n", st.bad("problem:"), p.Problem)
+		fmt.Fprintf(w, "  %s %s\n", st.bad("problem:"), st.wrap(p.Problem, 11))
 	}
 	for _, one := range p.Trouble {
-		fmt.Fprintf(w, "  %s  %s: %s\n", pinState(st, one.State), one.Image, one.Error)
+		fmt.Fprintf(w, "  %s  %s\n", pinState(st, one.State), st.wrap(one.Image+": "+one.Error, 4+len(one.State)))
 	}
 }

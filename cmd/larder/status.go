@@ -12,6 +12,7 @@ import (
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/hostsconfig"
 	"github.com/spf13/cobra"
 )
@@ -117,10 +118,7 @@ func replicasLine(st style, r agent.ReplicasStatus) string {
 // bySource is "1.0 GiB disk, 3.2 MiB upstream", largest first.
 func bySource(bytes map[string]int64) string {
 	names := slices.SortedFunc(maps.Keys(bytes), func(a, b string) int {
-		if bytes[a] != bytes[b] {
-			return int(min(1, max(-1, bytes[b]-bytes[a])))
-		}
-		return strings.Compare(a, b)
+		return cmp.Or(cmp.Compare(bytes[b], bytes[a]), strings.Compare(a, b))
 	})
 	var parts []string
 	for _, n := range names {
@@ -163,20 +161,20 @@ func printPulls(w io.Writer, pulls []proxy.Pull, now time.Time) {
 		return
 	}
 	fmt.Fprintln(w, "\nPulls in progress")
-	t := newTable("image", "blob", "", ">", "from", "since")
+	t := newTable("blob", "progress", ">sent", "from", "since", "image")
 	t.indent = "  "
 	for _, p := range pulls {
 		from, amount := p.Source, size(p.Offset)+" of "+size(p.Size)
 		if p.Size == 0 {
 			from, amount = "-", "waiting"
 		}
-		t.row(p.Registry+"/"+p.Repository, short(cmp.Or(p.Digest.String(), p.Reference)), bar(p.Offset, p.Size, barWidth),
-			amount, from, ago(p.Started, now))
+		t.row(short(cmp.Or(p.Digest.String(), p.Reference)), bar(p.Offset, p.Size, barWidth), amount, from, ago(p.Started, now),
+			p.Registry+"/"+p.Repository)
 	}
 	t.print(w)
 }
 
-const barWidth = 20
+const barWidth = 10
 
 // printFills shows what this node fetches.
 func printFills(w io.Writer, fills []agent.FillStatus, now time.Time) {
@@ -184,11 +182,11 @@ func printFills(w io.Writer, fills []agent.FillStatus, now time.Time) {
 		return
 	}
 	fmt.Fprintln(w, "\nBeing fetched")
-	t := newTable("blob", "", ">", ">readers", "from", "since")
+	t := newTable("blob", "progress", ">here", ">readers", "since", "from")
 	t.indent = "  "
 	for _, f := range fills {
 		t.row(short(f.Digest.String()), bar(f.Present, f.Size, barWidth), size(f.Present)+" of "+size(f.Size),
-			strconv.Itoa(f.Readers), origins(f.Origins), ago(f.Started, now))
+			strconv.Itoa(f.Readers), ago(f.Started, now), origins(few(f.Origins)))
 	}
 	t.print(w)
 }
@@ -207,7 +205,7 @@ func printFindings(w io.Writer, st style, d agent.DoctorStatus) {
 			fmt.Fprintln(w, "\nFindings (larder doctor has the fixes)")
 			told = true
 		}
-		fmt.Fprintf(w, "  %s  %s\n", colour(fmt.Sprintf("%-7s", f.Severity)), strings.TrimSpace(f.What+" "+f.Where))
+		fmt.Fprintf(w, "  %s  %s\n", colour(fmt.Sprintf("%-7s", f.Severity)), st.wrap(f.What+" "+f.Where, 11))
 	}
 }
 
@@ -220,26 +218,19 @@ func printRecent(w io.Writer, st style, pulls []agent.RecentPull, now time.Time)
 		return
 	}
 	fmt.Fprintln(w, "\nRecent pulls")
-	t := newTable("image", "from", ">parts", ">took", "ended", "")
+	t := newTable("image", ">parts", ">failed", ">took", "ended", "from")
 	t.indent = "  "
 	for _, p := range pulls[:min(len(pulls), maxRecent)] {
-		from, failed := bySource(p.Served), ""
+		from, failed := bySource(p.Served), "-"
 		if len(p.Served) == 0 {
 			from = "-"
 		}
 		if p.Failed > 0 {
-			failed = st.bad(fmt.Sprintf("%d failed", p.Failed))
+			failed = st.bad(strconv.Itoa(p.Failed))
 		}
-		t.row(imageName(p), from, strconv.Itoa(len(p.Parts)), took(p.Ended.Sub(p.Started)), ago(p.Ended, now), failed)
+		t.row(imageName(p), strconv.Itoa(len(p.Parts)), failed, took(p.Ended.Sub(p.Started)), ago(p.Ended, now), from)
 	}
 	t.print(w)
-}
-
-func took(d time.Duration) string {
-	if d < time.Second {
-		return d.Round(time.Millisecond).String()
-	}
-	return d.Round(100 * time.Millisecond).String()
 }
 
 func imageName(p agent.RecentPull) string {
@@ -266,7 +257,7 @@ func printUpstreams(w io.Writer, st style, s agent.Status, now time.Time) {
 		return
 	}
 	fmt.Fprintln(w, "\nUpstreams")
-	t := newTable("registry", "endpoint", "state", "last answer", "latency", "")
+	t := newTable("registry", "endpoint", "state", "last answer", "latency", "note")
 	t.indent = "  "
 	for _, u := range s.Upstreams {
 		note := u.LastError
@@ -277,21 +268,23 @@ func printUpstreams(w io.Writer, st style, s agent.Status, now time.Time) {
 		if u.Latency > 0 {
 			latency = u.Latency.Round(time.Millisecond).String()
 		}
-		t.row(u.Registry, u.Endpoint, state(st, u.State), ago(u.LastOKAt, now), latency, note)
+		t.row(u.Registry, u.Endpoint, state(st, u, now), ago(u.LastOKAt, now), latency, note)
 	}
 	t.print(w)
 }
 
-func state(st style, s string) string {
-	switch s {
+func state(st style, u upstream.Health, now time.Time) string {
+	switch u.State {
 	case "ok":
-		return st.good(s)
-	case "failing", "unreachable", "open":
-		return st.bad(s)
+		return st.good(u.State)
+	case "failing", "unreachable":
+		return st.bad(u.State)
+	case "open":
+		return st.bad("not asked") + ", next try " + from(u.RetryAt, now)
 	case "paused":
-		return st.warn(s)
+		return st.warn(u.State) + ", next try " + from(u.RetryAt, now)
 	}
-	return s
+	return u.State
 }
 
 // maxMembers is how many members are listed: those that this node is linked

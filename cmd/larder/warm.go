@@ -32,7 +32,7 @@ report each blob and where it came from.`,
 			if err != nil {
 				return err
 			}
-			if err := checkImages(args); err != nil {
+			if _, err := parseImages(args); err != nil {
 				return err
 			}
 			err = warm(cmd.Context(), api, cmd.OutOrStdout(), agent.WarmRequest{Images: args, Platform: platform})
