@@ -380,7 +380,7 @@ func (x *fetch) homes() []*Member {
 
 // join asks a home, takes what it says, and links with whom it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
-	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held})
+	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held, Idle: x.idle})
 	if err != nil {
 		return err
 	}
@@ -397,7 +397,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
-	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
+	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = !x.last && x.more(m.Name, x.tried), x.fetched()
 	}
@@ -618,16 +618,15 @@ func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 		reply joinReply
 		err   error
 	}
-	answers := make(chan answer, 3*homesPerBlob)
-	asked := 0
-	for _, m := range x.otherHomes() {
-		asked++
+	homes, ask := x.otherHomes(), joinAsk{Peek: true, Idle: x.idle}
+	answers := make(chan answer, len(homes))
+	for _, m := range homes {
 		x.s.spawn(func(context.Context) {
-			l, reply, err := x.askHome(ctx, m, joinAsk{Peek: true})
+			l, reply, err := x.askHome(ctx, m, ask)
 			answers <- answer{m, l, reply, err}
 		})
 	}
-	for range asked {
+	for range homes {
 		select {
 		case a := <-answers:
 			if a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil {

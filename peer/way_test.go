@@ -2,6 +2,7 @@ package peer
 
 import (
 	"fmt"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -243,5 +244,48 @@ func TestWayWasLost(t *testing.T) {
 	allOK(t, d, nodes...)
 	if got := w.requests.Load(); got != 1 {
 		t.Errorf("%d requests to the registry", got)
+	}
+}
+
+// TestPeekAtMany: more homes to look at than a blob has at a time, of the zone, the
+// cluster, before this node came, and with a way to the registry. None answers in time, and
+// the node can be stopped. It once waited for ever for those past the ninth.
+func TestPeekAtMany(t *testing.T) {
+	t.Parallel()
+	deaf, err := net.Listen("tcp", "127.0.0.1:0") // nobody accepts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deaf.Close()
+	n := newTestWorld().node(t, "node", func(c *Config) { c.Zone = "a" })
+	s := n.s
+	add := func(count int, zone string, since time.Duration) (out []Member) {
+		for i := range count {
+			node := fmt.Sprint(zone, i)
+			epoch := s.self.Epoch + uint64(since.Milliseconds())
+			out = append(out, Member{Name: startName(node, epoch), Node: node, Zone: zone, Addr: deaf.Addr().String(), Epoch: epoch, Home: true, Key: s.self.Key})
+		}
+		s.roster.set(out...)
+		s.index.joined(out)
+		return out
+	}
+	add(10, "a", time.Minute)
+	add(200, "b", time.Minute)
+	add(5, "c", -time.Minute)
+	for _, m := range add(3, "d", time.Minute) {
+		s.index.heard(appendMessage(nil, memberID(m.Name), 0, []op{{true, prefixOf(wayTo("r"))}}))
+	}
+	x := &fetch{s: s, b: s.blob(blobID{}), w: Want{Digest: key{}.digest(), Registry: "r"}, tried: make(map[string]bool)}
+	if homes := x.otherHomes(); len(homes) != 4*homesPerBlob {
+		t.Fatalf("%d homes to look at: this test needs others", len(homes))
+	}
+	if source, _ := x.peek(t.Context()); source {
+		t.Error("somebody who does not answer has the blob")
+	}
+	n.stop()
+	select {
+	case <-n.gone:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the node does not stop")
 	}
 }
