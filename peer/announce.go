@@ -67,8 +67,6 @@ type op struct {
 	prefix uint64
 }
 
-func (o *own) init() { o.held, o.looked = make(map[uint64]*holding), time.Now() }
-
 func appendOp(b []byte, o op) []byte {
 	return binary.BigEndian.AppendUint64(append(b, flag(o.add, 1)), o.prefix)
 }

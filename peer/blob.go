@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -162,7 +161,7 @@ func (p *pace) resume(now time.Time) {
 
 func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	return &blob{
-		s: s, id: id, k: id.key, d: digest.NewDigestFromBytes(digest.SHA256, id.key[:]),
+		s: s, id: id, k: id.key, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
 		sources: make(map[string]int64), rng: rng, lastUse: time.Now(),
@@ -183,8 +182,8 @@ func (b *blob) grown() <-chan struct{} {
 	return b.grownCh
 }
 
-// rng0 is a source of chance of its own, for callers without the lock.
-func (b *blob) rng0() *rand.Rand {
+// newRand is a source of chance of its own, for callers without the lock.
+func (b *blob) newRand() *rand.Rand {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return rand.New(rand.NewPCG(b.rng.Uint64(), 0))
@@ -392,20 +391,13 @@ func (b *blob) giveUpLocked(r *request) {
 	}
 }
 
-type failure int
-
-const (
-	failClosed failure = iota
-	failGone
-	failBusy
-)
-
-// failed is told by the link that a request will not be answered.
-func (b *blob) failed(r *request, why failure) {
+// failed is told by the link that a request will not be answered: the neighbour said that
+// the piece is gone, or has other things to do, or has gone itself.
+func (b *blob) failed(r *request, gone bool) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
 	b.giveUpLocked(r)
-	if why == failGone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
+	if gone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
 		// It said it had it. Believe it no more for this piece.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--
@@ -419,14 +411,14 @@ func (b *blob) failed(r *request, why failure) {
 func (b *blob) busy(r *request, a answer) {
 	now := time.Now()
 	wait := time.Duration(min(a.delay, 1000)) * time.Millisecond
-	b.failed(r, failBusy)
+	b.failed(r, false)
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
 	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
 		r.nb.busy = now.Add(wait)
 	}
 	b.mu.Unlock()
-	b.s.after(wait, b.poke)
+	time.AfterFunc(wait, b.poke)
 }
 
 // received checks a whole piece and gives it to the fill. It runs on the link's
@@ -539,7 +531,7 @@ func (b *blob) offerLocked(i int) {
 	b.dirty = append(b.dirty, i)
 	if !b.flushing {
 		b.flushing = true
-		b.s.after(max(0, coalesce-time.Since(b.flushed)), b.flush)
+		time.AfterFunc(max(0, coalesce-time.Since(b.flushed)), b.flush)
 	}
 }
 
@@ -565,5 +557,3 @@ func (b *blob) flush() {
 		}
 	}
 }
-
-var _ io.ReaderAt = (*handle)(nil)

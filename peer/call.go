@@ -5,9 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"strings"
 	"time"
 )
 
@@ -110,11 +107,11 @@ const (
 )
 
 // called starts the answer to a question. The reader goes on meanwhile.
-func (s *Swarm) called(l *link, c call) error {
+func (s *Swarm) called(l *link, c call) {
 	if l.asked.Add(1) > maxCalls {
 		l.asked.Add(-1)
 		l.send(call{id: c.id, method: statusBusy}.reply)
-		return nil
+		return
 	}
 	l.touch()
 	s.spawn(func(ctx context.Context) {
@@ -138,7 +135,6 @@ func (s *Swarm) called(l *link, c call) error {
 			l.send(call{id: c.id, body: body}.reply)
 		}
 	})
-	return nil
 }
 
 func (m call) reply(b []byte) []byte { return m.append(b, frameReply) }
@@ -152,8 +148,6 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
 	case methodKeep:
 		return answerAs(c.body, func(a Copy) (struct{}, error) { return s.keeps(ctx, a) })
-	}
-	switch c.method {
 	case methodResolve, methodMay, methodWay:
 		r, err := decode[Reference](c.body)
 		if err != nil {
@@ -189,9 +183,13 @@ func answerAs[Q, A any](body []byte, f func(Q) (A, error)) ([]byte, error) {
 	return marshal(a), nil
 }
 
-func readFull(c net.Conn, p []byte) error {
-	_, err := io.ReadFull(c, p)
-	return err
+// decode reads a call's body; it is at most one frame long.
+func decode[T any](body []byte) (T, error) {
+	var v T
+	if err := json.Unmarshal(body, &v); err != nil {
+		return v, fmt.Errorf("%w: %w", errWire, err)
+	}
+	return v, nil
 }
 
-func cutDigest(d string) (algo, enc string, ok bool) { return strings.Cut(d, ":") }
+func truncate(s string, n int) string { return s[:min(len(s), n)] }

@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"slices"
+	"time"
 )
 
 // verifyFirst is the size up to which a node that holds a whole blob, but not
@@ -158,7 +159,7 @@ func (b *blob) find(f Fill) (news bool) {
 		}
 	}
 	if news {
-		b.progress = b.s.now()
+		b.progress = time.Now()
 	}
 	return news
 }

@@ -57,7 +57,6 @@ type gossip struct {
 	inbox chan []byte
 	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
-	once  sync.Once
 	// abrupt makes the node end without a word, as a killed one does.
 	abrupt bool
 
@@ -248,7 +247,9 @@ func (g *gossip) rejoin(ctx context.Context) {
 		addrs = g.unknown(addrs)
 		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
 		unanswered := g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
-		g.once.Do(func() { close(g.tried) })
+		if round == 0 {
+			close(g.tried)
+		}
 		g.noteAlone(cmp.Or(unanswered, unresolved))
 		if round < greetRounds {
 			_ = g.knock(ctx, g.greet()) // of members, which does not make this node one without

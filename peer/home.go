@@ -2,7 +2,6 @@ package peer
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -216,7 +215,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	}
 	b.admit(l.peer, ask.Registry)
 	b.note(l, ask)
-	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.rng0()), Vouch: b.vouched()}
+	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.newRand()), Vouch: b.vouched()}
 	if ask.Pass {
 		p := s.sign(b.k, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
@@ -464,8 +463,6 @@ func (b *blob) recentFailure() error {
 	return b.failure
 }
 
-func truncate(s string, n int) string { return s[:min(len(s), n)] }
-
 // permitAsk asks a home whether this node may fetch from upstream although it
 // is not the home.
 type permitAsk struct {
@@ -489,13 +486,4 @@ func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
 		b.vouch([]string{l.peer})
 	}
 	return permitReply{ok}, nil
-}
-
-// decode reads a call's body; it is at most one frame long.
-func decode[T any](body []byte) (T, error) {
-	var v T
-	if err := json.Unmarshal(body, &v); err != nil {
-		return v, fmt.Errorf("%w: %w", errWire, err)
-	}
-	return v, nil
 }

@@ -189,7 +189,7 @@ func (l *link) settle() error {
 		close(c)
 	}
 	for _, r := range wants {
-		r.blob.failed(r, failClosed)
+		r.blob.failed(r, false)
 	}
 	for _, u := range bulk {
 		l.s.uploads.finished(u)
@@ -466,14 +466,13 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 }
 
 // answered gives an answer to whoever asked.
-func (l *link) answered(a call) error {
+func (l *link) answered(a call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c, ok := l.calls[a.id]; ok {
 		delete(l.calls, a.id) // there is one
 		c <- a
 	}
-	return nil
 }
 
 // tend pings a quiet link and closes a silent or idle one.

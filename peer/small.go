@@ -177,16 +177,11 @@ func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([
 	if m.Name == s.self.Name {
 		return s.answerSmall(ctx, method, r)
 	}
-	var b json.RawMessage
-	err := s.question(ctx, m, method, r, &b)
-	return b, err
-}
-
-func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Reference, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, questionTime)
 	defer cancel()
-	_, err := s.askMember(ctx, m, method, r, out)
-	return err
+	var b json.RawMessage
+	_, err := s.askMember(ctx, m, method, r, &b)
+	return b, err
 }
 
 // answers remembers what upstream said, and makes those who ask at the same
