@@ -26,7 +26,7 @@ const (
 	statusFailed
 	statusBusy
 	statusRefused // a Refusal follows as JSON
-	statusCutOff  // errUnreached
+	statusCutOff  // errUnreached; names of members that have a way may follow as JSON
 )
 
 // Refusal is upstream's own answer to a home, as another node can give it to
@@ -73,7 +73,9 @@ func (m call) into(a any, node string) error {
 	case statusBusy:
 		return ErrBusy
 	case statusCutOff:
-		return errUnreached
+		cut := new(cutOffError)
+		_ = json.Unmarshal(m.body, &cut.others) // an older node names nobody
+		return cut
 	case statusRefused:
 		refusal := new(Refusal)
 		if err := json.Unmarshal(m.body, refusal); err != nil {
@@ -124,7 +126,7 @@ func (s *Swarm) called(l *link, c call) {
 		case errors.Is(err, ErrBusy):
 			l.send(call{id: c.id, method: statusBusy}.reply)
 		case errors.Is(err, errUnreached):
-			l.send(call{id: c.id, method: statusCutOff}.reply)
+			l.send(call{id: c.id, method: statusCutOff, body: body}.reply)
 		case refused:
 			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
 		case err != nil:
@@ -153,7 +155,11 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		return s.answerSmall(ctx, c.method, r)
+		b, err := s.answerSmall(ctx, c.method, r)
+		if errors.Is(err, errUnreached) {
+			b = marshal(s.listed(r.Registry))
+		}
+		return b, err
 	case methodDelta:
 		q := cursor{b: c.body}
 		seq, from := q.u32(), q.u64()

@@ -412,7 +412,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
 		if reply.CutOff {
-			x.s.cutOff(m.Name, x.w.Registry)
+			x.s.cutOff(m.Name, x.w.Registry, reply.Ways)
 			err = errUnreached
 		}
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):

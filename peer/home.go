@@ -183,6 +183,7 @@ type joinReply struct {
 	Help    int64    `json:",omitempty"` // fetch from the far end too: the home's own pace, bytes per second
 	Refused string   `json:",omitempty"` // ask the next home: why
 	CutOff  bool     `json:",omitempty"` // refused, because the home does not reach the registry
+	Ways    []string `json:",omitempty"` // with CutOff: members that do
 	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
 }
 
@@ -227,6 +228,9 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 			b.home.forget(l.peer) // nothing for it meets here
 		}
 		reply.Refused, reply.CutOff = truncate(err.Error(), maxStatusLen), errors.Is(err, errUnreached)
+		if reply.CutOff {
+			reply.Ways = s.listed(ask.Registry)
+		}
 		return reply, nil
 	}
 	reply.Meet = append(reply.Meet, holders...)

@@ -140,9 +140,6 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 			break
 		}
 		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
-		if errors.Is(err, errUnreached) {
-			s.cutOff(m.Name, r.Registry)
-		}
 		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
 	switch {
@@ -172,7 +169,7 @@ func answered(err error) bool {
 	return remote || refused || errors.Is(err, errUnreached)
 }
 
-// put asks one home.
+// put asks one home, and notes if it does not reach the registry.
 func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([]byte, error) {
 	if m.Name == s.self.Name {
 		return s.answerSmall(ctx, method, r)
@@ -181,6 +178,9 @@ func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([
 	defer cancel()
 	var b json.RawMessage
 	_, err := s.askMember(ctx, m, method, r, &b)
+	if cut, ok := errors.AsType[*cutOffError](err); ok {
+		s.cutOff(m.Name, r.Registry, cut.others)
+	}
 	return b, err
 }
 

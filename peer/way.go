@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -32,6 +31,7 @@ const (
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
 	keepCut   = keepDown         // a member that said it is cut off is passed over; it says so at once
+	keepTold  = 30 * time.Second // whom it named instead counts; by then the index knows
 	maxCut    = 4096
 	maxWays   = 256 // registries
 )
@@ -43,6 +43,13 @@ type ways struct {
 	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
 	ours   map[string]bool      // those of which it has told others
 	sought map[string]seeking
+	told   map[string]hearsay
+}
+
+// hearsay is who has a way to a registry, as a member said that has none.
+type hearsay struct {
+	names []string
+	until time.Time // that counts
 }
 
 type access struct{ member, registry string }
@@ -54,7 +61,8 @@ type seeking struct {
 }
 
 func newWays() *ways {
-	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool), sought: make(map[string]seeking)}
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool),
+		sought: make(map[string]seeking), told: make(map[string]hearsay)}
 }
 
 // wayTo is what the index calls a way to a registry.
@@ -104,8 +112,9 @@ func (s *Swarm) loseWay(registry string) {
 	}
 }
 
-// cutOff notes that another member does not reach a registry.
-func (s *Swarm) cutOff(member, registry string) {
+// cutOff notes that another member does not reach a registry, and who does by its index:
+// that of a node that has just started does not know yet.
+func (s *Swarm) cutOff(member, registry string, others []string) {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -116,6 +125,19 @@ func (s *Swarm) cutOff(member, registry string) {
 	if len(w.cut) < maxCut && member != s.self.Name {
 		w.cut[access{member, registry}] = now.Add(keepCut)
 	}
+	maps.DeleteFunc(w.told, func(_ string, h hearsay) bool { return now.After(h.until) })
+	if len(others) > 0 && len(w.told) < maxWays {
+		w.told[registry] = hearsay{others[:min(len(others), homesPerBlob)], now.Add(keepTold)}
+	}
+}
+
+// listed is who has a way to a registry by the index, and was not found without: named to
+// one who asked this node in vain. Hearsay goes no further, or two could tell it each
+// other for ever.
+func (s *Swarm) listed(registry string) []string {
+	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
+	names = slices.DeleteFunc(names, func(name string) bool { return s.roster.isGone(name) || s.isCut(name, registry) })
+	return names[:min(len(names), homesPerBlob)]
 }
 
 // isCut reports whether a member is not to be asked to try a registry, where another
@@ -170,8 +192,8 @@ func (s *Swarm) around(homes []*Member, k key, registry string) []*Member {
 	return append(homes, stand...)
 }
 
-// withWay is who has a way to the registry, by the index, in the order in which they
-// stand in for homes of k.
+// withWay is who has a way to the registry, by the index or hearsay, in the order in which
+// they stand in for homes of k.
 func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	w := s.ways
 	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
@@ -180,6 +202,13 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 		names = append(names, s.self.Name)
 	}
 	now := time.Now()
+	if h := w.told[registry]; now.Before(h.until) {
+		for _, name := range h.names {
+			if name != s.self.Name && !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
 	names = slices.DeleteFunc(names, func(name string) bool { return now.Before(w.cut[access{name, registry}]) })
 	w.mu.Unlock()
 	for _, name := range names {
@@ -229,8 +258,6 @@ func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
 				if err == nil {
 					found.Store(true)
-				} else if errors.Is(err, errUnreached) {
-					s.cutOff(m.Name, registry)
 				}
 				s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
 			})

@@ -145,7 +145,7 @@ func TestWaysAreBounded(t *testing.T) {
 	n := newTestWorld().node(t, "a")
 	w := n.s.ways
 	for i := range 2 * maxCut {
-		n.s.cutOff(fmt.Sprint("member-", i), "r")
+		n.s.cutOff(fmt.Sprint("member-", i), fmt.Sprint("registry-", i), []string{"a", "b", "c", "d"})
 		w.maySeek(fmt.Sprint("registry-", i), time.Now())
 	}
 	for i := range 2 * maxWays {
@@ -153,8 +153,11 @@ func TestWaysAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(w.cut) != maxCut || len(w.sought) != maxWays || len(w.ours) != maxWays || len(w.sure) != maxWays {
-		t.Errorf("%d members, %d registries looked for and %d told of are kept", len(w.cut), len(w.sought), len(w.ours))
+	if len(w.cut) != maxCut || len(w.sought) != maxWays || len(w.told) != maxWays || len(w.ours) != maxWays || len(w.sure) != maxWays {
+		t.Errorf("%d members, %d registries looked for, %d heard of and %d told of are kept", len(w.cut), len(w.sought), len(w.told), len(w.ours))
+	}
+	if names := w.told["registry-0"].names; len(names) != homesPerBlob {
+		t.Errorf("%q are kept for one registry", names)
 	}
 }
 
@@ -166,7 +169,7 @@ func TestAround(t *testing.T) {
 	s := nodes[0].s
 	k := key{1}
 	homes := s.roster.homes(k, "", false)
-	s.cutOff(homes[0].Name, "registry.test")
+	s.cutOff(homes[0].Name, "registry.test", nil)
 	if got := s.around(homes, k, "registry.test"); !slices.Equal(got, homes) {
 		t.Error("nobody has a way, and the homes are others")
 	}
@@ -287,5 +290,50 @@ func TestPeekAtMany(t *testing.T) {
 	case <-n.gone:
 	case <-time.After(10 * time.Second):
 		t.Fatal("the node does not stop")
+	}
+}
+
+// TestJustStarted: a node whose index knows of no way yet asks homes that are not sure of
+// theirs. They name who has one, and it turns to him for a tag and for a blob, also where
+// the next home would be the node itself.
+func TestJustStarted(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 8)
+	way, fresh := nodes[3], nodes[5]
+	if err := way.s.giveWay(t.Context(), "registry.test"); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		if n != way {
+			n.cutOff.Store(true)
+			n.tag = func() (Descriptor, error) { return Descriptor{}, fmt.Errorf("%s asked the registry", n.s.self.Node) }
+		}
+		if n != way && n != fresh {
+			n.s.index.joined([]Member{way.s.self})
+			n.s.index.heard(appendMessage(nil, memberID(way.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+		}
+	}
+	rank := func(k key, m *testNode) int {
+		return slices.Index(namesOf(fresh.s.roster.homes(k, "", false)), m.s.self.Name)
+	}
+	r := Reference{Registry: "registry.test", Tag: "v1"}
+	for i := 0; r.Repository == "" || rank(r.home(), way) >= 0 || rank(r.home(), fresh) >= 0; i++ {
+		r.Repository = fmt.Sprint("app-", i)
+	}
+	if got, err := fresh.s.Resolve(t.Context(), r); err != nil || got.Digest != digest.FromString("v1") {
+		t.Errorf("the tag is %v, %v", got, err)
+	}
+
+	fresh.s.ways = newWays()
+	var d digest.Digest
+	for seed := uint64(1); d == "" || rank(sha256Of(d), way) >= 0 || rank(sha256Of(d), fresh) < 1; seed++ {
+		d = w.add(1<<20, seed)
+	}
+	allOK(t, d, fresh)
+	fresh.mu.Lock()
+	defer fresh.mu.Unlock()
+	if from := fresh.blobs[d].sources(); from[way.s.self.Node] != 1<<20 {
+		t.Errorf("the blob came from %v", from)
 	}
 }
