@@ -21,12 +21,16 @@ import (
 // holders of a blob, and stand in for the homes that are cut off: the best of them by
 // rank, so that all nodes turn to the same ones. In a cluster where everybody always
 // had a way nobody asks, and the index knows nothing of it. An entry stays until who made
-// it fails to reach the registry, also if nobody needs it any more.
+// it fails to reach the registry, or was not asked for a day: as long as somebody is cut off
+// and pulls, he goes on to ask one of those that are listed now and then. So the more are
+// cut off, the more stay listed, and the last one stays while anybody is.
 
 const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
 	wayRarely = 2 * time.Minute  // and up to this, twice as long each time, if nobody has one
 	wayCheck  = 2 * time.Second  // if somebody has, it looks so often whether that is still so
+	wayRenew  = time.Minute      // and asks one of those that it knows so often, which then stay listed
+	wayKept   = 24 * time.Hour   // since somebody asked; many clusters pull little but once a day
 	wayTime   = 3 * time.Second  // for one member to try, less than questionTime, so that it can still say that it was in vain
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
@@ -41,7 +45,7 @@ type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
 	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
-	ours   map[string]bool      // those of which it has told others
+	ours   map[string]time.Time // those of which it has told others, and when one of them asked last
 	sought map[string]seeking
 	told   map[string]hearsay
 }
@@ -56,12 +60,13 @@ type access struct{ member, registry string }
 
 // seeking is when this node may look again for a way to a registry.
 type seeking struct {
-	pause time.Duration
-	next  time.Time
+	pause   time.Duration
+	next    time.Time
+	renewed time.Time // when it asked a member last that it knew to have one
 }
 
 func newWays() *ways {
-	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool),
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]time.Time),
 		sought: make(map[string]seeking), told: make(map[string]hearsay)}
 }
 
@@ -97,8 +102,11 @@ func (s *Swarm) doubt(registry string) {
 func (w *ways) isSure(registry string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.sure[registry] || w.ours[registry]
+	return w.sure[registry] || w.givesLocked(registry)
 }
+
+// givesLocked reports whether this node has told others that it has a way.
+func (w *ways) givesLocked(registry string) bool { return !w.ours[registry].IsZero() }
 
 // loseWay takes back what this node said of its way to a registry.
 func (s *Swarm) loseWay(registry string) {
@@ -106,9 +114,25 @@ func (s *Swarm) loseWay(registry string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.sure, registry)
-	if w.ours[registry] {
-		delete(w.ours, registry)
+	s.takeBackLocked(registry)
+}
+
+func (s *Swarm) takeBackLocked(registry string) {
+	if s.ways.givesLocked(registry) {
+		delete(s.ways.ours, registry)
 		s.Withdraw(wayTo(registry).digest())
+	}
+}
+
+// tendWays takes back the ways for which nobody has asked for long.
+func (s *Swarm) tendWays(now time.Time) {
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for registry, asked := range w.ours {
+		if now.Sub(asked) > wayKept {
+			s.takeBackLocked(registry)
+		}
 	}
 }
 
@@ -178,7 +202,21 @@ func (w *ways) maySeek(registry string, now time.Time) bool {
 func (w *ways) found(registry string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.sought[registry] = seeking{next: time.Now().Add(wayCheck)}
+	w.sought[registry] = seeking{next: time.Now().Add(wayCheck), renewed: w.sought[registry].renewed}
+}
+
+// mayRenew reports whether it is time to ask a member that is known to have a way, and
+// notes that it is done.
+func (w *ways) mayRenew(registry string, now time.Time) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k := w.sought[registry]
+	if now.Sub(k.renewed) < wayRenew {
+		return false
+	}
+	k.renewed = now
+	w.sought[registry] = k
+	return true
 }
 
 // around puts those that have a way to the registry in the place of homes that have
@@ -198,7 +236,7 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	w := s.ways
 	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
 	w.mu.Lock()
-	if w.ours[registry] {
+	if w.givesLocked(registry) {
 		names = append(names, s.self.Name)
 	}
 	now := time.Now()
@@ -236,30 +274,40 @@ func (s *Swarm) seekWay(ctx context.Context, registry string) {
 	if !reached {
 		s.loseWay(registry)
 	}
-	if reached || len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
+	var by key
+	binary.BigEndian.PutUint64(by[:], rand.Uint64())
+	known := s.withWay(by, registry)
+	if reached || len(known) > 0 || s.askWay(ctx, registry) {
 		s.ways.found(registry)
+	}
+	if !reached && len(known) > 0 && s.ways.mayRenew(registry, time.Now()) {
+		s.askOneWay(ctx, known[0], registry)
 	}
 }
 
 // askWay asks others until one has a way to the registry, last those that had none a
 // moment ago. Who has one tells all; see giveWay.
 func (s *Swarm) askWay(ctx context.Context, registry string) bool {
-	members := slices.DeleteFunc(slices.Clone(s.roster.view.Load().all), func(m *Member) bool {
-		return m.Name == s.self.Name || !m.Home || s.roster.isDown(m.Name)
-	})
-	rand.Shuffle(len(members), func(i, j int) { members[i], members[j] = members[j], members[i] })
-	cut := slices.DeleteFunc(slices.Clone(members), func(m *Member) bool { return !s.isCut(m.Name, registry) })
-	members = append(slices.DeleteFunc(members, func(m *Member) bool { return s.isCut(m.Name, registry) }), cut...)
+	var members, cut []*Member
+	all := s.roster.view.Load().all
+	for _, i := range rand.Perm(len(all)) {
+		switch m := all[i]; {
+		case m.Name == s.self.Name || !m.Home || s.roster.isDown(m.Name):
+		case s.isCut(m.Name, registry):
+			cut = append(cut, m)
+		default:
+			members = append(members, m)
+		}
+	}
+	members = append(members, cut...)
 	var found atomic.Bool
 	for some := range slices.Chunk(members[:min(len(members), wayAsked)], wayAtOnce) {
 		var asked sync.WaitGroup
 		for _, m := range some {
 			asked.Go(func() {
-				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
-				if err == nil {
+				if s.askOneWay(ctx, m, registry) {
 					found.Store(true)
 				}
-				s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
 			})
 		}
 		asked.Wait()
@@ -268,6 +316,12 @@ func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 		}
 	}
 	return found.Load()
+}
+
+func (s *Swarm) askOneWay(ctx context.Context, m *Member, registry string) bool {
+	_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
+	s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
+	return err == nil
 }
 
 // tryWay tries to reach the registry.
@@ -302,9 +356,9 @@ func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.ours) < maxWays && !w.ours[registry] {
-		w.ours[registry] = true
-		s.Announce(wayTo(registry).digest())
+	if len(w.ours) < maxWays || w.givesLocked(registry) {
+		w.ours[registry] = time.Now()
+		s.Announce(wayTo(registry).digest()) // once
 	}
 	return nil
 }

@@ -337,3 +337,53 @@ func TestJustStarted(t *testing.T) {
 		t.Errorf("the blob came from %v", from)
 	}
 }
+
+// TestWayIsTakenBack: a member stays listed as long as one that is cut off pulls, and no
+// longer than a day after the last of these.
+func TestWayIsTakenBack(t *testing.T) {
+	t.Parallel()
+	const registry = "registry.test"
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 3)
+	cut, way := nodes[0], nodes[1]
+	cut.tries.Store(1) // in vain
+	if err := way.s.giveWay(t.Context(), registry); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		return len(cut.s.withWay(key{}, registry)) == 1 && len(nodes[2].s.withWay(key{}, registry)) == 1
+	})
+	way.s.ways.mu.Lock()
+	way.s.ways.ours[registry] = time.Now().Add(-wayKept + time.Minute)
+	way.s.ways.mu.Unlock()
+	for range 3 {
+		cut.s.seekWay(t.Context(), registry)
+	}
+	if got := way.connects.Load(); got != 2 {
+		t.Errorf("the member tried %d times, want once when it was found and once since", got)
+	}
+	listed := func() bool {
+		way.s.ways.mu.Lock()
+		defer way.s.ways.mu.Unlock()
+		return way.s.ways.givesLocked(registry)
+	}
+	if way.s.tendWays(time.Now().Add(2 * time.Minute)); !listed() {
+		t.Fatal("the way is taken back while a member needs it")
+	}
+
+	cut.tries.Store(0)
+	cut.s.ways.mu.Lock()
+	clear(cut.s.ways.sought)
+	cut.s.ways.mu.Unlock()
+	cut.s.seekWay(t.Context(), registry)
+	if got := way.connects.Load(); got != 2 {
+		t.Error("a member that reaches the registry asks for a way")
+	}
+	if way.s.tendWays(time.Now().Add(wayKept - time.Minute)); !listed() {
+		t.Error("the way is taken back before a day is over")
+	}
+	way.s.tendWays(time.Now().Add(wayKept + time.Minute))
+	for _, n := range nodes {
+		waitFor(t, func() bool { return len(n.s.withWay(key{}, registry)) == 0 })
+	}
+}
