@@ -245,7 +245,9 @@ type fetch struct {
 
 	joined   string // the home that answered
 	joinedAt time.Time
-	homeLink *link // while the home is a neighbour
+	rejoined time.Time     // when it was asked last, whether it answered or not
+	renew    time.Duration // how long the lease is left to itself
+	homeLink *link         // while the home is a neighbour
 	tried    map[string]bool
 	idle     []string // of tried: said that they get the blob, and gave nothing
 	left     []string // of tried: have no way to the registry, and left it to others
@@ -495,10 +497,9 @@ func (x *fetch) inline(l *link, body []byte) error {
 func (x *fetch) takePart(ctx context.Context) error {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
-	rejoined := time.Now()
-	renew := renewEvery
+	x.rejoined, x.renew = time.Now(), renewEvery
 	if x.s.mayBeHome(x.b.k, x.s.self.Name) {
-		renew /= 2 // it may be needed, see help
+		x.renew /= 2 // this node may be needed, see help
 	}
 	for !x.whole() {
 		select {
@@ -518,21 +519,33 @@ func (x *fetch) takePart(ctx context.Context) error {
 			return nil // others came here as to the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
-		case x.b.forsaken(x.joinedAt):
-			rejoined = now
-			if err := x.rejoin(ctx, true); err != nil {
-				return nil // the next home
-			}
-		case now.Sub(x.joinedAt) > renew, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
-			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second,
-			x.b.unprovedAfter(rejoined) && now.Sub(rejoined) > vouchWait:
-			rejoined = now
-			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
+		}
+		forsaken := x.b.forsaken(x.joinedAt)
+		if forsaken || x.asksAgain(now, idle, neighbours) {
+			x.rejoined = now
+			if err := x.rejoin(ctx, forsaken || idle > stallRejoin/2 || neighbours == 0); err != nil {
 				return nil // the next home
 			}
 		}
 	}
 	return nil
+}
+
+// asksAgain reports whether there is a reason to ask the home once more.
+func (x *fetch) asksAgain(now time.Time, idle time.Duration, neighbours int) bool {
+	since := now.Sub(x.rejoined)
+	switch {
+	case now.Sub(x.joinedAt) > x.renew:
+	case x.homeLink != nil && x.homeLink.over(): // it was a neighbour and is gone
+	case x.b.home.doubt().After(x.joinedAt): // others came here as to the next home
+	case idle > stallRejoin && since > stallRejoin:
+	case neighbours == 0 && since > lookAgain:
+	case neighbours < fewNeighbours && since > time.Second:
+	case since > vouchWait && x.b.unprovedAfter(x.rejoined):
+	default:
+		return false
+	}
+	return true
 }
 
 // unprovedAfter reports whether pieces came since of somebody whom the home did not vouch
@@ -555,9 +568,6 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) error {
 	}
 	return err
 }
-
-// homeless reports whether the home was a neighbour and is gone.
-func (x *fetch) homeless() bool { return x.homeLink != nil && x.homeLink.over() }
 
 // asHome fetches from upstream what nobody in the swarm has.
 func (x *fetch) asHome(ctx context.Context) error {
