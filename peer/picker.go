@@ -6,6 +6,8 @@ import (
 	"time"
 )
 
+// What is asked of whom. All of this runs with blob.mu held.
+
 const (
 	window     = 64 // pieces from the cursor among which the rarest is asked first
 	urgentN    = 2  // first missing pieces: may be asked twice
@@ -19,7 +21,7 @@ const (
 	twinAfter  = 300 * time.Millisecond // but not before
 )
 
-// pump asks for as many pieces as may be under way. b.mu is held.
+// pump asks for as many pieces as may be under way.
 func (b *blob) pump(now time.Time) {
 	if b.fill == nil || b.size == 0 || b.missing == 0 {
 		return

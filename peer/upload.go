@@ -23,8 +23,8 @@ type uploads struct {
 	queue  []*upload
 	active []*upload
 	lost   []*upload // of links that had ended when it was their turn; drop is about to come
-	vtime  float64 // of the blob served last
-	pace   pace    // while busy
+	vtime  float64   // of the blob served last
+	pace   pace      // while busy
 }
 
 const (
