@@ -66,7 +66,7 @@ func (b *blob) learn(t *batch) {
 	if !fresh || !(vouched || b.s.mayBeHome(b.k, t.signer)) {
 		return
 	}
-	pub := b.s.signingKey(t.signer)
+	pub := b.s.roster.key(t.signer)
 	if len(pub) != ed25519.PublicKeySize || !ed25519.Verify(pub, t.signed(), t.sig[:]) {
 		b.s.log.Debug("piece digests with a bad signature", "digest", b.d, "peer", t.signer)
 		return

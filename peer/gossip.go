@@ -75,7 +75,7 @@ func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 10
 
 // start binds the gossip port and starts memberlist on it.
 func (g *gossip) start() error {
-	host, port, err := splitAddr(g.s.cfg.Gossip, 0)
+	host, port, err := splitAddr(g.s.cfg.Gossip)
 	if err != nil {
 		return fmt.Errorf("gossip address %q: %w", g.s.cfg.Gossip, err)
 	}
@@ -120,20 +120,15 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 }
 
 // splitAddr splits a listen address. No host means every address, of IPv6 too.
-func splitAddr(addr string, port int) (string, int, error) {
+func splitAddr(addr string) (host string, port int, err error) {
 	host, p, err := net.SplitHostPort(addr)
-	if err != nil {
-		return "", 0, err
-	}
-	if p != "" {
-		if port, err = strconv.Atoi(p); err != nil {
-			return "", 0, err
-		}
+	if err == nil && p != "" {
+		port, err = strconv.Atoi(p)
 	}
 	if host == "localhost" {
 		host = "127.0.0.1"
 	}
-	return host, port, nil
+	return host, port, err
 }
 
 // advertised is the address others use: as configured, or the first one bound, or one

@@ -181,7 +181,7 @@ func (r *roster) get(name string) (*Member, bool) {
 	return v.all[i], true
 }
 
-// key returns the signing key of a member that lives or fell lately.
+// key returns the signing key of a member, be it this node, that lives or fell lately.
 func (r *roster) key(name string) ed25519.PublicKey {
 	if m, ok := r.get(name); ok {
 		return m.Key

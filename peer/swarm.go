@@ -256,13 +256,6 @@ func (s *Swarm) mayBeHome(k key, name string) bool {
 	return slices.ContainsFunc(homes, func(m *Member) bool { return m.Name == name })
 }
 
-func (s *Swarm) signingKey(name string) ed25519.PublicKey {
-	if name == s.self.Name {
-		return s.self.Key
-	}
-	return s.roster.key(name)
-}
-
 // holders are live members known to hold the whole blob.
 func (s *Swarm) holders(k key, zone string) []string {
 	return s.index.holders(prefixOf(k), zone, namedHolders)
