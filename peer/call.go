@@ -120,23 +120,27 @@ func (s *Swarm) called(l *link, c call) {
 		defer l.asked.Add(-1)
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		body, err := s.answer(ctx, l, c)
-		refusal, refused := errors.AsType[*Refusal](err)
-		switch {
-		case errors.Is(err, ErrBusy):
-			l.send(call{id: c.id, method: statusBusy}.reply)
-		case errors.Is(err, errUnreached):
-			l.send(call{id: c.id, method: statusCutOff, body: body}.reply)
-		case refused:
-			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
-		case err != nil:
-			l.send(call{id: c.id, method: statusFailed, body: []byte(truncate(err.Error(), maxStatusLen))}.reply)
-		case len(body) > maxPayload-64:
-			l.send(call{id: c.id, method: statusFailed, body: []byte("answer too long")}.reply)
-		default:
-			l.send(call{id: c.id, body: body}.reply)
-		}
+		status, body := outcome(s.answer(ctx, l, c))
+		l.send(call{id: c.id, method: status, body: body}.reply)
 	})
+}
+
+// outcome is how an answer, or why there is none, goes to who asked; call.into reads it.
+func outcome(body []byte, err error) (byte, []byte) {
+	refusal, refused := errors.AsType[*Refusal](err)
+	switch {
+	case errors.Is(err, ErrBusy):
+		return statusBusy, nil
+	case errors.Is(err, errUnreached):
+		return statusCutOff, body
+	case refused:
+		return statusRefused, marshal(refusal.short())
+	case err != nil:
+		return statusFailed, []byte(truncate(err.Error(), maxStatusLen))
+	case len(body) > maxPayload-64:
+		return statusFailed, []byte("answer too long")
+	}
+	return statusOK, body
 }
 
 func (m call) reply(b []byte) []byte { return m.append(b, frameReply) }

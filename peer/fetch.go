@@ -579,7 +579,7 @@ func (x *fetch) asHome(ctx context.Context) error {
 	resumed := x.b.home.resumed
 	x.b.home.mu.Unlock()
 	if resumed {
-		x.rest(ctx, resumeWait)
+		wait(ctx, resumeWait)
 	}
 	return x.upstream(ctx)
 }
@@ -597,7 +597,7 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
 	holders = append(holders, named...)
-	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); x.rest(ctx, lookAgain) {
+	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); wait(ctx, lookAgain) {
 		// The index names the dead until gossip has noticed; the links already have.
 		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
 		idle, _ := x.b.look(time.Now())
@@ -669,16 +669,6 @@ func (x *fetch) otherHomes() (out []*Member) {
 	return out
 }
 
-// rest waits for d, or for the next piece.
-func (x *fetch) rest(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
-}
-
 // upstream fetches until the fill is whole: first what no neighbour has, then,
 // if neighbours do not deliver what they have, everything. It fails with errUnreached
 // if it could not begin, and there is another home to do it.
@@ -708,7 +698,7 @@ func (x *fetch) upstream(ctx context.Context) error {
 		if x.whole() {
 			break
 		}
-		x.rest(ctx, lookAgain)
+		wait(ctx, lookAgain)
 		idle, _ := x.b.look(time.Now())
 		sink.all = idle > stallRejoin
 	}
@@ -733,7 +723,7 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 	if idle > giveUpAfter {
 		return ErrStalled
 	}
-	x.rest(ctx, permitWait)
+	wait(ctx, permitWait)
 	return nil
 }
 

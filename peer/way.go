@@ -150,8 +150,14 @@ func (s *Swarm) cutOff(member, registry string, others []string) {
 		w.cut[access{member, registry}] = now.Add(keepCut)
 	}
 	maps.DeleteFunc(w.told, func(_ string, h hearsay) bool { return now.After(h.until) })
-	if len(others) > 0 && len(w.told) < maxWays {
-		w.told[registry] = hearsay{others[:min(len(others), homesPerBlob)], now.Add(keepTold)}
+	var names []string
+	for _, name := range others[:min(len(others), homesPerBlob)] {
+		if m, live := s.roster.get(name); live && name != s.self.Name {
+			names = append(names, m.Name)
+		}
+	}
+	if len(names) > 0 && len(w.told) < maxWays {
+		w.told[registry] = hearsay{names, now.Add(keepTold)}
 	}
 }
 
@@ -241,11 +247,9 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	}
 	now := time.Now()
 	if h := w.told[registry]; now.Before(h.until) {
-		for _, name := range h.names {
-			if name != s.self.Name && !slices.Contains(names, name) {
-				names = append(names, name)
-			}
-		}
+		names = slices.Concat(names, h.names)
+		slices.Sort(names)
+		names = slices.Compact(names)
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return now.Before(w.cut[access{name, registry}]) })
 	w.mu.Unlock()

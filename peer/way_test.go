@@ -143,9 +143,10 @@ func TestNoWay(t *testing.T) {
 // TestWaysAreBounded: registries and members come from outside.
 func TestWaysAreBounded(t *testing.T) {
 	n := newTestWorld().node(t, "a")
+	n.s.roster.set(Member{Name: "b"}, Member{Name: "c"}, Member{Name: "d"}, Member{Name: "e"})
 	w := n.s.ways
 	for i := range 2 * maxCut {
-		n.s.cutOff(fmt.Sprint("member-", i), fmt.Sprint("registry-", i), []string{"a", "b", "c", "d"})
+		n.s.cutOff(fmt.Sprint("member-", i), fmt.Sprint("registry-", i), []string{"b", "c", "d", "e"})
 		w.maySeek(fmt.Sprint("registry-", i), time.Now())
 	}
 	for i := range 2 * maxWays {
@@ -158,6 +159,10 @@ func TestWaysAreBounded(t *testing.T) {
 	}
 	if names := w.told["registry-0"].names; len(names) != homesPerBlob {
 		t.Errorf("%q are kept for one registry", names)
+	}
+	n.s.ways = newWays()
+	if n.s.cutOff("member", "r", []string{n.s.self.Name, "a stranger"}); len(n.s.ways.told) != 0 {
+		t.Errorf("it is believed that %v have a way", n.s.ways.told)
 	}
 }
 
