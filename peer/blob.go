@@ -73,16 +73,18 @@ type blob struct {
 	admitted map[string]string // member: registry whose bytes it may have, see admit
 
 	// Who else takes part, and what is asked of them.
-	nbrs     map[string]*neighbour // by member name
-	avail    []uint16              // neighbours that have a piece
-	wants    map[int][]*request    // by piece
-	flying   int                   // requests under way
-	cursor   int                   // first missing piece a reader waits for
-	idle     []*neighbour          // that pump may ask
-	rng      *rand.Rand
-	pace     pace
-	turned   time.Time // when somebody last closed on us
-	unproved time.Time // when a piece came of somebody whose digests do not count, see learn
+	nbrs   map[string]*neighbour // by member name
+	avail  []uint16              // neighbours that have a piece
+	wants  map[int][]*request    // by piece
+	flying int                   // requests under way
+	cursor int                   // first missing piece a reader waits for
+	idle   []*neighbour          // that pump may ask
+	// candidates are the pieces that pump may ask for, of one window.
+	candidates []candidate
+	rng        *rand.Rand
+	pace       pace
+	turned     time.Time // when somebody last closed on us
+	unproved   time.Time // when a piece came of somebody whose digests do not count, see learn
 
 	// This node's own fetch.
 	fill      Fill                    // while fetching

@@ -45,7 +45,6 @@ type Swarm struct {
 	buffers  buffers
 	chunks   sync.Pool
 	chunk    int // piece bytes in one frame
-	scratch  scratch
 	flying   atomic.Int64 // bytes of pieces asked for
 
 	strangers  chan struct{} // a place each
@@ -294,18 +293,6 @@ func (p *buffers) put(b []byte) {
 		p.pool.Put(&b)
 	}
 }
-
-// scratch recycles candidate lists.
-type scratch struct{ pool sync.Pool }
-
-func (p *scratch) get() []candidate {
-	if c, ok := p.pool.Get().(*[]candidate); ok {
-		return (*c)[:0]
-	}
-	return make([]candidate, 0, window)
-}
-
-func (p *scratch) put(c []candidate) { p.pool.Put(&c) }
 
 func marshal(v any) []byte {
 	b, err := json.Marshal(v)
