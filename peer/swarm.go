@@ -44,7 +44,7 @@ type Swarm struct {
 	limiter  *rate.Limiter // nil = none
 	buffers  buffers
 	chunks   sync.Pool
-	chunk    int // piece bytes in one frame
+	chunk    int          // piece bytes in one frame
 	flying   atomic.Int64 // bytes of pieces asked for
 
 	strangers  chan struct{} // a place each
