@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"maps"
 	"sync"
 	"time"
 )
@@ -26,9 +27,8 @@ const maxBans = 4096
 // bans is whom this node does not link with for a while, by node name: a
 // restart does not wash a bad disk clean.
 type bans struct {
-	m  *metrics
-	mu sync.Mutex // guards until
-	// until holds node names.
+	m     *metrics
+	mu    sync.Mutex // guards until
 	until map[string]time.Time
 }
 
@@ -58,4 +58,13 @@ func (b *bans) has(node string) bool {
 		return false
 	}
 	return ok
+}
+
+func (b *bans) list() map[string]time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now()
+	out := maps.Clone(b.until)
+	maps.DeleteFunc(out, func(_ string, until time.Time) bool { return now.After(until) })
+	return out
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -43,59 +42,71 @@ type blob struct {
 	wake    chan struct{}
 	sizedCh chan struct{} // closed once the size is known
 
-	mu        sync.Mutex // guards the following
-	grownCh   chan struct{}
-	size      int64
-	pieceSize int64 // constant once size is known
-	n         int
-	fill      Fill // while fetching
-	authority bool // bytes here come straight from upstream, or the whole digest matched
-	here      bitmap
-	missing   int
-	have      bitmap // here, and the digest is known: can be given
-	haveN     int
-	sums      []*batch // by piece
-	bare      []int    // pieces that came here without a digest; some have one since
-	given     []uint16
-	fresh     int               // pieces of have never given
-	hinted    map[int]time.Time // never given, but somebody was pointed to it
-	signers   map[string]bool   // whose batches count, see I2
-	nbrs      map[string]*neighbour
-	avail     []uint16 // neighbours that have a piece
-	wants     map[int][]*request
-	flying    int          // requests under way
-	cursor    int          // first missing piece a reader waits for
-	idle      []*neighbour // that pump may ask
-	dirty     []int
-	flushing  bool      // a flush is due
-	flushed   time.Time // the last one
-	rng       *rand.Rand
-	pace      pace
-	begun     time.Time // the fetch
-	progress  time.Time // last piece that came, or bytes of one, or begun
-	word      time.Time // when a home said last that it, or a source, gets bytes
-	// sourceWord is when one said so that goes upstream itself.
-	sourceWord time.Time
+	mu sync.Mutex // guards the following
+
+	size      int64 // 0 while unknown; it, pieceSize and n are constant from then on
+	pieceSize int64
+	n         int // pieces
+
+	// What is here. grownCh is closed, and made anew, with each piece that comes.
+	grownCh  chan struct{}
+	here     bitmap
+	missing  int
+	have     bitmap // here, and the digest is known: can be given
+	haveN    int
+	sums     []*batch        // by piece
+	bare     []int           // pieces that came here without a digest; some have one since
+	signers  map[string]bool // whose batches count, see I2
+	scanning bool            // a goroutine hashes the blob in the store
+	rotten   bool            // and found that it is not what it should be
+	src      *handle
+	lastUse  time.Time
+
+	// What is given.
+	given    []uint16          // how often, by piece
+	fresh    int               // pieces of have never given
+	hinted   map[int]time.Time // never given, but somebody was pointed to it
+	dirty    []int             // newly in have, and neighbours are yet to hear of it
+	flushing bool              // a flush is due
+	flushed  time.Time         // the last one
+	pass     pass              // this node's own
+	admitted map[string]string // member: registry whose bytes it may have, see admit
+
+	// Who else takes part, and what is asked of them.
+	nbrs   map[string]*neighbour // by member name
+	avail  []uint16              // neighbours that have a piece
+	wants  map[int][]*request    // by piece
+	flying int                   // requests under way
+	cursor int                   // first missing piece a reader waits for
+	idle   []*neighbour          // that pump may ask
+	// candidates are the pieces that pump may ask for, of one window.
+	candidates []candidate
+	rng        *rand.Rand
+	pace       pace
+	turned     time.Time // when somebody last closed on us
+	unproved   time.Time // when a piece came of somebody whose digests do not count, see learn
+
+	// This node's own fetch.
+	fill      Fill                    // while fetching
+	stop      context.CancelCauseFunc // of the fetch
+	writing   int                     // pieces on their way into fill
+	complete  bool                    // the last fetch has brought all of it
+	void      bool                    // and upstream had got them wrong, see attempt.go
+	authority bool                    // bytes here come straight from upstream, or the whole digest matched
+	failure   error                   // of this node as home, for leases that come back
+	failedAt  time.Time
+	sources   map[string]int64 // bytes by node
+	helper    helper
+	upSince   time.Time // when upstream's first byte came
+	upBytes   int64
+
+	// Signs that it gets on.
+	begun      time.Time // the fetch
+	progress   time.Time // last piece that came, or bytes of one, or begun
+	word       time.Time // when a home said last that it, or a source, gets bytes
+	sourceWord time.Time // when one said so that goes upstream itself
 	heeded     time.Time // since when that home is asked
 	askedAt    time.Time // when upstream got the last request
-	upSince    time.Time // when upstream's first byte came
-	upBytes    int64
-	helper     helper
-	sources    map[string]int64
-	stop       context.CancelCauseFunc // of the fetch
-	writing    int                     // pieces on their way into fill
-	complete   bool                    // the last fetch has brought all of it
-	void       bool                    // and upstream had got them wrong, see attempt.go
-	failure    error                   // of this node as home, for leases that come back
-	failedAt   time.Time
-	lastUse    time.Time
-	scanning   bool // a goroutine hashes the blob in the store
-	rotten     bool // and found that it is not what it should be
-	src        *handle
-	pass       pass              // this node's own
-	admitted   map[string]string // member: registry whose bytes it may have, see admit
-	turned     time.Time         // when somebody last closed on us
-	unproved   time.Time         // when a piece came of somebody whose digests do not count, see learn
 }
 
 // neighbour is another node that takes part in the blob.
@@ -162,7 +173,7 @@ func (p *pace) resume(now time.Time) {
 
 func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	return &blob{
-		s: s, id: id, k: id.key, d: digest.NewDigestFromBytes(digest.SHA256, id.key[:]),
+		s: s, id: id, k: id.key, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
 		sources: make(map[string]int64), rng: rng, lastUse: time.Now(),
@@ -183,8 +194,8 @@ func (b *blob) grown() <-chan struct{} {
 	return b.grownCh
 }
 
-// rng0 is a source of chance of its own, for callers without the lock.
-func (b *blob) rng0() *rand.Rand {
+// newRand is a source of chance of its own, for callers without the lock.
+func (b *blob) newRand() *rand.Rand {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return rand.New(rand.NewPCG(b.rng.Uint64(), 0))
@@ -392,20 +403,13 @@ func (b *blob) giveUpLocked(r *request) {
 	}
 }
 
-type failure int
-
-const (
-	failClosed failure = iota
-	failGone
-	failBusy
-)
-
-// failed is told by the link that a request will not be answered.
-func (b *blob) failed(r *request, why failure) {
+// failed is told by the link that a request will not be answered: the neighbour said that
+// the piece is gone, or has other things to do, or has gone itself.
+func (b *blob) failed(r *request, gone bool) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
 	b.giveUpLocked(r)
-	if why == failGone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
+	if gone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
 		// It said it had it. Believe it no more for this piece.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--
@@ -419,14 +423,14 @@ func (b *blob) failed(r *request, why failure) {
 func (b *blob) busy(r *request, a answer) {
 	now := time.Now()
 	wait := time.Duration(min(a.delay, 1000)) * time.Millisecond
-	b.failed(r, failBusy)
+	b.failed(r, false)
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
 	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
 		r.nb.busy = now.Add(wait)
 	}
 	b.mu.Unlock()
-	b.s.after(wait, b.poke)
+	time.AfterFunc(wait, b.poke)
 }
 
 // received checks a whole piece and gives it to the fill. It runs on the link's
@@ -539,7 +543,7 @@ func (b *blob) offerLocked(i int) {
 	b.dirty = append(b.dirty, i)
 	if !b.flushing {
 		b.flushing = true
-		b.s.after(max(0, coalesce-time.Since(b.flushed)), b.flush)
+		time.AfterFunc(max(0, coalesce-time.Since(b.flushed)), b.flush)
 	}
 }
 
@@ -565,5 +569,3 @@ func (b *blob) flush() {
 		}
 	}
 }
-
-var _ io.ReaderAt = (*handle)(nil)

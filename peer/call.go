@@ -5,9 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"strings"
 	"time"
 )
 
@@ -29,7 +26,7 @@ const (
 	statusFailed
 	statusBusy
 	statusRefused // a Refusal follows as JSON
-	statusCutOff  // errUnreached
+	statusCutOff  // errUnreached; names of members that have a way may follow as JSON
 )
 
 // Refusal is upstream's own answer to a home, as another node can give it to
@@ -76,7 +73,9 @@ func (m call) into(a any, node string) error {
 	case statusBusy:
 		return ErrBusy
 	case statusCutOff:
-		return errUnreached
+		cut := new(cutOffError)
+		_ = json.Unmarshal(m.body, &cut.others) // an older node names nobody
+		return cut
 	case statusRefused:
 		refusal := new(Refusal)
 		if err := json.Unmarshal(m.body, refusal); err != nil {
@@ -110,35 +109,38 @@ const (
 )
 
 // called starts the answer to a question. The reader goes on meanwhile.
-func (s *Swarm) called(l *link, c call) error {
+func (s *Swarm) called(l *link, c call) {
 	if l.asked.Add(1) > maxCalls {
 		l.asked.Add(-1)
 		l.send(call{id: c.id, method: statusBusy}.reply)
-		return nil
+		return
 	}
 	l.touch()
 	s.spawn(func(ctx context.Context) {
 		defer l.asked.Add(-1)
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		body, err := s.answer(ctx, l, c)
-		refusal, refused := errors.AsType[*Refusal](err)
-		switch {
-		case errors.Is(err, ErrBusy):
-			l.send(call{id: c.id, method: statusBusy}.reply)
-		case errors.Is(err, errUnreached):
-			l.send(call{id: c.id, method: statusCutOff}.reply)
-		case refused:
-			l.send(call{id: c.id, method: statusRefused, body: marshal(refusal.short())}.reply)
-		case err != nil:
-			l.send(call{id: c.id, method: statusFailed, body: []byte(truncate(err.Error(), maxStatusLen))}.reply)
-		case len(body) > maxPayload-64:
-			l.send(call{id: c.id, method: statusFailed, body: []byte("answer too long")}.reply)
-		default:
-			l.send(call{id: c.id, body: body}.reply)
-		}
+		status, body := outcome(s.answer(ctx, l, c))
+		l.send(call{id: c.id, method: status, body: body}.reply)
 	})
-	return nil
+}
+
+// outcome is how an answer, or why there is none, goes to who asked; call.into reads it.
+func outcome(body []byte, err error) (byte, []byte) {
+	refusal, refused := errors.AsType[*Refusal](err)
+	switch {
+	case errors.Is(err, ErrBusy):
+		return statusBusy, nil
+	case errors.Is(err, errUnreached):
+		return statusCutOff, body
+	case refused:
+		return statusRefused, marshal(refusal.short())
+	case err != nil:
+		return statusFailed, []byte(truncate(err.Error(), maxStatusLen))
+	case len(body) > maxPayload-64:
+		return statusFailed, []byte("answer too long")
+	}
+	return statusOK, body
 }
 
 func (m call) reply(b []byte) []byte { return m.append(b, frameReply) }
@@ -152,14 +154,16 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		return answerAs(c.body, func(a permitAsk) (permitReply, error) { return s.permitted(l, a) })
 	case methodKeep:
 		return answerAs(c.body, func(a Copy) (struct{}, error) { return s.keeps(ctx, a) })
-	}
-	switch c.method {
 	case methodResolve, methodMay, methodWay:
 		r, err := decode[Reference](c.body)
 		if err != nil {
 			return nil, err
 		}
-		return s.answerSmall(ctx, c.method, r)
+		b, err := s.answerSmall(ctx, c.method, r)
+		if errors.Is(err, errUnreached) {
+			b = marshal(s.listed(r.Registry))
+		}
+		return b, err
 	case methodDelta:
 		q := cursor{b: c.body}
 		seq, from := q.u32(), q.u64()
@@ -189,9 +193,13 @@ func answerAs[Q, A any](body []byte, f func(Q) (A, error)) ([]byte, error) {
 	return marshal(a), nil
 }
 
-func readFull(c net.Conn, p []byte) error {
-	_, err := io.ReadFull(c, p)
-	return err
+// decode reads a call's body; it is at most one frame long.
+func decode[T any](body []byte) (T, error) {
+	var v T
+	if err := json.Unmarshal(body, &v); err != nil {
+		return v, fmt.Errorf("%w: %w", errWire, err)
+	}
+	return v, nil
 }
 
-func cutDigest(d string) (algo, enc string, ok bool) { return strings.Cut(d, ":") }
+func truncate(s string, n int) string { return s[:min(len(s), n)] }

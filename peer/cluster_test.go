@@ -536,3 +536,32 @@ func TestAdvertisesWhatDataListensOn(t *testing.T) {
 		t.Errorf("others are told %s: %v", m.Addr, err)
 	}
 }
+
+// TestOtherFamily: of a member with two addresses only one is told, and the other, which a
+// name leads to as well, is not knocked at again and again. When somebody leaves it is:
+// it may be the only way back to him.
+func TestOtherFamily(t *testing.T) {
+	w := newTestWorld()
+	first := w.node(t, "node-0", func(c *Config) { c.Gossip, c.Advertise = ":0", "127.0.0.1" })
+	_, port, _ := net.SplitHostPort(first.gossipAddr())
+	other := net.JoinHostPort("127.0.0.2", port)
+	second := w.node(t, "node-1", func(c *Config) { c.Gossip, c.Join = "127.0.0.1:0", []string{other} })
+	wantMembers(t, 2, first, second)
+	g := second.s.gossip
+	<-second.s.Joined()
+	later := time.Now().Add(time.Minute)
+	if got := g.unknown([]string{other, first.gossipAddr(), "127.0.0.3:1"}, later); !slices.Equal(got, []string{"127.0.0.3:1"}) {
+		t.Errorf("%q are knocked at", got)
+	}
+	if got := g.unknown([]string{other}, later.Add(keepAlias)); len(got) != 1 {
+		t.Error("an address is never knocked at again")
+	}
+	if err := g.knock(t.Context(), []string{other}); err != nil {
+		t.Fatal(err)
+	}
+	first.kill()
+	wantMembers(t, 1, second)
+	if got := g.unknown([]string{other}, later); len(got) != 1 {
+		t.Error("nobody knocks at a member that has left")
+	}
+}

@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -269,9 +270,7 @@ func PieceSize(size int64) int64 {
 }
 
 func (c Config) withDefaults() Config {
-	if c.MaxUploads == 0 {
-		c.MaxUploads = 64
-	}
+	c.MaxUploads = cmp.Or(c.MaxUploads, 64)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

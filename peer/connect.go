@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"time"
 )
@@ -129,14 +130,14 @@ func (s *Swarm) identified(h hello, name string, pub ed25519.PublicKey) (Member,
 
 func readHello(c net.Conn) (hello, error) {
 	var b [frameHeader + 10 + 2*(maxName+1)]byte
-	if err := readFull(c, b[:frameHeader]); err != nil {
+	if _, err := io.ReadFull(c, b[:frameHeader]); err != nil {
 		return hello{}, err
 	}
 	t, n, err := parseHeader([frameHeader]byte(b[:frameHeader]))
 	if err != nil || t != frameHello || n > len(b) {
 		return hello{}, errWire
 	}
-	if err := readFull(c, b[:n]); err != nil {
+	if _, err := io.ReadFull(c, b[:n]); err != nil {
 		return hello{}, err
 	}
 	return parseHello(b[:n])
@@ -286,7 +287,9 @@ func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 // attach makes l the link to its peer. Two nodes that dial each other at once
 // keep the link that the smaller name dialed.
 func (s *Swarm) attach(l *link) error {
+	s.mu.Lock()
 	old, err := s.attachLocked(l)
+	s.mu.Unlock()
 	if old != nil {
 		old.close(errReplaced)
 	}
@@ -294,8 +297,6 @@ func (s *Swarm) attach(l *link) error {
 }
 
 func (s *Swarm) attachLocked(l *link) (old *link, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.run == nil {
 		return nil, ErrNotRunning
 	}

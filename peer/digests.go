@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"slices"
+	"time"
 )
 
 // verifyFirst is the size up to which a node that holds a whole blob, but not
@@ -65,7 +66,7 @@ func (b *blob) learn(t *batch) {
 	if !fresh || !(vouched || b.s.mayBeHome(b.k, t.signer)) {
 		return
 	}
-	pub := b.s.signingKey(t.signer)
+	pub := b.s.roster.key(t.signer)
 	if len(pub) != ed25519.PublicKeySize || !ed25519.Verify(pub, t.signed(), t.sig[:]) {
 		b.s.log.Debug("piece digests with a bad signature", "digest", b.d, "peer", t.signer)
 		return
@@ -158,7 +159,7 @@ func (b *blob) find(f Fill) (news bool) {
 		}
 	}
 	if news {
-		b.progress = b.s.now()
+		b.progress = time.Now()
 	}
 	return news
 }

@@ -5,12 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -19,20 +16,8 @@ const (
 	askHomeFor  = 2 * time.Second        // a home that takes longer to answer is silent
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
-	permitWait  = time.Second
-	vouchWait   = 500 * time.Millisecond  // between questions whose piece digests count
-	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
-	giveUpAfter = 20 * time.Second        // without progress and without a permit
-	youngFor    = time.Hour               // a home that began before this node may still get a blob
+	vouchWait   = 500 * time.Millisecond // between questions whose piece digests count
 
-	// A home's word that it gets bytes is as good as a byte for wordTime: a slow registry
-	// is not a dead one, and a piece may take long behind a poor uplink. A home that has
-	// given nothing by then cannot, or does not want to. The next one has to give
-	// something before those who wait here have lost their patience, see Coming.
-	wordTime = 30 * time.Second
-	// sourceTime is the same for a home that waits for another one which gets the blob
-	// already: it has to go upstream before those who wait for it turn to the next.
-	sourceTime = wordTime / 2
 )
 
 // Fetch completes a fill from the swarm. If this node is the blob's home, and
@@ -245,7 +230,9 @@ type fetch struct {
 
 	joined   string // the home that answered
 	joinedAt time.Time
-	homeLink *link // while the home is a neighbour
+	rejoined time.Time     // when it was asked last, whether it answered or not
+	renew    time.Duration // how long the lease is left to itself
+	homeLink *link         // while the home is a neighbour
 	tried    map[string]bool
 	idle     []string // of tried: said that they get the blob, and gave nothing
 	left     []string // of tried: have no way to the registry, and left it to others
@@ -253,25 +240,6 @@ type fetch struct {
 	refused  error
 	helping  *helping // the home; nil = not now
 	helped   int64    // bytes, before
-}
-
-// Coming reports whether the blob is on its way here: bytes of it came within the
-// last seconds, or a home said that it gets them, or waits for the registry's answer.
-// Who waits for a byte of it does better to go on waiting than to ask the registry too.
-// A home that is believed no longer was heard of a moment ago, and the next one may
-// need as long to begin. Ours means that this node gets it from upstream for others.
-func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
-	k, err := parseKey(d.String())
-	if err != nil {
-		return false, false
-	}
-	for attempt := range lastAttempt + 1 {
-		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) { coming, ours = b.coming(time.Now()) })
-		if coming {
-			break
-		}
-	}
-	return coming, ours
 }
 
 func (x *fetch) whole() bool {
@@ -380,7 +348,7 @@ func (x *fetch) homes() []*Member {
 
 // join asks a home, takes what it says, and links with whom it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
-	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held})
+	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held, Idle: x.idle})
 	if err != nil {
 		return err
 	}
@@ -397,7 +365,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
-	ask.Pass, ask.Idle = !x.b.passFrom(m.Name, x.w.Registry), x.idle
+	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = !x.last && x.more(m.Name, x.tried), x.fetched()
 	}
@@ -412,7 +380,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
 		if reply.CutOff {
-			x.s.cutOff(m.Name, x.w.Registry)
+			x.s.cutOff(m.Name, x.w.Registry, reply.Ways)
 			err = errUnreached
 		}
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
@@ -495,10 +463,9 @@ func (x *fetch) inline(l *link, body []byte) error {
 func (x *fetch) takePart(ctx context.Context) error {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
-	rejoined := time.Now()
-	renew := renewEvery
+	x.rejoined, x.renew = time.Now(), renewEvery
 	if x.s.mayBeHome(x.b.k, x.s.self.Name) {
-		renew /= 2 // it may be needed, see help
+		x.renew /= 2 // this node may be needed, see help
 	}
 	for !x.whole() {
 		select {
@@ -518,21 +485,33 @@ func (x *fetch) takePart(ctx context.Context) error {
 			return nil // others came here as to the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
-		case x.b.forsaken(x.joinedAt):
-			rejoined = now
-			if err := x.rejoin(ctx, true); err != nil {
-				return nil // the next home
-			}
-		case now.Sub(x.joinedAt) > renew, x.homeless(), x.b.home.doubt().After(x.joinedAt), idle > stallRejoin && now.Sub(rejoined) > stallRejoin,
-			neighbours == 0 && now.Sub(rejoined) > lookAgain, neighbours < fewNeighbours && now.Sub(rejoined) > time.Second,
-			x.b.unprovedAfter(rejoined) && now.Sub(rejoined) > vouchWait:
-			rejoined = now
-			if err := x.rejoin(ctx, idle > stallRejoin/2 || neighbours == 0); err != nil {
+		}
+		forsaken := x.b.forsaken(x.joinedAt)
+		if forsaken || x.asksAgain(now, idle, neighbours) {
+			x.rejoined = now
+			if err := x.rejoin(ctx, forsaken || idle > stallRejoin/2 || neighbours == 0); err != nil {
 				return nil // the next home
 			}
 		}
 	}
 	return nil
+}
+
+// asksAgain reports whether there is a reason to ask the home once more.
+func (x *fetch) asksAgain(now time.Time, idle time.Duration, neighbours int) bool {
+	since := now.Sub(x.rejoined)
+	switch {
+	case now.Sub(x.joinedAt) > x.renew:
+	case x.homeLink != nil && x.homeLink.over(): // it was a neighbour and is gone
+	case x.b.home.doubt().After(x.joinedAt): // others came here as to the next home
+	case idle > stallRejoin && since > stallRejoin:
+	case neighbours == 0 && since > lookAgain:
+	case neighbours < fewNeighbours && since > time.Second:
+	case since > vouchWait && x.b.unprovedAfter(x.rejoined):
+	default:
+		return false
+	}
+	return true
 }
 
 // unprovedAfter reports whether pieces came since of somebody whom the home did not vouch
@@ -556,314 +535,9 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) error {
 	return err
 }
 
-// homeless reports whether the home was a neighbour and is gone.
-func (x *fetch) homeless() bool { return x.homeLink != nil && x.homeLink.over() }
-
-// asHome fetches from upstream what nobody in the swarm has.
-func (x *fetch) asHome(ctx context.Context) error {
-	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
-	if err := x.fromSwarm(ctx); err != nil || x.whole() {
-		return err
-	}
-	x.b.home.mu.Lock()
-	resumed := x.b.home.resumed
-	x.b.home.mu.Unlock()
-	if resumed {
-		x.rest(ctx, resumeWait)
-	}
-	return x.upstream(ctx)
-}
-
-// fromSwarm tries, before upstream, those who may have the blob: holders that
-// the index knows, and the other homes. One of these was the first home until
-// this node came, or believes that it is; it knows what the index does not say
-// yet (I4).
-func (x *fetch) fromSwarm(ctx context.Context) error {
-	begun := time.Now()
-	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
-	x.b.vouch(holders)
-	source, named := x.peek(ctx) // first: it brings the pass that holders want to see
-	for _, name := range holders {
-		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
-	}
-	holders = append(holders, named...)
-	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); x.rest(ctx, lookAgain) {
-		// The index names the dead until gossip has noticed; the links already have.
-		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
-		idle, _ := x.b.look(time.Now())
-		if !source && len(holders) == 0 || x.b.forsaken(begun) {
-			return nil
-		}
-		if min(idle, time.Since(peeked)) <= stallRejoin/2 {
-			continue
-		}
-		if !source || idle > stallFetch || !x.b.trusts(time.Now()) {
-			return nil
-		}
-		source, _ = x.peek(ctx) // it may be hashing what it has, or wait for upstream
-		peeked = time.Now()
-	}
-	return ctx.Err()
-}
-
-// peek asks the other homes at the same time, and reports whether any of them
-// has the blob or gets it from upstream, and who they say holds it. One that
-// merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
-func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
-	ctx, cancel := context.WithTimeout(ctx, peekTime)
-	defer cancel()
-	type answer struct {
-		m     *Member
-		l     *link
-		reply joinReply
-		err   error
-	}
-	answers := make(chan answer, 3*homesPerBlob)
-	asked := 0
-	for _, m := range x.otherHomes() {
-		asked++
-		x.s.spawn(func(context.Context) {
-			l, reply, err := x.askHome(ctx, m, joinAsk{Peek: true})
-			answers <- answer{m, l, reply, err}
-		})
-	}
-	for range asked {
-		select {
-		case a := <-answers:
-			if a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil {
-				source = source || a.reply.Source
-				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
-			}
-		case <-ctx.Done():
-			return source, holders
-		}
-	}
-	return source, holders
-}
-
-// otherHomes are the members that are, or lately were, homes of the blob.
-func (x *fetch) otherHomes() (out []*Member) {
-	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
-	if !x.s.cfg.ZoneScope {
-		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
-	}
-	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {
-		homes = append(homes, x.s.roster.elders(x.b.k, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
-	}
-	homes = append(homes, x.s.withWay(x.b.k, x.w.Registry)...)
-	for _, m := range homes {
-		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
-		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
-			out = append(out, m)
-		}
-	}
-	return out
-}
-
-// rest waits for d, or for the next piece.
-func (x *fetch) rest(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
-}
-
-// upstream fetches until the fill is whole: first what no neighbour has, then,
-// if neighbours do not deliver what they have, everything. It fails with errUnreached
-// if it could not begin, and there is another home to do it.
-func (x *fetch) upstream(ctx context.Context) error {
-	x.endHelp()
-	x.b.goesUp(true)
-	asked, last := maps.Clone(x.tried), x.last
-	leave := func() bool { return !last && x.b.barren(time.Now()) && x.more(x.s.self.Name, asked) }
-	ctx, stop := x.s.whileReached(ctx, x.w.Registry, leave)
-	defer stop()
-	sink := &sink{x: x, w: x.f.From("")}
-	for !x.whole() {
-		err := ctx.Err()
-		if err == nil {
-			err = x.up(ctx, sink)
-		}
-		if err != nil && unreached(ctx) {
-			x.b.goesUp(false)
-			return errUnreached
-		}
-		if err != nil {
-			if ctx.Err() == nil && !x.w.Held {
-				x.s.doubt(x.w.Registry)
-			}
-			return err
-		}
-		if x.whole() {
-			break
-		}
-		x.rest(ctx, lookAgain)
-		idle, _ := x.b.look(time.Now())
-		sink.all = idle > stallRejoin
-	}
-	return nil
-}
-
-// goesUp notes whether this node is to get the blob from upstream.
-func (b *blob) goesUp(yes bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.authority, b.askedAt = yes, time.Time{}
-}
-
-// ownFetch goes upstream beside the home, if a home permits it or none answers.
-func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
-	if x.permit(ctx) {
-		x.s.log.Info("swarm stalls, fetching from upstream", "digest", x.w.Digest)
-		if err := x.upstream(ctx); !errors.Is(err, errUnreached) {
-			return err
-		}
-	}
-	if idle > giveUpAfter {
-		return ErrStalled
-	}
-	x.rest(ctx, permitWait)
-	return nil
-}
-
-func (x *fetch) permit(ctx context.Context) bool {
-	if x.w.Held {
-		return false
-	}
-	asked := make(map[string]bool)
-	for m := x.next(asked); m != nil; m = x.next(asked) {
-		asked[m.Name] = true
-		if m.Name == x.s.self.Name {
-			return x.b.home.permit(time.Now())
-		}
-		cctx, cancel := context.WithTimeout(ctx, permitWait)
-		var reply permitReply
-		_, err := x.s.askMember(cctx, m, methodPermit, permitAsk{x.w.Digest.String(), x.w.Attempt}, &reply)
-		cancel()
-		if err == nil {
-			return reply.Granted
-		}
-	}
-	return true
-}
-
 // held is how many pieces are here.
 func (b *blob) held() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.n - b.missing
-}
-
-// look reports for how long nothing came, nor a home's word that is to be believed,
-// and how many neighbours there are.
-func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	last := b.cameLocked()
-	if b.word.After(last) && b.believesLocked(now, last, wordTime) {
-		last = b.word
-	}
-	return now.Sub(last), len(b.nbrs)
-}
-
-// quiet is for how long no byte came.
-func (b *blob) quiet(now time.Time) time.Duration {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return now.Sub(b.cameLocked())
-}
-
-// talks reports whether a home goes on to say that it gets bytes, and none comes.
-func (b *blob) talks(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked(), wordTime)
-}
-
-func (b *blob) coming(now time.Time) (coming, ours bool) {
-	alone := len(b.s.roster.view.Load().all) == 1
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	last := b.cameLocked()
-	if b.fill != nil && b.authority && !alone && b.triesLocked(now, last) {
-		return true, true
-	}
-	if last.Equal(b.begun) {
-		last = time.Time{} // no byte yet
-	}
-	if b.word.After(last) {
-		last = b.word
-	}
-	return b.fill != nil && now.Sub(last) < stallFetch, b.authority
-}
-
-// triesLocked reports whether this node goes upstream with some hope, if the last bytes
-// came then: it has asked, and registries that are caches themselves may take long to
-// answer; or there was a byte, and it tries to go on where an uplink failed for a moment.
-// A registry that cannot be reached in the first place has not been asked.
-func (b *blob) triesLocked(now, last time.Time) bool {
-	if last.Equal(b.begun) || b.askedAt.After(last) {
-		last = b.askedAt
-	}
-	return b.authority && now.Sub(last) < wordTime
-}
-
-// cameLocked is when the last bytes came.
-func (b *blob) cameLocked() time.Time {
-	last := b.progress
-	for _, rs := range b.wants {
-		for _, r := range rs {
-			if t := r.moved.get(); t.After(r.sent) && t.After(last) {
-				last = t
-			}
-		}
-	}
-	return last
-}
-
-// believesLocked reports whether a home's word still counts that does for so long, if
-// the last bytes came then.
-func (b *blob) believesLocked(now, last time.Time, long time.Duration) bool {
-	if b.heeded.After(last) {
-		last = b.heeded
-	}
-	return now.Sub(last) < long
-}
-
-// trusts reports whether a source's word counts, for a home that waits for it.
-func (b *blob) trusts(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.believesLocked(now, b.cameLocked(), sourceTime)
-}
-
-// told notes a home's word that it, or the source that it waits for, got bytes then.
-func (b *blob) told(at time.Time, source bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.word = at
-	if source {
-		b.sourceWord = at
-	}
-}
-
-// moves reports whether bytes of the blob came here lately, or a source said that they
-// come there: a home that came later waits for the one before it, and who asks it has
-// to know. The word of one that is no source goes no further, else two homes that wait
-// for each other would believe each other for ever.
-func (b *blob) moves(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	last := b.cameLocked()
-	return b.fill != nil && (now.Sub(last) < stallRejoin || b.triesLocked(now, last) ||
-		now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
-}
-
-// heed begins to believe a home.
-func (b *blob) heed() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.heeded = time.Now()
 }

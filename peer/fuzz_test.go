@@ -286,7 +286,7 @@ func FuzzGossip(f *testing.F) {
 			t.Errorf("%d members in %d bytes", len(ms), len(p))
 		}
 		if _, ps, err := parseShardsPage(p); err == nil {
-			x.adoptPostings(ps, map[uint16]membersPage{0: {id: 1, seq: 9}})
+			x.adoptPostings(ps, map[uint16]indexed{0: {id: 1, seq: 9}})
 		}
 		if m, err := parseMember("node~00000000001", netip.MustParseAddr("1.2.3.4"), p); err == nil && len(m.meta()) > metaMax {
 			t.Errorf("meta of %d bytes", len(m.meta()))

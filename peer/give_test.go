@@ -106,7 +106,7 @@ func TestCutIsNotGiven(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	n.s.limiter = rate.NewLimiter(rate.Every(time.Hour), 1) // nothing leaves
 	b := n.s.blob(blobID{key: key{1}})
-	if !b.setSize(8 * PieceSize(1)) {
+	if !b.setSize((uploadSlots + leastQueue) * PieceSize(1)) {
 		t.Fatal("no pieces")
 	}
 	b.offer(0, b.n)
@@ -127,8 +127,8 @@ func TestCutIsNotGiven(t *testing.T) {
 		t.Errorf("%d pieces count as never given after two were cancelled, want 2", got)
 	}
 	l.close(errIdle)
+	_ = l.settle() // says why it ended; what waits is started on it meanwhile
 	b.s.uploads.drop(l)
-	_ = l.settle() // says why it ended
 	if got := fresh(); got != b.n {
 		t.Errorf("%d pieces count as never given after the link has ended, want %d", got, b.n)
 	}

@@ -1,14 +1,10 @@
 package peer
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log"
 	"log/slog"
-	"maps"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -25,21 +21,9 @@ const (
 	gossipLabel   = "larder/1"       // separates this protocol from other users of memberlist
 	reclaimAfter  = 30 * time.Second // a dead member's name may come back from another address
 	gossipTimeout = 5 * time.Second
-	rejoinEvery   = 20 * time.Second // with some chance added, see rejoin
-	rejoinFirst   = time.Second      // doubling up to rejoinEvery
-	rejoinAtOnce  = 2                // unknown addresses tried each time
 	leaveTimeout  = time.Second
-	// How often gossip tells of a member follows from how many are known, so of those that
-	// start together somebody may not hear until a full exchange up to 30 s later: one time in
-	// ten in a cluster of fewer than fewMembers, and 1 of 20 that started at once. So a node
-	// exchanges all it knows in its first rounds, with each of the few or with some of the many.
-	fewMembers    = 10
-	greetAtOnce   = 2    // of the many
-	greetRounds   = 3    // of rejoin; the third is 3 to 6 s after the start
-	aloneRounds   = 4    // of rejoin without any other member are told of: 7 to 14 s after the start
 	inboxSize     = 1024 // index messages not yet looked at; more are dropped and fetched later
 	maxQueued     = 512  // index messages not yet passed on
-	lookupTimeout = 5 * time.Second
 )
 
 // gossip is the swarm's membership: a memberlist and its delegates.
@@ -57,14 +41,15 @@ type gossip struct {
 	inbox chan []byte
 	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
-	once  sync.Once
 	// abrupt makes the node end without a word, as a killed one does.
 	abrupt bool
 
 	mu    sync.Mutex // guards the following
 	notes []note
 	addrs map[string]string // of gossip, by member name, this node's included
-	wake  chan struct{}
+	// aliases are addresses at which a member answered, and when. It may tell others another.
+	aliases map[string]time.Time
+	wake    chan struct{}
 	// alone is why Join led to no other member, aloneFor for how many rounds of rejoin.
 	alone    error
 	aloneFor int
@@ -78,7 +63,7 @@ type note struct {
 
 func newGossip(s *Swarm) *gossip {
 	g := &gossip{s: s, lines: &slogWriter{log: s.log}, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{}),
-		addrs: make(map[string]string)}
+		addrs: make(map[string]string), aliases: make(map[string]time.Time)}
 	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: g.audience, RetransmitMult: 2}
 	return g
 }
@@ -90,7 +75,7 @@ func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 10
 
 // start binds the gossip port and starts memberlist on it.
 func (g *gossip) start() error {
-	host, port, err := splitAddr(g.s.cfg.Gossip, 0)
+	host, port, err := splitAddr(g.s.cfg.Gossip)
 	if err != nil {
 		return fmt.Errorf("gossip address %q: %w", g.s.cfg.Gossip, err)
 	}
@@ -135,20 +120,15 @@ func (g *gossip) config(bound string) (c *memberlist.Config, err error) {
 }
 
 // splitAddr splits a listen address. No host means every address, of IPv6 too.
-func splitAddr(addr string, port int) (string, int, error) {
+func splitAddr(addr string) (host string, port int, err error) {
 	host, p, err := net.SplitHostPort(addr)
-	if err != nil {
-		return "", 0, err
-	}
-	if p != "" {
-		if port, err = strconv.Atoi(p); err != nil {
-			return "", 0, err
-		}
+	if err == nil && p != "" {
+		port, err = strconv.Atoi(p)
 	}
 	if host == "localhost" {
 		host = "127.0.0.1"
 	}
-	return host, port, nil
+	return host, port, err
 }
 
 // advertised is the address others use: as configured, or the first one bound, or one
@@ -239,122 +219,6 @@ func (g *gossip) settle() {
 	g.s.metrics.members.Set(float64(len(g.s.roster.view.Load().all)))
 }
 
-// rejoin tries addresses that are no members, again and again: DNS changes, and
-// a healed partition stays split unless somebody knocks.
-func (g *gossip) rejoin(ctx context.Context) {
-	pause := rejoinFirst
-	for round := 0; ctx.Err() == nil; round++ {
-		addrs, unresolved := g.s.resolve(ctx)
-		addrs = g.unknown(addrs)
-		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
-		unanswered := g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
-		g.once.Do(func() { close(g.tried) })
-		g.noteAlone(cmp.Or(unanswered, unresolved))
-		if round < greetRounds {
-			_ = g.knock(ctx, g.greet()) // of members, which does not make this node one without
-		}
-		wait(ctx, pause+rand.N(pause))
-		pause = min(2*pause, rejoinEvery)
-	}
-}
-
-// knock exchanges all that is known of the members with each address, and returns why
-// one of them did not.
-func (g *gossip) knock(ctx context.Context, addrs []string) (failed error) {
-	for _, a := range addrs {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if _, err := g.list.Join([]string{a}); err != nil {
-			g.s.log.Debug("nobody joined", "peer", a, "err", err)
-			failed = cmp.Or(errors.Unwrap(err), err) // of one address, without the list around it
-		}
-	}
-	return failed
-}
-
-// noteAlone keeps why a node that is to have peers has none: by itself that is no fault, and
-// only who set it up can tell. Others may have yet to start, or start anew.
-func (g *gossip) noteAlone(why error) {
-	g.mu.Lock()
-	if why == nil || len(g.addrs) > 1 {
-		g.alone, g.aloneFor = nil, 0
-	} else {
-		g.alone, g.aloneFor = why, g.aloneFor+1
-	}
-	tell := g.aloneFor == aloneRounds
-	g.mu.Unlock()
-	if tell {
-		g.s.log.Warn("no other node answers; this one fetches all from the registries", "err", why)
-	}
-}
-
-// whyAlone is what keeps this node from having peers, nil if it has some or is to have none.
-func (g *gossip) whyAlone() error {
-	if g == nil { // a test without
-		return nil
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if len(g.addrs) > 1 || g.aloneFor < aloneRounds {
-		return nil
-	}
-	return g.alone
-}
-
-// greet is the addresses of all other members, if they are few, or of some.
-func (g *gossip) greet() (addrs []string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for name, a := range g.addrs { // in an order of chance
-		if len(g.addrs) >= fewMembers && len(addrs) == greetAtOnce {
-			break
-		}
-		if name != g.s.self.Name {
-			addrs = append(addrs, a)
-		}
-	}
-	return addrs
-}
-
-// unknown leaves out addresses of members.
-func (g *gossip) unknown(addrs []string) []string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	known := slices.Collect(maps.Values(g.addrs))
-	return slices.DeleteFunc(addrs, func(a string) bool { return slices.Contains(known, a) })
-}
-
-// resolve turns Join into addresses; err is of a name that has none. Names are looked up
-// at the same time: one whose server is dead takes all the time there is.
-func (s *Swarm) resolve(ctx context.Context) (out []string, unresolved error) {
-	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-	defer cancel()
-	found, errs := make([][]string, len(s.cfg.Join)), make([]error, len(s.cfg.Join))
-	var names sync.WaitGroup
-	for i, j := range s.cfg.Join {
-		host, p, err := net.SplitHostPort(j)
-		if err != nil {
-			host, p = j, port
-		}
-		names.Go(func() { found[i], errs[i] = s.lookUp(ctx, host, p) })
-	}
-	names.Wait()
-	return slices.Concat(found...), cmp.Or(errs...)
-}
-
-func (s *Swarm) lookUp(ctx context.Context, host, port string) (addrs []string, err error) {
-	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
-	if err != nil {
-		s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
-	}
-	for _, ip := range ips {
-		addrs = append(addrs, net.JoinHostPort(ip.IP.String(), port))
-	}
-	return addrs, err
-}
-
 // NodeMeta implements memberlist.Delegate.
 func (g *gossip) NodeMeta(int) []byte { return g.s.self.meta() }
 
@@ -423,6 +287,7 @@ func (g *gossip) locate(n *memberlist.Node, left bool) {
 	defer g.mu.Unlock()
 	if left {
 		delete(g.addrs, n.Name)
+		clear(g.aliases) // its own among them may be the only one that leads back to it
 	} else {
 		g.addrs[n.Name] = n.Address()
 	}

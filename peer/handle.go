@@ -3,8 +3,6 @@ package peer
 import (
 	"context"
 	"errors"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // handle takes one frame. An error ends the link.
@@ -13,33 +11,33 @@ func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 	case framePing, frameHello:
 		return nil
 	case frameOpen:
-		return handleAs(parseOpen, p, func(o open) error { return s.opened(l, o) })
+		return handleAs(parseOpen, p, func(o open) { s.opened(l, o) })
 	case frameHave:
-		return handleAs(parseHave, p, func(h have) error { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h); b.adopt(l) }); return nil })
+		return handleAs(parseHave, p, func(h have) { s.ifBlob(h.blob, func(b *blob) { b.haves(l, h); b.adopt(l) }) })
 	case frameClose:
-		return handleAs(parseClose, p, func(id blobID) error { s.ifBlob(id, func(b *blob) { b.turnedAwayBy(l) }); return nil })
+		return handleAs(parseClose, p, func(id blobID) { s.ifBlob(id, func(b *blob) { b.turnedAwayBy(l) }) })
 	case frameRequest:
-		return handleAs(parseWant, p, func(w want) error { return s.asked(l, w) })
+		return handleAs(parseWant, p, func(w want) { s.asked(l, w) })
 	case frameCancel:
-		return handleAs(parseAnswer, p, func(a answer) error { s.uploads.cancel(l, a.id); return nil })
+		return handleAs(parseAnswer, p, func(a answer) { s.uploads.cancel(l, a.id) })
 	case frameBusy, frameGone:
-		return handleAs(parseAnswer, p, func(a answer) error { s.denied(l, t, a); return nil })
+		return handleAs(parseAnswer, p, func(a answer) { s.denied(l, t, a) })
 	case frameDigests:
-		return handleAs(parseBatch, p, func(d *batch) error { s.ifBlob(d.blob, func(b *blob) { b.learn(d) }); return nil })
+		return handleAs(parseBatch, p, func(d *batch) { s.ifBlob(d.blob, func(b *blob) { b.learn(d) }) })
 	case frameCall:
-		return handleAs(parseCall, p, func(c call) error { return s.called(l, c) })
+		return handleAs(parseCall, p, func(c call) { s.called(l, c) })
 	case frameReply:
 		return handleAs(parseCall, p, l.answered)
 	}
 	return errWire
 }
 
-func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T) error) error {
+func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T)) error {
 	v, err := parse(p)
-	if err != nil {
-		return err
+	if err == nil {
+		f(v)
 	}
-	return f(v)
+	return err
 }
 
 func (s *Swarm) ifBlob(id blobID, f func(*blob)) {
@@ -53,12 +51,12 @@ func (s *Swarm) ifBlob(id blobID, f func(*blob)) {
 
 // opened takes in that a peer takes part in a blob, which may be one that this
 // node holds and has not thought of since.
-func (s *Swarm) opened(l *link, o open) error {
+func (s *Swarm) opened(l *link, o open) {
 	b := s.blobHere(o.blob)
 	if b == nil {
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 		s.pointedOn(l, o)
-		return nil
+		return
 	}
 	if s.good(o.pass, o.blob.key, l.peer) {
 		b.admit(l.peer, o.pass.registry)
@@ -71,13 +69,12 @@ func (s *Swarm) opened(l *link, o open) error {
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 		s.pointOn(l, o)
 		s.pointedOn(l, o)
-		return nil
+		return
 	}
 	b.opened(l, o)
 	if o.have.count() > 0 {
 		b.adopt(l)
 	}
-	return nil
 }
 
 // blobHere is the blob if this node has to do with it, or could have: its store
@@ -90,7 +87,7 @@ func (s *Swarm) blobHere(id blobID) *blob {
 	if b != nil {
 		return b
 	}
-	stored, ok := s.cfg.Store.Lookup(digest.NewDigestFromBytes(digest.SHA256, id.key[:]))
+	stored, ok := s.cfg.Store.Lookup(id.key.digest())
 	if !ok {
 		return nil
 	}
@@ -112,28 +109,26 @@ func (s *Swarm) takesPart(b *blob, member string) bool {
 	return b.isHome() || b.active() || there && b.lets(member)
 }
 
-func (s *Swarm) asked(l *link, w want) error {
+func (s *Swarm) asked(l *link, w want) {
 	s.mu.Lock()
 	b := s.blobs[w.blob]
 	s.mu.Unlock()
 	if b == nil {
 		l.send(func(p []byte) []byte { return answer{id: w.id}.append(p, frameGone) })
-		return nil
+		return
 	}
 	b.asked(l, w)
-	return nil
 }
 
+// denied takes in that a request of ours will not be answered, or not yet.
 func (s *Swarm) denied(l *link, t frameType, a answer) {
-	r := l.forget(a.id)
-	if r == nil {
-		return
-	}
-	if t == frameBusy {
+	switch r := l.forget(a.id); {
+	case r == nil:
+	case t == frameBusy:
 		r.blob.busy(r, a)
-		return
+	default:
+		r.blob.failed(r, true)
 	}
-	r.blob.failed(r, failGone)
 }
 
 // seedFromStore offers a blob that the store holds whole. Hashing happens in

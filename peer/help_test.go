@@ -72,7 +72,7 @@ func TestWantsHelp(t *testing.T) {
 		runs(10*second, rate)
 		want(false, homes[1], "r", 0, "somebody else gets it")
 		b.goesUp(true)
-		b.home.join(homes[1], "", b.rng0())
+		b.home.join(homes[1], "", b.newRand())
 		want(false, stranger, "r", 0, "no home, and another one takes part")
 		b.home.forget(homes[1])
 		want(true, stranger, "r", 0, "no home, and none takes part")

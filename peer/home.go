@@ -2,7 +2,6 @@ package peer
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -184,6 +183,7 @@ type joinReply struct {
 	Help    int64    `json:",omitempty"` // fetch from the far end too: the home's own pace, bytes per second
 	Refused string   `json:",omitempty"` // ask the next home: why
 	CutOff  bool     `json:",omitempty"` // refused, because the home does not reach the registry
+	Ways    []string `json:",omitempty"` // with CutOff: members that do
 	Pass    []byte   `json:",omitempty"` // the signature of a pass, see pass; also when refused
 }
 
@@ -216,7 +216,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	}
 	b.admit(l.peer, ask.Registry)
 	b.note(l, ask)
-	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.rng0()), Vouch: b.vouched()}
+	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.newRand()), Vouch: b.vouched()}
 	if ask.Pass {
 		p := s.sign(b.k, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
@@ -228,6 +228,9 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 			b.home.forget(l.peer) // nothing for it meets here
 		}
 		reply.Refused, reply.CutOff = truncate(err.Error(), maxStatusLen), errors.Is(err, errUnreached)
+		if reply.CutOff {
+			reply.Ways = s.listed(ask.Registry)
+		}
 		return reply, nil
 	}
 	reply.Meet = append(reply.Meet, holders...)
@@ -464,8 +467,6 @@ func (b *blob) recentFailure() error {
 	return b.failure
 }
 
-func truncate(s string, n int) string { return s[:min(len(s), n)] }
-
 // permitAsk asks a home whether this node may fetch from upstream although it
 // is not the home.
 type permitAsk struct {
@@ -489,13 +490,4 @@ func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
 		b.vouch([]string{l.peer})
 	}
 	return permitReply{ok}, nil
-}
-
-// decode reads a call's body; it is at most one frame long.
-func decode[T any](body []byte) (T, error) {
-	var v T
-	if err := json.Unmarshal(body, &v); err != nil {
-		return v, fmt.Errorf("%w: %w", errWire, err)
-	}
-	return v, nil
 }

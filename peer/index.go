@@ -30,7 +30,9 @@ const (
 // lookups honour at once; its postings are swept later, and only then is the
 // slot's number used again. Look-ups do no I/O.
 type index struct {
-	s *Swarm
+	s       *Swarm
+	begun   time.Time // constant
+	adopted time.Time // last snapshot; only run touches it
 
 	mu       sync.RWMutex // guards the following
 	shards   [shardCount]map[uint64][]uint16
@@ -42,8 +44,6 @@ type index struct {
 	sweep    int               // next shard to sweep
 	sweeping map[uint16]bool   // whose postings the sweep under way drops
 	behind   int               // members that more was heard of than is known
-	adopted  time.Time         // last snapshot; only run touches it
-	begun    time.Time         // constant
 	settled  bool              // knows what others have, as far as it ever does
 
 	own own
@@ -70,9 +70,8 @@ type said struct {
 func (s said) end() uint32 { return s.first + uint32(len(s.ops)) }
 
 func newIndex(s *Swarm) *index {
-	x := &index{s: s, byID: make(map[uint64]uint16), begun: time.Now()}
-	x.own.init()
-	return x
+	now := time.Now()
+	return &index{s: s, byID: make(map[uint64]uint16), begun: now, own: own{held: make(map[uint64]*holding), looked: now}}
 }
 
 func prefixOf(k key) uint64 { return binary.BigEndian.Uint64(k[:]) }
@@ -88,22 +87,17 @@ func (x *index) joined(ms []Member) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, m := range ms {
-		x.slotLocked(memberID(m.Name), m.Name, m.Zone)
+		x.joinedLocked(memberID(m.Name), m)
 	}
 }
 
-// slotLocked returns a member's slot, made if need be; nil when there are too
-// many.
-func (x *index) slotLocked(id uint64, name, zone string) *slot {
-	if i, ok := x.byID[id]; ok {
-		s := &x.slots[i]
-		if name != "" {
-			s.name, s.zone, s.fell = name, zone, time.Time{}
-		}
-		return s
-	}
-	var i uint16
+func (x *index) joinedLocked(id uint64, m Member) {
+	i, known := x.byID[id]
 	switch {
+	case known: // it had been taken for dead
+		s := &x.slots[i]
+		s.name, s.zone, s.fell = m.Name, m.Zone, time.Time{}
+		return
 	case len(x.free) > 0:
 		i = x.free[len(x.free)-1]
 		x.free = x.free[:len(x.free)-1]
@@ -111,11 +105,10 @@ func (x *index) slotLocked(id uint64, name, zone string) *slot {
 		i = uint16(len(x.slots))
 		x.slots = append(x.slots, slot{})
 	default:
-		return nil
+		return // what it holds is not known
 	}
-	x.slots[i] = slot{id: id, name: name, zone: zone}
+	x.slots[i] = slot{id: id, name: m.Name, zone: m.Zone}
 	x.byID[id] = i
-	return &x.slots[i]
 }
 
 // fell marks a dead member.

@@ -3,7 +3,6 @@ package peer
 import (
 	"bufio"
 	"context"
-	"crypto/ed25519"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
@@ -34,7 +33,6 @@ type link struct {
 	peer    string // member name
 	node    string
 	zone    string
-	key     ed25519.PublicKey
 	dialed  bool
 	conn    net.Conn
 	records *recordConn  // under conn; nil without TLS
@@ -95,7 +93,7 @@ func (c heardConn) Read(p []byte) (int, error) {
 
 func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 	l := &link{
-		s: s, peer: m.Name, node: m.Node, zone: m.Zone, key: m.Key, dialed: dialed, conn: conn, traffic: s.traffic.with(m.Node),
+		s: s, peer: m.Name, node: m.Node, zone: m.Zone, dialed: dialed, conn: conn, traffic: s.traffic.with(m.Node),
 		done: make(chan struct{}), calls: make(map[uint32]chan call), wants: make(map[uint32]*request),
 		wake: make(chan struct{}, 1), lastTx: time.Now(),
 	}
@@ -189,7 +187,7 @@ func (l *link) settle() error {
 		close(c)
 	}
 	for _, r := range wants {
-		r.blob.failed(r, failClosed)
+		r.blob.failed(r, false)
 	}
 	for _, u := range bulk {
 		l.s.uploads.finished(u)
@@ -466,14 +464,13 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 }
 
 // answered gives an answer to whoever asked.
-func (l *link) answered(a call) error {
+func (l *link) answered(a call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c, ok := l.calls[a.id]; ok {
 		delete(l.calls, a.id) // there is one
 		c <- a
 	}
-	return nil
 }
 
 // tend pings a quiet link and closes a silent or idle one.

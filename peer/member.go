@@ -181,7 +181,7 @@ func (r *roster) get(name string) (*Member, bool) {
 	return v.all[i], true
 }
 
-// key returns the signing key of a member that lives or fell lately.
+// key returns the signing key of a member, be it this node, that lives or fell lately.
 func (r *roster) key(name string) ed25519.PublicKey {
 	if m, ok := r.get(name); ok {
 		return m.Key
@@ -250,9 +250,6 @@ func (r *roster) homes(k key, zone string, zoned bool) []*Member {
 // been there before, while one that was still gets the blob behind a poor uplink.
 func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member {
 	v, without := r.view.Load(), r.fallenAway()
-	if without == nil {
-		without = make(map[string]bool)
-	}
 	for _, m := range v.all {
 		if m.Epoch >= epoch {
 			without[m.Name] = true
@@ -264,37 +261,30 @@ func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member 
 // homeBut is the best home that is not in without; nil if there is none.
 func (r *roster) homeBut(k key, zone string, zoned bool, without map[string]bool) *Member {
 	fallen := r.fallenAway()
-	without = maps.Clone(without)
-	maps.Copy(without, fallen)
-	if homes := r.view.Load().homes(k, zone, zoned, without); len(homes) > 0 {
+	maps.Copy(fallen, without)
+	if homes := r.view.Load().homes(k, zone, zoned, fallen); len(homes) > 0 {
 		return homes[0]
 	}
 	return nil
 }
 
-// fallenAway is who cannot be reached now; nil if nobody.
+// fallenAway is who cannot be reached now.
 func (r *roster) fallenAway() map[string]bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	var out map[string]bool
-	add := func(name string) {
-		if out == nil {
-			out = make(map[string]bool)
-		}
-		out[name] = true
-	}
+	out := make(map[string]bool)
 	if now.Before(r.alone) {
 		for _, m := range r.view.Load().all {
 			if m.Name != r.self {
-				add(m.Name)
+				out[m.Name] = true
 			}
 		}
 		return out
 	}
 	for name, until := range r.down {
 		if now.Before(until) {
-			add(name)
+			out[name] = true
 		}
 	}
 	return out

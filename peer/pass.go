@@ -50,7 +50,7 @@ func (s *Swarm) good(p pass, k key, member string) bool {
 	if p.signer == "" || p.signer == member {
 		return false
 	}
-	pub := s.signingKey(p.signer)
+	pub := s.roster.key(p.signer)
 	return len(pub) == ed25519.PublicKeySize && ed25519.Verify(pub, p.signed(k, member), p.sig[:])
 }
 

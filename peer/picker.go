@@ -6,6 +6,8 @@ import (
 	"time"
 )
 
+// What is asked of whom. All of this runs with blob.mu held.
+
 const (
 	window     = 64 // pieces from the cursor among which the rarest is asked first
 	urgentN    = 2  // first missing pieces: may be asked twice
@@ -19,7 +21,7 @@ const (
 	twinAfter  = 300 * time.Millisecond // but not before
 )
 
-// pump asks for as many pieces as may be under way. b.mu is held.
+// pump asks for as many pieces as may be under way.
 func (b *blob) pump(now time.Time) {
 	if b.fill == nil || b.size == 0 || b.missing == 0 {
 		return
@@ -28,10 +30,12 @@ func (b *blob) pump(now time.Time) {
 	b.idleLocked(now)
 	b.pumpUrgent(now)
 	for from := 0; b.flying < limit && from < b.n && len(b.idle) > 0; {
-		var c []candidate
-		c, from = b.candidates(from)
-		if b.ask(c, limit, now) {
-			return // somebody is left who could be asked for these later
+		from = b.findCandidates(from)
+		for _, c := range b.candidates {
+			if b.flying >= limit {
+				return
+			}
+			b.askOne(c.piece, nil, now)
 		}
 	}
 }
@@ -79,10 +83,10 @@ type candidate struct {
 	rare  uint32 // availability, then chance
 }
 
-// candidates returns the pieces of one window, rarest first, and where the next
-// window begins; from counts from the cursor, around the end.
-func (b *blob) candidates(from int) (c []candidate, next int) {
-	c = b.s.scratch.get()
+// findCandidates lists the pieces of one window, rarest first, and returns where the
+// next window begins; from counts from the cursor, around the end.
+func (b *blob) findCandidates(from int) (next int) {
+	c := b.candidates[:0]
 	for n := 0; from < b.n && n < window; from++ {
 		i := (b.cursor + from) % b.n
 		if b.here.has(i) {
@@ -94,20 +98,8 @@ func (b *blob) candidates(from int) (c []candidate, next int) {
 		}
 	}
 	slices.SortFunc(c, func(a, z candidate) int { return cmp.Compare(a.rare, z.rare) })
-	return c, from
-}
-
-// ask goes through candidates until limit requests are under way. It reports
-// whether that was reached.
-func (b *blob) ask(c []candidate, limit int, now time.Time) bool {
-	defer b.s.scratch.put(c)
-	for _, x := range c {
-		if b.flying >= limit {
-			return true
-		}
-		b.askOne(x.piece, nil, now)
-	}
-	return b.flying >= limit
+	b.candidates = c
+	return from
 }
 
 // askOne asks the neighbour that will likely deliver the piece first, except

@@ -16,6 +16,12 @@ const reachCheck = 250 * time.Millisecond
 // errUnreached: another home may have a way to the registry.
 var errUnreached = errors.New("the registry cannot be reached from here")
 
+// cutOffError is errUnreached of another member.
+type cutOffError struct{ others []string } // that have a way, as it says
+
+func (e *cutOffError) Error() string { return errUnreached.Error() }
+func (e *cutOffError) Unwrap() error { return errUnreached }
+
 // whileReached returns a context that ends, with errUnreached as its cause, when this
 // node does not reach the registry and leave agrees, which is asked on another goroutine
 // until stop is called, and perhaps once more. The caller calls stop.

@@ -543,7 +543,7 @@ func TestGoneAndLeft(t *testing.T) {
 	if !asked || r == nil || !b.left(l) {
 		t.Fatal("nothing was asked of a neighbour")
 	}
-	b.failed(r, failGone)
+	b.failed(r, true)
 	if start, end := b.lost(0, b.size); start != 0 || end != b.size {
 		t.Errorf("lost [%d, %d), want everything: piece 0 is with %d neighbours", start, end, b.avail[0])
 	}

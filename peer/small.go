@@ -140,9 +140,6 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 			break
 		}
 		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
-		if errors.Is(err, errUnreached) {
-			s.cutOff(m.Name, r.Registry)
-		}
 		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
 	switch {
@@ -172,21 +169,19 @@ func answered(err error) bool {
 	return remote || refused || errors.Is(err, errUnreached)
 }
 
-// put asks one home.
+// put asks one home, and notes if it does not reach the registry.
 func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([]byte, error) {
 	if m.Name == s.self.Name {
 		return s.answerSmall(ctx, method, r)
 	}
-	var b json.RawMessage
-	err := s.question(ctx, m, method, r, &b)
-	return b, err
-}
-
-func (s *Swarm) question(ctx context.Context, m *Member, method byte, r Reference, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, questionTime)
 	defer cancel()
-	_, err := s.askMember(ctx, m, method, r, out)
-	return err
+	var b json.RawMessage
+	_, err := s.askMember(ctx, m, method, r, &b)
+	if cut, ok := errors.AsType[*cutOffError](err); ok {
+		s.cutOff(m.Name, r.Registry, cut.others)
+	}
+	return b, err
 }
 
 // answers remembers what upstream said, and makes those who ask at the same

@@ -88,8 +88,8 @@ func (x *index) shardPageLocked(b []byte, from int) ([]byte, int) {
 	return b, 0
 }
 
-// membersPage and postings are what pages hold.
-type membersPage struct {
+// indexed is a member of the index, and posting who holds a blob, as pages have them.
+type indexed struct {
 	slot uint16
 	id   uint64
 	seq  uint32
@@ -100,14 +100,14 @@ type posting struct {
 	slots  []uint16
 }
 
-func parseMembersPage(p []byte) (next uint16, ms []membersPage, err error) {
+func parseMembersPage(p []byte) (next uint16, ms []indexed, err error) {
 	c := cursor{b: p}
 	next = uint16(c.u16())
 	if c.bad || len(c.b)%memberEntry != 0 {
 		return 0, nil, errWire
 	}
 	for len(c.b) > 0 {
-		ms = append(ms, membersPage{uint16(c.u16()), c.u64(), c.u32()})
+		ms = append(ms, indexed{uint16(c.u16()), c.u64(), c.u32()})
 	}
 	return next, ms, c.done()
 }
@@ -137,7 +137,7 @@ func (x *index) adopt(ctx context.Context, name string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	who := make(map[uint16]membersPage)
+	who := make(map[uint16]indexed)
 	err = x.pages(ctx, l, pageMembers, func(p []byte) (uint16, error) {
 		next, ms, err := parseMembersPage(p)
 		for _, m := range ms {
@@ -180,7 +180,7 @@ func (x *index) pages(ctx context.Context, l *link, kind byte, take func([]byte)
 	}
 }
 
-func (x *index) adoptPostings(ps []posting, who map[uint16]membersPage) {
+func (x *index) adoptPostings(ps []posting, who map[uint16]indexed) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, p := range ps {
@@ -196,7 +196,7 @@ func (x *index) adoptPostings(ps []posting, who map[uint16]membersPage) {
 	}
 }
 
-func (x *index) adoptSeqs(who map[uint16]membersPage) {
+func (x *index) adoptSeqs(who map[uint16]indexed) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, m := range who {

@@ -2,6 +2,7 @@ package peer
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -81,12 +82,8 @@ func (b *blob) status() BlobStatus {
 	b.home.mu.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	st := BlobStatus{Digest: b.d, Size: b.size, Pieces: b.n, Here: b.n - b.missing, Fetching: b.fill != nil,
-		Neighbours: len(b.nbrs), InFlight: b.flying, Rate: b.pace.rate, From: make(map[string]int64), Members: meeting}
-	for n, v := range b.sources {
-		st.From[n] = v
-	}
-	return st
+	return BlobStatus{Digest: b.d, Size: b.size, Pieces: b.n, Here: b.n - b.missing, Fetching: b.fill != nil,
+		Neighbours: len(b.nbrs), InFlight: b.flying, Rate: b.pace.rate, From: maps.Clone(b.sources), Members: meeting}
 }
 
 func (x *index) status() IndexStatus {
@@ -97,18 +94,6 @@ func (x *index) status() IndexStatus {
 	defer x.own.mu.Unlock()
 	st.Held = len(x.own.held)
 	return st
-}
-
-func (b *bans) list() map[string]time.Time {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	out := make(map[string]time.Time)
-	for n, t := range b.until {
-		if time.Now().Before(t) {
-			out[n] = t
-		}
-	}
-	return out
 }
 
 // Joined is closed once the first attempt to join others was made, whatever

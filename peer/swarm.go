@@ -10,13 +10,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/time/rate"
 )
 
@@ -42,8 +44,7 @@ type Swarm struct {
 	limiter  *rate.Limiter // nil = none
 	buffers  buffers
 	chunks   sync.Pool
-	chunk    int // piece bytes in one frame
-	scratch  scratch
+	chunk    int          // piece bytes in one frame
 	flying   atomic.Int64 // bytes of pieces asked for
 
 	strangers  chan struct{} // a place each
@@ -201,11 +202,6 @@ func (s *Swarm) spawn(f func(context.Context)) {
 	}()
 }
 
-// after runs f, which must not block, in d.
-func (s *Swarm) after(d time.Duration, f func()) { time.AfterFunc(d, f) }
-
-func (s *Swarm) now() time.Time { return time.Now() }
-
 func (s *Swarm) newRandLocked() *rand.Rand {
 	return rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
 }
@@ -242,45 +238,21 @@ func (s *Swarm) guestBlob(id blobID) (*blob, error) {
 func (s *Swarm) allBlobs() []*blob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := make([]*blob, 0, len(s.blobs))
-	for _, b := range s.blobs {
-		out = append(out, b)
-	}
-	return out
+	return slices.AppendSeq(make([]*blob, 0, len(s.blobs)), maps.Values(s.blobs))
 }
 
 func (s *Swarm) allLinks() []*link {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := make([]*link, 0, len(s.links))
-	for _, l := range s.links {
-		out = append(out, l)
-	}
-	return out
+	return slices.AppendSeq(make([]*link, 0, len(s.links)), maps.Values(s.links))
 }
 
 // mayBeHome reports whether a member is among the blob's homes, of any zone it
 // may be in, as this node sees the members.
 func (s *Swarm) mayBeHome(k key, name string) bool {
 	v := s.roster.view.Load()
-	for _, m := range v.homes(k, "", false, nil) {
-		if m.Name == name {
-			return true
-		}
-	}
-	for _, m := range v.homes(k, s.cfg.Zone, true, nil) {
-		if m.Name == name {
-			return true
-		}
-	}
-	return false
-}
-
-func (s *Swarm) signingKey(name string) ed25519.PublicKey {
-	if name == s.self.Name {
-		return s.self.Key
-	}
-	return s.roster.key(name)
+	homes := append(v.homes(k, "", false, nil), v.homes(k, s.cfg.Zone, true, nil)...)
+	return slices.ContainsFunc(homes, func(m *Member) bool { return m.Name == name })
 }
 
 // holders are live members known to hold the whole blob.
@@ -289,15 +261,12 @@ func (s *Swarm) holders(k key, zone string) []string {
 }
 
 func parseKey(d string) (key, error) {
-	algo, enc, ok := cutDigest(d)
-	if !ok || algo != string(digest.SHA256) || len(enc) != 64 {
+	enc, ok := strings.CutPrefix(d, "sha256:")
+	b, err := hex.DecodeString(enc)
+	if !ok || err != nil || len(b) != len(key{}) {
 		return key{}, fmt.Errorf("digest %.80q: %w", d, ErrUnsupported)
 	}
-	var k key
-	if _, err := hex.Decode(k[:], []byte(enc)); err != nil {
-		return key{}, fmt.Errorf("digest %.80q: %w", d, ErrUnsupported)
-	}
-	return k, nil
+	return key(b), nil
 }
 
 // parseBlobID is parseKey for a blob that another node asks about.
@@ -324,18 +293,6 @@ func (p *buffers) put(b []byte) {
 		p.pool.Put(&b)
 	}
 }
-
-// scratch recycles candidate lists.
-type scratch struct{ pool sync.Pool }
-
-func (p *scratch) get() []candidate {
-	if c, ok := p.pool.Get().(*[]candidate); ok {
-		return (*c)[:0]
-	}
-	return make([]candidate, 0, window)
-}
-
-func (p *scratch) put(c []candidate) { p.pool.Put(&c) }
 
 func marshal(v any) []byte {
 	b, err := json.Marshal(v)

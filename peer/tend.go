@@ -26,6 +26,7 @@ func (s *Swarm) tend(ctx context.Context) {
 		}
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
+		s.tendWays(now)
 	}
 }
 

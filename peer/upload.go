@@ -22,8 +22,9 @@ type uploads struct {
 	mu     sync.Mutex // guards the following
 	queue  []*upload
 	active []*upload
-	vtime  float64 // of the blob served last
-	pace   pace    // while busy
+	lost   []*upload // of links that had ended when it was their turn; drop is about to come
+	vtime  float64   // of the blob served last
+	pace   pace      // while busy
 }
 
 const (
@@ -157,6 +158,8 @@ func (q *uploads) dispatchLocked() {
 		q.pace.resume(now)
 		if u.l.start(u) {
 			q.active = append(q.active, u)
+		} else {
+			q.lost = append(q.lost, u)
 		}
 	}
 }
@@ -247,16 +250,19 @@ func (q *uploads) cancel(l *link, id uint32) {
 // drop forgets what waits for a link that ended.
 func (q *uploads) drop(l *link) { q.takeOut(func(u *upload) bool { return u.l == l }) }
 
-// takeOut takes off uploads that wait.
+// takeOut takes off uploads that were not started.
 func (q *uploads) takeOut(which func(*upload) bool) {
 	var out []*upload
-	q.mu.Lock()
-	q.queue = slices.DeleteFunc(q.queue, func(u *upload) bool {
+	take := func(u *upload) bool {
 		if which(u) {
 			out = append(out, u)
+			return true
 		}
-		return which(u)
-	})
+		return false
+	}
+	q.mu.Lock()
+	q.queue = slices.DeleteFunc(q.queue, take)
+	q.lost = slices.DeleteFunc(q.lost, take)
 	q.dispatchLocked()
 	q.mu.Unlock()
 	for _, u := range out {

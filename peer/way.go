@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -22,16 +21,21 @@ import (
 // holders of a blob, and stand in for the homes that are cut off: the best of them by
 // rank, so that all nodes turn to the same ones. In a cluster where everybody always
 // had a way nobody asks, and the index knows nothing of it. An entry stays until who made
-// it fails to reach the registry, also if nobody needs it any more.
+// it fails to reach the registry, or was not asked for a day: as long as somebody is cut off
+// and pulls, he goes on to ask one of those that are listed now and then. So the more are
+// cut off, the more stay listed, and the last one stays while anybody is.
 
 const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
 	wayRarely = 2 * time.Minute  // and up to this, twice as long each time, if nobody has one
 	wayCheck  = 2 * time.Second  // if somebody has, it looks so often whether that is still so
+	wayRenew  = time.Minute      // and asks one of those that it knows so often, which then stay listed
+	wayKept   = 24 * time.Hour   // since somebody asked; many clusters pull little but once a day
 	wayTime   = 3 * time.Second  // for one member to try, less than questionTime, so that it can still say that it was in vain
 	wayAsked  = 64               // members that are asked each time
 	wayAtOnce = 8                // of them, at the same time
 	keepCut   = keepDown         // a member that said it is cut off is passed over; it says so at once
+	keepTold  = 30 * time.Second // whom it named instead counts; by then the index knows
 	maxCut    = 4096
 	maxWays   = 256 // registries
 )
@@ -41,20 +45,29 @@ type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
 	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
-	ours   map[string]bool      // those of which it has told others
+	ours   map[string]time.Time // those of which it has told others, and when one of them asked last
 	sought map[string]seeking
+	told   map[string]hearsay
+}
+
+// hearsay is who has a way to a registry, as a member said that has none.
+type hearsay struct {
+	names []string
+	until time.Time // that counts
 }
 
 type access struct{ member, registry string }
 
 // seeking is when this node may look again for a way to a registry.
 type seeking struct {
-	pause time.Duration
-	next  time.Time
+	pause   time.Duration
+	next    time.Time
+	renewed time.Time // when it asked a member last that it knew to have one
 }
 
 func newWays() *ways {
-	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]bool), sought: make(map[string]seeking)}
+	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]time.Time),
+		sought: make(map[string]seeking), told: make(map[string]hearsay)}
 }
 
 // wayTo is what the index calls a way to a registry.
@@ -89,8 +102,11 @@ func (s *Swarm) doubt(registry string) {
 func (w *ways) isSure(registry string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.sure[registry] || w.ours[registry]
+	return w.sure[registry] || w.givesLocked(registry)
 }
+
+// givesLocked reports whether this node has told others that it has a way.
+func (w *ways) givesLocked(registry string) bool { return !w.ours[registry].IsZero() }
 
 // loseWay takes back what this node said of its way to a registry.
 func (s *Swarm) loseWay(registry string) {
@@ -98,14 +114,31 @@ func (s *Swarm) loseWay(registry string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.sure, registry)
-	if w.ours[registry] {
-		delete(w.ours, registry)
+	s.takeBackLocked(registry)
+}
+
+func (s *Swarm) takeBackLocked(registry string) {
+	if s.ways.givesLocked(registry) {
+		delete(s.ways.ours, registry)
 		s.Withdraw(wayTo(registry).digest())
 	}
 }
 
-// cutOff notes that another member does not reach a registry.
-func (s *Swarm) cutOff(member, registry string) {
+// tendWays takes back the ways for which nobody has asked for long.
+func (s *Swarm) tendWays(now time.Time) {
+	w := s.ways
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for registry, asked := range w.ours {
+		if now.Sub(asked) > wayKept {
+			s.takeBackLocked(registry)
+		}
+	}
+}
+
+// cutOff notes that another member does not reach a registry, and who does by its index:
+// that of a node that has just started does not know yet.
+func (s *Swarm) cutOff(member, registry string, others []string) {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -116,6 +149,25 @@ func (s *Swarm) cutOff(member, registry string) {
 	if len(w.cut) < maxCut && member != s.self.Name {
 		w.cut[access{member, registry}] = now.Add(keepCut)
 	}
+	maps.DeleteFunc(w.told, func(_ string, h hearsay) bool { return now.After(h.until) })
+	var names []string
+	for _, name := range others[:min(len(others), homesPerBlob)] {
+		if m, live := s.roster.get(name); live && name != s.self.Name {
+			names = append(names, m.Name)
+		}
+	}
+	if len(names) > 0 && len(w.told) < maxWays {
+		w.told[registry] = hearsay{names, now.Add(keepTold)}
+	}
+}
+
+// listed is who has a way to a registry by the index, and was not found without: named to
+// one who asked this node in vain. Hearsay goes no further, or two could tell it each
+// other for ever.
+func (s *Swarm) listed(registry string) []string {
+	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
+	names = slices.DeleteFunc(names, func(name string) bool { return s.roster.isGone(name) || s.isCut(name, registry) })
+	return names[:min(len(names), homesPerBlob)]
 }
 
 // isCut reports whether a member is not to be asked to try a registry, where another
@@ -156,7 +208,21 @@ func (w *ways) maySeek(registry string, now time.Time) bool {
 func (w *ways) found(registry string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.sought[registry] = seeking{next: time.Now().Add(wayCheck)}
+	w.sought[registry] = seeking{next: time.Now().Add(wayCheck), renewed: w.sought[registry].renewed}
+}
+
+// mayRenew reports whether it is time to ask a member that is known to have a way, and
+// notes that it is done.
+func (w *ways) mayRenew(registry string, now time.Time) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k := w.sought[registry]
+	if now.Sub(k.renewed) < wayRenew {
+		return false
+	}
+	k.renewed = now
+	w.sought[registry] = k
+	return true
 }
 
 // around puts those that have a way to the registry in the place of homes that have
@@ -170,16 +236,21 @@ func (s *Swarm) around(homes []*Member, k key, registry string) []*Member {
 	return append(homes, stand...)
 }
 
-// withWay is who has a way to the registry, by the index, in the order in which they
-// stand in for homes of k.
+// withWay is who has a way to the registry, by the index or hearsay, in the order in which
+// they stand in for homes of k.
 func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	w := s.ways
 	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
 	w.mu.Lock()
-	if w.ours[registry] {
+	if w.givesLocked(registry) {
 		names = append(names, s.self.Name)
 	}
 	now := time.Now()
+	if h := w.told[registry]; now.Before(h.until) {
+		names = slices.Concat(names, h.names)
+		slices.Sort(names)
+		names = slices.Compact(names)
+	}
 	names = slices.DeleteFunc(names, func(name string) bool { return now.Before(w.cut[access{name, registry}]) })
 	w.mu.Unlock()
 	for _, name := range names {
@@ -207,32 +278,40 @@ func (s *Swarm) seekWay(ctx context.Context, registry string) {
 	if !reached {
 		s.loseWay(registry)
 	}
-	if reached || len(s.withWay(key{}, registry)) > 0 || s.askWay(ctx, registry) {
+	var by key
+	binary.BigEndian.PutUint64(by[:], rand.Uint64())
+	known := s.withWay(by, registry)
+	if reached || len(known) > 0 || s.askWay(ctx, registry) {
 		s.ways.found(registry)
+	}
+	if !reached && len(known) > 0 && s.ways.mayRenew(registry, time.Now()) {
+		s.askOneWay(ctx, known[0], registry)
 	}
 }
 
 // askWay asks others until one has a way to the registry, last those that had none a
 // moment ago. Who has one tells all; see giveWay.
 func (s *Swarm) askWay(ctx context.Context, registry string) bool {
-	members := slices.DeleteFunc(slices.Clone(s.roster.view.Load().all), func(m *Member) bool {
-		return m.Name == s.self.Name || !m.Home || s.roster.isDown(m.Name)
-	})
-	rand.Shuffle(len(members), func(i, j int) { members[i], members[j] = members[j], members[i] })
-	cut := slices.DeleteFunc(slices.Clone(members), func(m *Member) bool { return !s.isCut(m.Name, registry) })
-	members = append(slices.DeleteFunc(members, func(m *Member) bool { return s.isCut(m.Name, registry) }), cut...)
+	var members, cut []*Member
+	all := s.roster.view.Load().all
+	for _, i := range rand.Perm(len(all)) {
+		switch m := all[i]; {
+		case m.Name == s.self.Name || !m.Home || s.roster.isDown(m.Name):
+		case s.isCut(m.Name, registry):
+			cut = append(cut, m)
+		default:
+			members = append(members, m)
+		}
+	}
+	members = append(members, cut...)
 	var found atomic.Bool
 	for some := range slices.Chunk(members[:min(len(members), wayAsked)], wayAtOnce) {
 		var asked sync.WaitGroup
 		for _, m := range some {
 			asked.Go(func() {
-				_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
-				if err == nil {
+				if s.askOneWay(ctx, m, registry) {
 					found.Store(true)
-				} else if errors.Is(err, errUnreached) {
-					s.cutOff(m.Name, registry)
 				}
-				s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
 			})
 		}
 		asked.Wait()
@@ -241,6 +320,12 @@ func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 		}
 	}
 	return found.Load()
+}
+
+func (s *Swarm) askOneWay(ctx context.Context, m *Member, registry string) bool {
+	_, err := s.put(ctx, m, methodWay, Reference{Registry: registry, Memory: true})
+	s.log.Debug("asked for a way to the registry", "registry", registry, "peer", m.Node, "err", err)
+	return err == nil
 }
 
 // tryWay tries to reach the registry.
@@ -275,9 +360,9 @@ func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 	w := s.ways
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.ours) < maxWays && !w.ours[registry] {
-		w.ours[registry] = true
-		s.Announce(wayTo(registry).digest())
+	if len(w.ours) < maxWays || w.givesLocked(registry) {
+		w.ours[registry] = time.Now()
+		s.Announce(wayTo(registry).digest()) // once
 	}
 	return nil
 }

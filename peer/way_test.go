@@ -2,6 +2,7 @@ package peer
 
 import (
 	"fmt"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -142,9 +143,10 @@ func TestNoWay(t *testing.T) {
 // TestWaysAreBounded: registries and members come from outside.
 func TestWaysAreBounded(t *testing.T) {
 	n := newTestWorld().node(t, "a")
+	n.s.roster.set(Member{Name: "b"}, Member{Name: "c"}, Member{Name: "d"}, Member{Name: "e"})
 	w := n.s.ways
 	for i := range 2 * maxCut {
-		n.s.cutOff(fmt.Sprint("member-", i), "r")
+		n.s.cutOff(fmt.Sprint("member-", i), fmt.Sprint("registry-", i), []string{"b", "c", "d", "e"})
 		w.maySeek(fmt.Sprint("registry-", i), time.Now())
 	}
 	for i := range 2 * maxWays {
@@ -152,8 +154,15 @@ func TestWaysAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(w.cut) != maxCut || len(w.sought) != maxWays || len(w.ours) != maxWays || len(w.sure) != maxWays {
-		t.Errorf("%d members, %d registries looked for and %d told of are kept", len(w.cut), len(w.sought), len(w.ours))
+	if len(w.cut) != maxCut || len(w.sought) != maxWays || len(w.told) != maxWays || len(w.ours) != maxWays || len(w.sure) != maxWays {
+		t.Errorf("%d members, %d registries looked for, %d heard of and %d told of are kept", len(w.cut), len(w.sought), len(w.told), len(w.ours))
+	}
+	if names := w.told["registry-0"].names; len(names) != homesPerBlob {
+		t.Errorf("%q are kept for one registry", names)
+	}
+	n.s.ways = newWays()
+	if n.s.cutOff("member", "r", []string{n.s.self.Name, "a stranger"}); len(n.s.ways.told) != 0 {
+		t.Errorf("it is believed that %v have a way", n.s.ways.told)
 	}
 }
 
@@ -165,7 +174,7 @@ func TestAround(t *testing.T) {
 	s := nodes[0].s
 	k := key{1}
 	homes := s.roster.homes(k, "", false)
-	s.cutOff(homes[0].Name, "registry.test")
+	s.cutOff(homes[0].Name, "registry.test", nil)
 	if got := s.around(homes, k, "registry.test"); !slices.Equal(got, homes) {
 		t.Error("nobody has a way, and the homes are others")
 	}
@@ -243,5 +252,143 @@ func TestWayWasLost(t *testing.T) {
 	allOK(t, d, nodes...)
 	if got := w.requests.Load(); got != 1 {
 		t.Errorf("%d requests to the registry", got)
+	}
+}
+
+// TestPeekAtMany: more homes to look at than a blob has at a time, of the zone, the
+// cluster, before this node came, and with a way to the registry. None answers in time, and
+// the node can be stopped. It once waited for ever for those past the ninth.
+func TestPeekAtMany(t *testing.T) {
+	t.Parallel()
+	deaf, err := net.Listen("tcp", "127.0.0.1:0") // nobody accepts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deaf.Close()
+	n := newTestWorld().node(t, "node", func(c *Config) { c.Zone = "a" })
+	s := n.s
+	add := func(count int, zone string, since time.Duration) (out []Member) {
+		for i := range count {
+			node := fmt.Sprint(zone, i)
+			epoch := s.self.Epoch + uint64(since.Milliseconds())
+			out = append(out, Member{Name: startName(node, epoch), Node: node, Zone: zone, Addr: deaf.Addr().String(), Epoch: epoch, Home: true, Key: s.self.Key})
+		}
+		s.roster.set(out...)
+		s.index.joined(out)
+		return out
+	}
+	add(10, "a", time.Minute)
+	add(200, "b", time.Minute)
+	add(5, "c", -time.Minute)
+	for _, m := range add(3, "d", time.Minute) {
+		s.index.heard(appendMessage(nil, memberID(m.Name), 0, []op{{true, prefixOf(wayTo("r"))}}))
+	}
+	x := &fetch{s: s, b: s.blob(blobID{}), w: Want{Digest: key{}.digest(), Registry: "r"}, tried: make(map[string]bool)}
+	if homes := x.otherHomes(); len(homes) != 4*homesPerBlob {
+		t.Fatalf("%d homes to look at: this test needs others", len(homes))
+	}
+	if source, _ := x.peek(t.Context()); source {
+		t.Error("somebody who does not answer has the blob")
+	}
+	n.stop()
+	select {
+	case <-n.gone:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the node does not stop")
+	}
+}
+
+// TestJustStarted: a node whose index knows of no way yet asks homes that are not sure of
+// theirs. They name who has one, and it turns to him for a tag and for a blob, also where
+// the next home would be the node itself.
+func TestJustStarted(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	nodes := w.nodes(t, 8)
+	way, fresh := nodes[3], nodes[5]
+	if err := way.s.giveWay(t.Context(), "registry.test"); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		if n != way {
+			n.cutOff.Store(true)
+			n.tag = func() (Descriptor, error) { return Descriptor{}, fmt.Errorf("%s asked the registry", n.s.self.Node) }
+		}
+		if n != way && n != fresh {
+			n.s.index.joined([]Member{way.s.self})
+			n.s.index.heard(appendMessage(nil, memberID(way.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+		}
+	}
+	rank := func(k key, m *testNode) int {
+		return slices.Index(namesOf(fresh.s.roster.homes(k, "", false)), m.s.self.Name)
+	}
+	r := Reference{Registry: "registry.test", Tag: "v1"}
+	for i := 0; r.Repository == "" || rank(r.home(), way) >= 0 || rank(r.home(), fresh) >= 0; i++ {
+		r.Repository = fmt.Sprint("app-", i)
+	}
+	if got, err := fresh.s.Resolve(t.Context(), r); err != nil || got.Digest != digest.FromString("v1") {
+		t.Errorf("the tag is %v, %v", got, err)
+	}
+
+	fresh.s.ways = newWays()
+	var d digest.Digest
+	for seed := uint64(1); d == "" || rank(sha256Of(d), way) >= 0 || rank(sha256Of(d), fresh) < 1; seed++ {
+		d = w.add(1<<20, seed)
+	}
+	allOK(t, d, fresh)
+	fresh.mu.Lock()
+	defer fresh.mu.Unlock()
+	if from := fresh.blobs[d].sources(); from[way.s.self.Node] != 1<<20 {
+		t.Errorf("the blob came from %v", from)
+	}
+}
+
+// TestWayIsTakenBack: a member stays listed as long as one that is cut off pulls, and no
+// longer than a day after the last of these.
+func TestWayIsTakenBack(t *testing.T) {
+	t.Parallel()
+	const registry = "registry.test"
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 3)
+	cut, way := nodes[0], nodes[1]
+	cut.tries.Store(1) // in vain
+	if err := way.s.giveWay(t.Context(), registry); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		return len(cut.s.withWay(key{}, registry)) == 1 && len(nodes[2].s.withWay(key{}, registry)) == 1
+	})
+	way.s.ways.mu.Lock()
+	way.s.ways.ours[registry] = time.Now().Add(-wayKept + time.Minute)
+	way.s.ways.mu.Unlock()
+	for range 3 {
+		cut.s.seekWay(t.Context(), registry)
+	}
+	if got := way.connects.Load(); got != 2 {
+		t.Errorf("the member tried %d times, want once when it was found and once since", got)
+	}
+	listed := func() bool {
+		way.s.ways.mu.Lock()
+		defer way.s.ways.mu.Unlock()
+		return way.s.ways.givesLocked(registry)
+	}
+	if way.s.tendWays(time.Now().Add(2 * time.Minute)); !listed() {
+		t.Fatal("the way is taken back while a member needs it")
+	}
+
+	cut.tries.Store(0)
+	cut.s.ways.mu.Lock()
+	clear(cut.s.ways.sought)
+	cut.s.ways.mu.Unlock()
+	cut.s.seekWay(t.Context(), registry)
+	if got := way.connects.Load(); got != 2 {
+		t.Error("a member that reaches the registry asks for a way")
+	}
+	if way.s.tendWays(time.Now().Add(wayKept - time.Minute)); !listed() {
+		t.Error("the way is taken back before a day is over")
+	}
+	way.s.tendWays(time.Now().Add(wayKept + time.Minute))
+	for _, n := range nodes {
+		waitFor(t, func() bool { return len(n.s.withWay(key{}, registry)) == 0 })
 	}
 }

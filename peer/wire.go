@@ -154,8 +154,8 @@ func appendStr(b []byte, s string) []byte {
 	return append(append(b, byte(len(s))), s...)
 }
 
-// hello is the first frame in both directions. On TLS links the certificate
-// decides who speaks; the name must agree with it.
+// hello is the first frame of who dialed. On TLS links the certificate decides who
+// speaks; the name must agree with it.
 type hello struct {
 	version byte
 	epoch   uint64

@@ -1,0 +1,198 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+)
+
+// How a node goes upstream: as home, after it has looked whether somebody has the blob or
+// gets it already; or beside a home that does not deliver, with leave.
+
+const (
+	permitWait  = time.Second
+	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
+	giveUpAfter = 20 * time.Second        // without progress and without a permit
+	youngFor    = time.Hour               // a home that began before this node may still get a blob
+)
+
+// asHome fetches from upstream what nobody in the swarm has.
+func (x *fetch) asHome(ctx context.Context) error {
+	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
+	if err := x.fromSwarm(ctx); err != nil || x.whole() {
+		return err
+	}
+	x.b.home.mu.Lock()
+	resumed := x.b.home.resumed
+	x.b.home.mu.Unlock()
+	if resumed {
+		wait(ctx, resumeWait)
+	}
+	return x.upstream(ctx)
+}
+
+// fromSwarm tries, before upstream, those who may have the blob: holders that
+// the index knows, and the other homes. One of these was the first home until
+// this node came, or believes that it is; it knows what the index does not say
+// yet (I4).
+func (x *fetch) fromSwarm(ctx context.Context) error {
+	begun := time.Now()
+	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
+	x.b.vouch(holders)
+	source, named := x.peek(ctx) // first: it brings the pass that holders want to see
+	for _, name := range holders {
+		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
+	}
+	holders = append(holders, named...)
+	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); wait(ctx, lookAgain) {
+		// The index names the dead until gossip has noticed; the links already have.
+		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
+		idle, _ := x.b.look(time.Now())
+		if !source && len(holders) == 0 || x.b.forsaken(begun) {
+			return nil
+		}
+		if min(idle, time.Since(peeked)) <= stallRejoin/2 {
+			continue
+		}
+		if !source || idle > stallFetch || !x.b.trusts(time.Now()) {
+			return nil
+		}
+		source, _ = x.peek(ctx) // it may be hashing what it has, or wait for upstream
+		peeked = time.Now()
+	}
+	return ctx.Err()
+}
+
+// peek asks the other homes at the same time, and reports whether any of them
+// has the blob or gets it from upstream, and who they say holds it. One that
+// merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
+func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
+	ctx, cancel := context.WithTimeout(ctx, peekTime)
+	defer cancel()
+	type answer struct {
+		m     *Member
+		l     *link
+		reply joinReply
+		err   error
+	}
+	homes, ask := x.otherHomes(), joinAsk{Peek: true, Idle: x.idle}
+	answers := make(chan answer, len(homes))
+	for _, m := range homes {
+		x.s.spawn(func(context.Context) {
+			l, reply, err := x.askHome(ctx, m, ask)
+			answers <- answer{m, l, reply, err}
+		})
+	}
+	for range homes {
+		select {
+		case a := <-answers:
+			if a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil {
+				source = source || a.reply.Source
+				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
+			}
+		case <-ctx.Done():
+			return source, holders
+		}
+	}
+	return source, holders
+}
+
+// otherHomes are the members that are, or lately were, homes of the blob.
+func (x *fetch) otherHomes() (out []*Member) {
+	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
+	if !x.s.cfg.ZoneScope {
+		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
+	}
+	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {
+		homes = append(homes, x.s.roster.elders(x.b.k, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
+	}
+	homes = append(homes, x.s.withWay(x.b.k, x.w.Registry)...)
+	for _, m := range homes {
+		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
+		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// upstream fetches until the fill is whole: first what no neighbour has, then,
+// if neighbours do not deliver what they have, everything. It fails with errUnreached
+// if it could not begin, and there is another home to do it.
+func (x *fetch) upstream(ctx context.Context) error {
+	x.endHelp()
+	x.b.goesUp(true)
+	asked, last := maps.Clone(x.tried), x.last
+	leave := func() bool { return !last && x.b.barren(time.Now()) && x.more(x.s.self.Name, asked) }
+	ctx, stop := x.s.whileReached(ctx, x.w.Registry, leave)
+	defer stop()
+	sink := &sink{x: x, w: x.f.From("")}
+	for !x.whole() {
+		err := ctx.Err()
+		if err == nil {
+			err = x.up(ctx, sink)
+		}
+		if err != nil && unreached(ctx) {
+			x.b.goesUp(false)
+			return errUnreached
+		}
+		if err != nil {
+			if ctx.Err() == nil && !x.w.Held {
+				x.s.doubt(x.w.Registry)
+			}
+			return err
+		}
+		if x.whole() {
+			break
+		}
+		wait(ctx, lookAgain)
+		idle, _ := x.b.look(time.Now())
+		sink.all = idle > stallRejoin
+	}
+	return nil
+}
+
+// goesUp notes whether this node is to get the blob from upstream.
+func (b *blob) goesUp(yes bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.authority, b.askedAt = yes, time.Time{}
+}
+
+// ownFetch goes upstream beside the home, if a home permits it or none answers.
+func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
+	if x.permit(ctx) {
+		x.s.log.Info("swarm stalls, fetching from upstream", "digest", x.w.Digest)
+		if err := x.upstream(ctx); !errors.Is(err, errUnreached) {
+			return err
+		}
+	}
+	if idle > giveUpAfter {
+		return ErrStalled
+	}
+	wait(ctx, permitWait)
+	return nil
+}
+
+func (x *fetch) permit(ctx context.Context) bool {
+	if x.w.Held {
+		return false
+	}
+	asked := make(map[string]bool)
+	for m := x.next(asked); m != nil; m = x.next(asked) {
+		asked[m.Name] = true
+		if m.Name == x.s.self.Name {
+			return x.b.home.permit(time.Now())
+		}
+		cctx, cancel := context.WithTimeout(ctx, permitWait)
+		var reply permitReply
+		_, err := x.s.askMember(cctx, m, methodPermit, permitAsk{x.w.Digest.String(), x.w.Attempt}, &reply)
+		cancel()
+		if err == nil {
+			return reply.Granted
+		}
+	}
+	return true
+}
