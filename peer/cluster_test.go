@@ -538,30 +538,25 @@ func TestAdvertisesWhatDataListensOn(t *testing.T) {
 }
 
 // TestOtherFamily: of a member with two addresses only one is told, and the other, which a
-// name leads to as well, is not knocked at again and again. When somebody leaves it is:
-// it may be the only way back to him.
+// name leads to as well, is not knocked at again and again. A name may also lead to one
+// member after another by one address, as a Service's that is not headless.
 func TestOtherFamily(t *testing.T) {
-	w := newTestWorld()
-	first := w.node(t, "node-0", func(c *Config) { c.Gossip, c.Advertise = ":0", "127.0.0.1" })
-	_, port, _ := net.SplitHostPort(first.gossipAddr())
-	other := net.JoinHostPort("127.0.0.2", port)
-	second := w.node(t, "node-1", func(c *Config) { c.Gossip, c.Join = "127.0.0.1:0", []string{other} })
-	wantMembers(t, 2, first, second)
-	g := second.s.gossip
-	<-second.s.Joined()
-	later := time.Now().Add(time.Minute)
-	if got := g.unknown([]string{other, first.gossipAddr(), "127.0.0.3:1"}, later); !slices.Equal(got, []string{"127.0.0.3:1"}) {
-		t.Errorf("%q are knocked at", got)
-	}
-	if got := g.unknown([]string{other}, later.Add(keepAlias)); len(got) != 1 {
-		t.Error("an address is never knocked at again")
-	}
-	if err := g.knock(t.Context(), []string{other}); err != nil {
-		t.Fatal(err)
-	}
-	first.kill()
-	wantMembers(t, 1, second)
-	if got := g.unknown([]string{other}, later); len(got) != 1 {
-		t.Error("nobody knocks at a member that has left")
+	g := &gossip{addrs: map[string]string{"a": "10.0.0.1:5052", "b": "10.0.0.2:5052", "c": "[fd00::3]:5052"}}
+	for _, tt := range []struct {
+		name string
+		has  []string
+		want []string
+	}{
+		{"two families of members", []string{"10.0.0.1:5052", "10.0.0.2:5052", "[fd00::1]:5052", "[fd00::2]:5052"}, nil},
+		{"IPv6 is told", []string{"[fd00::3]:5052", "10.0.0.3:5052"}, nil},
+		{"a new node", []string{"10.0.0.1:5052", "10.0.0.9:5052", "[fd00::1]:5052", "[fd00::9]:5052"},
+			[]string{"10.0.0.9:5052", "[fd00::1]:5052", "[fd00::9]:5052"}},
+		{"one address for all", []string{"10.96.0.7:5052"}, []string{"10.96.0.7:5052"}},
+		{"one family", []string{"10.0.0.1:5052", "10.0.0.9:5052"}, []string{"10.0.0.9:5052"}},
+		{"nobody is known", []string{"10.0.0.9:5052", "[fd00::9]:5052"}, []string{"10.0.0.9:5052", "[fd00::9]:5052"}},
+	} {
+		if got := g.unknown([][]string{tt.has}); !slices.Equal(got, tt.want) {
+			t.Errorf("%s: %q are knocked at, want %q", tt.name, got, tt.want)
+		}
 	}
 }

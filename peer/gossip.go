@@ -47,9 +47,7 @@ type gossip struct {
 	mu    sync.Mutex // guards the following
 	notes []note
 	addrs map[string]string // of gossip, by member name, this node's included
-	// aliases are addresses at which a member answered, and when. It may tell others another.
-	aliases map[string]time.Time
-	wake    chan struct{}
+	wake  chan struct{}
 	// alone is why Join led to no other member, aloneFor for how many rounds of rejoin.
 	alone    error
 	aloneFor int
@@ -63,7 +61,7 @@ type note struct {
 
 func newGossip(s *Swarm) *gossip {
 	g := &gossip{s: s, lines: &slogWriter{log: s.log}, inbox: make(chan []byte, inboxSize), wake: make(chan struct{}, 1), tried: make(chan struct{}),
-		addrs: make(map[string]string), aliases: make(map[string]time.Time)}
+		addrs: make(map[string]string)}
 	g.queue = &memberlist.TransmitLimitedQueue{NumNodes: g.audience, RetransmitMult: 2}
 	return g
 }
@@ -287,7 +285,6 @@ func (g *gossip) locate(n *memberlist.Node, left bool) {
 	defer g.mu.Unlock()
 	if left {
 		delete(g.addrs, n.Name)
-		clear(g.aliases) // its own among them may be the only one that leads back to it
 	} else {
 		g.addrs[n.Name] = n.Address()
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -28,7 +29,6 @@ const (
 	greetRounds   = 3 // of rejoin; the third is 3 to 6 s after the start
 	aloneRounds   = 4 // of rejoin without any other member are told of: 7 to 14 s after the start
 	lookupTimeout = 5 * time.Second
-	keepAlias     = time.Hour // an address at which a member answered is not knocked at for so long
 )
 
 // rejoin tries addresses that are no members, again and again: DNS changes, and
@@ -36,8 +36,8 @@ const (
 func (g *gossip) rejoin(ctx context.Context) {
 	pause := rejoinFirst
 	for round := 0; ctx.Err() == nil; round++ {
-		addrs, unresolved := g.s.resolve(ctx)
-		addrs = g.unknown(addrs, time.Now())
+		names, unresolved := g.s.resolve(ctx)
+		addrs := g.unknown(names)
 		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
 		unanswered := g.knock(ctx, addrs[:min(len(addrs), rejoinAtOnce)])
 		if round == 0 {
@@ -53,8 +53,7 @@ func (g *gossip) rejoin(ctx context.Context) {
 }
 
 // knock exchanges all that is known of the members with each address, and returns why
-// one of them did not. Who answers is a member from then on, also if he tells others
-// another address, as where a name has addresses of IPv4 and IPv6.
+// one of them did not.
 func (g *gossip) knock(ctx context.Context, addrs []string) (failed error) {
 	for _, a := range addrs {
 		if ctx.Err() != nil {
@@ -63,11 +62,7 @@ func (g *gossip) knock(ctx context.Context, addrs []string) (failed error) {
 		if _, err := g.list.Join([]string{a}); err != nil {
 			g.s.log.Debug("nobody joined", "peer", a, "err", err)
 			failed = cmp.Or(errors.Unwrap(err), err) // of one address, without the list around it
-			continue
 		}
-		g.mu.Lock()
-		g.aliases[a] = time.Now()
-		g.mu.Unlock()
 	}
 	return failed
 }
@@ -116,26 +111,40 @@ func (g *gossip) greet() (addrs []string) {
 	return addrs
 }
 
-// unknown leaves out addresses of members: those that they tell, and those at which they
-// answered since the last of them left.
-func (g *gossip) unknown(addrs []string, now time.Time) []string {
+// unknown is the addresses of each name that no member tells. A member tells one address and
+// a name may have two of it: where all of one family are members', the other family's are
+// theirs too.
+func (g *gossip) unknown(names [][]string) (out []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	maps.DeleteFunc(g.aliases, func(_ string, since time.Time) bool { return now.Sub(since) > keepAlias })
 	known := slices.Collect(maps.Values(g.addrs))
-	return slices.DeleteFunc(addrs, func(a string) bool {
-		_, alias := g.aliases[a]
-		return alias || slices.Contains(known, a)
-	})
+	for _, addrs := range names {
+		var members, strangers [2][]string // by family
+		for _, a := range addrs {
+			of := &strangers
+			if slices.Contains(known, a) {
+				of = &members
+			}
+			family := strings.Count(a, "[") // 1 in [IPv6]:port
+			of[family] = append(of[family], a)
+		}
+		for family, some := range strangers {
+			if other := 1 - family; len(members[other]) == 0 || len(strangers[other]) > 0 {
+				out = append(out, some...)
+			}
+		}
+	}
+	return out
 }
 
-// resolve turns Join into addresses; err is of a name that has none. Names are looked up
+// resolve turns each name in Join into addresses; err is of one that has none. Names are looked up
 // at the same time: one whose server is dead takes all the time there is.
-func (s *Swarm) resolve(ctx context.Context) (out []string, unresolved error) {
+func (s *Swarm) resolve(ctx context.Context) (found [][]string, unresolved error) {
 	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	found, errs := make([][]string, len(s.cfg.Join)), make([]error, len(s.cfg.Join))
+	found = make([][]string, len(s.cfg.Join))
+	errs := make([]error, len(s.cfg.Join))
 	var names sync.WaitGroup
 	for i, j := range s.cfg.Join {
 		host, p, err := net.SplitHostPort(j)
@@ -145,7 +154,7 @@ func (s *Swarm) resolve(ctx context.Context) (out []string, unresolved error) {
 		names.Go(func() { found[i], errs[i] = s.lookUp(ctx, host, p) })
 	}
 	names.Wait()
-	return slices.Concat(found...), cmp.Or(errs...)
+	return found, cmp.Or(errs...)
 }
 
 func (s *Swarm) lookUp(ctx context.Context, host, port string) (addrs []string, err error) {
