@@ -82,6 +82,9 @@ func main() {
 }
 
 func run(args []string) error {
+	if err := coarseTimers(); err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if len(args) > 0 {

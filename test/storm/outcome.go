@@ -163,7 +163,7 @@ func (l *lab) peakRSS() (most int64) {
 func (b *bench) printMachine() {
 	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
 	fmt.Printf("%d CPUs, %s, %s, Linux %s", runtime.NumCPU(), cpuModel(), runtime.Version(), kernel)
-	fmt.Println("All nodes share this machine's CPUs; caches and content stores are on one tmpfs.")
+	fmt.Println("All nodes share this machine's CPUs; caches and content stores are on one tmpfs; timers may be 2 ms late.")
 }
 
 func cpuModel() string {
