@@ -324,6 +324,10 @@ func TestNoRoomAsksOnce(t *testing.T) {
 			t.Errorf("%q: %d GETs so far, want %d", r, got, i+1)
 		}
 	}
+	// As home of it this node must say so at once: others would wait for it.
+	if err := n.proxy.Prefetch(n.target(), KindBlob, d, 0); !errors.Is(err, cache.ErrNoRoom) {
+		t.Errorf("Prefetch: %v", err)
+	}
 }
 
 // TestNoRoomWaitsForNoByteForEver: what passes the cache by keeps to the same deadlines.

@@ -186,9 +186,13 @@ const passMemory = time.Minute
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
 // it, and does not wait: what a home does for other nodes. They may have seen the
 // manifest when this one has not: size is what it says, 0 if unknown, see Listed.
+// cache.ErrNoRoom says that another node has to be the home.
 func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int64) error {
 	if p.Listed(t, d) == 0 {
 		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
+	}
+	if p.tooLarge(t, d) {
+		return cache.ErrNoRoom
 	}
 	started := p.background.run(func(ctx context.Context) {
 		if err := p.prefetch(ctx, t, kind, d); err != nil {
