@@ -40,7 +40,7 @@ check: lint unit ## gofmt, vet, linters, import directions and unit tests
 .PHONY: unit
 unit: ## Unit and integration tests at full size
 	$(GO) test $$($(GO) list ./... | grep -v /test/cluster)
-	$(GO) test -count=1 ./test/cluster # alone: it counts what an outage in the middle of a storm costs
+	$(GO) test -count=1 -timeout 30m ./test/cluster # alone: it counts what an outage in the middle of a storm costs
 
 # The modules that hold code of ours; test/tools has the mains of two tools alone.
 MODULES := . test/e2e test/deploy test/alerts
@@ -58,7 +58,7 @@ test: deps lint unit race deploy-test page-test e2e e2e-k8s ## Everything: insta
 
 .PHONY: race
 race: ## The same under the race detector, which multiplies time and memory: smaller storms
-	$(GO) test -race -short ./...
+	$(GO) test -race -short -timeout 30m ./...
 
 .PHONY: e2e
 e2e: ## Real containerd, podman, skopeo and registries (root)

@@ -66,7 +66,9 @@ func TestDirectoryDeletedWhileRunning(t *testing.T) {
 				}
 			}
 			c.Meta().SetManifest(d, Manifest{"x/y"})
-			c.meta.flush()
+			if err := c.Meta().Sync(t.Context()); err != nil {
+				t.Error(err)
+			}
 			if _, err := os.Stat(c.dir.metadata()); err != nil {
 				t.Errorf("metadata: %v", err)
 			}
@@ -395,7 +397,9 @@ func TestLRUOutlivesTheProcessAndTheClock(t *testing.T) {
 	c.mu.Lock()
 	now := c.now()
 	c.mu.Unlock()
-	c.meta.flush()
+	if err := c.Meta().Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	stop()
 	// ds[1] was used by a clock a year ahead, ds[2] by one long behind.
 	c.meta.recordUse([]use{{ds[0], now, 1000}, {ds[1], now + 365*86400, 1000}, {ds[2], 5, 1000}})

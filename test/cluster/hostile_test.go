@@ -257,10 +257,11 @@ func TestHostileFrames(t *testing.T) {
 	c.finish()
 }
 
-// peakMost is what agents may take here. They were seen to take 74 to 165 MB, the more the
-// later garbage is collected; 100,000 blobs kept would be 300 MB, and as much again.
+// peakMost is what agents may take here. They were seen to take 74 to 165 MB, and 267 beside
+// all other tests, the more the later garbage is collected; 100,000 blobs kept would be
+// 300 MB on top, and as much again.
 func peakMost() int64 {
-	const most = 256 * mb
+	const most = 360 * mb
 	if os.Getenv("LARDER_CLUSTER_RACE") != "" {
 		return 8 * most // of the race detector's shadow
 	}
