@@ -1,7 +1,6 @@
 package peer
 
 import (
-	"maps"
 	"sync"
 	"time"
 )
@@ -24,12 +23,18 @@ func (r banReason) lasts() time.Duration {
 
 const maxBans = 4096
 
-// bans is whom this node does not link with for a while, by node name: a
-// restart does not wash a bad disk clean.
+// bans is whom this node asks for no pieces for a while (slow), or does not link with, by
+// node name: a restart does not wash a bad disk clean. Who is slow is not cut off: it may be
+// the blob's home, and everybody who turned to the next one would send that upstream too.
 type bans struct {
 	m     *metrics
 	mu    sync.Mutex // guards until
-	until map[string]time.Time
+	until map[string]ban
+}
+
+type ban struct {
+	time.Time
+	slow bool
 }
 
 func (b *bans) add(node string, why banReason) {
@@ -38,33 +43,39 @@ func (b *bans) add(node string, why banReason) {
 	defer b.mu.Unlock()
 	if len(b.until) >= maxBans {
 		for n, t := range b.until {
-			if now.After(t) || len(b.until) >= maxBans {
+			if now.After(t.Time) || len(b.until) >= maxBans {
 				delete(b.until, n)
 			}
 		}
 	}
-	if t := now.Add(why.lasts()); t.After(b.until[node]) {
-		b.until[node] = t
+	was := b.until[node]
+	if t := now.Add(why.lasts()); t.After(was.Time) {
+		b.until[node] = ban{t, why == banSlow && (was.slow || now.After(was.Time))}
 	}
 	b.m.bans.WithLabelValues(string(why)).Inc()
 }
 
+// has reports whether there is to be no link with the node.
 func (b *bans) has(node string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	t, ok := b.until[node]
-	if ok && time.Now().After(t) {
+	if ok && time.Now().After(t.Time) {
 		delete(b.until, node)
 		return false
 	}
-	return ok
+	return ok && !t.slow
 }
 
 func (b *bans) list() map[string]time.Time {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := time.Now()
-	out := maps.Clone(b.until)
-	maps.DeleteFunc(out, func(_ string, until time.Time) bool { return now.After(until) })
+	out := make(map[string]time.Time, len(b.until))
+	for node, t := range b.until {
+		if now.Before(t.Time) {
+			out[node] = t.Time
+		}
+	}
 	return out
 }

@@ -83,8 +83,9 @@ type blob struct {
 	candidates []candidate
 	rng        *rand.Rand
 	pace       pace
-	turned     time.Time // when somebody last closed on us
-	unproved   time.Time // when a piece came of somebody whose digests do not count, see learn
+	pieceTook  time.Duration // smoothed time of a piece, of any neighbour; 0 = none came
+	turned     time.Time     // when somebody last closed on us
+	unproved   time.Time     // when a piece came of somebody whose digests do not count, see learn
 
 	// This node's own fetch.
 	fill      Fill                    // while fetching
@@ -107,6 +108,7 @@ type blob struct {
 	sourceWord time.Time // when one said so that goes upstream itself
 	heeded     time.Time // since when that home is asked
 	askedAt    time.Time // when upstream got the last request
+	owed       time.Time // see owe; zero = nothing is missing that neighbours hold
 }
 
 // neighbour is another node that takes part in the blob.
@@ -123,6 +125,13 @@ type neighbour struct {
 	took      time.Duration // smoothed time of a piece
 	since     time.Time     // of the last piece, or of the request, when something is under way
 	last      time.Time     // a piece came
+}
+
+// notBefore lets the neighbour be asked again then, or later if that was so already.
+func (nb *neighbour) notBefore(t time.Time) {
+	if t.After(nb.busy) {
+		nb.busy = t
+	}
 }
 
 // request is a piece asked of a neighbour. Only the link's reader touches buf
@@ -427,7 +436,7 @@ func (b *blob) busy(r *request, a answer) {
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
 	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
-		r.nb.busy = now.Add(wait)
+		r.nb.notBefore(now.Add(wait))
 	}
 	b.mu.Unlock()
 	time.AfterFunc(wait, b.poke)
@@ -450,7 +459,8 @@ func (b *blob) received(r *request) {
 	case !known:
 		b.s.log.Debug("piece came without a digest that counts", "digest", b.d, "peer", r.nb.l.node)
 		b.mu.Lock()
-		b.unproved, r.nb.busy = now, now.Add(vouchWait)
+		b.unproved = now
+		r.nb.notBefore(now.Add(vouchWait))
 		b.mu.Unlock()
 	default:
 		err := b.write(f, r, by)
@@ -497,8 +507,15 @@ func (b *blob) took(r *request, now time.Time) {
 		nb.took = d
 	}
 	nb.took += (d - nb.took) / 4
+	if b.pieceTook == 0 {
+		b.pieceTook = d
+	}
+	b.pieceTook += (d - b.pieceTook) / 8
 	nb.since = now
 	nb.last, b.progress = now, now
+	if !b.owed.IsZero() {
+		b.owed = now
+	}
 	b.sources[nb.l.node] += int64(r.size)
 	b.pace.add(r.size, now)
 	b.giveUpLocked(r)

@@ -97,7 +97,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	b.begun = time.Now()
 	b.progress, b.heeded = b.begun, b.begun
 	b.word, b.sourceWord = time.Time{}, time.Time{}
-	b.pace = pace{}
+	b.owed, b.pace, b.pieceTook = time.Time{}, pace{}, 0
 	b.upSince, b.upBytes, b.helper = time.Time{}, 0, helper{}
 	clear(b.sources)
 	if b.size != 0 {

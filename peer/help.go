@@ -176,7 +176,7 @@ func (x *fetch) help(ctx context.Context, rate int64) {
 	x.b.goesUp(true)
 	go func() {
 		defer close(h.done)
-		far := &farSink{sink: sink{x: x, w: x.f.From("")}, h: h, near: rate * int64(helpClose/time.Second), from: x.f.Size(), run: min(rate, farRun)}
+		far := &farSink{sink: sink{x: x, w: x.f.From(""), patient: true}, h: h, near: rate * int64(helpClose/time.Second), from: x.f.Size(), run: min(rate, farRun)}
 		if err := x.up(ctx, far); err != nil && ctx.Err() == nil {
 			x.s.log.Debug("help failed", "digest", x.w.Digest, "err", err)
 		}

@@ -95,7 +95,11 @@ func (b *blob) triesLocked(now, last time.Time) bool {
 
 // cameLocked is when the last bytes came.
 func (b *blob) cameLocked() time.Time {
-	last := b.progress
+	return b.movedLocked(b.progress)
+}
+
+// movedLocked is when the last bytes of a piece under way came, or last if that is later.
+func (b *blob) movedLocked(last time.Time) time.Time {
 	for _, rs := range b.wants {
 		for _, r := range rs {
 			if t := r.moved.get(); t.After(r.sent) && t.After(last) {

@@ -539,6 +539,10 @@ func TestStormOfTroubles(t *testing.T) {
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
 		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
 		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
+		{"three layers on slow links", func(c *sim) {
+			c.nodes, c.pieces, c.layers, c.fifo = 20, 153, []int{46, 6}, true
+			c.rate, c.origin = 20*mbit, 100*mbit
+		}, 1.4, 1.02},
 		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}
 	for _, c := range cases {

@@ -36,6 +36,7 @@ type Swarm struct {
 	ways     *ways
 	bans     *bans
 	uploads  *uploads
+	awaited  atomic.Bool // others wait for a blob that this node gets from upstream
 	index    *index
 	traffic  traffics
 	gossip   *gossip // nil without a gossip address
@@ -80,7 +81,7 @@ func New(cfg Config) (*Swarm, error) {
 		return nil, fmt.Errorf("swarm metrics: %w", err)
 	}
 	s := &Swarm{
-		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]time.Time)},
+		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]ban)},
 		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce), bigHashers: make(chan struct{}, hashersAtOnce),
 		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}

@@ -21,9 +21,12 @@ func (s *Swarm) tend(ctx context.Context) {
 		s.tendLinks(now, now.Sub(last))
 		last = now
 		blobs := s.allBlobs()
+		awaited := false
 		for _, b := range blobs {
 			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0 || b.isVoid()))
+			awaited = b.awaited() || awaited
 		}
+		s.awaited.Store(awaited)
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
 		s.tendWays(now)
@@ -68,10 +71,8 @@ func keepFor(blobs int, known bool) time.Duration {
 
 func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 	slow, idle := b.tend(now)
-	for _, l := range slow {
-		s.bans.add(l.node, banSlow)
-		b.left(l)
-		l.send(func(p []byte) []byte { return appendClose(p, b.id) })
+	for _, node := range slow {
+		s.bans.add(node, banSlow)
 	}
 	if b.home.expire(now) > 0 {
 		return
@@ -98,12 +99,20 @@ func (s *Swarm) remembers(b *blob) (later bool) {
 	return later
 }
 
+// awaited reports whether this node gets the blob from upstream and others wait for it.
+func (b *blob) awaited() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.fill != nil && b.authority && b.missing > 0 && len(b.nbrs) > 0
+}
+
 // tend gives up slow requests, keeps links in use, and reports for how long
 // nobody needed the blob.
-func (b *blob) tend(now time.Time) (slow []*link, idle time.Duration) {
+func (b *blob) tend(now time.Time) (slow []string, idle time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	slow = b.expire(now)
+	b.owe(now)
 	if b.fill != nil {
 		b.lastUse = now
 		for _, nb := range b.nbrs {

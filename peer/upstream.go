@@ -148,8 +148,6 @@ func (x *fetch) upstream(ctx context.Context) error {
 			break
 		}
 		wait(ctx, lookAgain)
-		idle, _ := x.b.look(time.Now())
-		sink.all = idle > stallRejoin
 	}
 	return nil
 }

@@ -41,10 +41,14 @@ const mb = 1_000_000
 
 var scenarios = []scenario{
 	{"cold-20", "20 nodes at 200 Mbit/s, registry at 1 Gbit/s, 53.5 MB", 20, 200 * megabit, 1000 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
-	{"cold-20-slow", "the same 20 nodes at 50 Mbit/s, registry at 250 Mbit/s: the links are the limit, not this machine", 20, 50 * megabit, 250 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
 	{"cold-4x500", "4 nodes at 1 Gbit/s, registry at 1 Gbit/s, 500 MB", 4, 1000 * megabit, 1000 * megabit, []int64{500 * mb}, false, 1.25},
 	{"edge-8", "8 nodes at 1 Gbit/s behind a 50 Mbit/s uplink, 53.5 MB", 8, 1000 * megabit, 50 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
 	{"seeded-19", "19 nodes at 200 Mbit/s from one seeded node, registry down, 53.5 MB", 20, 200 * megabit, 1000 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, true, 1.35},
+	// Twenty agents, their clients and the kernel have more work at these rates than two
+	// cores do in the time; a node has its own. With a tenth of the rates the links are the limit.
+	{"cold-20-tenth", "20 nodes at 20 Mbit/s, registry at 100 Mbit/s, 53.5 MB", 20, 20 * megabit, 100 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, false, 1.25},
+	{"cold-4x500-tenth", "4 nodes at 100 Mbit/s, registry at 100 Mbit/s, 500 MB", 4, 100 * megabit, 100 * megabit, []int64{500 * mb}, false, 1.25},
+	{"seeded-19-tenth", "19 nodes at 20 Mbit/s from one seeded node, registry down, 53.5 MB", 20, 20 * megabit, 100 * megabit, []int64{40 * mb, 12 * mb, 1.5 * mb}, true, 1.35},
 }
 
 func (s scenario) bytes() (sum int64) {
