@@ -1,7 +1,6 @@
 package peer
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"testing"
@@ -102,63 +101,6 @@ func TestWantsHelp(t *testing.T) {
 		want(false, homes[1], "r", 0, "nearly done")
 		b.missing, b.upBytes = b.n, 10*helpLeast/2
 		want(false, homes[1], "r", 0, "a poor uplink")
-		b.end(nil)
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// TestLeftToNeighbours: what neighbours hold is left to them, but not for long if nothing
-// comes of it, and again as soon as something does.
-func TestLeftToNeighbours(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		_, nodes := restWorld(t, baseSim(1, 4))
-		s := nodes[0].s
-		b := s.blob(blobID{key: key{1}})
-		f := newMemBlob(b.d)
-		if err := cmp.Or(f.SetSize(8*simPiece), b.begin(f, func(error) {})); err != nil || !b.setSize(8*simPiece) {
-			t.Fatal(err)
-		}
-		b.goesUp(true)
-		k := &sink{x: &fetch{s: s, b: b, f: f}, w: f.From("")}
-		far := &sink{x: k.x, w: k.w, patient: true}
-		look := func(end int64, when string) {
-			t.Helper()
-			b.tend(time.Now())
-			if _, e, _ := k.Missing(0); e != end*simPiece {
-				t.Errorf("%s: upstream is to bring what lies before %d", when, e)
-			}
-			if _, e, _ := far.Missing(0); e != 4*simPiece && len(b.nbrs) > 0 {
-				t.Errorf("%s: a helper is to bring what lies before %d", when, e)
-			}
-		}
-		look(8, "nobody has any")
-		time.Sleep(time.Minute) // of the bubble
-		nb := &neighbour{l: fuzzLink(s, nil), size: b.size, pieceSize: b.pieceSize, have: newBitmap(8), n: 4}
-		for i := 4; i < 8; i++ {
-			nb.have.set(i)
-		}
-		b.nbrs["peer"] = nb
-		b.countLocked(nb, +1)
-		look(4, "a neighbour has half of it")
-		time.Sleep(stallRejoin - tendEvery) // of the bubble
-		look(4, "a moment later")
-		time.Sleep(2 * tendEvery) // of the bubble
-		look(8, "it gives nothing")
-		b.moved(simPiece)
-		look(8, "upstream's bytes are not its")
-		b.took(&request{blob: b, nb: nb, piece: 7, size: simPiece, sent: time.Now()}, time.Now())
-		look(4, "it gave one")
-		time.Sleep(stallRejoin + tendEvery) // of the bubble
-		look(8, "and no more")
-		b.countLocked(nb, -1)
-		delete(b.nbrs, "peer")
-		look(8, "it is gone")
-		time.Sleep(time.Minute) // of the bubble
-		b.nbrs["peer"] = nb
-		b.countLocked(nb, +1)
-		look(4, "it came back")
 		b.end(nil)
 		if err := s.Close(); err != nil {
 			t.Error(err)

@@ -94,9 +94,8 @@ func (b *blob) twinWait(nb *neighbour) time.Duration {
 }
 
 // usual is how long a piece from the neighbour may take by what it and the others took.
-// A node that has its own slow link full waits long for everybody: 20 nodes at 20 Mbit/s
-// that went by each neighbour's time alone banned 60 times in a storm who was no slower
-// than others, and a home went upstream for what it had banned the holders of.
+// A node that has its own slow link full waits long for everybody: by each neighbour's time
+// alone, 20 nodes at 20 Mbit/s took others for slow 60 to 140 times in a storm.
 func (b *blob) usual(nb *neighbour) time.Duration { return max(nb.took, b.pieceTook) }
 
 type candidate struct {

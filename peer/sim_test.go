@@ -539,10 +539,6 @@ func TestStormOfTroubles(t *testing.T) {
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
 		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
 		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
-		{"three layers on slow links", func(c *sim) {
-			c.nodes, c.pieces, c.layers, c.fifo = 20, 153, []int{46, 6}, true
-			c.rate, c.origin = 20*mbit, 100*mbit
-		}, 1.4, 1.02},
 		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}
 	for _, c := range cases {
@@ -555,6 +551,20 @@ func TestStormOfTroubles(t *testing.T) {
 				t.Errorf("%v %v", r, r.failed)
 			}
 		})
+	}
+}
+
+// TestSlowLinks: where all take long for each piece, nobody asks twice for what is on its
+// way, and the homes' links bring first what they alone get. 1.23 to 1.28 x the bound were
+// seen, and 1.31 to 1.33 with 7 % of the bytes sent in vain before.
+func TestSlowLinks(t *testing.T) {
+	s := baseSim(20, 153)
+	s.layers, s.fifo = []int{46, 6}, true
+	s.rate, s.origin = 20*mbit, 100*mbit
+	r := s.run(t)
+	t.Log(r)
+	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.4*r.bound.Seconds() {
+		t.Errorf("%v %v", r, r.failed)
 	}
 }
 

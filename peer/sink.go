@@ -52,8 +52,8 @@ func (b *blob) asks() {
 }
 
 // Missing leaves out pieces that neighbours hold or are sending, as long as they give any.
-// That is looked at each time: a home whose neighbours were slow for a moment would else
-// fetch all the rest itself (20 nodes at 20 Mbit/s: up to 1.5 copies).
+// That is looked at each time: a home whose neighbours paused for a moment would else fetch
+// all the rest itself.
 func (k *sink) Missing(off int64) (start, end int64, ok bool) {
 	for {
 		start, end, ok = k.x.f.Missing(off)

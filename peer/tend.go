@@ -20,17 +20,21 @@ func (s *Swarm) tend(ctx context.Context) {
 		now := time.Now()
 		s.tendLinks(now, now.Sub(last))
 		last = now
-		blobs := s.allBlobs()
-		awaited := false
-		for _, b := range blobs {
-			s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0 || b.isVoid()))
-			awaited = b.awaited() || awaited
-		}
-		s.awaited.Store(awaited)
+		s.tendBlobs(now)
 		s.uploads.tend()
 		s.traffic.tend(s.roster.view.Load().all)
 		s.tendWays(now)
 	}
+}
+
+func (s *Swarm) tendBlobs(now time.Time) {
+	blobs := s.allBlobs()
+	awaited := false
+	for _, b := range blobs {
+		s.tendBlob(b, now, keepFor(len(blobs), b.sized() != 0 || b.isVoid()))
+		awaited = b.awaited() || awaited
+	}
+	s.awaited.Store(awaited)
 }
 
 // tendLinks looks after links, for the first time in so long. If this process stood still

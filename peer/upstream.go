@@ -118,8 +118,8 @@ func (x *fetch) otherHomes() (out []*Member) {
 	return out
 }
 
-// upstream fetches until the fill is whole: first what no neighbour has, then,
-// if neighbours do not deliver what they have, everything. It fails with errUnreached
+// upstream fetches until the fill is whole: what no neighbour has, and while neighbours
+// do not deliver what they have, everything. It fails with errUnreached
 // if it could not begin, and there is another home to do it.
 func (x *fetch) upstream(ctx context.Context) error {
 	x.endHelp()

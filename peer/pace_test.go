@@ -1,0 +1,193 @@
+package peer
+
+import (
+	"cmp"
+	"testing"
+	"time"
+)
+
+// exchange is a node that fetches a blob of 8 pieces, and what a test says of its neighbours.
+type exchange struct {
+	s *Swarm
+	b *blob
+	f *memBlob
+}
+
+func exchanging(t *testing.T, test func(x exchange)) {
+	bubble(t, func(t *testing.T) {
+		_, nodes := restWorld(t, baseSim(1, 4))
+		s := nodes[0].s
+		x := exchange{s: s, b: s.blob(blobID{key: key{1}})}
+		x.f = newMemBlob(x.b.d)
+		if err := cmp.Or(x.f.SetSize(8*simPiece), x.b.begin(x.f, func(error) {})); err != nil || !x.b.setSize(8*simPiece) {
+			t.Fatal(err)
+		}
+		test(x)
+		x.b.end(nil)
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// neighbour has the pieces from first on.
+func (x exchange) neighbour(node string, first int) *neighbour {
+	l := fuzzLink(x.s, nil)
+	l.peer, l.node = node, node
+	nb := &neighbour{l: l, size: x.b.size, pieceSize: x.b.pieceSize, have: newBitmap(8), n: 8 - first}
+	for i := first; i < 8; i++ {
+		nb.have.set(i)
+	}
+	x.b.nbrs[node] = nb
+	x.b.countLocked(nb, +1)
+	return nb
+}
+
+func (x exchange) ask(nb *neighbour, piece int) *request {
+	r := &request{blob: x.b, nb: nb, piece: piece, size: simPiece, sent: time.Now()}
+	r.moved.set(r.sent)
+	nb.flying++
+	x.b.flying++
+	x.b.wants[piece] = append(x.b.wants[piece], r)
+	return r
+}
+
+// gives brings pieces from a neighbour, each after so long.
+func (x exchange) gives(nb *neighbour, after time.Duration, pieces ...int) {
+	for _, i := range pieces {
+		r := x.ask(nb, i)
+		time.Sleep(after) // of the bubble
+		x.b.took(r, time.Now())
+	}
+}
+
+// asked is how many neighbours may be asked now.
+func (x exchange) asked() int {
+	x.b.idleLocked(time.Now())
+	return len(x.b.idle)
+}
+
+// TestLeftToNeighbours: what neighbours hold is left to them, but not for long if nothing
+// comes of it, and again as soon as something does.
+func TestLeftToNeighbours(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		b := x.b
+		b.goesUp(true)
+		k := &sink{x: &fetch{s: x.s, b: b, f: x.f}, w: x.f.From("")}
+		far := &sink{x: k.x, w: k.w, patient: true}
+		look := func(end int64, when string) {
+			t.Helper()
+			b.tend(time.Now())
+			if _, e, _ := k.Missing(0); e != end*simPiece {
+				t.Errorf("%s: upstream is to bring what lies before %d", when, e)
+			}
+			if _, e, _ := far.Missing(0); e != 4*simPiece && len(b.nbrs) > 0 {
+				t.Errorf("%s: a helper is to bring what lies before %d", when, e)
+			}
+		}
+		look(8, "nobody has any")
+		time.Sleep(time.Minute) // of the bubble
+		nb := x.neighbour("peer", 4)
+		look(4, "a neighbour has half of it")
+		time.Sleep(stallRejoin - tendEvery) // of the bubble
+		look(4, "a moment later")
+		time.Sleep(2 * tendEvery) // of the bubble
+		look(8, "it gives nothing")
+		b.moved(simPiece)
+		look(8, "upstream's bytes are not its")
+		x.gives(nb, 0, 7)
+		look(4, "it gave one")
+		time.Sleep(stallRejoin + tendEvery) // of the bubble
+		look(8, "and no more")
+		b.left(nb.l)
+		look(8, "it is gone")
+		time.Sleep(time.Minute) // of the bubble
+		x.neighbour("peer", 4)
+		look(4, "it came back")
+	})
+}
+
+// TestSlowIsNotCutOff: a neighbour that gives nothing while others do is not asked for a
+// while, and stays a neighbour: it may be the blob's home, and what it holds is not lost.
+// Where everybody takes long, nobody is slow.
+func TestSlowIsNotCutOff(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		slow, other := x.neighbour("slow", 0), x.neighbour("other", 0)
+		late := x.ask(slow, 0)
+		x.gives(other, 400*time.Millisecond, 1, 2, 3)
+		x.s.tendBlob(x.b, time.Now(), keepBlob)
+		if late.gaveUp || len(x.s.bans.list()) > 0 {
+			t.Error("who takes three times what others take counts as slow")
+		}
+		x.gives(other, 400*time.Millisecond, 4, 5, 6)
+		x.s.tendBlob(x.b, time.Now(), keepBlob)
+		switch _, told := x.s.bans.list()["slow"]; {
+		case !late.gaveUp || !told:
+			t.Error("it does not count as slow after 2.4 s")
+		case x.s.bans.has("slow"):
+			t.Error("there is to be no link with who is slow")
+		case x.b.nbrs["slow"] != slow || x.b.avail[7] != 2:
+			t.Error("it is no neighbour any more")
+		case x.asked() != 1 || x.b.idle[0] != other:
+			t.Error("it is asked again")
+		}
+		x.b.busy(x.ask(slow, 7), answer{delay: 5, hint: noHint})
+		time.Sleep(banSlow.lasts() - time.Second) // of the bubble
+		if x.asked() != 1 {
+			t.Error("it is asked before its time")
+		}
+		time.Sleep(2 * time.Second) // of the bubble
+		if x.asked() != 2 {
+			t.Error("it is not asked again")
+		}
+	})
+}
+
+// TestBansAdd: who was wrong is not let in again because it was slow as well.
+func TestBansAdd(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		x.s.bans.add("peer", banDigest)
+		time.Sleep(banDigest.lasts() - time.Second) // of the bubble
+		x.s.bans.add("peer", banSlow)
+		if time.Sleep(2 * time.Second); !x.s.bans.has("peer") { // of the bubble
+			t.Error("a slow ban ended one for a wrong piece")
+		}
+		time.Sleep(banSlow.lasts()) // of the bubble
+		x.s.bans.add("peer", banSlow)
+		if x.s.bans.has("peer") || len(x.s.bans.list()) != 1 {
+			t.Error("it counts as wrong although that is over")
+		}
+	})
+}
+
+// TestAside: while others wait for what this node gets from upstream, it asks them for one
+// piece at a time of other blobs.
+func TestAside(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		own := x.s.blob(blobID{key: key{2}})
+		f := newMemBlob(own.d)
+		if err := cmp.Or(f.SetSize(8*simPiece), own.begin(f, func(error) {})); err != nil || !own.setSize(8*simPiece) {
+			t.Fatal(err)
+		}
+		look := func(aside bool, when string) {
+			t.Helper()
+			x.s.tendBlobs(time.Now())
+			if got := x.b.flyLimit() == asideFly; got != aside {
+				t.Errorf("%s: it stands aside: %t", when, got)
+			}
+			if own.flyLimit() == asideFly {
+				t.Errorf("%s: what it gets itself stands aside", when)
+			}
+		}
+		look(false, "two blobs of others")
+		own.goesUp(true)
+		look(false, "nobody waits for its own")
+		own.meet(x.neighbour("peer", 0).l)
+		look(true, "somebody does")
+		own.missing = 0
+		look(false, "it is there")
+		own.missing = 8
+		own.end(nil)
+		look(false, "it has ended")
+	})
+}
