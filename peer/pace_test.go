@@ -6,6 +6,8 @@ import (
 	"time"
 )
 
+const pacePiece = 256 << 10
+
 // exchange is a node that fetches a blob of 8 pieces, and what a test says of its neighbours.
 type exchange struct {
 	s *Swarm
@@ -17,9 +19,10 @@ func exchanging(t *testing.T, test func(x exchange)) {
 	bubble(t, func(t *testing.T) {
 		_, nodes := restWorld(t, baseSim(1, 4))
 		s := nodes[0].s
+		s.cfg.PieceSize = PieceSize
 		x := exchange{s: s, b: s.blob(blobID{key: key{1}})}
 		x.f = newMemBlob(x.b.d)
-		if err := cmp.Or(x.f.SetSize(8*simPiece), x.b.begin(x.f, func(error) {})); err != nil || !x.b.setSize(8*simPiece) {
+		if err := cmp.Or(x.f.SetSize(8*pacePiece), x.b.begin(x.f, func(error) {})); err != nil || !x.b.setSize(8*pacePiece) {
 			t.Fatal(err)
 		}
 		test(x)
@@ -44,7 +47,7 @@ func (x exchange) neighbour(node string, first int) *neighbour {
 }
 
 func (x exchange) ask(nb *neighbour, piece int) *request {
-	r := &request{blob: x.b, nb: nb, piece: piece, size: simPiece, sent: time.Now()}
+	r := &request{blob: x.b, nb: nb, piece: piece, size: pacePiece, sent: time.Now()}
 	r.moved.set(r.sent)
 	nb.flying++
 	x.b.flying++
@@ -75,35 +78,44 @@ func TestLeftToNeighbours(t *testing.T) {
 		b.goesUp(true)
 		k := &sink{x: &fetch{s: x.s, b: b, f: x.f}, w: x.f.From("")}
 		far := &sink{x: k.x, w: k.w, patient: true}
-		look := func(end int64, when string) {
+		// left: upstream is to bring nothing of what a neighbour holds, the pieces from 4 on.
+		look := func(left bool, when string) {
 			t.Helper()
 			b.tend(time.Now())
-			if _, e, _ := k.Missing(0); e != end*simPiece {
-				t.Errorf("%s: upstream is to bring what lies before %d", when, e)
-			}
-			if _, e, _ := far.Missing(0); e != 4*simPiece && len(b.nbrs) > 0 {
-				t.Errorf("%s: a helper is to bring what lies before %d", when, e)
+			_, _, more := k.Missing(4 * pacePiece)
+			_, _, far := far.Missing(4 * pacePiece)
+			if more == left || far != (len(b.nbrs) == 0) {
+				t.Errorf("%s: the home gets it from upstream: %t, a helper does: %t", when, more, far)
 			}
 		}
-		look(8, "nobody has any")
+		look(false, "nobody has any")
 		time.Sleep(time.Minute) // of the bubble
 		nb := x.neighbour("peer", 4)
-		look(4, "a neighbour has half of it")
-		time.Sleep(stallRejoin - tendEvery) // of the bubble
-		look(4, "a moment later")
-		time.Sleep(2 * tendEvery) // of the bubble
-		look(8, "it gives nothing")
-		b.moved(simPiece)
-		look(8, "upstream's bytes are not its")
-		x.gives(nb, 0, 7)
-		look(4, "it gave one")
+		look(true, "a neighbour has half of it")
 		time.Sleep(stallRejoin + tendEvery) // of the bubble
-		look(8, "and no more")
+		look(true, "it gives nothing, and there is the other half to get")
+		if _, err := k.WriteAt(make([]byte, 4*pacePiece), 0); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 4 {
+			b.gotLocked(i)
+		}
+		look(true, "there is not")
+		time.Sleep(stallRejoin - tendEvery) // of the bubble
+		look(true, "a moment later")
+		time.Sleep(2 * tendEvery) // of the bubble
+		look(false, "it gives nothing")
+		b.moved(pacePiece)
+		look(false, "upstream's bytes are not its")
+		x.gives(nb, 0, 7)
+		look(true, "it gave one")
+		time.Sleep(stallRejoin + tendEvery) // of the bubble
+		look(false, "and no more")
 		b.left(nb.l)
-		look(8, "it is gone")
+		look(false, "it is gone")
 		time.Sleep(time.Minute) // of the bubble
 		x.neighbour("peer", 4)
-		look(4, "it came back")
+		look(true, "it came back")
 	})
 }
 
@@ -166,7 +178,7 @@ func TestAside(t *testing.T) {
 	exchanging(t, func(x exchange) {
 		own := x.s.blob(blobID{key: key{2}})
 		f := newMemBlob(own.d)
-		if err := cmp.Or(f.SetSize(8*simPiece), own.begin(f, func(error) {})); err != nil || !own.setSize(8*simPiece) {
+		if err := cmp.Or(f.SetSize(8*pacePiece), own.begin(f, func(error) {})); err != nil || !own.setSize(8*pacePiece) {
 			t.Fatal(err)
 		}
 		look := func(aside bool, when string) {

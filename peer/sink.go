@@ -51,9 +51,9 @@ func (b *blob) asks() {
 	b.askedAt = time.Now()
 }
 
-// Missing leaves out pieces that neighbours hold or are sending, as long as they give any.
-// That is looked at each time: a home whose neighbours paused for a moment would else fetch
-// all the rest itself.
+// Missing leaves out pieces that neighbours hold or are sending, unless nothing else is
+// missing and they give none. That is looked at each time: a home whose neighbours paused for
+// a moment would else fetch all the rest itself.
 func (k *sink) Missing(off int64) (start, end int64, ok bool) {
 	for {
 		start, end, ok = k.x.f.Missing(off)
@@ -68,7 +68,7 @@ func (k *sink) Missing(off int64) (start, end int64, ok bool) {
 	}
 }
 
-// owe notes since when neighbours hold what this node, as home, lacks, and give nothing of it.
+// owe notes since when neighbours hold all that this node, as home, lacks, and give nothing.
 func (b *blob) owe(now time.Time) {
 	switch {
 	case b.fill == nil || !b.authority || !b.owedLocked():
@@ -80,17 +80,14 @@ func (b *blob) owe(now time.Time) {
 	}
 }
 
-// owedLocked reports whether neighbours hold or send anything that is missing here.
+// owedLocked reports whether something is missing here, and neighbours hold or send all of it.
 func (b *blob) owedLocked() bool {
-	if len(b.wants) > 0 {
-		return true
-	}
 	for i := range b.n {
-		if b.avail[i] > 0 && !b.here.has(i) {
-			return true
+		if !b.here.has(i) && b.avail[i] == 0 && b.wants[i] == nil {
+			return false
 		}
 	}
-	return false
+	return b.missing > 0
 }
 
 // overdue reports whether neighbours do not deliver what they hold.
