@@ -14,7 +14,7 @@ const (
 	perPeer    = 4  // requests under way at one neighbour
 	leastFly   = 8
 	mostFly    = 32
-	asideFly   = 1                      // while others wait for what this node gets from upstream
+	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
 	maxFlyByte = 24 << 20               // piece buffers of the whole node
 	pieceTime  = time.Second            // a piece that moves no byte for so long is asked elsewhere
@@ -57,14 +57,15 @@ func (b *blob) idleLocked(now time.Time) {
 // Mbit/s the home of the largest layer, which asked neighbours for the other two as all
 // did, had a third of its link for the registry, and all waited for that.
 func (b *blob) flyLimit() int {
-	if b.s.awaited.Load() && !b.authority {
-		return asideFly
-	}
 	n := 2 * leastFly
 	if b.pace.rate > 0 {
 		n = int(b.pace.rate * flyFor.Seconds() / float64(b.pieceSize))
 	}
-	return min(max(n, leastFly), mostFly)
+	n = min(max(n, leastFly), mostFly)
+	if b.s.awaited.Load() && !b.authority {
+		n /= asideShare
+	}
+	return n
 }
 
 // pumpUrgent asks for the pieces that a reader waits for, and a second time

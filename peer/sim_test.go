@@ -555,8 +555,8 @@ func TestStormOfTroubles(t *testing.T) {
 }
 
 // TestSlowLinks: where all take long for each piece, nobody asks twice for what is on its
-// way, and the homes' links bring first what they alone get. 1.23 to 1.28 x the bound were
-// seen, and 1.31 to 1.33 with 7 % of the bytes sent in vain before.
+// way, and the homes' links bring first what they alone get. 1.23 to 1.31 x the bound were
+// seen, and 1.31 to 1.34 with 7 % of the bytes sent in vain before.
 func TestSlowLinks(t *testing.T) {
 	s := baseSim(20, 153)
 	s.layers, s.fifo = []int{46, 6}, true
