@@ -193,7 +193,7 @@ func (a *authorizer) present(acc *access, authorization string) {
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
 	known := a.belongs(memberOf(acc.target, kind, d))
 	key := keyOf(acc.target, d)
-	unproven := !a.willAsk.has(key) && a.unproven(key, a.here)
+	unproven := a.unproven(key, a.here)
 	if acc.allowed && known && !unproven {
 		return nil
 	}

@@ -226,7 +226,7 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 		return err
 	}
 	key := keyOf(t, d)
-	unproven := !p.auth.willAsk.has(key) && p.auth.unproven(key, p.around)
+	unproven := p.auth.unproven(key, p.around)
 	if acc.allowed && !unproven {
 		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil

@@ -22,6 +22,7 @@ func (a *authorizer) said(key blobKey) bool {
 	if a.told.has(key) || a.asking.has(key) {
 		return true
 	}
+	// Last: what asked a moment ago has left its answer here.
 	if !a.meta.Said(key.place(), key.digest) {
 		return false
 	}
@@ -77,24 +78,30 @@ func (a *authorizer) sayAsked(t upstream.Target, q Question) {
 	}
 }
 
-// unproven reports whether the registry's own word is needed for something: it is around
-// already, not because of this repository, and not for everybody to have. A registry that
-// is never asked gives no word.
+// unproven reports whether the registry's own word is needed for something that a caller
+// asks for: it is around already, neither because of this repository nor about to be, and
+// not for everybody to have.
 func (a *authorizer) unproven(key blobKey, around func(digest.Digest) bool) bool {
+	// In this order: who makes it be around says before for which repository, and between
+	// two looks all of that can happen.
+	return around(key.digest) && !a.willAsk.has(key) && a.unsaid(key)
+}
+
+// unsaid reports whether what is around needs the registry's own word. A registry that is
+// never asked gives none.
+func (a *authorizer) unsaid(key blobKey) bool {
 	if a.said(key) || !a.upstream.Policy(key.registry).Contact() {
 		return false
 	}
-	if _, public := a.shown(key.digest); public {
-		return false
-	}
-	return around(key.digest)
+	_, public := a.shown(key.digest)
+	return !public
 }
 
 // proven returns nil if a caller who was let in may have what was opened for him. Since
 // then it may have become another's: who waits for a fill of his own repository that
 // fails gets the next one, and that may be for whoever waited with him.
 func (a *authorizer) proven(ctx context.Context, acc access, kind Kind, d digest.Digest) error {
-	if !a.unproven(keyOf(acc.target, d), a.here) {
+	if !a.here(d) || !a.unsaid(keyOf(acc.target, d)) {
 		return nil
 	}
 	return a.ask(ctx, &acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: true})

@@ -132,6 +132,35 @@ func TestJoiningIsNoProof(t *testing.T) {
 	}
 }
 
+// TestBegunMeanwhile: a fill that begins in the repository, at whatever moment of another
+// caller's look, is that caller's proof as well. Nodes that pull together cost no question.
+func TestBegunMeanwhile(t *testing.T) {
+	n, secret := besides(t, 1000, 1001, 1002, 1003)
+	auth, target := n.proxy.auth, n.target()
+	target.Repository = mine
+	nothing := func(blobKey) {}
+	for i, began := range []struct {
+		what   string
+		before func(key blobKey)
+		here   bool
+		want   bool
+	}{
+		{"nothing", nothing, false, false},
+		{"another repository's", nothing, true, true},
+		{"about to ask", func(key blobKey) { auth.willAsk.begin(key) }, true, false},
+		{"asking", func(key blobKey) { auth.asking.begin(key) }, true, false},
+	} {
+		key := keyOf(target, secret.Layers[i].Digest)
+		if got := auth.unproven(key, func(digest.Digest) bool { began.before(key); return began.here }); got != began.want {
+			t.Errorf("%s: the registry is asked: %v", began.what, got)
+		}
+	}
+	told := keyOf(target, digest.FromString("told"))
+	if auth.unproven(told, func(digest.Digest) bool { auth.say(told); return true }) {
+		t.Error("the registry is asked what it has just told")
+	}
+}
+
 // TestHeadTellsLess: Harbor as a cache for another registry says to a HEAD that a blob is
 // not there which it has not fetched yet, and gives it to a GET. An image that shares its
 // base with another is had all the same, by clients that can go nowhere else too.
