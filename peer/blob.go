@@ -123,6 +123,7 @@ type neighbour struct {
 	busy      time.Time // turned away, ask again then
 	load      byte
 	took      time.Duration // smoothed time of a piece
+	price     float64       // see cost, when it was last thought of
 	since     time.Time     // of the last piece, or of the request, when something is under way
 	last      time.Time     // a piece came
 }

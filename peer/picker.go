@@ -33,11 +33,7 @@ func (b *blob) pump(now time.Time) {
 	b.pumpUrgent(now)
 	for from := 0; b.flying < limit && from < b.n && len(b.idle) > 0; {
 		from = b.findCandidates(from)
-		for _, c := range b.candidates {
-			if b.flying >= limit {
-				return
-			}
-			b.askOne(c.piece, nil, now)
+		for b.flying < limit && b.askEach(limit, now) {
 		}
 	}
 }
@@ -50,6 +46,33 @@ func (b *blob) idleLocked(now time.Time) {
 			b.idle = append(b.idle, nb)
 		}
 	}
+}
+
+// askEach goes once through the neighbours, from the one that will likely deliver first,
+// asks each for the rarest candidate that it has, and reports whether any was asked.
+//
+// The neighbour is chosen before the piece. The other way round all ask the few who have
+// the rarest pieces, and most in vain, while others have nothing to send: of 20 nodes at
+// 20 Mbit/s uplinks were used to 83 %, whatever the limits on requests and uploads were.
+func (b *blob) askEach(limit int, now time.Time) (asked bool) {
+	if len(b.candidates) == 0 {
+		return false
+	}
+	for _, nb := range b.idle {
+		nb.price = b.cost(nb, now)
+	}
+	slices.SortFunc(b.idle, func(a, z *neighbour) int { return cmp.Compare(a.price, z.price) })
+	for _, nb := range b.idle {
+		if b.flying >= limit {
+			break
+		}
+		i := slices.IndexFunc(b.candidates, func(c candidate) bool { return nb.have.has(c.piece) })
+		if i >= 0 && nb.flying < perPeer && b.ask(nb, b.candidates[i].piece, now) {
+			b.candidates = slices.Delete(b.candidates, i, i+1)
+			asked = true
+		}
+	}
+	return asked
 }
 
 // flyLimit is how many requests may be under way: enough for flyFor at the
@@ -127,34 +150,36 @@ func (b *blob) findCandidates(from int) (next int) {
 // one. Chance breaks ties.
 func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 	var best *neighbour
-	var bestCost float64
 	for _, nb := range b.idle {
-		if nb == except || !nb.have.has(piece) {
+		if nb == except || nb.flying >= perPeer || !nb.have.has(piece) {
 			continue
 		}
-		if cost := b.cost(nb, now); best == nil || cost < bestCost {
-			best, bestCost = nb, cost
+		if nb.price = b.cost(nb, now); best == nil || nb.price < best.price {
+			best = nb
 		}
 	}
+	return best != nil && b.ask(best, piece, now)
+}
+
+// ask asks the neighbour for a piece, unless the node has as much under way as it has
+// memory for.
+func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 	size := int64(b.pieceLen(piece))
-	if best == nil || (b.flying > 0 && b.s.flying.Load()+size > maxFlyByte) {
+	if b.flying > 0 && b.s.flying.Load()+size > maxFlyByte {
 		return false
 	}
-	r := &request{blob: b, nb: best, piece: piece, size: int(size), sent: now}
+	r := &request{blob: b, nb: nb, piece: piece, size: int(size), sent: now}
 	r.moved.set(now)
 	_, known := b.proofLocked(piece)
-	if !best.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known}) {
+	if !nb.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known}) {
 		return false
 	}
-	if best.flying++; best.flying == 1 {
-		best.since = now
+	if nb.flying++; nb.flying == 1 {
+		nb.since = now
 	}
 	b.flying++
 	b.s.flying.Add(size)
 	b.wants[piece] = append(b.wants[piece], r)
-	if best.flying >= perPeer {
-		b.idle = slices.DeleteFunc(b.idle, func(nb *neighbour) bool { return nb == best })
-	}
 	return true
 }
 
