@@ -203,6 +203,14 @@ func (s *Swarm) unreached(name string) {
 	}
 }
 
+// heardSince reports whether bytes of a member came since t, on a link that is still there.
+func (s *Swarm) heardSince(name string, t time.Time) bool {
+	s.mu.Lock()
+	l := s.links[name]
+	s.mu.Unlock()
+	return l != nil && !l.over() && l.heard.get().After(t)
+}
+
 // mute notes that a member has hung up without a word: it speaks another version of the
 // protocol, or bans this node, and others have to be homes in its place. Or both dialed
 // at once, the other side keeps its own link, and that one is here a moment later: two

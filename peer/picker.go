@@ -9,7 +9,7 @@ import (
 // What is asked of whom. All of this runs with blob.mu held.
 
 const (
-	window     = 64 // pieces from the cursor among which the rarest is asked first
+	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
 	urgentN    = 2  // first missing pieces: may be asked twice
 	perPeer    = 4  // requests under way at one neighbour
 	leastFly   = 8

@@ -111,6 +111,7 @@ type simNode struct {
 	took   time.Duration // of all blobs
 	done   sync.WaitGroup
 	began  time.Time
+	late   time.Duration // from the fourth second on, who asks this node as home is answered after it
 
 	mu  sync.Mutex // guards err
 	err error
@@ -267,11 +268,17 @@ func (n *simNode) Resolve(context.Context, Reference) (Descriptor, error) {
 }
 
 func (n *simNode) May(context.Context, Reference) error  { return errors.ErrUnsupported }
-func (n *simNode) Admit(context.Context, Want) error     { return nil }
 func (n *simNode) Reaches(string) bool                   { return true }
 func (n *simNode) Connect(context.Context, string) error { return nil }
 func (n *simNode) Keep(context.Context, Copy) error      { return errors.ErrUnsupported }
 func (n *simNode) Gives(digest.Digest, string) bool      { return true }
+
+func (n *simNode) Admit(ctx context.Context, _ Want) error {
+	if time.Since(n.began) > 4*time.Second {
+		wait(ctx, n.late)
+	}
+	return nil
+}
 
 // start fetches a blob, once, as the node's cache would.
 func (n *simNode) start(w Want) {
@@ -534,7 +541,7 @@ func TestStormOfTroubles(t *testing.T) {
 	}{
 		{"one seed, registry down", func(c *sim) { c.seeded = true }, 1.7, 0},
 		{"staggered starts", func(c *sim) { c.stagger = 2 * time.Second }, 2.2, 1.02},
-		{"10 % slow nodes", func(c *sim) { c.slow = 0.1 }, 2, 1.05},
+		{"10 % slow nodes", func(c *sim) { c.slow = 0.1 }, 1.4, 1.05},
 		{"20 % die", func(c *sim) { c.die = 0.2 }, 2, 2},
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
 		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
@@ -555,17 +562,34 @@ func TestStormOfTroubles(t *testing.T) {
 }
 
 // TestSlowLinks: where all take long for each piece, nobody asks twice for what is on its
-// way, and the homes' links bring first what they alone get. 1.23 to 1.31 x the bound were
-// seen, and 1.31 to 1.34 with 7 % of the bytes sent in vain before.
+// way, the homes' links bring first what they alone get, and no uplink is idle because all
+// want the same pieces. 1.23 to 1.26 x the bound were seen; 1.28 to 1.31 where the piece was
+// chosen before the neighbour, and 7 % of the bytes sent in vain before that.
 func TestSlowLinks(t *testing.T) {
 	s := baseSim(20, 153)
 	s.layers, s.fifo = []int{46, 6}, true
 	s.rate, s.origin = 20*mbit, 100*mbit
 	r := s.run(t)
 	t.Log(r)
-	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.4*r.bound.Seconds() {
+	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.28*r.bound.Seconds() {
 		t.Errorf("%v %v", r, r.failed)
 	}
+}
+
+// TestLateAnswer: a home whose answers take longer than anybody waits, while its pieces
+// come, is no reason to go upstream as the next one.
+func TestLateAnswer(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := baseSim(20, 153)
+		s.rate, s.origin = 20*mbit, 100*mbit
+		w := s.world(t)
+		w.top().late = askHomeFor + time.Second
+		r := w.play(t)
+		t.Log(r)
+		if r.requests != 1 || r.copies > 1.02 || len(r.failed) > 0 {
+			t.Errorf("%v %v", r, r.failed)
+		}
+	})
 }
 
 // TestHomeSlowGoingOut: a home that may give no more than 1 MB/s, where all others have
