@@ -490,9 +490,7 @@ func (x *fetch) takePart(ctx context.Context) error {
 		forsaken := x.b.forsaken(x.joinedAt)
 		if forsaken || x.asksAgain(now, idle, neighbours) {
 			x.rejoined = now
-			if err := x.rejoin(ctx, forsaken || idle > stallRejoin/2 || neighbours == 0); err != nil && !x.merelyLate(err, x.joined, now) {
-				x.s.log.Debug("home has no answer", "digest", x.w.Digest, "peer", x.joined, "err", err)
-				x.tried[x.joined] = true
+			if !x.rejoin(ctx, forsaken || idle > stallRejoin/2 || neighbours == 0) {
 				return nil // the next home
 			}
 		}
@@ -525,13 +523,19 @@ func (b *blob) unprovedAfter(t time.Time) bool {
 	return b.unproved.After(t)
 }
 
-// rejoin renews the lease and asks for more neighbours.
-func (x *fetch) rejoin(ctx context.Context, stalled bool) error {
+// rejoin renews the lease and asks for more neighbours; false if the home is none any more.
+func (x *fetch) rejoin(ctx context.Context, stalled bool) bool {
 	m, ok := x.s.roster.get(x.joined)
 	if !ok {
-		return errLinkClosed
+		return false
 	}
-	return x.join(ctx, m, stalled)
+	err := x.join(ctx, m, stalled)
+	if err == nil || x.merelyLate(err, m.Name, x.rejoined) {
+		return true
+	}
+	x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", err)
+	x.tried[m.Name] = true
+	return false
 }
 
 // merelyLate reports whether a home that was asked then has not answered in time, but is
