@@ -55,6 +55,7 @@ func (b *blob) idleLocked(now time.Time) {
 // the rarest pieces, and most in vain, while others have nothing to send: of 20 nodes at
 // 20 Mbit/s uplinks were used to 83 %, whatever the limits on requests and uploads were.
 func (b *blob) askEach(limit int, now time.Time) (asked bool) {
+	b.idle = slices.DeleteFunc(b.idle, func(nb *neighbour) bool { return nb.flying >= perPeer })
 	if len(b.candidates) == 0 {
 		return false
 	}
@@ -67,7 +68,7 @@ func (b *blob) askEach(limit int, now time.Time) (asked bool) {
 			break
 		}
 		i := slices.IndexFunc(b.candidates, func(c candidate) bool { return nb.have.has(c.piece) })
-		if i >= 0 && nb.flying < perPeer && b.ask(nb, b.candidates[i].piece, now) {
+		if i >= 0 && b.ask(nb, b.candidates[i].piece, now) {
 			b.candidates = slices.Delete(b.candidates, i, i+1)
 			asked = true
 		}
