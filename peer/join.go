@@ -158,7 +158,7 @@ func (s *Swarm) resolve(ctx context.Context) (found [][]string, unresolved error
 }
 
 func (s *Swarm) lookUp(ctx context.Context, host, port string) (addrs []string, err error) {
-	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
+	ips, err := s.resolver.LookupIPAddr(ctx, host)
 	if err != nil {
 		s.log.Debug("name of peers does not resolve", "peer", host, "err", err)
 	}

@@ -313,12 +313,13 @@ func (n *testNode) kill() { n.stop(); <-n.gone }
 // waitFor waits for a condition that other goroutines bring about.
 func waitFor(t testing.TB, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	const most = slow * 20 * time.Second
+	deadline := time.Now().Add(most)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatal("it did not come to pass within 20 s")
+			t.Fatalf("it did not come to pass within %v", most)
 		}
 		<-tick.C
 	}
@@ -453,7 +454,7 @@ func (n *testNode) start(d digest.Digest) *testFill {
 	w := Want{Digest: d, Registry: "registry.test", Repository: "app", Attempt: b.attempt}
 	go func() {
 		defer close(f.done)
-		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), slow*40*time.Second)
 		defer cancel()
 		f.err = n.s.Fetch(ctx, w, b, n.upstream(d))
 		if errors.Is(f.err, ErrDistrusted) {

@@ -16,20 +16,19 @@ import (
 // TestOneNameThatHangs: a name in Join whose server does not answer keeps no other from
 // being looked up.
 func TestOneNameThatHangs(t *testing.T) {
-	before := net.DefaultResolver
 	ctx, over := context.WithCancel(context.Background())
 	var served sync.WaitGroup
-	t.Cleanup(func() { over(); served.Wait(); net.DefaultResolver = before })
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-		ours, theirs := net.Pipe()
-		served.Go(func() { nameServer(ctx, theirs) })
-		return ours, ctx.Err()
-	}}
+	t.Cleanup(func() { over(); served.Wait() })
 	s, err := New(Config{Name: "node", Data: "127.0.0.1:0", Gossip: "127.0.0.1:5052", Join: []string{"hangs.test.", "answers.test.:7000", "127.0.0.9"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.Close()
+	s.resolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		ours, theirs := net.Pipe()
+		served.Go(func() { nameServer(ctx, theirs) })
+		return ours, ctx.Err()
+	}}
 	got, err := s.resolve(t.Context())
 	if want := [][]string{nil, {"127.0.0.7:7000"}, {"127.0.0.9:5052"}}; !slices.EqualFunc(got, want, slices.Equal) {
 		t.Errorf("resolved to %v, want %v", got, want)

@@ -48,6 +48,8 @@ type Swarm struct {
 	chunk    int          // piece bytes in one frame
 	flying   atomic.Int64 // bytes of pieces asked for
 
+	resolver *net.Resolver // of the names in Config.Join
+
 	strangers  chan struct{} // a place each
 	hashers    chan struct{} // likewise
 	bigHashers chan struct{}
@@ -81,7 +83,7 @@ func New(cfg Config) (*Swarm, error) {
 		return nil, fmt.Errorf("swarm metrics: %w", err)
 	}
 	s := &Swarm{
-		cfg: cfg, log: cfg.Logger, metrics: m, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]ban)},
+		cfg: cfg, log: cfg.Logger, metrics: m, resolver: net.DefaultResolver, roster: newRoster(), ways: newWays(), bans: &bans{m: m, until: make(map[string]ban)},
 		strangers: make(chan struct{}, maxStrangers), hashers: make(chan struct{}, hashersAtOnce), bigHashers: make(chan struct{}, hashersAtOnce),
 		links: make(map[string]*link), dialing: make(map[string]*dialing), blobs: make(map[blobID]*blob),
 	}
