@@ -377,9 +377,9 @@ func (b *blob) stay(l *link) bool {
 // inline returns the whole of a small blob that is here.
 func (b *blob) inline() []byte {
 	b.mu.Lock()
-	size, n := b.size, b.haveN
+	size, whole := b.size, b.n == 1 && b.haveN == 1
 	b.mu.Unlock()
-	if size <= 0 || size > inlineMax || n != 1 {
+	if size <= 0 || size > inlineMax || !whole {
 		return nil
 	}
 	h, err := b.acquire()
