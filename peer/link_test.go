@@ -61,6 +61,7 @@ type testWorld struct {
 	memories atomic.Int64  // questions about what a node remembers
 	delay    time.Duration // per chunk
 	failFrom int64         // bytes after which the registry is down; 0 = never
+	failed   atomic.Int64  // fetches because of that
 	corrupt  atomic.Int32  // so many of the next answers have a wrong byte in the middle
 	chunk    int
 }
@@ -525,6 +526,7 @@ func (n *testNode) upstream(d digest.Digest) Upstream {
 			}
 			end = min(end, start+int64(n.world.chunk))
 			if n.world.failFrom > 0 && n.world.fetched.Load() >= n.world.failFrom {
+				n.world.failed.Add(1)
 				return errRegistryDown
 			}
 			if delay := n.world.delay + n.delay; delay > 0 {

@@ -12,7 +12,7 @@ const (
 	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
 	urgentN    = 2  // first missing pieces: may be asked twice
 	perPeer    = 4  // requests under way at one neighbour
-	leastFly   = 10
+	leastFly   = 8
 	mostFly    = 32
 	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
@@ -77,8 +77,7 @@ func (b *blob) askEach(limit int, now time.Time) (asked bool) {
 }
 
 // flyLimit is how many requests may be under way: enough for flyFor at the
-// present pace, and so many at least that uplinks do not wait for requests (20 nodes at 20
-// Mbit/s, in turns: 1.25 with 10, 1.27 with 8, 1.26 with 12). A home's link brings first what only this node gets: of 20 nodes at 20
+// present pace. A home's link brings first what only this node gets: of 20 nodes at 20
 // Mbit/s the home of the largest layer, which asked neighbours for the other two as all
 // did, had a third of its link for the registry, and all waited for that.
 func (b *blob) flyLimit() int {

@@ -14,7 +14,7 @@ import (
 const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
-	giveUpAfter = 20 * time.Second        // without progress and without a permit
+	giveUpAfter = 20 * time.Second        // without progress, and without a permit or a registry
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
 )
 
@@ -142,7 +142,12 @@ func (x *fetch) upstream(ctx context.Context) error {
 			if ctx.Err() == nil && !x.w.Held {
 				x.s.doubt(x.w.Registry)
 			}
-			return err
+			if ctx.Err() != nil || !x.b.promised(time.Now()) {
+				return err
+			}
+			x.s.log.Debug("no help from upstream, waiting for neighbours", "digest", x.w.Digest, "err", err)
+			wait(ctx, permitWait)
+			continue
 		}
 		if x.whole() {
 			break
@@ -150,6 +155,15 @@ func (x *fetch) upstream(ctx context.Context) error {
 		wait(ctx, lookAgain)
 	}
 	return nil
+}
+
+// promised reports whether neighbours hold or send all that is missing, and may still give
+// it: they turn away who asks for the last pieces of a small blob as long as they have
+// pieces of large ones to give that they never gave.
+func (b *blob) promised(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.owedLocked() && now.Sub(b.cameLocked()) < giveUpAfter
 }
 
 // goesUp notes whether this node is to get the blob from upstream.

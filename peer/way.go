@@ -150,9 +150,13 @@ func (s *Swarm) cutOff(member, registry string, others []string) {
 		w.cut[access{member, registry}] = now.Add(keepCut)
 	}
 	maps.DeleteFunc(w.told, func(_ string, h hearsay) bool { return now.After(h.until) })
+	if h, ok := w.told[registry]; ok { // what a member says of itself outlasts hearsay
+		h.names = slices.DeleteFunc(h.names, func(name string) bool { return name == member })
+		w.told[registry] = h
+	}
 	var names []string
 	for _, name := range others[:min(len(others), homesPerBlob)] {
-		if m, live := s.roster.get(name); live && name != s.self.Name {
+		if m, live := s.roster.get(name); live && name != s.self.Name && !now.Before(w.cut[access{name, registry}]) {
 			names = append(names, m.Name)
 		}
 	}

@@ -166,6 +166,24 @@ func TestWaysAreBounded(t *testing.T) {
 	}
 }
 
+// TestHearsayIsOutlasted: what others say of a member that has found itself cut off does
+// not count, not even when that is long enough ago for it to be asked again. The others
+// have their word from an index that is seconds behind.
+func TestHearsayIsOutlasted(t *testing.T) {
+	n := newTestWorld().node(t, "a")
+	n.s.roster.set(Member{Name: "b", Home: true}, Member{Name: "c", Home: true})
+	n.s.cutOff("c", "r", []string{"b"})
+	if got := namesOf(n.s.withWay(key{}, "r")); !slices.Equal(got, []string{"b"}) {
+		t.Fatalf("by hearsay %q have a way", got)
+	}
+	n.s.cutOff("b", "r", nil)
+	n.s.cutOff("c", "r", []string{"b"})
+	clear(n.s.ways.cut)
+	if got := namesOf(n.s.withWay(key{}, "r")); len(got) > 0 {
+		t.Errorf("%q have a way by hearsay, against their own word", got)
+	}
+}
+
 // TestAround: who is cut off is passed over only where somebody else has a way, and all
 // who know the same put the same first.
 func TestAround(t *testing.T) {
