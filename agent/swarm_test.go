@@ -78,12 +78,13 @@ func (r *running) awaitMembers(t *testing.T, n int) {
 var hosts atomic.Uint32
 
 // ownAddr is an address for gossip, which must be told where others listen before
-// they do. Nobody else's connections come from its host: a port that was free a
-// moment ago on 127.0.0.1 may be taken by then.
+// they do. Nobody else's connections come from its host, nor are listeners on all
+// addresses given its port: one that was free a moment ago may be taken by then.
 func ownAddr(t *testing.T) string {
 	t.Helper()
 	n := hosts.Add(1)
-	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 2+os.Getpid()%250, n>>8&0xff, n&0xff))
+	pid := os.Getpid()
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:%d", 2+pid%250, n>>8&0xff, n&0xff, 10000+pid%20000))
 	if err != nil {
 		t.Fatal(err)
 	}
