@@ -39,6 +39,7 @@ type blob struct {
 
 	home    meeting // this node as the blob's home
 	served  float64 // guarded by uploads.mu
+	turn    uint64  // uploads.starts at its last upload; guarded by uploads.mu
 	wake    chan struct{}
 	sizedCh chan struct{} // closed once the size is known
 

@@ -99,6 +99,34 @@ func TestUploadsTurnAway(t *testing.T) {
 	}
 }
 
+// TestEveryBlobHasItsTurn: the last nodes that need a small blob are let in by nodes whose
+// queue is full of pieces of a large one that they never gave, every so many uploads.
+func TestEveryBlobHasItsTurn(t *testing.T) {
+	q, mk := uploadsOf(t)
+	large, small := &blob{}, &blob{}
+	fill(q, mk, large)
+	const all = 4 * (turns + 1)
+	given := 0
+	for piece := range all {
+		for len(q.queue) < leastQueue {
+			if _, ok := q.add(mk(large, 10+piece, 0)); !ok {
+				t.Fatal("no room in a queue that is not full")
+			}
+		}
+		if _, ok := q.add(mk(small, 0, 20)); ok {
+			given++
+		}
+		if _, ok := q.add(mk(small, 1, 20)); ok {
+			t.Error("it is let in twice")
+		}
+		q.active[0].off = q.active[0].size
+		q.finished(q.active[0])
+	}
+	if given < 3 || given > 4 {
+		t.Errorf("the small blob is let in %d times in %d uploads, want once in %d", given, all, turns+1)
+	}
+}
+
 // TestCutIsNotGiven: a piece that was asked for and cancelled before its end, or whose
 // link ended, is as good as never given. If it counted, a home with a slow uplink, whose
 // askers lose their patience, would have nothing left that comes first.

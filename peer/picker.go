@@ -12,7 +12,7 @@ const (
 	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
 	urgentN    = 2  // first missing pieces: may be asked twice
 	perPeer    = 4  // requests under way at one neighbour
-	leastFly   = 8
+	leastFly   = 10
 	mostFly    = 32
 	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time

@@ -563,7 +563,7 @@ func TestStormOfTroubles(t *testing.T) {
 
 // TestSlowLinks: where all take long for each piece, nobody asks twice for what is on its
 // way, the homes' links bring first what they alone get, and no uplink is idle because all
-// want the same pieces. 1.23 to 1.26 x the bound were seen; 1.28 to 1.31 where the piece was
+// want the same pieces. 1.22 x the bound were seen; 1.28 to 1.31 where the piece was
 // chosen before the neighbour, and 7 % of the bytes sent in vain before that.
 func TestSlowLinks(t *testing.T) {
 	s := baseSim(20, 153)
@@ -571,7 +571,7 @@ func TestSlowLinks(t *testing.T) {
 	s.rate, s.origin = 20*mbit, 100*mbit
 	r := s.run(t)
 	t.Log(r)
-	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.28*r.bound.Seconds() {
+	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.26*r.bound.Seconds() {
 		t.Errorf("%v %v", r, r.failed)
 	}
 }

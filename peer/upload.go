@@ -24,6 +24,7 @@ type uploads struct {
 	active []*upload
 	lost   []*upload // of links that had ended when it was their turn; drop is about to come
 	vtime  float64   // of the blob served last
+	starts uint64    // uploads that were started
 	pace   pace      // while busy
 }
 
@@ -35,6 +36,7 @@ const (
 	leastWait   = 5 * time.Millisecond // told to the askers that are turned away
 	spare       = 3                    // uploads under way up to which a piece is given a second time
 	spareFresh  = 1                    // the same, while this node has pieces it alone may have
+	turns       = 24                   // uploads of other blobs after which a blob is owed one
 )
 
 // upload is one piece on its way to one peer. Only the link's writer touches
@@ -82,18 +84,23 @@ func (u *upload) next(p []byte) (int, error) {
 func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	q.mu.Lock()
 	u.asked = time.Now()
-	limit, n := q.limit(u.size), len(q.queue)+len(q.active)
-	if n >= q.max || (u.given > 0 && n >= u.spare) || (len(q.queue) >= limit && !q.displaceable(u)) {
+	due := q.due(u.blob)
+	if due {
+		u.given = 0
+	}
+	n, full := len(q.queue)+len(q.active), len(q.queue) >= q.limit(u.size)
+	displaces := full && q.displaceable(u)
+	if n >= q.max || !due && (u.given > 0 && n >= u.spare || full && !displaces) {
 		wait = q.drain(u.size)
 		q.mu.Unlock()
 		return wait, false
 	}
-	q.queue = append(q.queue, u)
 	var worst *upload
-	if len(q.queue) > limit {
+	if displaces {
 		worst = q.takeWorst()
 		wait = q.drain(u.size)
 	}
+	q.queue = append(q.queue, u)
 	q.dispatchLocked()
 	q.mu.Unlock()
 	if worst != nil {
@@ -101,6 +108,14 @@ func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 		worst.refuse(wait)
 	}
 	return 0, true
+}
+
+// due reports whether the blob had none of the last uploads. Its next one is let in
+// like a piece never given: else the last nodes that need a small blob, which all have
+// given, are turned away by all for as long as those have pieces of large ones that they
+// never gave.
+func (q *uploads) due(b *blob) bool {
+	return q.starts-b.turn >= turns && !slices.ContainsFunc(q.queue, func(u *upload) bool { return u.blob == b })
 }
 
 // limit is how many pieces of this size may wait.
@@ -154,6 +169,8 @@ func (q *uploads) dispatchLocked() {
 		q.queue = slices.Delete(q.queue, i, i+1)
 		u.blob.served += float64(u.size)
 		q.vtime = u.blob.served
+		q.starts++
+		u.blob.turn = q.starts
 		u.started = now
 		q.pace.resume(now)
 		if u.l.start(u) {
