@@ -22,6 +22,9 @@ func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 	var plans []*exported
 	for _, image := range images {
 		plan, err := p.plan(ctx, image)
+		if statusOf(err) == http.StatusServiceUnavailable {
+			return fmt.Errorf("export %s: the registry does not answer, `larder status` has its last error: %w", image, err)
+		}
 		if err != nil {
 			return fmt.Errorf("export %s: %w", image, err)
 		}

@@ -186,6 +186,7 @@ func only(t *testing.T, dir, name string) {
 func TestAirGapMistakes(t *testing.T) {
 	from := startNode(t, nil)
 	small := startNode(t, func(c *agent.Config) { c.Cache.MaxBytes = cache.Bytes(10_000) })
+	cutOff := startNode(t, func(c *agent.Config) { c.Registries[0].Upstreams = []string{"http://127.0.0.1:1"} })
 	dir := t.TempDir()
 	file, text := filepath.Join(dir, "bundle.tar"), filepath.Join(dir, "text")
 	if code, _, errs := larder(t, "export", testImage, "-o", file, "--platform", "linux/amd64", "--admin", from.admin); code != 0 {
@@ -203,6 +204,7 @@ func TestAirGapMistakes(t *testing.T) {
 		"no image":           {[]string{"export", "-o", "x"}, exitUsage, "larder export --help"},
 		"bad image":          {[]string{"export", "-o", "x", "a b"}, exitUsage, "not an image name"},
 		"no such directory":  {[]string{"export", "-o", filepath.Join(dir, "gone", "x"), testImage, "--admin", from.admin}, exitFailed, "no such file"},
+		"no registry":        {[]string{"export", "-o", "x", testImage, "--admin", cutOff.admin}, exitFailed, "`larder status` has its last error"},
 		"no file":            {[]string{"import"}, exitUsage, "larder import --help"},
 		"no such file":       {[]string{"import", filepath.Join(dir, "gone")}, exitFailed, "no such file"},
 		"a directory":        {[]string{"import", dir, "--admin", from.admin}, exitFailed, "tar -C " + dir + " -c . | larder import -"},
