@@ -23,6 +23,14 @@ func ParseSize(text string) (Size, error) {
 // String is a form that ParseSize reads back to the same Size.
 func (s Size) String() string { return cache.Bytes(int64(s)).String() }
 
+// CountText is a number of things whose plural ends in s: 1 member, 2 members.
+func CountText(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
 // SizeText is n bytes for people: 512 B, 4.2 MiB; ParseSize may not read it back.
 func SizeText(n int64) string {
 	if n < 1<<10 {

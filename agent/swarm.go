@@ -485,7 +485,11 @@ func (s *swarm) describe(p PeerConfig) string {
 	if st.Alone != nil {
 		return fmt.Sprintf("alone: no other node answers (%v); is its TCP and UDP port open, and the key the same?", st.Alone)
 	}
-	line := fmt.Sprintf("%d members, %d links, %d blobs and tags in the index", len(st.Members), len(st.Links), st.Index.Blobs)
+	members := CountText(len(st.Members), "member")
+	if len(st.Members) == 1 {
+		members = "no other member so far"
+	}
+	line := fmt.Sprintf("%s, %s, %d blobs and tags in the index", members, CountText(len(st.Links), "link"), st.Index.Blobs)
 	if len(st.Banned) > 0 {
 		line += fmt.Sprintf(", %d banned", len(st.Banned))
 	}

@@ -102,7 +102,11 @@ func TestAloneIsTold(t *testing.T) {
 	if err := os.WriteFile(stranger.Peer.KeyFile, []byte(base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("k"), 32))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	with := []*running{start(t, first), start(t, second)}
+	with := []*running{start(t, first)}
+	if peers, want := with[0].Status().Peers, "no other member so far, 0 links, 0 blobs and tags in the index"; peers != want {
+		t.Errorf("the first of a cluster: %q, want %q", peers, want)
+	}
+	with = append(with, start(t, second))
 	without := map[string]*running{gone.Peer.Join[0]: start(t, gone), stranger.Peer.Join[0]: start(t, stranger)}
 	for addr, node := range without {
 		eventually(t, "told", func() error {
@@ -113,7 +117,7 @@ func TestAloneIsTold(t *testing.T) {
 		})
 	}
 	for _, node := range with {
-		if peers := node.Status().Peers; !strings.HasPrefix(peers, "2 members") {
+		if peers := node.Status().Peers; !strings.HasPrefix(peers, "2 members, ") {
 			t.Error(peers)
 		}
 	}

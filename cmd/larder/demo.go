@@ -7,6 +7,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/larder-cache/larder/agent"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/spf13/cobra"
 )
@@ -96,8 +97,8 @@ func runDemo(ctx context.Context, out io.Writer, spec demoSpec) (err error) {
 }
 
 func (d *demo) introduce(out io.Writer) {
-	fmt.Fprintf(out, "%s and a registry, all on loopback in this process.\n", plural(len(d.nodes), "node"))
-	fmt.Fprintf(out, "The image is %s: %s in %s.\n", d.image, size(d.size), plural(len(d.spec.layers), "layer"))
+	fmt.Fprintf(out, "%s and a registry, all on loopback in this process.\n", agent.CountText(len(d.nodes), "node"))
+	fmt.Fprintf(out, "The image is %s: %s in %s.\n", d.image, size(d.size), agent.CountText(len(d.spec.layers), "layer"))
 	fmt.Fprintf(out, "The registry sends at most %s, and so does each node: %s.\n", mbit(d.spec.registryLink), mbit(d.spec.nodeLink))
 	fmt.Fprint(out, "Not modelled: limits on receiving, latency, loss. All share this machine's processors and disk.\n\n")
 }

@@ -120,7 +120,7 @@ func few(list []agent.Origin) []agent.Origin {
 		count++
 	}
 	if count > 0 {
-		rest.Kind = plural(count, "other peer")
+		rest.Kind = agent.CountText(count, "other peer")
 		out = append(out, rest)
 	}
 	return out

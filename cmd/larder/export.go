@@ -107,7 +107,7 @@ func exportTo(ctx context.Context, p agent.Puller, images []agent.Image, w, prog
 	if err := p.Export(ctx, images, w); err != nil {
 		return err
 	}
-	view.say("%s, %s of content", plural(len(images), "image"), size(bytes))
+	view.say("%s, %s of content", agent.CountText(len(images), "image"), size(bytes))
 	return nil
 }
 

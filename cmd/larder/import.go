@@ -194,12 +194,12 @@ func importLine(i agent.ImportedImage) string {
 	if i.Error != "" {
 		return fmt.Sprintf("%s: not imported: %s", name, i.Error)
 	}
-	line := fmt.Sprintf("%s: imported: %s, %s, %s", name, i.Digest, plural(i.Blobs, "blob"), size(i.Bytes))
+	line := fmt.Sprintf("%s: imported: %s, %s, %s", name, i.Digest, agent.CountText(i.Blobs, "blob"), size(i.Bytes))
 	if i.There > 0 {
 		line += fmt.Sprintf(", of which %d (%s) were here already", i.There, size(i.BytesThere))
 	}
 	if n := len(i.Missing); n > 0 {
-		line += fmt.Sprintf("; without %s that the archive has not", plural(n, "platform"))
+		line += fmt.Sprintf("; without %s that the archive has not", agent.CountText(n, "platform"))
 	}
 	return line
 }

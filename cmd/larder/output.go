@@ -187,13 +187,6 @@ func size(n int64) string {
 	return agent.SizeText(n)
 }
 
-func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
-}
-
 // took is a duration to three digits or so.
 func took(d time.Duration) string {
 	if d < time.Second {

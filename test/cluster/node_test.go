@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -275,6 +276,9 @@ func (n *node) log() string {
 	return string(text)
 }
 
+// linksOf finds the number of links in a status' line on peers.
+var linksOf = regexp.MustCompile(`, (\d+) links?, `)
+
 // resources counts what the agent has open.
 func (n *node) resources() (r resources, err error) {
 	var goroutines string
@@ -284,10 +288,13 @@ func (n *node) resources() (r resources, err error) {
 	if _, err := fmt.Sscanf(goroutines, "goroutine profile: total %d", &r.goroutines); err != nil {
 		return r, fmt.Errorf("goroutine profile: %w", err)
 	}
-	if _, links, ok := strings.Cut(n.status().Peers, " members, "); ok {
-		if _, err := fmt.Sscanf(links, "%d links", &r.links); err != nil {
-			return r, fmt.Errorf("links in %q: %w", links, err)
+	peers := n.status().Peers
+	if links := linksOf.FindStringSubmatch(peers); links != nil {
+		if r.links, err = strconv.Atoi(links[1]); err != nil {
+			return r, fmt.Errorf("links in %q: %w", peers, err)
 		}
+	} else if !strings.HasPrefix(peers, "alone") {
+		return r, fmt.Errorf("no number of links in %q", peers)
 	}
 	dir := fmt.Sprintf("/proc/%d/fd", n.cmd.Process.Pid)
 	entries, err := os.ReadDir(dir)
