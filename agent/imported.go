@@ -31,13 +31,36 @@ func mergeImported(configured []upstream.Registry, found []hostsconfig.Imported,
 			}
 		}
 		if why != "" {
-			log.Info("existing registry configuration stays a fallback of the runtime alone", "registry", imp.Registry, "file", imp.Path, "reason", why)
+			instead := "Larder asks the registry itself first"
+			if replaced(imp) {
+				instead = "Larder gives what is cached, and does not ask the registry"
+				out = append(out, unasked(host))
+			}
+			log.Warn("existing registry configuration stays a fallback of the runtime alone: "+instead, "registry", imp.Registry, "file", imp.Path, "reason", why)
 			continue
 		}
 		log.Info("using the runtime's registry configuration as upstream", "registry", r.Host, "file", imp.Path, "upstreams", r.Upstreams)
 		out = append(out, r)
 	}
 	return out
+}
+
+// unasked is a registry that is never asked. It is not an operator's word that everybody
+// may have what is cached, as contact_upstream = false in a configuration is.
+func unasked(host string) upstream.Registry {
+	return upstream.Registry{Host: host, ContactUpstream: new(bool), Offline: "remembered"}
+}
+
+// replaced reports whether the runtime would never ask the registry itself for any of
+// its images. Then we must not either, though we cannot ask what is in its place.
+func replaced(imp hostsconfig.Imported) bool {
+	if imp.Prefix != "" || strings.HasPrefix(imp.Registry, "*") {
+		return false
+	}
+	elsewhere := func(e hostsconfig.Endpoint) bool {
+		return e.Source && e.Base != "" && e.Base != usualAddress(upstream.CanonicalHost(imp.Registry))+"/v2"
+	}
+	return imp.Blocked || slices.ContainsFunc(imp.Endpoints, elsewhere)
 }
 
 // canonicalFirst moves the spellings of a registry that a runtime does not look
@@ -65,8 +88,8 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 	if imp.Prefix != "" {
 		return r, "it is for repositories below " + imp.Prefix + " alone"
 	}
-	if imp.Blocked { // not an operator's word that everybody may have what is cached, as contact_upstream = false is
-		r.ContactUpstream, r.Offline = new(bool), "remembered"
+	if imp.Blocked {
+		r = unasked(r.Host)
 	}
 	for _, e := range imp.Endpoints {
 		if !e.Pull || !e.Resolve && !imp.Blocked { // by digest alone: tags could be answered stale

@@ -60,6 +60,11 @@ func TestMergeImported(t *testing.T) {
 		{name: "prefix", found: hostsconfig.Imported{Registry: "quay.io", Prefix: "team", Endpoints: []hostsconfig.Endpoint{mirror}}, why: "below team"},
 		{name: "headers", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Header = http.Header{"X-Token": {"secret"}} })}}, why: "headers"},
+		{name: "headers, in the place of the registry", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
+			with(source, func(e *hostsconfig.Endpoint) {
+				e.Base, e.Header = "https://harbor.example/v2/quay", http.Header{"X-Token": {"secret"}}
+			})}},
+			want: upstream.Registry{Host: "quay.io", ContactUpstream: &no, Offline: "remembered"}, why: "headers"},
 		{name: "rewritten names", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{
 			with(mirror, func(e *hostsconfig.Endpoint) { e.Renames = true }), source}}, why: "rewrites repository names"},
 		{name: "two CAs", found: hostsconfig.Imported{Registry: "quay.io", Endpoints: []hostsconfig.Endpoint{

@@ -305,6 +305,15 @@ func (c *criConfig) localPull() string {
 	return ""
 }
 
+// readsOneRoot reports whether the node's containerd surely takes a config_path with two
+// roots for one name, as its transfer service does. What runs is not known here: a file
+// of version 2 may be 1.x's, which splits the path.
+func readsOneRoot(root fs.FS) bool {
+	d := &doctor{node: node{root}}
+	c := d.loadConfig()
+	return c != nil && (!c.found || c.version >= 3 && c.localPull() == "")
+}
+
 // hiddenRoots are the certs.d directories that a node's containerd looks into
 // after dir, and that a _default in dir hides. Where the configuration cannot
 // be seen, containerd's own default counts: carrying over what containerd does

@@ -135,6 +135,27 @@ func TestDiagnoseAfterApply(t *testing.T) {
 	}
 }
 
+// TestReadsOneRoot: with the link containerd reads our directory alone, except where it
+// pulls without its transfer service, or may be a release that splits the path.
+func TestReadsOneRoot(t *testing.T) {
+	const images = "[plugins.'io.containerd.cri.v1.images']\n"
+	for config, want := range map[string]bool{
+		"version = 3\n": true,
+		"version = 4\n" + images + "max_concurrent_downloads = 3\n":   true,
+		"version = 3\n" + images + "discard_unpacked_layers = true\n": false,
+		"version = 2\n": false,
+		"":              false, // version 1
+		"version = ":    false, // cannot be read
+	} {
+		if got := readsOneRoot(fstest.MapFS{"etc/containerd/config.toml": {Data: []byte(config)}}); got != want {
+			t.Errorf("%q: %v, want %v", config, got, want)
+		}
+	}
+	if !readsOneRoot(fstest.MapFS{}) {
+		t.Error("a containerd without a file does not read one root")
+	}
+}
+
 func TestHiddenRoots(t *testing.T) {
 	const ours = "/etc/containerd/certs.d"
 	config := func(path string) fstest.MapFS {

@@ -42,7 +42,7 @@ type Options struct {
 	// Contained: this process runs in a container and sees of the node's files what is
 	// mounted. A further root that is not there may be on the node, with certificates
 	// that a _default of ours would hide and nobody carry over: there is none then, and
-	// "*" means the well-known registries, unless ColonLink says that containerd reads
+	// "*" means the well-known registries, unless with ColonLink containerd reads
 	// Containerd alone.
 	Contained bool
 	// ColonLink also links the literal path "<Containerd>:/etc/docker/certs.d"

@@ -339,8 +339,11 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if i := slices.IndexFunc(hidden, missing); i >= 0 && h.opts.Contained && !h.opts.ColonLink {
-		c.unseen = hidden[i]
+	if i := slices.IndexFunc(hidden, missing); i >= 0 && h.opts.Contained {
+		linkAlone := h.opts.ColonLink && (h.opts.HiddenRoots != nil || readsOneRoot(os.DirFS("/")))
+		if !linkAlone {
+			c.unseen = hidden[i]
+		}
 	}
 	var rels []string
 	for _, name := range c.names(h.opts.Registries) {

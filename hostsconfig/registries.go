@@ -276,7 +276,7 @@ type dropIn struct {
 // are the configured registries. An entry of ours replaces the whole rule of
 // its prefix, so it repeats everything that rule said, behind us (I3).
 func renderDropIn(rules map[string]rule, listed []string, proxy netip.AddrPort) (dropIn, error) {
-	b := dropInBuilder{rules: rules, proxy: proxy, byPlace: map[string]rule{}, left: map[string]string{}}
+	b := dropInBuilder{rules: rules, proxy: proxy, byPlace: map[string]rule{}, guarded: map[string]bool{}, left: map[string]string{}}
 	for _, prefix := range slices.Sorted(maps.Keys(rules)) {
 		b.existing(prefix, listed)
 	}
@@ -313,6 +313,7 @@ type dropInBuilder struct {
 	rules   map[string]rule
 	proxy   netip.AddrPort
 	byPlace map[string]rule
+	guarded map[string]bool
 	out     []rule
 	left    map[string]string
 }
@@ -327,6 +328,7 @@ func (b *dropInBuilder) existing(prefix string, listed []string) {
 		return
 	}
 	b.entry(prefix, b.rules[prefix])
+	b.guard(prefix)
 }
 
 // enumerated gives an entry to a registry on our own account.
@@ -334,14 +336,31 @@ func (b *dropInBuilder) enumerated(host string) {
 	if b.rules[host] == nil {
 		b.entry(host, derived(b.rules, host))
 	}
-	// The prefix "host" also matches "host:443/x", and its rewrite to our
-	// mirror would not parse, which fails the pull. A rule of its own without
-	// us keeps such names as they were.
-	guard := host + ":443"
-	if strings.ContainsAny(host, "/:") || b.rules[guard] != nil || b.left[host] != "" {
+	b.guard(host)
+}
+
+// usualPorts are those of registries. An image's name can have any other one too, but
+// there is no rule for all ports of a host.
+var usualPorts = []string{"443", "80", "5000", "5001", "5005", "5050", "5443", "8080", "8081", "8082", "8083", "8443"}
+
+// guard keeps names with a port as they were. The prefix "host" also matches
+// "host:5000/x", and its rewrite to our mirror would not parse, which fails the pull:
+// such names get a rule of their own, without us.
+func (b *dropInBuilder) guard(host string) {
+	if strings.ContainsAny(host, "/:") || b.left[host] != "" {
 		return
 	}
-	b.add(derived(b.rules, guard))
+	ports := usualPorts
+	if slices.Contains(wellKnown, host) {
+		ports = ports[:1]
+	}
+	for _, port := range ports {
+		name := host + ":" + port
+		if b.rules[name] == nil && !b.guarded[name] {
+			b.guarded[name] = true
+			b.add(derived(b.rules, name))
+		}
+	}
 }
 
 // covers reports whether prefix lies in one of the listed registries.
@@ -384,6 +403,14 @@ func (b *dropInBuilder) entry(prefix string, base rule) {
 	path, ok := encodePrefix(prefix)
 	if !ok {
 		b.left[prefix] = "its name cannot be part of an image path"
+		return
+	}
+	// The agent is told of rules for a whole registry alone (agent/imported.go). For others
+	// it would ask prefix itself: what has another location is another image there, and
+	// what is blocked must not be asked.
+	told := b.rules[prefix] != nil && !strings.Contains(prefix, "/")
+	if !told && (base.flag("blocked") || place(base) != prefix) {
+		b.left[prefix] = "it is blocked or has another location, and Larder would ask " + prefix + " itself"
 		return
 	}
 	mirrors := []any{map[string]any{"location": b.proxy.String() + "/" + path, "insecure": true}}

@@ -103,6 +103,11 @@ blocked = true
 			},
 		},
 		{
+			name:  "a part of a registry that is blocked is not asked by way of us",
+			files: []string{"[[registry]]\nlocation = \"quay.io/acme\"\nblocked = true\n[[registry.mirror]]\nlocation = \"m.corp/acme\"\n"},
+			want:  map[string][]string{"quay.io/acme": nil, "quay.io": {us("quay.io"), "= quay.io"}},
+		},
+		{
 			name: "a later file replaces the whole rule",
 			files: []string{
 				"[[registry]]\nlocation = \"quay.io\"\n[[registry.mirror]]\nlocation = \"old.corp\"\n",
@@ -117,7 +122,7 @@ blocked = true
 			},
 			want: map[string][]string{
 				"docker.io":         {us("docker.io"), "= hub.corp/docker"},
-				"docker.io/library": {us("docker.io/library"), "= hub.corp/lib"},
+				"docker.io/library": nil, // the agent would ask Docker Hub for it
 			},
 		},
 		{
@@ -125,7 +130,7 @@ blocked = true
 			files: []string{"[[registry]]\nprefix = \"*.redhat.io\"\nblocked = true\n[[registry.mirror]]\nlocation = \"m.corp/rh\"\n[[registry]]\nprefix = \"*.gitlab.com\"\nblocked = true\n"},
 			want: map[string][]string{
 				"*.redhat.io":         nil,
-				"registry.redhat.io":  {us("registry.redhat.io"), "m.corp/rh", "= registry.redhat.io blocked"},
+				"registry.redhat.io":  nil, // the agent would ask it
 				"registry.gitlab.com": nil,
 			},
 		},
@@ -135,7 +140,7 @@ blocked = true
 			listed: []string{"reg.corp:5000"},
 			want: map[string][]string{
 				"reg.corp:5000":      {us("reg.corp_5000"), "= reg.corp:5000"},
-				"reg.corp:5000/team": {us("reg.corp_5000/team"), "= other.corp/team"},
+				"reg.corp:5000/team": nil,
 			},
 		},
 		{
@@ -144,6 +149,14 @@ blocked = true
 			want: map[string][]string{
 				"a.corp":  {us("a.corp"), "= quay.io insecure"},
 				"quay.io": nil,
+			},
+		},
+		{
+			name:  "a host of the user's, whose ports its rule holds for too",
+			files: []string{"[[registry]]\nlocation = \"reg.corp\"\ninsecure = true\n"},
+			want: map[string][]string{
+				"reg.corp":      {us("reg.corp"), "= reg.corp insecure"},
+				"reg.corp:5000": {"= reg.corp:5000 insecure"},
 			},
 		},
 		{

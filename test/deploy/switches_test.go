@@ -60,7 +60,7 @@ func TestSwitches(t *testing.T) {
 		{name: "a key from a Job", set: []string{"key.generate=cluster"}, want: []string{`kind: Job\n`, `kind: RoleBinding\n`}, gone: []string{`kind: Secret\n`}},
 		{name: "no peers", set: []string{"config.peer.enabled=false"}, want: []string{`\[peer\]\n +enabled = false`}, gone: []string{`kind: Secret\n`, `kind: Service\n`, `containerPort: 5051`, `key_file`, `/run/secrets/larder`}},
 		{name: "one zone", set: []string{"peer.zone=site-a"}, want: []string{`name: LARDER_PEER_ZONE\n +value: "site-a"`}, gone: []string{`metadata.labels\['topology`}},
-		{name: "zones", set: []string{"peer.zones={Rack_A,b}"}, want: []string{`name: larder-rack-a\n`, `topology.kubernetes.io/zone: Rack_A`, `name: larder-b\n`, `topology.kubernetes.io/zone: b`, `value: "b"`}, gone: []string{`metadata.labels\['topology`}},
+		{name: "zones", set: []string{"peer.zones={Rack_A,b}"}, want: []string{`name: larder-rack-a\n`, `topology.kubernetes.io/zone: "Rack_A"`, `name: larder-b\n`, `topology.kubernetes.io/zone: "b"`, `value: "b"`}, gone: []string{`metadata.labels\['topology`}},
 		{name: "ports", set: []string{"ports.proxy=6050", "ports.admin=6053"}, want: []string{`listen = "127.0.0.1:6050"`, `listen = "127.0.0.1:6053"`, `containerPort: 6050, hostPort: 6050`, `http://127.0.0.1:6053`}, gone: []string{`5050`, `5053`}},
 		{name: "the port of what is off", set: []string{"ports.proxy=5054", "config.peer.enabled=false", "ports.admin=5052"}, want: []string{`listen = "127.0.0.1:5054"`, `listen = "127.0.0.1:5052"`}},
 		{name: "audit", set: []string{"audit.enabled=true"}, want: []string{`file = "/var/log/larder/audit.log"`, `mountPath: /var/log/larder}`}},
