@@ -137,7 +137,10 @@ func (st *stream) Read(ctx context.Context, p []byte) (int, error) {
 		if n > 0 {
 			return n, nil // an error comes back with the next read
 		}
-		if err != nil && !st.again(ctx, st.broken(err)) {
+		if err == nil {
+			continue
+		}
+		if err = st.broken(err); !st.again(ctx, err) { // never io.EOF, which says that all is there
 			return 0, err
 		}
 	}

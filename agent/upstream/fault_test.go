@@ -50,6 +50,7 @@ func TestBlobFaults(t *testing.T) {
 		{name: "redirect circle", fault: faults{registrytest.RedirectLoop(), always}, wrong: IsUnavailable},
 		{name: "no length", fault: faults{registrytest.Omit("Content-Length"), registrytest.IgnoreRange(), always}, wrong: IsUnavailable},
 		{name: "no length but Content-Range", fault: faults{registrytest.Omit("Content-Length"), always}, most: 1},
+		{name: "no length, ends after 1000 bytes, then none, always", fault: faults{registrytest.ContentLength(1000 - blobSize), registrytest.Omit("Content-Length"), always}, wrong: IsUnavailable, most: maxIdle + 1},
 		{name: "through a CDN", options: registrytest.Options{CDN: true}},
 		{name: "cut at the CDN", options: registrytest.Options{CDN: true}, fault: faults{registrytest.CutAfter(100_000), few}},
 		{name: "signed URL expired", options: registrytest.Options{CDN: true}, fault: faults{registrytest.Status(403), registrytest.Times(1)}},
@@ -66,8 +67,11 @@ func TestBlobFaults(t *testing.T) {
 			if tc.fault != nil {
 				reg.Inject(match, tc.fault...)
 			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			reg.Inject(match, registrytest.Skip(100), registrytest.Do(cancel)) // whoever asks for ever
 			sink := newSink(256 << 10)
-			err := clientOf(t, reg).Fetch(t.Context(), target, d, sink)
+			err := clientOf(t, reg).Fetch(ctx, target, d, sink)
 			switch {
 			case tc.wrong == nil && err != nil:
 				t.Fatalf("Fetch: %v", err)
