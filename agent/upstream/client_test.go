@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -112,15 +113,62 @@ func TestDeadRegistryFailsFast(t *testing.T) {
 		t.Errorf("health: %+v", h)
 	}
 	hang.Remove()
-	b := &(*c.configured.Load())["test"].endpoints[0].breaker
-	b.mu.Lock()
-	b.until = time.Now()
-	b.mu.Unlock()
+	endPause(c)
 	if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
 		t.Errorf("after the pause: %v", err)
 	}
 	if h := c.Health()[0]; h.State != "ok" || h.Latency <= 0 {
 		t.Errorf("health: %+v", h)
+	}
+}
+
+// endPause lets the next request through an open circuit.
+func endPause(c *Client) {
+	b := &(*c.configured.Load())["test"].endpoints[0].breaker
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.until = time.Now()
+}
+
+// TestProbeIsALongBlob: a registry is back once a blob gets on, not once it is whole.
+// Its end says nothing any more of a registry that has gone again.
+func TestProbeIsALongBlob(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	d := reg.PutBlob(repo, registrytest.Random(7, blobSize)).Digest
+	reg.Inject(blobGet, registrytest.StallAfter(2*minProgress))
+	c := clientOf(t, reg)
+	fail := func() {
+		t.Helper()
+		down := reg.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.Status(503))
+		defer down.Remove()
+		for range breakAfter {
+			c.Resolve(t.Context(), target, "v1", nil)
+		}
+		if h := c.Health()[0]; h.State != "open" {
+			t.Fatalf("health after %d failures: %+v", breakAfter, h)
+		}
+	}
+	fail()
+	endPause(c)
+	body, _, err := c.Blob(t.Context(), target, d, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	if _, err := c.Resolve(t.Context(), target, "v1", nil); !errors.Is(err, ErrCircuitOpen) {
+		t.Errorf("before the first byte: %v, want an open circuit", err)
+	}
+	if _, err := io.ReadFull(body, make([]byte, minProgress)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
+		t.Errorf("while the blob is under way: %v", err)
+	}
+	fail()
+	body.Close()
+	if h := c.Health()[0]; h.State != "open" || h.Connections != 0 {
+		t.Errorf("health after the blob: %+v", h)
 	}
 }
 

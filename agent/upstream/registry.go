@@ -268,9 +268,8 @@ func (ep *endpoint) noteError(err error, now time.Time) {
 
 // enter admits a request: it refuses while the circuit is open or the registry
 // asked for a pause, and waits for a slot; a spare request (one more stream of a
-// blob) does not wait. leave must be called once, with what the request tells of
-// the endpoint's health.
-func (ep *endpoint) enter(ctx context.Context, q request, credential string) (leave func(outcome), err error) {
+// blob) does not wait. The visit must be left.
+func (ep *endpoint) enter(ctx context.Context, q request, credential string) (*visit, error) {
 	if !ep.reg.Contact() {
 		return nil, &Error{Err: ErrNoContact}
 	}
@@ -289,17 +288,32 @@ func (ep *endpoint) enter(ctx context.Context, q request, credential string) (le
 		return nil, &Error{RetryAfter: wait, Err: ErrCircuitOpen}
 	}
 	ep.active.Add(1)
-	var once sync.Once
-	return func(o outcome) {
-		once.Do(func() {
-			ep.active.Add(-1)
-			turned := ep.breaker.done(o, time.Now())
-			release()
-			if turned {
-				ep.logTurn(o)
-			}
-		})
-	}, nil
+	return &visit{ep: ep, release: release}, nil
+}
+
+// visit is a request that was admitted.
+type visit struct {
+	ep         *endpoint
+	release    func() // the slot
+	told, left sync.Once
+}
+
+// tell takes what the request tells of the endpoint's health. The first word counts.
+func (v *visit) tell(o outcome) {
+	v.told.Do(func() {
+		if v.ep.breaker.done(o, time.Now()) {
+			v.ep.logTurn(o)
+		}
+	})
+}
+
+// leave ends the visit, with its word if there was none yet.
+func (v *visit) leave(o outcome) {
+	v.left.Do(func() {
+		v.ep.active.Add(-1)
+		v.tell(o)
+		v.release()
+	})
 }
 
 // logTurn tells an operator once when an endpoint goes and once when it is back.

@@ -67,7 +67,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 	if t.Authorization != "" { // the caller is throttled apart from us, and from others
 		account = fingerprint(authn.AuthConfig{RegistryToken: t.Authorization})
 	}
-	leave, err := ep.enter(ctx, q, account)
+	visit, err := ep.enter(ctx, q, account)
 	if err != nil {
 		return nil, wrap(err)
 	}
@@ -75,7 +75,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 	resp, moved, err := ep.authenticated(ctx, s, t, q)
 	if err != nil {
 		err = wrap(err)
-		leave(ep.judge(ctx, err, time.Since(began)))
+		visit.leave(ep.judge(ctx, err, time.Since(began)))
 		return nil, err
 	}
 	if resp.StatusCode < 500 {
@@ -86,7 +86,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 		if t.Authorization != "" && moved == nil {
 			err.(*Error).Challenge = resp.Header.Values("WWW-Authenticate") // it is the client's to read why
 		}
-		leave(ep.judge(ctx, err, time.Since(began)))
+		visit.leave(ep.judge(ctx, err, time.Since(began)))
 		if resp.StatusCode == http.StatusTooManyRequests && moved == nil {
 			ep.pause(pauseKey{q.bulk, account}, err.(*Error).RetryAfter, time.Now())
 		}
@@ -96,13 +96,13 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 		resp.Body.Close()
 		err := wrap(fmt.Errorf("%w: Content-Encoding %q although identity was asked for", ErrBadAnswer, clip(enc, 32)))
 		ep.noteError(err, time.Now())
-		leave(failed)
+		visit.leave(failed)
 		return nil, err
 	}
 	if resp.Request.Method == http.MethodHead {
-		leave(good)
+		visit.leave(good)
 	}
-	resp.Body = &settled{timed: resp.Body.(*timed), leave: leave, wrap: wrap}
+	resp.Body = &settled{timed: resp.Body.(*timed), visit: visit, wrap: wrap}
 	return &answer{resp, moved}, nil
 }
 
@@ -267,37 +267,40 @@ func (ep *endpoint) origin(u *url.URL) bool {
 	return u.Scheme == mine.Scheme && strings.EqualFold(dialAddress(u), dialAddress(mine))
 }
 
-// settled reports to the endpoint's breaker how a body ended: to its end,
-// closed early or with some progress is good, broken off before is not.
+// settled reports to the endpoint's breaker how a body fares: some progress, its end
+// or an early close is good, broken off before is not. Progress is told at once: while
+// an endpoint is probed it is left alone, and a blob may take an hour.
 type settled struct {
 	*timed
-	leave func(outcome)
+	visit *visit
 	wrap  func(error) error
 	read  int64
 }
 
 func (b *settled) Read(p []byte) (int, error) {
 	n, err := b.timed.Read(p)
-	b.read += int64(n)
+	if b.read += int64(n); b.read >= minProgress {
+		b.visit.tell(good)
+	}
 	if err == nil || err == io.EOF {
 		return n, err
 	}
 	err = b.wrap(err)
 	switch {
 	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
-		b.leave(neutral)
+		b.visit.leave(neutral)
 		return n, err
 	case b.read >= minProgress:
 		b.ep.noteError(err, time.Now())
-		b.leave(good)
+		b.visit.leave(good)
 	default:
 		b.ep.noteError(err, time.Now())
-		b.leave(failed)
+		b.visit.leave(failed)
 	}
 	return n, err
 }
 
 func (b *settled) Close() error {
-	b.leave(good)
+	b.visit.leave(good)
 	return b.timed.Close()
 }
