@@ -22,6 +22,8 @@ type remembered[K comparable, V any] struct {
 	until time.Time
 }
 
+func (r remembered[K, V]) holds() bool { return time.Now().Before(r.until) }
+
 func newRecent[K comparable, V any](limit int) *recent[K, V] {
 	return &recent[K, V]{max: limit, items: map[K]*list.Element{}, order: list.New()}
 }
@@ -30,6 +32,20 @@ func newRecent[K comparable, V any](limit int) *recent[K, V] {
 func (m *recent[K, V]) put(key K, value V, ttl time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.set(key, value, ttl)
+}
+
+// add is put for a value that replaces none.
+func (m *recent[K, V]) add(key K, value V, ttl time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e, ok := m.items[key]; !ok || !e.Value.(remembered[K, V]).holds() {
+		m.set(key, value, ttl)
+	}
+}
+
+// set is called with mu held.
+func (m *recent[K, V]) set(key K, value V, ttl time.Duration) {
 	m.remove(key)
 	m.items[key] = m.order.PushBack(remembered[K, V]{key, value, time.Now().Add(ttl)})
 	if len(m.items) > m.max {
@@ -45,7 +61,7 @@ func (m *recent[K, V]) get(key K) (value V, ok bool) {
 		return value, false
 	}
 	item := e.Value.(remembered[K, V])
-	if !time.Now().Before(item.until) {
+	if !item.holds() {
 		m.remove(key)
 		return value, false
 	}

@@ -133,13 +133,30 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	case q.current:
 		return resolved{}, cmp.Or(err, error(errStale))
 	}
-	if stand, in := p.auth.standsHere(*acc, last.desc.Digest.String()); in && known {
-		*acc = stand
-		// Those who come within the next tag_ttl need not wait as well.
-		p.fresh.put(key, last, p.tagTTL(key.registry))
+	if known && p.fallBack(acc, key, &last) {
 		return last, nil
 	}
 	return p.resolveStale(ctx, acc, key, found, err)
+}
+
+// fallBack changes last, what a tag stood for before the registry was asked in vain, to
+// what is known of it by now: another caller may have been told meanwhile. It reports
+// whether this caller may have that, or else what it was.
+func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
+	newest, known := p.lastKnown(key)
+	if !known { // it is gone
+		return false
+	}
+	stand, in := p.auth.standsHere(*acc, newest.desc.Digest.String())
+	if in {
+		*last = newest
+		// Those who come within the next tag_ttl need not wait as well.
+		p.fresh.add(key, newest, p.tagTTL(key.registry))
+	} else if stand, in = p.auth.standsHere(*acc, last.desc.Digest.String()); !in {
+		return false
+	}
+	*acc = stand
+	return true
 }
 
 // suffices reports whether what is remembered of a tag answers a query. Who asks as
@@ -161,7 +178,7 @@ func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, err
 	}
 	*acc = stand
 	if upstream.IsNotFound(err) { // a refusal is about this caller; others may get another answer
-		p.fresh.put(key, pinned, p.tagTTL(key.registry))
+		p.fresh.add(key, pinned, p.tagTTL(key.registry))
 	}
 	return pinned, nil
 }
@@ -270,14 +287,15 @@ func (e *StaleTag) Error() string {
 
 // believe takes another node's word for what a tag was, for tag_ttl. It stays
 // known here, in case that node goes too, unless this node knows by itself: what was
-// imported here must not be undone by one that knows what was before.
+// imported here must not be undone by one that knows what was before. Nor must what the
+// registry has told another caller meanwhile.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if _, known := p.lastKnown(key); key.accept == "" && !known {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
 	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, KindManifest, desc)
 	found := resolved{desc: desc, stale: true}
-	p.fresh.put(key, found, p.tagTTL(key.registry))
+	p.fresh.add(key, found, p.tagTTL(key.registry))
 	return found
 }
 

@@ -108,6 +108,61 @@ func TestDeletedTagIsForgotten(t *testing.T) {
 	}
 }
 
+// TestTagDoesNotGoBack: who asks in vain, or is told by another node what a tag was, does
+// not undo what the registry has told another caller meanwhile.
+func TestTagDoesNotGoBack(t *testing.T) {
+	old, newer := smallImage(1000).Descriptor, smallImage(2000).Descriptor
+	for name, tc := range map[string]struct {
+		budget  time.Duration
+		answers bool // while bob still waits
+	}{
+		"no answer in time":   {budget: time.Second},
+		"another node's word": {budget: 10 * time.Second, answers: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			says := func(d ocispec.Descriptor) func(string) (ocispec.Descriptor, error) {
+				return func(string) (ocispec.Descriptor, error) { return d, nil }
+			}
+			swarm := &swarmFunc{resolve: says(old)}
+			n := startNode(t, func(s *setup) {
+				s.proxy.Swarm, s.proxy.TagTTL, s.proxy.FirstByteBudget = swarm, time.Hour, tc.budget
+			})
+			ask := func(who string) (string, string) {
+				a := n.do("HEAD", manifestPath("v1"), "Authorization", "Bearer "+who)
+				return a.header.Get(headerDigest), a.header.Get(headerSource)
+			}
+			ask("ann")
+			ask("bob")
+			n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true}) // tag_ttl later
+			asked, release, told := make(chan struct{}), make(chan struct{}), make(chan string)
+			swarm.resolve = func(string) (ocispec.Descriptor, error) {
+				close(asked)
+				<-release
+				return ocispec.Descriptor{}, &StaleTag{old}
+			}
+			go func() {
+				got, _ := ask("bob")
+				told <- got
+			}()
+			<-asked
+			swarm.resolve = says(newer)
+			ask("ann")
+			if tc.answers {
+				close(release)
+			}
+			if got := <-told; tc.answers && got != newer.Digest.String() {
+				t.Errorf("bob was told %s, want %s", got, newer.Digest)
+			}
+			if got, from := ask("ann"); got != newer.Digest.String() || from == "stale" {
+				t.Errorf("ann is told %s from %q, want %s as before", got, from, newer.Digest)
+			}
+			if !tc.answers {
+				close(release)
+			}
+		})
+	}
+}
+
 // TestAcceptByTag: a stored answer of a type that the client cannot read is not
 // served, and what one kind of client gets does not become the other's answer.
 func TestAcceptByTag(t *testing.T) {
