@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -21,6 +22,7 @@ const (
 	// canaryMemory is how long a nonce is remembered, maxCanaries how many.
 	canaryMemory = time.Hour
 	maxCanaries  = 1024
+	maxUserAgent = 256 // bytes that are kept of each
 )
 
 // Canary is a pull of the canary image that this proxy answered.
@@ -44,7 +46,9 @@ func (p *Proxy) Canary(nonce string) (Canary, bool) { return p.canaries.get(nonc
 func (p *Proxy) serveCanary(x *exchange) error {
 	d := x.route.digest
 	if x.route.tag != "" {
-		p.canaries.put(x.route.tag, Canary{time.Now(), x.route.registry, x.r.UserAgent()}, canaryMemory)
+		agent := x.r.UserAgent()
+		agent = strings.Clone(agent[:min(len(agent), maxUserAgent)])
+		p.canaries.put(x.route.tag, Canary{time.Now(), x.route.registry, agent}, canaryMemory)
 		d = p.canary.index
 	}
 	item, ok := p.canary.items[d]

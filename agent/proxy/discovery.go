@@ -153,7 +153,7 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()
 		page, err := ask(ctx)
-		if err == nil && len(page.Body) <= maxKeptPage {
+		if err == nil && len(page.Body)+len(page.Next) <= maxKeptPage {
 			p.pages.put(key, page, pageMemory)
 		}
 		return page, p.auth.withChallenge(ctx, target, anyTag, err)

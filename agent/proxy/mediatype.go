@@ -19,6 +19,7 @@ const (
 	dockerSchema1    = "application/vnd.docker.distribution.manifest.v1+json"
 	dockerSchema1Jws = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 	maxManifest      = 4 << 20 // bytes; what the distribution spec asks registries to take
+	maxMediaType     = 255     // bytes (RFC 6838, 4.2); they are kept
 )
 
 // What upstream is asked for. The two forms are the two answers that a tag can
@@ -65,7 +66,7 @@ func acceptsLists(types []string) bool {
 // when they do not know: text/plain, application/json, application/octet-stream.
 func known(mediaType string) bool {
 	t, _, err := mime.ParseMediaType(mediaType)
-	return err == nil && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")
+	return err == nil && len(mediaType) <= maxMediaType && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")
 }
 
 // outline is what the proxy reads of a manifest, of any kind. It leaves out whatever
@@ -90,6 +91,9 @@ func parseOutline(body []byte) (outline, error) {
 	}
 	if err := unambiguous(body); err != nil {
 		return o, err
+	}
+	if len(o.MediaType) > maxMediaType {
+		return o, fmt.Errorf("manifest has a media type of %d bytes", len(o.MediaType))
 	}
 	// As containerd and containers-image do: who checked the one has not checked the other.
 	if o.Manifests != nil && (o.Config != nil || o.Layers != nil || o.FSLayers != nil) {

@@ -19,8 +19,9 @@ import (
 type tagKey struct {
 	registry, repository, tag string
 	lists                     bool // the client accepts lists
-	// accept is set for a client whose types exclude what the others get.
-	accept string
+	// accept is set for a client whose types exclude what the others get: a digest of
+	// them, for a client may name any number.
+	accept digest.Digest
 }
 
 func newTagKey(t upstream.Target, tag string, lists bool) tagKey {
@@ -82,7 +83,7 @@ func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved,
 	if err != nil || acceptable(q.accept, found.desc.MediaType) {
 		return found, err
 	}
-	key.accept = strings.Join(q.accept, ",")
+	key.accept = digest.FromString(strings.Join(q.accept, ","))
 	found, err = p.resolveKey(ctx, acc, key, q)
 	if err == nil && !acceptable(q.accept, found.desc.MediaType) {
 		err = errUnacceptable

@@ -198,6 +198,34 @@ func TestAcceptByTag(t *testing.T) {
 	}
 }
 
+// TestNothingLongIsKept: clients and registries fill memories that are bounded in number
+// only with what has a bound itself.
+func TestNothingLongIsKept(t *testing.T) {
+	long := strings.Repeat("x", 20<<10)
+	n := startNode(t, func(s *setup) { s.proxy.TagTTL = time.Hour })
+	n.image(1000)
+	n.do("HEAD", manifestPath("v1"), "Accept", "application/"+long)
+	n.get("/v2/larder.invalid/canary/manifests/nonce", "User-Agent", long)
+	seen, _ := n.proxy.Canary("nonce")
+	if size := len(seen.UserAgent); size != maxUserAgent {
+		t.Errorf("a canary keeps %d bytes of User-Agent", size)
+	}
+	n.registry.PutManifest(repo, "application/vnd."+long, []byte(`{"schemaVersion":2,"layers":[]}`), "typed")
+	n.do("HEAD", manifestPath("typed"))
+	if len(n.proxy.fresh.items) == 0 {
+		t.Fatal("no tag is remembered")
+	}
+	for key, e := range n.proxy.fresh.items {
+		found := e.Value.(remembered[tagKey, resolved]).value
+		if size := len(fmt.Sprint(key, found)); size > 1000 {
+			t.Errorf("%s: %d bytes are remembered", key.tag, size)
+		}
+	}
+	if _, err := parseOutline([]byte(`{"schemaVersion":2,"mediaType":"application/vnd.` + long + `","layers":[]}`)); err == nil {
+		t.Errorf("a media type of %d bytes is one", len(long))
+	}
+}
+
 // TestManifestWithoutMetadata: the media type is found in the bytes when the
 // metadata was lost.
 func TestManifestWithoutMetadata(t *testing.T) {

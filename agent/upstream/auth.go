@@ -132,7 +132,7 @@ func (s *session) answer(ctx context.Context, headers []string, sent string) (st
 	challenges := parseChallenges(headers)
 	if sent == "" {
 		s.mu.Lock()
-		s.raw = headers
+		s.raw = short(headers)
 		s.mu.Unlock()
 	}
 	if len(challenges) == 0 && strings.HasPrefix(sent, "Bearer ") {
@@ -179,8 +179,8 @@ func (s *session) pristine(headers []string) []string {
 	if len(s.raw) > 0 {
 		return s.raw
 	}
-	out := make([]string, len(headers))
-	for i, h := range headers {
+	out := short(headers)
+	for i, h := range out {
 		out[i] = withoutReason(h)
 	}
 	return out
@@ -344,6 +344,8 @@ const (
 	tokenLife = 60 * time.Second // the token specification's default
 	// tokenMargin before its end a token is no longer used.
 	tokenMargin = 20 * time.Second
+	// maxKeptToken bounds what a session keeps; registries' tokens have 1 to 5 KB.
+	maxKeptToken = 16 << 10
 )
 
 func (s *session) keep(t *transport.Token) string {
@@ -351,9 +353,13 @@ func (s *session) keep(t *transport.Token) string {
 	if life == 0 {
 		life = tokenLife
 	}
+	token := cmp.Or(t.AccessToken, t.Token)
+	if len(token)+len(t.RefreshToken) > maxKeptToken {
+		return token
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.token = cmp.Or(t.AccessToken, t.Token)
+	s.token = token
 	s.refresh = cmp.Or(t.RefreshToken, s.refresh)
 	s.issued = time.Now()
 	s.expires = s.issued.Add(life - min(life/4, tokenMargin))

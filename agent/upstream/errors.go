@@ -39,8 +39,8 @@ type Error struct {
 	Code       string // the registry's own error code, such as MANIFEST_UNKNOWN
 	Message    string // the registry's own words, shortened
 	RetryAfter time.Duration
-	// Challenge is WWW-Authenticate, unchanged: of the answer to a client's own
-	// credential, else of an unauthenticated 401.
+	// Challenge is WWW-Authenticate, unchanged but for values too long to keep: of the
+	// answer to a client's own credential, else of an unauthenticated 401.
 	Challenge []string
 	Err       error
 

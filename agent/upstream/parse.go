@@ -129,15 +129,31 @@ type challenge struct {
 	params map[string]string
 }
 
-// maxChallenges bounds what a registry can make us remember.
-const maxChallenges = 8
+// maxChallenges, and maxChallenge bytes of them, bound what a registry can make us
+// remember for each repository. Real ones have one or two, of some 200 bytes.
+const (
+	maxChallenges = 8
+	maxChallenge  = 4 << 10
+)
+
+// short leaves out those values of WWW-Authenticate that are too much to keep.
+func short(headers []string) []string {
+	var kept []string
+	size := 0
+	for _, h := range headers {
+		if h != "" && len(kept) < maxChallenges && size+len(h) <= maxChallenge {
+			kept, size = append(kept, h), size+len(h)
+		}
+	}
+	return kept
+}
 
 // parseChallenges reads all challenges of all header lines, also several in
 // one line. What cannot be read is skipped.
 func parseChallenges(headers []string) []challenge {
 	var all []challenge
 	for _, h := range headers {
-		for _, item := range splitList(clip(h, 4096)) {
+		for _, item := range splitList(clip(h, maxChallenge)) {
 			word, rest, spaced := strings.Cut(item, " ")
 			if !strings.ContainsRune(word, '=') { // a scheme, maybe with its first parameter
 				if len(all) == maxChallenges {
@@ -228,8 +244,19 @@ func parseRateLimit(s string) (n int64, window time.Duration, ok bool) {
 	return n, window, true
 }
 
-// mediaType is a Content-Type without its parameters, lower case.
+// maxMediaType is the longest there can be, in bytes (RFC 6838, 4.2). They are kept.
+const maxMediaType = 255
+
+// mediaType is a Content-Type without its parameters, lower case; "" if that is none.
 func mediaType(contentType string) string {
+	m := bareType(contentType)
+	if len(m) > maxMediaType {
+		return ""
+	}
+	return m
+}
+
+func bareType(contentType string) string {
 	if m, _, err := mime.ParseMediaType(contentType); err == nil {
 		return m
 	}

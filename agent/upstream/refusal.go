@@ -28,7 +28,7 @@ func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.
 	e.refused = refuses(e.Status, e.Code, resp.Request)
 	if e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden {
 		headers := resp.Header.Values("WWW-Authenticate")
-		e.Challenge = headers
+		e.Challenge = short(headers)
 		if resp.Request.Header.Get("Authorization") != "" {
 			e.Challenge = s.pristine(headers)
 		}

@@ -260,7 +260,7 @@ func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
 }
 
 func (ep *endpoint) noteError(err error, now time.Time) {
-	text := err.Error() // an *Error: redacted
+	text := clip(err.Error(), 1024) // an *Error: redacted; it may repeat what came
 	ep.mu.Lock()
 	defer ep.mu.Unlock()
 	ep.lastErr, ep.lastErrAt = text, now

@@ -1,10 +1,17 @@
 package upstream
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -49,6 +56,60 @@ func TestForwardedChallengeSaysWhy(t *testing.T) {
 				t.Errorf("%q: %v, challenge %q", forwarded, err, e.Challenge)
 			}
 		}
+	}
+}
+
+// TestNothingLongIsKept: a registry, and whoever asks it for one repository after the other,
+// fills memories that are bounded in number only with what has a bound itself.
+func TestNothingLongIsKept(t *testing.T) {
+	long := strings.Repeat("x", 56<<10)
+	var at *url.URL
+	at = serve(t, func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/token":
+			fmt.Fprintf(w, `{"token":%q}`, long)
+		case strings.Contains(r.URL.Path, "/bearer/"):
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token"`, at))
+			if r.Header.Get("Authorization") != "" { // longer than most servers take
+				w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+			}
+			w.WriteHeader(http.StatusUnauthorized)
+		case strings.Contains(r.URL.Path, "/typed/"):
+			w.Header().Set("Content-Type", "application/vnd."+long)
+			w.Header().Set("Docker-Content-Digest", digest.FromString("x").String())
+			if r.Method == http.MethodGet {
+				w.Header().Del("Docker-Content-Digest")
+				fmt.Fprintf(w, `{"schemaVersion":2,"mediaType":"application/vnd.%s","layers":[]}`, long)
+			}
+		default:
+			w.Header()["Www-Authenticate"] = []string{`Basic realm="` + long + `"`, `Basic realm="x"`}
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+	})
+	c := newClient(t, nil, Registry{Host: "test", Auth: "node", Upstreams: []string{at.String()}})
+	ask := func(t Target) *Error {
+		_, err := c.Resolve(context.Background(), t, "v1", nil)
+		e, _ := errors.AsType[*Error](err)
+		return e
+	}
+	for _, credential := range []string{"", "Bearer abc"} {
+		e := ask(Target{Registry: "test", Repository: repo, Authorization: credential})
+		if e == nil || !slices.Equal(e.Challenge, []string{`Basic realm="x"`}) {
+			t.Errorf("credential %q: not the short one of two challenges alone", credential)
+		}
+	}
+	ask(Target{Registry: "test", Repository: "bearer/app"})
+	for _, s := range c.sessions.values() {
+		if n := len(strings.Join(s.raw, "")) + len(s.token) + len(s.refresh); n > maxChallenge+maxKeptToken {
+			t.Errorf("the session of %s keeps %d bytes", s.repository, n)
+		}
+	}
+	if e := ask(Target{Registry: "test", Repository: "typed/app"}); e == nil || !errors.Is(e, ErrBadAnswer) {
+		t.Errorf("a media type of %d bytes is one", len(long))
+	}
+	(*c.configured.Load())["test"].endpoints[0].noteError(errors.New(long), time.Now())
+	if n := len(c.Health()[0].LastError); n > 1024 {
+		t.Errorf("health keeps an error of %d bytes", n)
 	}
 }
 

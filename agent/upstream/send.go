@@ -84,7 +84,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 	if resp.StatusCode/100 != 2 {
 		err := wrap(ep.refusal(resp, s, q.kind, moved))
 		if t.Authorization != "" && moved == nil {
-			err.(*Error).Challenge = resp.Header.Values("WWW-Authenticate") // it is the client's to read why
+			err.(*Error).Challenge = short(resp.Header.Values("WWW-Authenticate")) // it is the client's to read why
 		}
 		visit.leave(ep.judge(ctx, err, time.Since(began)))
 		if resp.StatusCode == http.StatusTooManyRequests && moved == nil {

@@ -207,7 +207,7 @@ func describeManifest(resp *http.Response, ref string, body []byte) (ocispec.Des
 	if desc.MediaType == "" || generic(desc.MediaType) {
 		desc.MediaType = inner
 	}
-	if desc.MediaType == "" {
+	if desc.MediaType == "" || len(desc.MediaType) > maxMediaType {
 		return desc, errors.New("a manifest without a media type")
 	}
 	want, err := digest.Parse(ref)
