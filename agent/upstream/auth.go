@@ -199,11 +199,15 @@ func (s *session) pullScope() string { return "repository:" + s.scope + ":pull" 
 
 // CheckChallenge returns nil if a challenge that others say is the registry's
 // leads a client's credential nowhere but where this node's own might go: the
-// realms that the registry with the last word may name.
+// realms that the registry with the last word may name. One that a client may read
+// otherwise than this does is refused, for who brings it may have meant that.
 func (c *Client) CheckChallenge(registry string, challenge []string) error {
 	reg, err := c.lookup(registry)
 	if err != nil {
 		return fmt.Errorf("check challenge of %s: %w", registry, err)
+	}
+	if !legible(challenge) {
+		return fmt.Errorf("check challenge of %s: %w: it cannot be read in full", registry, ErrRefused)
 	}
 	for _, ch := range parseChallenges(challenge) {
 		if ch.scheme != "bearer" {

@@ -5,6 +5,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -171,6 +172,39 @@ func parseChallenges(headers []string) []challenge {
 		}
 	}
 	return all
+}
+
+// A challenge as RFC 9110 11.6.1 has it, without what that allows and no registry sends:
+// empty items, and space around "=".
+const (
+	tokenRE     = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+	paramRE     = tokenRE + `=(?:` + tokenRE + `|"(?:[^"\\]|\\.)*")`
+	challengeRE = tokenRE + `(?: +(?:` + paramRE + `(?: *, *` + paramRE + `)*|[0-9A-Za-z._~+/-]+=*))?`
+)
+
+var (
+	oneChallenge  = regexp.MustCompile(challengeRE)
+	allChallenges = regexp.MustCompile(`^` + challengeRE + `(?: *, *` + challengeRE + `)*$`)
+)
+
+// legible reports whether parseChallenges reads in headers what any client does: in full,
+// and no realm twice, of which some take the first and some the last.
+func legible(headers []string) bool {
+	if len(short(headers)) != len(headers) {
+		return false
+	}
+	count := 0
+	for _, h := range headers {
+		if clip(h, maxChallenge) != h || !allChallenges.MatchString(h) {
+			return false
+		}
+		for _, one := range oneChallenge.FindAllString(h, -1) {
+			if count++; strings.Count(strings.ToLower(one), "realm=") > 1 {
+				return false
+			}
+		}
+	}
+	return count <= maxChallenges
 }
 
 // withoutReason drops what RFC 6750 3 adds to the challenge of a refused

@@ -131,10 +131,29 @@ func TestCheckChallenge(t *testing.T) {
 		{"reg.example.com", []string{`Bearer service="x"`}, false},
 		{"listed.example.com", []string{`Bearer realm="https://tokens.test/token"`}, true},
 		{"unconfigured.test", []string{`Bearer realm="https://auth.unconfigured.test/token"`}, true},
+		{"reg.example.com", []string{`Negotiate`, `NTLM`, `Basic realm="x y, z"`}, true},
+		{"reg.example.com", []string{`Negotiate YIIabc/+==, Basic realm="café \"x\"", Bearer realm="https://auth.example.com/token"`}, true},
+		{"reg.example.com", []string{`Bearer realm="https://auth.example.com/token", service=x ,error="invalid_token",error_description="No, \"no\""`}, true},
+		{"reg.example.com", []string{"Bearer\trealm=\"https://evil.test/token\""}, false},
+		{"reg.example.com", []string{"Basic realm=x,\u00a0Bearer realm=\"https://evil.test/token\""}, false},
+		{"reg.example.com", []string{`A,A,A,A,A,A,A,A`, `Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="` + strings.Repeat("x", maxChallenge) + `", Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="` + strings.Repeat("x", maxChallenge/2) + `"`, `Basic realm="` + strings.Repeat("x", maxChallenge/2) + `"`}, false},
+		{"reg.example.com", []string{`Negotiate, Bearer realm="https://evil.test/token", Realm="https://auth.example.com/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="x" Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm="x, Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`Basic realm = "x", Bearer realm = "https://evil.test/token"`}, false},
+		{"reg.example.com", []string{`a=b Bearer realm="https://evil.test/token"`}, false},
+		{"reg.example.com", []string{``}, false},
 		{"not a host", []string{`Basic realm="x"`}, false},
 	} {
 		if err := c.CheckChallenge(tc.registry, tc.challenge); (err == nil) != tc.ok {
-			t.Errorf("%s %q: %v", tc.registry, tc.challenge, err)
+			t.Errorf("%s %.200q: %v", tc.registry, tc.challenge, err)
+		}
+	}
+	for _, f := range families {
+		if !legible([]string{f.challenge}) {
+			t.Errorf("%s: %s is said to be illegible", f.name, f.challenge)
 		}
 	}
 }
