@@ -128,6 +128,9 @@ func (in *importer) archive(body io.Reader) error {
 	}
 	failed := 0
 	for _, i := range images {
+		if in.ctx.Err() != nil { // nobody is left to tell of the others
+			return context.Cause(in.ctx)
+		}
 		report := in.adopt(i)
 		if report.Error != "" {
 			failed++
@@ -369,8 +372,11 @@ func (in *importer) explain(err error, size int64) error {
 	return fmt.Errorf("%w: %s are needed; beside the %s that are in, %w", cache.ErrNoRoom, need, SizeText(in.read), in.agent.noRoom(room))
 }
 
-// Get reads a manifest back.
+// Get reads a manifest back, as long as somebody waits for that.
 func (in *importer) Get(d digest.Digest) ([]byte, error) {
+	if in.ctx.Err() != nil {
+		return nil, context.Cause(in.ctx)
+	}
 	body, err := in.agent.readManifest(d)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = errors.New("the cache has lost it; is its disk failing?")

@@ -3,7 +3,9 @@ package agent
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -431,6 +433,54 @@ func TestImportRefusals(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestImportEndsWithItsClient: whoever hangs up once all of an archive is read has nothing
+// more done for him.
+func TestImportEndsWithItsClient(t *testing.T) {
+	a := start(t, testConfig(t))
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 64, Layers: []int64{1000}})
+	ctx, hangUp := context.WithCancel(t.Context())
+	defer hangUp()
+	in := newImporter(ctx, a.Agent, "", a.newEventStream(httptest.NewRecorder()), -1)
+	body := bundle(t, testImage.String(), img)
+	if _, err := archive.Read(bytes.NewReader(body), in); err != nil {
+		t.Fatal(err)
+	}
+	hangUp()
+	if _, err := in.Get(img.Digest); !errors.Is(err, context.Canceled) {
+		t.Errorf("a manifest is read back: %v", err)
+	}
+	in.close()
+	// With the last of what is told of the archive's content.
+	ctx, hangUp = context.WithCancel(t.Context())
+	defer hangUp()
+	out := &hangsUp{ResponseRecorder: httptest.NewRecorder(), after: len(img.Manifests) + len(img.Blobs), end: hangUp}
+	if err := newImporter(ctx, a.Agent, "", a.newEventStream(out), -1).run(bytes.NewReader(body)); !errors.Is(err, context.Canceled) {
+		t.Errorf("images are adopted: %v", err)
+	}
+	if out.after != 0 {
+		t.Errorf("%d blobs were not told of", out.after)
+	}
+	if s := a.cache.Stats(); s.Blobs != 0 {
+		t.Errorf("left in the cache: %+v", s)
+	}
+}
+
+// hangsUp calls end when it was told of so many whole blobs.
+type hangsUp struct {
+	*httptest.ResponseRecorder
+	after int
+	end   func()
+}
+
+func (h *hangsUp) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte(`"whole":true`)) {
+		if h.after--; h.after == 0 {
+			h.end()
+		}
+	}
+	return len(p), nil
 }
 
 // TestImportMakesRoom: an archive of the older docker kind needs room beside the cache for a

@@ -31,8 +31,12 @@ const (
 	// entry, and never more than 80 MB.
 	maxEntries = 1 << 16
 	maxName    = 1 << 10
-	// maxImages bounds the names of an archive.
-	maxImages = 4096
+	// maxImages bounds the names of an archive. Each may have an image that shares with
+	// the others what is large, so what is read of manifests, and what the images list,
+	// has bounds of its own: 16 KB and 256 blobs for each of so many.
+	maxImages    = 4096
+	maxDocuments = 64 << 20
+	maxListed    = 1 << 20
 	// maxDepth bounds indexes of indexes.
 	maxDepth = 4
 	// maxWindow bounds the memory that a zstd stream asks for; --ultra has 128 MiB.

@@ -147,16 +147,9 @@ func (in *reader) resolve(name string) (file, error) {
 
 // diffIDs are the digests of the unpacked layers.
 func (in *reader) diffIDs(config digest.Digest) ([]digest.Digest, error) {
-	if in.content[config] > MaxManifest {
-		return nil, invalid("configuration %s has more than %d bytes", config, MaxManifest)
-	}
-	body, err := in.store.Get(config)
-	if err != nil {
-		return nil, fmt.Errorf("configuration %s: %w", config, err)
-	}
 	var doc ocispec.Image
-	if err := json.Unmarshal(body, &doc); err != nil {
-		return nil, invalid("configuration %s: %v", config, err)
+	if err := in.parse("configuration", config, &doc); err != nil {
+		return nil, err
 	}
 	return doc.RootFS.DiffIDs, nil
 }

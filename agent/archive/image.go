@@ -39,15 +39,24 @@ func (d document) blobs() []ocispec.Descriptor {
 // errAbsent marks content that an archive names and has not.
 var errAbsent = errors.New("not in the archive")
 
-// image finds out what of an image is here.
+// image finds out what of an image is here, once for all names that it has.
 func (in *reader) image(name string, root ocispec.Descriptor) Image {
+	i, walked := in.walked[root.Digest]
+	if !walked {
+		i = in.walk(root)
+		in.walked[root.Digest] = i
+	}
+	if err := in.has(root); err != nil { // another size may be listed with each name
+		i.Err = err
+	}
+	i.Name = name
+	return i
+}
+
+func (in *reader) walk(root ocispec.Descriptor) (i Image) {
 	t := tree{in: in, manifests: map[digest.Digest]bool{}, blobs: map[digest.Digest]bool{}}
-	i := Image{Name: name}
 	i.Root, i.Err = t.manifest(root, 0)
 	i.Manifests, i.Blobs, i.Missing = t.list, t.leaves, t.missing
-	if i.Root.Digest == "" {
-		i.Root = root
-	}
 	return i
 }
 
@@ -67,15 +76,18 @@ func (t *tree) manifest(d ocispec.Descriptor, depth int) (ocispec.Descriptor, er
 	if depth > maxDepth {
 		return d, invalid("indexes more than %d deep", maxDepth)
 	}
-	doc, d, err := t.in.document(d)
-	if err != nil {
+	if err := t.in.has(d); err != nil {
 		return d, err
 	}
-	if whole, seen := t.manifests[d.Digest]; seen {
+	if whole, seen := t.manifests[d.Digest]; seen { // looked at before it is read again: it may be named 50,000 times
 		if !whole {
 			return d, fmt.Errorf("%s: %w", d.Digest, errAbsent)
 		}
 		return d, nil
+	}
+	doc, d, err := t.in.document(d)
+	if err != nil {
+		return d, err
 	}
 	t.manifests[d.Digest] = false // until it is known; an index that names itself ends here
 	if len(doc.Manifests) > 0 {
@@ -159,28 +171,36 @@ func (in *reader) has(d ocispec.Descriptor) error {
 	return nil
 }
 
-// document reads a manifest.
+// document reads a manifest that is here.
 func (in *reader) document(d ocispec.Descriptor) (document, ocispec.Descriptor, error) {
 	var doc document
-	if err := in.has(d); err != nil {
+	if err := in.parse("manifest", d.Digest, &doc); err != nil {
 		return doc, d, err
-	}
-	size := in.content[d.Digest]
-	if size > MaxManifest {
-		return doc, d, invalid("manifest %s has %d bytes, more than %d", d.Digest, size, MaxManifest)
-	}
-	body, err := in.store.Get(d.Digest)
-	if err != nil {
-		return doc, d, fmt.Errorf("manifest %s: %w", d.Digest, err)
-	}
-	if err := json.Unmarshal(body, &doc); err != nil {
-		return doc, d, invalid("manifest %s: %v", d.Digest, err)
 	}
 	if len(doc.Manifests) == 0 && doc.Config == nil && len(doc.Blobs) == 0 {
 		return doc, d, invalid("%s is no manifest: it lists nothing", d.Digest)
 	}
-	out := ocispec.Descriptor{Digest: d.Digest, Size: size, MediaType: cmp.Or(doc.MediaType, d.MediaType, inferType(doc))}
+	out := ocispec.Descriptor{Digest: d.Digest, Size: in.content[d.Digest], MediaType: cmp.Or(doc.MediaType, d.MediaType, inferType(doc))}
 	return doc, out, nil
+}
+
+// parse reads JSON that is here.
+func (in *reader) parse(what string, d digest.Digest, v any) error {
+	size := in.content[d]
+	if size > MaxManifest {
+		return invalid("%s %s has %d bytes, more than %d", what, d, size, MaxManifest)
+	}
+	if in.parsed += size; in.parsed > maxDocuments {
+		return invalid("more than %d bytes of manifests and configurations in all", maxDocuments)
+	}
+	body, err := in.store.Get(d)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", what, d, err)
+	}
+	if err := json.Unmarshal(body, v); err != nil {
+		return invalid("%s %s: %v", what, d, err)
+	}
+	return nil
 }
 
 // inferType is the type of OCI documents that do not say it.

@@ -35,7 +35,7 @@ func Read(r io.Reader, s Store) ([]Image, error) {
 		return nil, err
 	}
 	defer done()
-	in := reader{store: s, tar: tar.NewReader(plain), content: map[digest.Digest]int64{}, files: map[string]file{}}
+	in := reader{store: s, tar: tar.NewReader(plain), content: map[digest.Digest]int64{}, files: map[string]file{}, walked: map[digest.Digest]Image{}}
 	if err := in.entries(); err != nil {
 		return nil, err
 	}
@@ -50,6 +50,8 @@ type reader struct {
 	files   map[string]file         // what docker's manifest.json may name
 	index   *ocispec.Index          // of index.json
 	docker  []dockerImage           // of manifest.json
+	parsed  int64                   // bytes of manifests and configurations
+	walked  map[digest.Digest]Image // by root, without their names
 }
 
 // file is an entry of docker's layout: content, or a link to one.
@@ -222,6 +224,12 @@ func (in *reader) images() ([]Image, error) {
 	}
 	if err := unambiguous(out); err != nil {
 		return nil, err
+	}
+	listed := 0
+	for _, i := range out {
+		if listed += len(i.Manifests) + len(i.Blobs) + len(i.Missing); listed > maxListed {
+			return nil, invalid("its images list more than %d manifests and blobs in all", maxListed)
+		}
 	}
 	return out, nil
 }

@@ -22,6 +22,7 @@ type memory struct {
 	left  int // bytes that fit
 	blobs map[digest.Digest][]byte
 	names []string
+	gets  int
 }
 
 var errFull = errors.New("full")
@@ -50,6 +51,7 @@ func (m *memory) Add(size int64, r io.Reader) (digest.Digest, error) {
 }
 
 func (m *memory) Get(d digest.Digest) ([]byte, error) {
+	m.gets++
 	if b, ok := m.blobs[d]; ok {
 		return b, nil
 	}
@@ -305,6 +307,83 @@ func TestHostile(t *testing.T) {
 				t.Errorf("%v, want %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestWork: what a small archive can have read back and listed has a bound, however often
+// it names the same.
+func TestWork(t *testing.T) {
+	s := newSample(t, "one")
+	repeat := func(d ocispec.Descriptor, n int) []ocispec.Descriptor {
+		return slices.Repeat([]ocispec.Descriptor{d}, n)
+	}
+	absent := marshal(t, index(repeat(ocispec.Descriptor{Digest: digest.FromString("absent")}, 20)...))
+	nested := marshal(t, index(append(repeat(descriptor("", absent), 200), s.desc)...))
+	names := func(root ocispec.Descriptor, n int) entry {
+		var roots []ocispec.Descriptor
+		for i := range n {
+			roots = append(roots, named(root, fmt.Sprintf("%s-%d", name, i)))
+		}
+		return jsonEntry(t, "index.json", index(roots...))
+	}
+	// Indexes that differ, over one that is as large as can be.
+	padded := append(marshal(t, index(s.desc)), bytes.Repeat([]byte(" "), MaxManifest-1000)...)
+	over := s.blobs()
+	var roots []ocispec.Descriptor
+	for i := range 40 {
+		body := marshal(t, index(descriptor(fmt.Sprint(i), padded)))
+		over, roots = append(over, blobEntry(body)), append(roots, named(descriptor("", body), fmt.Sprintf("%s-%d", name, i)))
+	}
+	over = append(over, blobEntry(padded), jsonEntry(t, "index.json", index(roots...)))
+	config := append(bytes.Clone(s.config), bytes.Repeat([]byte(" "), MaxManifest-1000)...)
+	var docker []dockerImage
+	for i := range 40 {
+		docker = append(docker, dockerImage{Config: "c.json", RepoTags: []string{fmt.Sprint("a:", i)}, Layers: []string{"l.tar"}})
+	}
+	// A manifest of many blobs.
+	broad := ocispec.Manifest{Config: descriptor("", s.config)}
+	wide := s.blobs()
+	for i := range 256 {
+		body := []byte(fmt.Sprint("layer ", i))
+		wide, broad.Layers = append(wide, blobEntry(body)), append(broad.Layers, descriptor("", body))
+	}
+	root := marshal(t, broad)
+	wide = append(wide, blobEntry(root), names(descriptor("", root), maxImages))
+	for what, tc := range map[string]struct {
+		body []byte
+		gets int
+		want string // "": all is well
+	}{
+		"an index named often":   {tarOf(t, append(s.blobs(), blobEntry(absent), blobEntry(nested), names(descriptor("", nested), 1))...), 3, ""},
+		"an image of many names": {tarOf(t, append(s.blobs(), names(s.desc, 1000))...), 1, ""},
+		"a shared large index":   {tarOf(t, over...), 3*maxDocuments/MaxManifest + 3, "in all"},
+		"a shared configuration": {tarOf(t, entry{name: "c.json", body: config}, entry{name: "l.tar", body: s.layer}, jsonEntry(t, "manifest.json", docker)), maxDocuments/MaxManifest + 1, "in all"},
+		"many names of much":     {tarOf(t, wide...), 1, "in all"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			images, m, err := read(tc.body)
+			for _, i := range images {
+				err = errors.Join(err, i.Err)
+			}
+			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+				t.Errorf("%.200s, want %q", fmt.Sprint(err), tc.want)
+			}
+			if m.gets > tc.gets {
+				t.Errorf("%d documents were read, want at most %d", m.gets, tc.gets)
+			}
+		})
+	}
+}
+
+// TestSizeListedWithAName: an image that is known to be whole is held against the size that
+// each of its names comes with.
+func TestSizeListedWithAName(t *testing.T) {
+	s := newSample(t, "one")
+	lied := named(s.desc, name+"-2")
+	lied.Size++
+	images, _, err := read(tarOf(t, append(s.blobs(), jsonEntry(t, "index.json", index(named(s.desc, name), lied)))...))
+	if err != nil || len(images) != 2 || images[0].Err != nil || !errors.Is(images[1].Err, ErrInvalid) {
+		t.Errorf("%+v, %v", images, err)
 	}
 }
 
