@@ -188,6 +188,17 @@ func (a *authorizer) present(acc *access, authorization string) {
 	acc.who, acc.target.Authorization, acc.target.Anonymous = a.secret.sum(authorization), authorization, false
 }
 
+// askedAs is whose question to the registry a target makes.
+func (a *authorizer) askedAs(t upstream.Target) caller {
+	switch {
+	case t.Anonymous:
+		return anyone
+	case t.Authorization == "":
+		return theNode
+	}
+	return a.secret.sum(t.Authorization)
+}
+
 // permit returns nil once the caller may have d as that kind: it may read the
 // repository, and d belongs to that.
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {

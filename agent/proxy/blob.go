@@ -26,6 +26,13 @@ func keyOf(t upstream.Target, d digest.Digest) blobKey {
 	return blobKey{t.Registry, t.Repository, d}
 }
 
+// statAsk is the question how large a blob is, on somebody's behalf: a refusal is about
+// him alone.
+type statAsk struct {
+	blobKey
+	who caller
+}
+
 // serveBlob answers GET and HEAD of a blob: the straight line of I1.
 func (p *Proxy) serveBlob(x *exchange) error {
 	then := x.start.Add(p.patience(x.route.pathEncoded))
@@ -175,7 +182,7 @@ func (p *Proxy) stat(ctx context.Context, t upstream.Target, d digest.Digest) (i
 		defer func() { _ = c.Close() }() // nothing was read
 		return c.size(), sourceRuntime, nil
 	}
-	size, err := p.stats.do(ctx, keyOf(t, d), func(ctx context.Context) (int64, error) {
+	size, err := p.stats.do(ctx, statAsk{keyOf(t, d), p.auth.askedAs(t)}, func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, pathPatience)
 		defer cancel()
 		return p.upstream.Stat(ctx, t, d)

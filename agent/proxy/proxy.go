@@ -125,7 +125,7 @@ type Proxy struct {
 
 	background *background
 	resolves   *flights[tagAsk, resolved]       // what tags stand for
-	stats      *flights[blobKey, int64]         // how large blobs are
+	stats      *flights[statAsk, int64]         // how large blobs are
 	pageAsks   *flights[pageKey, upstream.Page] // tags and referrers
 	late       *flights[blobKey, struct{}]      // manifests; see learnLate
 
@@ -168,7 +168,7 @@ func New(opts Options) (*Proxy, error) {
 		opts: opts, log: opts.Logger, cache: opts.Cache, upstream: opts.Upstream, runtime: opts.Runtime, swarm: opts.Swarm,
 		auth: newAuthorizer(opts, b), metrics: newMetrics(opts.Registerer), canary: canary, background: b,
 		resolves:    newFlights[tagAsk, resolved](b),
-		stats:       newFlights[blobKey, int64](b),
+		stats:       newFlights[statAsk, int64](b),
 		pageAsks:    newFlights[pageKey, upstream.Page](b),
 		late:        newFlights[blobKey, struct{}](b),
 		fresh:       newRecent[tagKey, resolved](maxRemembered),

@@ -5,7 +5,11 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -263,4 +267,59 @@ func TestRememberedFromTheFuture(t *testing.T) {
 			t.Error("a yes of years from now is believed")
 		}
 	})
+}
+
+// TestHeadIsRefusedToOne: a token that ended is its caller's matter. Who asks for the same
+// blob at the same time with a good one gets his own answer.
+func TestHeadIsRefusedToOne(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget, s.upstream.FirstByte = 10*time.Second, 10*time.Second })
+	img := smallImage(1000)
+	layer := img.Layers[0]
+	var ended atomic.Bool
+	var once sync.Once
+	held, release := make(chan struct{}), make(chan struct{})
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ann := r.Header.Get("Authorization") == "Bearer ann"
+		switch {
+		case r.Header.Get("Authorization") == "" || ann && ended.Load():
+			if ann {
+				once.Do(func() { close(held) })
+				<-release
+			}
+			w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+			w.WriteHeader(http.StatusUnauthorized)
+		case strings.HasSuffix(r.URL.Path, layer.Digest.String()):
+			w.Header().Set("Content-Length", strconv.FormatInt(layer.Size, 10))
+		default:
+			w.Header().Set("Content-Type", img.MediaType)
+			_, _ = w.Write(img.Manifests[0].Data)
+		}
+	}))
+	defer srv.Close()
+	if err := n.proxy.upstream.SetRegistries([]upstream.Registry{{Host: host, Upstreams: []string{srv.URL}}}); err != nil {
+		t.Fatal(err)
+	}
+	ann, bob := []string{"Authorization", "Bearer ann"}, []string{"Authorization", "Bearer bob"}
+	for _, who := range [][]string{ann, bob} {
+		if a := n.get(manifestPath("v1"), who...); a.status != 200 {
+			t.Fatalf("%s: %d %s", who[1], a.status, a.body)
+		}
+	}
+	ended.Store(true)
+	refused := make(chan int)
+	go func() { refused <- n.do("HEAD", blobPath(layer.Digest), ann...).status }()
+	<-held
+	if a := n.do("HEAD", blobPath(layer.Digest), bob...); a.status != 200 {
+		t.Errorf("bob: %d", a.status)
+	}
+	close(release)
+	if got := <-refused; got != 401 {
+		t.Errorf("ann: %d, want 401", got)
+	}
+	as := func(authorization string) caller {
+		return n.proxy.auth.askedAs(upstream.Target{Anonymous: authorization == "", Authorization: authorization})
+	}
+	if as("") != as("") || as("Bearer ann") != as("Bearer ann") || as("Bearer ann") == as("Bearer bob") || as("Bearer ann") == as("") {
+		t.Error("one caller asks twice, or two ask as one")
+	}
 }
