@@ -127,19 +127,25 @@ func (s *pins) remembered(ctx context.Context, p *pin) digest.Digest {
 // bring makes version d of p whole, and makes it the held one.
 func (s *pins) bring(ctx context.Context, p *pin, d digest.Digest, follow func(*Puller)) error {
 	v, err := s.versionOf(p, d)
-	if err != nil || v.all && len(s.lacking(p.image, v)) == 0 {
+	if err != nil {
 		return err
 	}
-	if err := s.fetch(ctx, p, v, follow); err != nil {
-		return s.explainVersion(p, d, err)
+	fetched := !v.all || len(s.lacking(p.image, v)) > 0
+	if fetched {
+		if err := s.fetch(ctx, p, v, follow); err != nil {
+			return s.explainVersion(p, d, err)
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if p.next == v {
+	newer := p.next == v // what the last try lacked may have come with somebody's pull
+	if newer {
 		s.letGo(p.held)
 		p.held, p.next = v, nil
 	}
-	s.agent.log.Info("image is pinned", "image", p.name, "digest", d)
+	if newer || fetched {
+		s.agent.log.Info("image is pinned", "image", p.name, "digest", d)
+	}
 	return nil
 }
 
@@ -275,6 +281,7 @@ func (s *pins) giveUp(p *pin, v *version) {
 	defer s.mu.Unlock()
 	if p.next == v {
 		s.letGo(v)
+		v.all = false // or nothing would be lacking
 	}
 }
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // atOnce lets an agent look at its pins as soon as it runs.
@@ -926,6 +928,111 @@ func TestPinOnAFullDisk(t *testing.T) {
 	}
 	a = start(t, c, atOnce)
 	a.reaches(t, pinnedName, PinHeld)
+}
+
+// fetchInVain has a pin looked after with a disk that is full as soon as the manifest is
+// here: nothing else of the image is kept.
+func (r *running) fetchInVain(t *testing.T, name string) {
+	t.Helper()
+	images, err := parseImages([]string{name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pinned, err := r.pins.addAll(images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := pinned[0].pin
+	if err := r.pins.claim(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	err = r.pins.lookAfter(t.Context(), p, func(puller *Puller) {
+		plan := puller.Choose
+		puller.Choose = func(parts []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+			_, err := plan(parts)
+			return nil, err
+		}
+	})
+	if _, ok := errors.AsType[*notKeptError](err); !ok {
+		t.Fatalf("fetched in vain: %v", err)
+	}
+}
+
+// leaveRoom lets a fill that does not end before the agent does take all but n bytes of what
+// there is room for.
+func (r *running) leaveRoom(t *testing.T, n int64) {
+	t.Helper()
+	room, err := r.cache.Room()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader, err := r.cache.Open(t.Context(), digest.FromString("a large blob"), cache.SourceFunc(func(ctx context.Context, f *cache.Fill) error {
+		if err := f.SetSize(room - n); err != nil {
+			return err
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { reader.Close() })
+}
+
+// TestPinThatWasNotKept: of an image that was pulled while the disk was full, nothing is said
+// to be held before it is, and all of it is once a pod's pull has brought what was lacking.
+func TestPinThatWasNotKept(t *testing.T) {
+	for _, older := range []bool{false, true} {
+		for _, freed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("older %v, freed %v", older, freed), func(t *testing.T) {
+				t.Parallel()
+				pinThatWasNotKept(t, older, freed)
+			})
+		}
+	}
+}
+
+func pinThatWasNotKept(t *testing.T, older, freed bool) {
+	c := testConfig(t)
+	c.Upstream.TagTTL = 0
+	if err := c.Cache.MaxBytes.UnmarshalText([]byte("4MiB")); err != nil {
+		t.Fatal(err)
+	}
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	want := img
+	if older {
+		if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+			t.Fatal(e.Error)
+		}
+		want = registrytest.OCIImage(registrytest.ImageSpec{Seed: 74, Layers: []int64{350 << 10}})
+		reg.Put("team/app", want, "v1")
+	}
+	a.fetchInVain(t, pinnedName)
+	if freed {
+		a.pull(t)
+		a.settle(t)
+		if err := a.again(t, pinnedName); err != nil {
+			t.Errorf("all is here: %v", err)
+		}
+		if p := a.pinOf(t, pinnedName); p.State != PinHeld || p.Digest != want.Digest || !a.holds(want) {
+			t.Errorf("all is here: %+v, held %v", p, a.holds(want))
+		}
+		return
+	}
+	a.leaveRoom(t, 100<<10)
+	for range 2 {
+		err := a.again(t, pinnedName)
+		if err == nil || !strings.Contains(err.Error(), "the disk has room for") {
+			t.Errorf("no room: %v", err)
+		}
+		if p := a.pinOf(t, pinnedName); (p.State == PinStale) != older || (p.State == PinMissing) == older {
+			t.Errorf("no room: %+v", p)
+		}
+	}
+	if older && !a.holds(img) {
+		t.Error("the former version was let go")
+	}
 }
 
 // TestLostWhileLookedAfter: a part that vanishes while somebody looks after the pin is
