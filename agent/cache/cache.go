@@ -158,7 +158,7 @@ func New(opts Options) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.meta = meta
+	c.meta, meta.db.holds = meta, c.Has
 	c.recover()
 	if c.metrics, err = newMetrics(opts.Registerer, c); err != nil {
 		return nil, errors.Join(fmt.Errorf("register cache metrics: %w", err), meta.close())

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
@@ -52,6 +53,11 @@ var capacity = map[bucket]int{
 	bucketPins: 2 * MaxPins, // so that none is pruned
 }
 
+// ofBlob says which part of a key is the blob that facts of a kind are about. Without
+// them nobody may have what is on this disk while its registry cannot be asked, so those
+// of blobs that are here go last.
+var ofBlob = map[bucket]int{bucketGivers: 0, bucketShown: 0, bucketManifests: 0, bucketMembers: 2}
+
 const (
 	// maxPending bounds what waits to be written; beyond it facts are dropped, but
 	// no deletion: a fact that no longer holds may be somebody's permission. Nor are
@@ -70,6 +76,8 @@ type database struct {
 	path string
 	log  *slog.Logger
 	full chan struct{} // asks the owner to flush; buffered
+	// holds reports whether the owner has a blob; it is called in transactions. Nil has none.
+	holds func(digest.Digest) bool
 	// fault is why a write fails; nil but in tests.
 	fault error
 	// replacing makes those take turns who found the file broken or gone, and is the
@@ -490,7 +498,7 @@ func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
 			}
 		}
 		if count[name] > capacity[name] {
-			gone, err := prune(b, count[name]-capacity[name]*9/10)
+			gone, err := prune(b, count[name]-capacity[name]*9/10, db.age(name))
 			if err != nil {
 				return err
 			}
@@ -500,21 +508,40 @@ func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
 	return nil
 }
 
+// held makes the age of a fact greater than that of any other.
+const held = 1 << 63
+
+// age returns what orders a bucket's facts for pruning: when they were written, those about
+// blobs that are here after all others.
+func (db *database) age(name bucket) func(k, v []byte) uint64 {
+	part, ok := ofBlob[name]
+	if !ok || db.holds == nil {
+		return func(_, v []byte) uint64 { return stamp(v) }
+	}
+	return func(k, v []byte) uint64 {
+		parts := bytes.Split(k, []byte{0})
+		if len(parts) > part && db.holds(digest.Digest(parts[part])) {
+			return held | stamp(v)
+		}
+		return stamp(v)
+	}
+}
+
 // prune deletes the n oldest keys of b.
-func prune(b *bolt.Bucket, n int) (gone int, err error) {
-	stamps := make([]uint64, 0, n)
-	err = b.ForEach(func(_, v []byte) error {
-		stamps = append(stamps, stamp(v))
+func prune(b *bolt.Bucket, n int, age func(k, v []byte) uint64) (gone int, err error) {
+	ages := make([]uint64, 0, n)
+	err = b.ForEach(func(k, v []byte) error {
+		ages = append(ages, age(k, v))
 		return nil
 	})
-	if err != nil || len(stamps) == 0 {
+	if err != nil || len(ages) == 0 {
 		return 0, err
 	}
-	slices.Sort(stamps)
-	youngest := stamps[min(n, len(stamps))-1]
+	slices.Sort(ages)
+	youngest := ages[min(n, len(ages))-1]
 	var old [][]byte
 	err = b.ForEach(func(k, v []byte) error {
-		if len(old) < n && stamp(v) <= youngest {
+		if len(old) < n && age(k, v) <= youngest {
 			old = append(old, bytes.Clone(k))
 		}
 		return nil

@@ -6,8 +6,12 @@ import (
 	"errors"
 	"io"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	bolt "go.etcd.io/bbolt"
 )
 
 // from is a Source with a giver.
@@ -160,4 +164,71 @@ func TestDeletionsAreNeverDropped(t *testing.T) {
 	if _, ok := m.Verdict(r, "alice"); ok {
 		t.Error("still there")
 	}
+}
+
+// TestFactsOfBlobsThatAreHereGoLast: what was pulled through a node over months does not
+// push out who gave what it still has, however long ago that was.
+func TestFactsOfBlobsThatAreHereGoLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		stop := run(t, c)
+		here := fillUp(t, c, 2, 1000)
+		stop() // from here on nobody else flushes
+		m, r := c.Meta(), Repository{"a.test", "team/app"}
+		known := func(d digest.Digest) (n int) {
+			_, manifest := m.Manifest(d)
+			_, member := m.Member(r, d)
+			_, shown := m.Shown(d)
+			for _, fact := range []bool{m.Given(d, "a.test"), manifest, member, m.Said(r, d), shown} {
+				if fact {
+					n++
+				}
+			}
+			return n
+		}
+		learn := func(d digest.Digest) {
+			m.AddGiver(d, "a.test")
+			m.SetManifest(d, Manifest{"a/b"})
+			m.AddMembers(r, "", ocispec.Descriptor{Digest: d})
+			m.SetSaid(r, d)
+			m.SetShown(d, r)
+			<-time.After(time.Second)
+		}
+		gone := make([]digest.Digest, 6)
+		for i, d := range here {
+			learn(d)
+			for j := range gone[:3] {
+				_, gone[3*i+j] = content(uint64(3*i+j), 10)
+				learn(gone[3*i+j])
+			}
+		}
+		// forget prunes the facts of n blobs, and reports of how many all is known still.
+		forget := func(n int) (of [2]int) {
+			t.Helper()
+			m.flush()
+			err := m.db.bolt.Update(func(tx *bolt.Tx) error {
+				for name, keys := range map[bucket]int{bucketGivers: 2, bucketManifests: 1, bucketMembers: 2, bucketShown: 1} {
+					if _, err := prune(tx.Bucket([]byte(name)), n*keys, m.db.age(name)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, ds := range [][]digest.Digest{here, gone} {
+				for _, d := range ds {
+					of[i] += known(d) / 5
+				}
+			}
+			return of
+		}
+		if of := forget(5); of != [2]int{2, 1} || known(gone[5]) != 5 {
+			t.Errorf("all is known of %d that are here, and of %d that are not", of[0], of[1])
+		}
+		if of := forget(2); of != [2]int{1, 0} || known(here[1]) != 5 {
+			t.Errorf("all is known of %d that are here, and of %d that are not", of[0], of[1])
+		}
+	})
 }

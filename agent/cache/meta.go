@@ -18,7 +18,8 @@ import (
 // warmth: every answer may be "don't know", and no write fails or waits for
 // the disk. What is written is seen at once and durable some seconds later.
 //
-// Each kind of fact is bounded; the oldest tenth goes when there are too many.
+// Each kind of fact is bounded; the oldest tenth goes when there are too many, and what
+// decides who may have a blob that is here goes last.
 type Meta struct{ db *database }
 
 // Repository is a repository as images name it: Registry "docker.io", Name
