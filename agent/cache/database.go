@@ -276,8 +276,8 @@ func (db *database) run(transaction func(*bolt.DB) error) error {
 	return err
 }
 
-// renew replaces broken, and reports false if somebody else has. Where none was open, the
-// file may be good and was only out of reach.
+// renew replaces broken, and reports false if somebody else has. Where none was open, or
+// another one than what is at the path, that may be good and was only out of reach.
 func (db *database) renew(broken *bolt.DB, why error) bool {
 	db.replacing.Lock()
 	defer db.replacing.Unlock()
@@ -291,7 +291,7 @@ func (db *database) renew(broken *bolt.DB, why error) bool {
 		return false
 	}
 	var opened *bolt.DB
-	if broken == nil {
+	if broken == nil || errors.Is(why, errExchanged) {
 		opened, why = db.open()
 	}
 	if opened == nil {
@@ -559,20 +559,29 @@ func stamp(v []byte) uint64 {
 	return binary.BigEndian.Uint64(v)
 }
 
-// heal opens a new file when the path no longer leads to the open one.
+// heal opens what the path leads to when that is not the open file any more, or a new one:
+// a disk may have been mounted late, or a directory have been moved away and back.
 func (db *database) heal() {
 	db.mu.Lock()
 	opened, file := db.bolt, db.file
 	db.mu.Unlock()
-	if now, err := os.Stat(db.path); err == nil && file != nil && os.SameFile(now, file) && opened != nil {
+	now, err := os.Stat(db.path)
+	if err == nil && file != nil && os.SameFile(now, file) && opened != nil {
 		return
 	}
-	if db.renew(opened, errDeleted) && opened != nil {
+	why := errDeleted
+	if err == nil {
+		why = errExchanged
+	}
+	if db.renew(opened, why) && opened != nil {
 		_ = guard(opened.Close) // healthy, only nameless
 	}
 }
 
-var errDeleted = errors.New("metadata file was deleted")
+var (
+	errDeleted   = errors.New("metadata file was deleted")
+	errExchanged = errors.New("another metadata file took its place")
+)
 
 // close flushes nothing; the owner has.
 func (db *database) close() error {

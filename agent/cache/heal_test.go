@@ -360,6 +360,59 @@ func TestStartOnAFullDisk(t *testing.T) {
 	}
 }
 
+// TestMetadataThatComesToThePath: a file of facts that appears where another one was made, as
+// when a disk is mounted late, is read and not deleted; not while another process has it either.
+func TestMetadataThatComesToThePath(t *testing.T) {
+	for name, locked := range map[string]bool{"free": false, "another process has it": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
+				path, away := filepath.Join(dir, "metadata.db"), filepath.Join(dir, "away.db")
+				repo := Repository{"docker.io", "team/app"}
+				other, err := openMeta(away, log)
+				if err != nil {
+					t.Fatal(err)
+				}
+				other.SetVerdict(repo, Anyone)
+				other.flush()
+				m, err := openMeta(path, log)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !locked {
+					err = other.close()
+				}
+				if err := errors.Join(err, os.Rename(away, path)); err != nil {
+					t.Fatal(err)
+				}
+				m.flush()
+				if locked {
+					if _, ok := m.Verdict(repo, Anyone); ok {
+						t.Error("another process's file is read")
+					}
+					if err := other.close(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				m.SetVerdict(repo, "somebody")
+				m.flush()
+				if err := m.close(); err != nil {
+					t.Fatal(err)
+				}
+				if m, err = openMeta(path, log); err != nil {
+					t.Fatal(err)
+				}
+				defer m.close()
+				for _, who := range []string{Anyone, "somebody"} {
+					if _, ok := m.Verdict(repo, who); !ok {
+						t.Errorf("what is known of %q is lost", who)
+					}
+				}
+			})
+		})
+	}
+}
+
 // TestMetadataIsBounded pins that the oldest facts go first.
 func TestMetadataIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
