@@ -51,7 +51,7 @@ func (a *Agent) runtimeSourced(d digest.Digest, registry string) {
 // first to go, one that would be missed if this node were lost the last.
 func (a *Agent) keep(d digest.Digest) cache.KeepHint {
 	switch {
-	case a.inRuntime(d):
+	case a.runtime != nil && a.runtime.Knows(d): // not Has: all blobs are asked about while a pull waits
 		return cache.EvictFirst
 	case a.swarm.few(d, max(a.replicas.others, 1)):
 		return cache.EvictLast

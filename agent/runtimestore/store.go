@@ -21,7 +21,7 @@
 // # What is there
 //
 // The directory is the truth, and it holds the content of all of containerd's
-// namespaces. Has and Open look at it each time. For Walk and Events the store
+// namespaces. Has and Open look at it each time. For Walk, Knows and Events the store
 // keeps an index, which hints bring up to date: changes of the directory
 // (inotify), events of containerd over its socket, if one is given, and a
 // rescan now and then. A hint only says where to look, so that one that is
@@ -144,6 +144,10 @@ func (s *Store) Has(d digest.Digest) bool {
 	_, ok := s.look(d)
 	return ok
 }
+
+// Knows is Has by the index: it looks at no file, and may lag behind the directory by
+// moments.
+func (s *Store) Knows(d digest.Digest) bool { return s.index.has(d) }
 
 // look returns the size of a blob if it may be served.
 func (s *Store) look(d digest.Digest) (size int64, ok bool) {

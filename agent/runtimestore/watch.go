@@ -285,6 +285,13 @@ func (x *index) set(d digest.Digest, size int64, present bool) {
 	}
 }
 
+func (x *index) has(d digest.Digest) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	_, ok := x.sizes[d]
+	return ok
+}
+
 // all is a copy.
 func (x *index) all() map[digest.Digest]int64 {
 	x.mu.Lock()

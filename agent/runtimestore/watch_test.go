@@ -42,6 +42,9 @@ func TestIndexFollowsContainerd(t *testing.T) {
 	if got := walk(f.store); !maps.Equal(got, map[digest.Digest]int64{after: 20}) {
 		t.Errorf("walked over %v", got)
 	}
+	if f.store.Knows(before) || !f.store.Knows(after) {
+		t.Error("known is what was deleted, or not what is there")
+	}
 }
 
 func walk(s *Store) map[digest.Digest]int64 {
