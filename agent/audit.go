@@ -38,6 +38,8 @@ type auditLog struct {
 	size int64
 	kept bool // file is one that can be rotated, and no device
 	sick bool // the last write failed; warned once
+	// due is the size at which to rotate a file that could not be at limit; 0 is none.
+	due int64
 }
 
 func newAuditLog(path string, log *slog.Logger) *auditLog {
@@ -158,10 +160,8 @@ func (l *auditLog) note(err error) {
 // append opens the file when it has to, so that a disk that was full or away
 // is used again when it is back.
 func (l *auditLog) append(line []byte) error {
-	if l.file != nil && l.kept && l.size+int64(len(line)) > l.limit {
-		if err := l.rotate(); err != nil {
-			return err
-		}
+	if l.file != nil && l.kept && l.size+int64(len(line)) > max(l.limit, l.due) {
+		l.turn()
 	}
 	if l.file == nil {
 		if err := l.open(); err != nil {
@@ -205,6 +205,20 @@ func endLine(f *os.File, size int64) error {
 	}
 	_, err := f.WriteString("\n")
 	return err
+}
+
+// turn rotates the file. One that cannot be, because it is a mount of its own or its
+// directory somebody else's, grows on, and is tried again when it has as much more.
+func (l *auditLog) turn() {
+	err := l.rotate()
+	if err == nil {
+		l.due = 0
+		return
+	}
+	if l.due == 0 {
+		l.log.Error("audit log cannot be rotated, and grows", "err", err)
+	}
+	l.due = l.size + l.limit
 }
 
 func (l *auditLog) rotate() error {

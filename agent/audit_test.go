@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -48,7 +49,16 @@ func TestAuditRotates(t *testing.T) {
 	}
 }
 
+// readAudit is auditLines of a file that was rotated in time.
 func readAudit(t *testing.T, path string) []int {
+	t.Helper()
+	if info, err := os.Stat(path); err != nil || info.Size() > 100 {
+		t.Errorf("%s: %v, %v: want at most 100 bytes", path, info, err)
+	}
+	return auditLines(t, path)
+}
+
+func auditLines(t *testing.T, path string) []int {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {
@@ -63,10 +73,53 @@ func readAudit(t *testing.T, path string) []int {
 		}
 		out = append(out, line.N)
 	}
-	if info, err := f.Stat(); err != nil || info.Size() > 100 {
-		t.Errorf("%s: %v, %v: want at most 100 bytes", path, info, err)
-	}
 	return out
+}
+
+// TestAuditThatCannotRotate holds that it costs no line, is told once, and ends as soon as
+// the file can be renamed.
+func TestAuditThatCannotRotate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	var said bytes.Buffer
+	l := newAuditLog(path, slog.New(slog.NewTextHandler(&said, nil)))
+	l.limit = 100
+	// A file cannot take the place of a directory.
+	if err := errors.Join(os.WriteFile(l.old(auditKeep-1), nil, 0o600), os.MkdirAll(filepath.Join(l.old(auditKeep), "in the way"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	const lines = 60
+	for n := range lines {
+		if n == 40 {
+			if got := auditLines(t, path); len(got) != n {
+				t.Errorf("%d lines of %d while it cannot be rotated", len(got), n)
+			}
+			if err := os.RemoveAll(l.old(auditKeep)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.write(auditTestLine{n})
+	}
+	if err := l.close(); err != nil {
+		t.Error(err)
+	}
+	if got := strings.Count(said.String(), "\n"); got != 1 {
+		t.Errorf("it was told %d times: %s", got, said.String())
+	}
+	next := 0
+	for i := auditKeep; i >= 0; i-- {
+		if _, err := os.Stat(l.old(i)); i > 1 && err != nil {
+			continue // there was no need
+		}
+		for _, n := range auditLines(t, l.old(i)) {
+			if n != next {
+				t.Fatalf("line %d where %d was due", n, next)
+			}
+			next = n + 1
+		}
+	}
+	if next != lines {
+		t.Errorf("the last line is %d, want %d", next-1, lines-1)
+	}
 }
 
 // TestAuditAppends holds that a restart goes on in the same file, and that a
