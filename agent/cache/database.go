@@ -91,21 +91,22 @@ type database struct {
 	pending map[bucket]map[string][]byte // nil value: deleted
 	writing map[bucket]map[string][]byte // what flush is writing
 	waiting int
-	dropped bool      // a fact was, since the last flush began
+	lost    int       // facts that were dropped, and flushes that failed
 	next    *flushing // the flush that writes what is pending
 	said    string    // the last complaint, not to be repeated every few seconds
 }
 
 // flushing is one flush, to be waited for.
 type flushing struct {
-	done chan struct{} // closed when err is set
+	done chan struct{} // closed when the others are set
 	err  error
+	lost int // database.lost when it began
 }
 
 func newFlushing() *flushing { return &flushing{done: make(chan struct{})} }
 
-// errDropped is told to those who wait for a flush: something of theirs may be missing.
-var errDropped = errors.New("too many facts at once: some were dropped")
+// errLost is told to those who wait for a flush: something of theirs may be missing.
+var errLost = errors.New("facts were lost: too many at once, or the disk took no writes")
 
 // errCorrupt is what bbolt's panics and faults become.
 var errCorrupt = errors.New("metadata file is corrupt")
@@ -370,7 +371,7 @@ func (db *database) enqueue(b bucket, k, stamped []byte) {
 		return
 	}
 	if db.waiting >= maxPending && stamped != nil && b != bucketPins {
-		db.dropped = true
+		db.lost++
 		return
 	}
 	db.enqueueLocked(b, string(k), stamped)
@@ -387,15 +388,25 @@ func (db *database) hurry() {
 	}
 }
 
-// sync waits until a flush has written what was put before, or ctx ends. Somebody
-// must be there to flush.
-func (db *database) sync(ctx context.Context) error {
+// losses is how much was lost so far, for sync.
+func (db *database) losses() int {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return db.lost
+}
+
+// sync waits until a flush has written what was put before, or ctx ends, and tells of
+// whatever was lost since there were so many losses. Somebody must be there to flush.
+func (db *database) sync(ctx context.Context, losses int) error {
 	db.mu.Lock()
 	next := db.next
 	db.mu.Unlock()
 	db.hurry()
 	if err := wait(ctx, next.done); err != nil {
 		return err
+	}
+	if next.err == nil && next.lost != losses {
+		return errLost
 	}
 	return next.err
 }
@@ -416,11 +427,8 @@ func (db *database) flush() {
 	db.heal()
 	db.mu.Lock()
 	now := db.next
-	db.next = newFlushing()
+	db.next, now.lost = newFlushing(), db.lost
 	defer close(now.done)
-	if db.dropped {
-		now.err, db.dropped = errDropped, false
-	}
 	if db.waiting == 0 {
 		db.mu.Unlock()
 		return
@@ -436,12 +444,14 @@ func (db *database) flush() {
 		db.log.Debug("write cache metadata", "err", err)
 		undone = db.undeleted()
 	}
-	now.err = cmp.Or(err, now.err)
+	now.err = err
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.writing = nil
 	if err == nil {
 		db.count = count
+	} else {
+		db.lost++
 	}
 	for name, keys := range undone {
 		for _, k := range keys {

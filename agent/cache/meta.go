@@ -58,10 +58,24 @@ func openMeta(path string, log *slog.Logger) (*Meta, error) {
 func (m *Meta) close() error { return m.db.close() }
 func (m *Meta) flush()       { m.db.flush() }
 
-// Sync returns once all facts that were written before are durable, or with why they
-// are lost. It waits, until ctx ends, for Run.
-func (m *Meta) Sync(ctx context.Context) error {
-	if err := m.db.sync(ctx); err != nil {
+// Sync returns once all facts that wait to be written are durable, or with why that
+// failed. It waits, until ctx ends, for Run. Facts that were lost before are Facts' to tell.
+func (m *Meta) Sync(ctx context.Context) error { return m.Begin().Sync(ctx) }
+
+// Facts are those that are written from Begin on.
+type Facts struct {
+	db     *database
+	losses int
+}
+
+// Begin is called before the first of some facts by somebody who has to know that all of
+// them are durable: what is written behind may have failed when he comes to ask.
+func (m *Meta) Begin() Facts { return Facts{m.db, m.db.losses()} }
+
+// Sync returns once all facts that were written before are durable, or with why some may
+// be lost. It waits, until ctx ends, for Run.
+func (f Facts) Sync(ctx context.Context) error {
+	if err := f.db.sync(ctx, f.losses); err != nil {
 		return fmt.Errorf("write cache metadata: %w", err)
 	}
 	return nil

@@ -139,9 +139,10 @@ func TestSync(t *testing.T) {
 	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
 	m.db.fault = full
 	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+	facts := m.Begin()
 	sync := func() error {
 		failed := make(chan error, 1)
-		go func() { failed <- m.Sync(t.Context()) }()
+		go func() { failed <- facts.Sync(t.Context()) }()
 		<-m.db.full
 		m.flush()
 		return <-failed
@@ -149,16 +150,25 @@ func TestSync(t *testing.T) {
 	if err := sync(); !errors.Is(err, full) {
 		t.Errorf("a write that fails: %v", err)
 	}
-	m.db.fault = nil
+	m.db.fault, facts = nil, m.Begin()
 	for i := range maxPending + 1 {
 		m.SetTag(Repository{Registry: "docker.io", Name: "library/a"}, strconv.Itoa(i), Tag{})
 	}
 	<-m.db.full
-	if err := sync(); !errors.Is(err, errDropped) {
+	if err := sync(); !errors.Is(err, errLost) {
 		t.Errorf("more than there is room for: %v", err)
 	}
+	facts = m.Begin()
 	if err := sync(); err != nil {
 		t.Errorf("then nothing: %v", err)
+	}
+	for _, fault := range []error{full, nil} { // nobody waits for either write
+		m.db.fault = fault
+		m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Since: time.Now()})
+		m.flush()
+	}
+	if err := sync(); !errors.Is(err, errLost) {
+		t.Errorf("after a write that failed before: %v", err)
 	}
 }
 

@@ -50,6 +50,7 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 		return err
 	}
 	meta, r := p.cache.Meta(), cache.Repository{Registry: i.Registry, Name: i.Repository}
+	facts := meta.Begin()
 	for _, m := range i.Manifests {
 		meta.SetManifest(m.Digest, cache.Manifest{MediaType: m.MediaType})
 	}
@@ -65,19 +66,19 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 		meta.AddGiver(d.Digest, i.Registry)
 		meta.SetImported(r, d.Digest.String())
 		if n%importBatch == importBatch-1 {
-			if err := meta.Sync(ctx); err != nil {
+			if err := facts.Sync(ctx); err != nil {
 				return fmt.Errorf("import: %w", err)
 			}
 		}
 	}
-	if err := meta.Sync(ctx); err != nil {
+	if err := facts.Sync(ctx); err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
 	if i.Tag == "" {
 		return nil
 	}
 	p.setTag(i)
-	if err := meta.Sync(ctx); err != nil {
+	if err := facts.Sync(ctx); err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
 	return nil
