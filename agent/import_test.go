@@ -52,6 +52,35 @@ func bundle(t *testing.T, name string, img *registrytest.Image) []byte {
 	return out.Bytes()
 }
 
+// TestPinWhileAnImportRuns: what an import keeps from eviction until its end is no pin, and
+// takes no room that is left to pins.
+func TestPinWhileAnImportRuns(t *testing.T) {
+	c := testConfig(t)
+	if err := c.Cache.MaxBytes.UnmarshalText([]byte("2MiB")); err != nil {
+		t.Fatal(err)
+	}
+	_, img := startRegistry(t, &c)
+	a := start(t, c)
+	in := newImporter(t.Context(), a.Agent, "", a.newEventStream(httptest.NewRecorder()), -1)
+	defer in.close()
+	body := bytes.Repeat([]byte("x"), 1650<<10)
+	if err := in.Put(digest.FromBytes(body), int64(len(body)), bytes.NewReader(body)); err != nil {
+		t.Fatal(err)
+	}
+	if pins := a.Pins(); pins.Problem != "" || pins.Bytes != 0 {
+		t.Errorf("nothing is pinned: %+v", pins)
+	}
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	if pins := a.Pins(); pins.Problem != "" || pins.Bytes != imageSize(img) {
+		t.Errorf("one image of %d bytes is pinned: %+v", imageSize(img), pins)
+	}
+	if _, metrics := a.admin(t, "GET", "/metrics", ""); !strings.Contains(metrics, fmt.Sprintf("larder_pinned_bytes %d\n", imageSize(img))) {
+		t.Error("the metrics do not say so")
+	}
+}
+
 // importTar has the agent import an archive, and returns what it said of images, and how
 // it ended.
 func (r *running) importTar(t *testing.T, body io.Reader, name string) (images []ImportedImage, failed string) {

@@ -205,7 +205,7 @@ func (m pinMetrics) Describe(descs chan<- *prometheus.Desc) {
 }
 
 func (m pinMetrics) Collect(metrics chan<- prometheus.Metric) {
-	metrics <- prometheus.MustNewConstMetric(pinnedBytesDesc, prometheus.GaugeValue, float64(m.agent.cache.Stats().Pinned))
+	metrics <- prometheus.MustNewConstMetric(pinnedBytesDesc, prometheus.GaugeValue, float64(m.present()))
 	for state, n := range m.count() {
 		metrics <- prometheus.MustNewConstMetric(pinnedDesc, prometheus.GaugeValue, float64(n), state)
 	}

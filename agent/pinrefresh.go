@@ -251,7 +251,7 @@ func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
 	if s.images[p.name] != p {
 		return errUnpinned
 	}
-	total := max(s.bytes, stats.Pinned) // manifests may say less than there was to fetch
+	total := max(s.bytes, s.presentLocked()) // manifests may say less than there was to fetch
 	for _, d := range parts {
 		if s.parts[d.Digest] == nil {
 			total += partSize(d)

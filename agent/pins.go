@@ -469,7 +469,7 @@ func (s *pins) log(p *pin, err error) {
 func (a *Agent) Pins() PinList {
 	s := a.pins
 	stats := a.cache.Stats()
-	out := PinList{Pins: []Pin{}, Bytes: stats.Pinned, Limit: pinLimit(stats), Problem: s.problem(stats)}
+	out := PinList{Pins: []Pin{}, Bytes: s.present(), Limit: pinLimit(stats), Problem: s.problem(stats)}
 	arriving := map[digest.Digest]int64{}
 	for _, f := range a.cache.Fills() {
 		arriving[f.Digest] = f.Present
@@ -533,14 +533,30 @@ func (p *pin) source() string {
 // pinLimit is the most that pins may take, in bytes; 0 is no limit.
 func pinLimit(stats cache.Stats) int64 { return int64(float64(stats.Limit) * pinShare) }
 
+// present is how many bytes of what is pinned are here. The cache's own number has what an
+// import keeps from eviction until its end, too.
+func (s *pins) present() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.presentLocked()
+}
+
+// presentLocked is present. mu is held.
+func (s *pins) presentLocked() (n int64) {
+	for d := range s.parts {
+		n += s.agent.cache.Size(d)
+	}
+	return n
+}
+
 // problem says what is wrong with the pins as a whole, "" if nothing is.
 func (s *pins) problem(stats cache.Stats) string {
-	limit := pinLimit(stats)
-	switch evictable := stats.Bytes - stats.Reserved - stats.Pinned; {
-	case limit > 0 && stats.Pinned > limit:
+	limit, present := pinLimit(stats), s.present()
+	switch evictable := stats.Bytes - stats.Reserved - present; {
+	case limit > 0 && present > limit:
 		return fmt.Sprintf("pins hold %s, more than the %s that cache.max_bytes leaves to them: unpin images or raise it; what else is pulled is hardly cached",
-			SizeText(stats.Pinned), SizeText(limit))
-	case stats.Pinned > 0 && evictable <= 0 && stats.Free >= 0 && stats.Free < stats.MinFree:
+			SizeText(present), SizeText(limit))
+	case present > 0 && evictable <= 0 && stats.Free >= 0 && stats.Free < stats.MinFree:
 		return fmt.Sprintf("%s are free on the disk, less than cache.min_free, and only pins are left in the cache: unpin images or free the disk, before kubelet evicts pods",
 			SizeText(stats.Free))
 	}

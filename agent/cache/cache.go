@@ -453,6 +453,13 @@ func (c *Cache) Has(d digest.Digest) bool {
 	return b != nil && b.place != nil
 }
 
+// Size returns how many bytes d has if it is committed, else 0.
+func (c *Cache) Size(d digest.Digest) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.present(d)
+}
+
 // Pin keeps d from eviction, now and if it comes later, until as many Unpins.
 // The scrub deletes a bad blob, and Remove any, pinned or not.
 func (c *Cache) Pin(d digest.Digest) {
@@ -476,7 +483,7 @@ func (c *Cache) Unpin(d digest.Digest) {
 	}
 }
 
-// present returns the bytes of d that may be evicted if it is not pinned. c.mu is held.
+// present is Size. Those bytes may be evicted if d is not pinned. c.mu is held.
 func (c *Cache) present(d digest.Digest) int64 {
 	if b := c.blobs[d]; b != nil && b.place != nil {
 		return b.size
