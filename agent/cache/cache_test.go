@@ -4,17 +4,20 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
+	"golang.org/x/time/rate"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -223,6 +226,68 @@ func TestWrongBytes(t *testing.T) {
 	settle(c, d)
 	if got := mustRead(t, c, d, counting(all(body), 1, t)); !bytes.Equal(got, body) {
 		t.Fatal("the next open did not start anew")
+	}
+}
+
+// TestWrongBytesHaveASource: who reads in the log of wrong bytes learns who gave them, when
+// they came and when they rotted.
+func TestWrongBytesHaveASource(t *testing.T) {
+	var said bytes.Buffer
+	c := open(t, Options{Logger: slog.New(slog.NewTextHandler(&said, nil))})
+	stop := run(t, c)
+	body, d := content(2, 3*minPiece)
+	from := func(body []byte) Source {
+		return SourceFunc(func(_ context.Context, f *Fill) error {
+			if err := f.SetSize(int64(len(body))); err != nil {
+				return err
+			}
+			if _, err := f.Writer(Origin{FromPeer, "node-7"}).WriteAt(body[:2*minPiece], 0); err != nil {
+				return err
+			}
+			return feed(f.Writer(registry), body)
+		})
+	}
+	wrong := bytes.Clone(body)
+	wrong[10] ^= 1
+	if r, err := c.Open(t.Context(), d, from(wrong)); err == nil {
+		_, _ = io.ReadAll(r)
+		r.Close()
+	}
+	settle(c, d)
+	mustRead(t, c, d, from(body))
+	settle(c, d)
+	stop()
+	tear(t, c.dir.blob(d), 10)
+	c.scrubBlob(t.Context(), c.blobs[d], rate.NewLimiter(rate.Inf, readBlock))
+	for _, want := range []string{"fetched blob does not match", "scrub found a bad blob"} {
+		i := slices.IndexFunc(strings.Split(said.String(), "\n"), func(line string) bool {
+			return strings.Contains(line, want) && strings.Contains(line, d.String()) && strings.Contains(line, `source="peer node-7, upstream registry.test"`)
+		})
+		if i < 0 {
+			t.Errorf("no %q with its source in %s", want, said.String())
+		}
+	}
+}
+
+func TestSources(t *testing.T) {
+	many := map[Origin]int64{}
+	for i := range 9 {
+		many[Origin{FromPeer, fmt.Sprint("node-", i)}] = 10
+	}
+	many[registry] = 1
+	for want, tt := range map[string]struct {
+		size int64
+		from map[Origin]int64
+	}{
+		"unknown":                      {0, nil},
+		"runtime":                      {10, map[Origin]int64{{Kind: FromRuntime}: 10}},
+		"disk, upstream registry.test": {10, map[Origin]int64{registry: 4}},
+		"upstream registry.test, disk": {10, map[Origin]int64{registry: 6}},
+		"peer node-0, peer node-1, peer node-2, peer node-3 and 6 more": {91, many},
+	} {
+		if got := sources(tt.size, tt.from); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

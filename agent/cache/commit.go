@@ -359,7 +359,7 @@ func (c *Cache) abandon(f *fill, size int64, keep bool) {
 func (c *Cache) mismatch(f *fill, size int64) {
 	times := f.Mismatches() + 1
 	c.metrics.corruptions.Inc()
-	c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size)
+	c.log.Warn("fetched blob does not match its digest", "digest", f.digest, "bytes", size, "source", sources(size, f.fetched()))
 	c.remember(f.digest, times)
 	if c.opts.Events.Mismatched != nil {
 		c.opts.Events.Mismatched(f.digest, times)

@@ -1,6 +1,13 @@
 package cache
 
-import "context"
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
 
 // Source brings the bytes of a blob that the cache lacks.
 type Source interface {
@@ -82,3 +89,33 @@ type Writer struct {
 // cannot take them, even after evicting, fails it with ErrNoRoom. After the
 // fill has ended, WriteAt returns its error.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) { return w.write(p, off, w.origin) }
+
+func (o Origin) String() string { return strings.TrimSpace(string(o.Kind) + " " + o.Name) }
+
+// mostSources is how many origins a line of the log names.
+const mostSources = 4
+
+// sources names the origins of size bytes for the log, those of the most bytes first. What
+// is in none was found on disk.
+func sources(size int64, from map[Origin]int64) string {
+	bytes := maps.Clone(from)
+	for _, n := range from {
+		size -= n
+	}
+	if len(from) > 0 && size > 0 {
+		bytes[Origin{Kind: FromDisk}] += size
+	}
+	var names []string
+	for _, o := range slices.SortedFunc(maps.Keys(bytes), func(x, y Origin) int {
+		return cmp.Or(cmp.Compare(bytes[y], bytes[x]), cmp.Compare(x.String(), y.String()))
+	}) {
+		names = append(names, o.String())
+	}
+	switch more := len(names) - mostSources; {
+	case len(names) == 0:
+		return "unknown"
+	case more > 0:
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:mostSources], ", "), more)
+	}
+	return strings.Join(names, ", ")
+}
