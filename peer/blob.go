@@ -56,6 +56,8 @@ type blob struct {
 	have     bitmap // here, and the digest is known: can be given
 	haveN    int
 	sums     []*batch        // by piece
+	checked  bitmap          // its bytes are those that were checked by its digest in sums
+	resigned []*batch        // by piece, see resignLocked
 	bare     []int           // pieces that came here without a digest; some have one since
 	signers  map[string]bool // whose batches count, see I2
 	scanning bool            // a goroutine hashes the blob in the store
@@ -230,7 +232,7 @@ func (b *blob) setSizeLocked(size int64) bool {
 		return false
 	}
 	b.size, b.pieceSize, b.n, b.missing = size, ps, n, n
-	b.here, b.have = newBitmap(n), newBitmap(n)
+	b.here, b.have, b.checked = newBitmap(n), newBitmap(n), newBitmap(n)
 	b.sums, b.given, b.avail = make([]*batch, n), make([]uint16, n), make([]uint16, n)
 	for _, nb := range b.nbrs {
 		b.countLocked(nb, +1)
@@ -527,6 +529,9 @@ func (b *blob) took(r *request, now time.Time) {
 	b.gotLocked(r.piece)
 	if b.n == 1 {
 		b.offerLocked(r.piece) // it matched the blob's own digest
+	}
+	if !b.authority { // else some of it may have come from upstream at the same time
+		b.checked.set(r.piece)
 	}
 	b.mu.Unlock()
 	b.poke()

@@ -87,11 +87,13 @@ func (b *blob) newsLocked(t *batch) bool {
 }
 
 // knowLocked files a batch. What came first stays: two authorities can only
-// differ if one of them is wrong, and then the whole digest decides.
+// differ if one of them is wrong, and then the whole digest decides. But what this node
+// has read itself counts more than what somebody else signed and nothing was checked by.
 func (b *blob) knowLocked(t *batch) {
+	own := t.signer == b.s.self.Name
 	for _, p := range t.pieces {
 		i := int(p.piece)
-		if i >= b.n || b.sums[i] != nil {
+		if i >= b.n || b.sums[i] != nil && !(own && b.unsignedLocked(i)) {
 			continue
 		}
 		b.sums[i] = t
@@ -271,16 +273,65 @@ func (b *blob) seed() error {
 	return b.signWhole(h)
 }
 
-// unsigned lists pieces whose digest is not known.
+// unsigned lists the pieces that are for this node to sign.
 func (b *blob) unsigned() (todo []int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for i := range b.n {
-		if b.sums[i] == nil && (b.n > 1 || b.haveN == 0) {
+		if b.n > 1 && b.unsignedLocked(i) || b.n == 1 && b.haveN == 0 {
 			todo = append(todo, i)
 		}
 	}
 	return todo
+}
+
+// unsignedLocked reports whether a piece's digest is not known, or is somebody else's word
+// about bytes that came here by another road, as from upstream: if he was wrong, this node
+// would be banned for the right bytes.
+func (b *blob) unsignedLocked(i int) bool {
+	t := b.sums[i]
+	return t == nil || t.signer != b.s.self.Name && !b.checked.has(i)
+}
+
+// batchesLocked are the batches that hold a piece's digest: as they came, and if somebody
+// else signed, once more by this node. Where he does not count, because he has gone, or is
+// no home any more to who came later, this node does as a holder of the whole blob.
+func (b *blob) batchesLocked(i int) []*batch {
+	t := b.sums[i]
+	if t == nil {
+		return nil
+	}
+	if t.signer != b.s.self.Name && b.checked.has(i) && b.fill == nil && b.haveN == b.n && b.s.index.holds(prefixOf(b.k)) {
+		return []*batch{t, b.resignLocked(i)}
+	}
+	return []*batch{t}
+}
+
+// resignLocked signs what another member signed of a piece and of those next to it, as far
+// as they were checked by the same batch when they were written.
+func (b *blob) resignLocked(i int) *batch {
+	if b.resigned == nil {
+		b.resigned = make([]*batch, b.n)
+	}
+	if b.resigned[i] != nil {
+		return b.resigned[i]
+	}
+	t, own := b.sums[i], b.newBatch()
+	same := func(j int) bool { return j >= 0 && j < b.n && b.sums[j] == t && b.checked.has(j) }
+	first := i
+	for same(first - 1) {
+		first--
+	}
+	for j := first; same(j); j++ {
+		p, _ := t.proof(j) // t is filed under what it lists
+		if j == first {
+			own.linked, own.from = p.linked, p.from
+		}
+		own.pieces = append(own.pieces, pieceDigest{uint32(j), p.to})
+		b.resigned[j] = own
+	}
+	b.s.seal(own)
+	return own
 }
 
 // signWhole hashes the blob from end to end.

@@ -103,6 +103,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 	if b.size != 0 {
 		b.here, b.have, b.missing, b.haveN = newBitmap(b.n), newBitmap(b.n), b.n, 0
 		b.cursor, b.fresh, b.bare = 0, 0, nil
+		b.checked, b.resigned = newBitmap(b.n), nil
 	}
 	return nil
 }

@@ -34,7 +34,7 @@ func (b *blob) grant(l *link, w want) *upload {
 	}
 	u := &upload{l: l, blob: b, id: w.id, piece: i, size: b.pieceLen(i), given: int(b.given[i]), hint: noHint, spare: spare}
 	if w.needDigest && b.n > 1 {
-		u.batch = b.sums[i]
+		u.batches = b.batchesLocked(i)
 	}
 	b.lastUse = time.Now()
 	source = source || b.sourceLocked()

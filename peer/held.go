@@ -68,6 +68,7 @@ func (b *blob) withdraw() {
 		b.here, b.have = newBitmap(b.n), newBitmap(b.n)
 		b.missing, b.haveN, b.authority, b.complete = b.n, 0, false, false
 		b.fresh = 0
+		b.checked, b.resigned = newBitmap(b.n), nil
 	}
 	b.mu.Unlock()
 	b.letGo()

@@ -424,7 +424,7 @@ func (l *link) start(u *upload) bool {
 	if l.closed != nil {
 		return false
 	}
-	if t := u.batch; t != nil {
+	for _, t := range u.batches {
 		l.out = t.append(l.out)
 	}
 	l.bulk = append(l.bulk, u)

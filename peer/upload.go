@@ -55,7 +55,7 @@ type upload struct {
 	asked   time.Time
 	started time.Time
 	gone    atomic.Bool // cancelled
-	batch   *batch      // digests to send ahead
+	batches []*batch    // digests to send ahead
 	src     *handle
 	off     int
 }
