@@ -231,22 +231,26 @@ const muteWait = 250 * time.Millisecond
 // dial makes a link and serves it until it ends.
 func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	l, err := s.reach(ctx, m)
-	if err == nil {
-		err = s.attach(l)
-		if errors.Is(err, errReplaced) {
-			// The other side dialed at the same time, and its link stays.
-			l.close(err)
-			s.mu.Lock()
-			l = s.links[m.Name]
-			s.mu.Unlock()
-			if l != nil {
-				s.dialed(m, d, l, nil)
-				return
-			}
+	if err != nil {
+		if ctx.Err() == nil {
+			s.unreached(m.Name)
 		}
+		s.dialed(m, d, nil, err)
+		return
 	}
-	if err != nil && ctx.Err() == nil && !errors.Is(err, errReplaced) {
-		s.unreached(m.Name)
+	if err = s.attach(l); err != nil { // which is not the member's fault
+		l.close(err)
+		l = nil
+	}
+	if errors.Is(err, errReplaced) {
+		// The other side dialed at the same time, and its link stays.
+		s.mu.Lock()
+		l = s.links[m.Name]
+		s.mu.Unlock()
+		if l != nil {
+			s.dialed(m, d, l, nil)
+			return
+		}
 	}
 	s.dialed(m, d, l, err)
 	if err == nil {

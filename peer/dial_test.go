@@ -3,7 +3,9 @@ package peer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -71,5 +73,54 @@ func TestDialAnew(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// counting is a Network that counts what it has open of those it dialed.
+type counting struct {
+	tcp
+	open *atomic.Int32
+}
+
+type countedDial struct {
+	net.Conn
+	close func()
+}
+
+func (c countedDial) Close() error { c.close(); return c.Conn.Close() }
+
+func (n counting) DialContext(ctx context.Context, addr string) (net.Conn, error) {
+	conn, err := n.tcp.DialContext(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	n.open.Add(1)
+	return countedDial{conn, sync.OnceFunc(func() { n.open.Add(-1) })}, nil
+}
+
+// TestFullOfLinks: a node that has as many links as it may have does not take those whom it
+// dials then for dead, nor itself for alone, and keeps no connection of them.
+func TestFullOfLinks(t *testing.T) {
+	w := newTestWorld()
+	var open atomic.Int32
+	full, other := w.node(t, "full", func(c *Config) { c.Network = counting{open: &open} }), w.node(t, "other")
+	meet(full, other)
+	conn, end := net.Pipe()
+	defer end.Close()
+	full.s.mu.Lock()
+	for i := range maxLinks {
+		name := startName(fmt.Sprint("more-", i), 1)
+		full.s.links[name] = newLink(full.s, conn, Member{Name: name}, false)
+	}
+	full.s.mu.Unlock()
+	m, _ := full.s.roster.get(other.s.self.Name)
+	if _, err := full.s.connect(t.Context(), m); !errors.Is(err, errMembers) {
+		t.Fatalf("connect: %v", err)
+	}
+	if full.s.roster.isDown(m.Name) {
+		t.Error("who was reached counts as gone")
+	}
+	if n := open.Load(); n != 0 {
+		t.Errorf("%d connections stay open", n)
 	}
 }
