@@ -97,6 +97,11 @@ func (x *index) joinedLocked(id uint64, m Member) {
 	case known: // it had been taken for dead
 		s := &x.slots[i]
 		s.name, s.zone, s.fell = m.Name, m.Zone, time.Time{}
+		if x.sweep > 0 && x.sweeping[i] { // of what it said a part is swept: it is asked for all of it
+			delete(x.sweeping, i)
+			x.voidLocked(i)
+			s.known, s.seq, s.ahead = max(s.known, s.seq), 0, nil
+		}
 		return
 	case len(x.free) > 0:
 		i = x.free[len(x.free)-1]

@@ -167,6 +167,34 @@ func TestIndexForgetsTheDead(t *testing.T) {
 	}
 }
 
+// TestBackWhileSwept: a member that was taken for dead, and is back while its postings are
+// swept, is asked for all that it said.
+func TestBackWhileSwept(t *testing.T) {
+	x, ms := bareIndex(2)
+	id := memberID(ms[0].Name)
+	said := []op{{true, 1 << 52}, {true, 4000 << 52}} // of the first and of the last shards
+	x.applyLocked(id, 0, said)
+	x.fell(ms[0].Name)
+	after := time.Now().Add(2 * tombstone)
+	x.sweepSome(after, shardCount/2)
+	x.joined(ms[:1])
+	later := op{true, 2 << 52}
+	x.applyLocked(id, 2, []op{later})
+	if seq, _ := x.expects(ms[0].Name); seq != 0 || x.slots[0].known != 3 {
+		t.Errorf("it is asked from %d on, of %d; want from 0 on, of 3", seq, x.slots[0].known)
+	}
+	x.merge(ms[0].Name, delta{seq: 3, ops: append(said, later)}, true)
+	x.sweepSome(after, shardCount/2)
+	for _, o := range append(said, later) {
+		if len(x.holders(o.prefix, "", 8)) == 0 {
+			t.Errorf("%x: not known any more", o.prefix)
+		}
+	}
+	if x.postings != 3 || len(x.free) != 0 {
+		t.Errorf("%d postings, %d free slots, want 3 and none", x.postings, len(x.free))
+	}
+}
+
 // TestMessageFits pins that a full message survives memberlist's packet with
 // encryption and label: what does not fit vanishes without a word.
 func TestMessageFits(t *testing.T) {
