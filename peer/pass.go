@@ -63,9 +63,13 @@ func (b *blob) admit(member, registry string) {
 	if b.admitted == nil {
 		b.admitted = make(map[string]string)
 	}
-	if len(b.admitted) < maxLeases {
-		b.admitted[member] = registry
+	if _, known := b.admitted[member]; !known && len(b.admitted) >= maxLeases {
+		for other := range b.admitted { // likely a start that is long over; else it comes with its pass, or to join, again
+			delete(b.admitted, other)
+			break
+		}
 	}
+	b.admitted[member] = registry
 }
 
 // lets reports whether a member may be given pieces of the blob as it is here:

@@ -62,6 +62,23 @@ func TestPass(t *testing.T) {
 	}
 }
 
+// TestManyStarts: who is let in to a blob that others have been asking for since long ago,
+// under ever new names, gets it.
+func TestManyStarts(t *testing.T) {
+	n := newTestWorld().node(t, "node-0")
+	b := n.s.blob(blobID{key: key{1}})
+	for i := range maxLeases + 1 {
+		member := startName("node-1", uint64(i))
+		b.admit(member, "reg.test")
+		if !b.lets(member) {
+			t.Fatalf("start %d is let in and gets nothing", i+1)
+		}
+	}
+	if len(b.admitted) != maxLeases {
+		t.Errorf("%d are remembered, want %d", len(b.admitted), maxLeases)
+	}
+}
+
 var errNoVerdict = errors.New("the registry lets this credential read nothing")
 
 // TestHomeRefusesWhomTheRegistryRefuses: a node without a verdict gets nothing from
