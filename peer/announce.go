@@ -21,7 +21,7 @@ const (
 	opSize        = 9
 	opsPerMessage = (maxMessage - messageHead) / opSize
 	logSize       = 4096    // own operations kept for deltas
-	maxOwn        = 1 << 17 // blobs of this node
+	maxOwn        = 1 << 17 // blobs of one node
 	maxAhead      = 8
 	settleLeast   = 10 * time.Second // after its start a node may still hear of what it missed
 	settleMost    = time.Minute

@@ -243,6 +243,7 @@ func (x *index) merge(name string, d delta, first bool) {
 
 // voidLocked drops a member's postings.
 func (x *index) voidLocked(i uint16) {
+	x.slots[i].posts = 0
 	for _, sh := range x.shards {
 		for p, hs := range sh {
 			if at := slices.Index(hs, i); at >= 0 {

@@ -56,6 +56,7 @@ type slot struct {
 	zone  string
 	seq   uint32 // next operation expected of it
 	known uint32 // the highest heard of; larger than seq means a gap
+	posts int32  // postings, with those that a sweep under way has dropped
 	ahead []said // what came before that which it follows
 	fell  time.Time
 	asked time.Time // last delta fetch
@@ -132,7 +133,7 @@ func (x *index) postLocked(p uint64, i uint16, add bool) {
 	at := slices.Index(hs, i)
 	switch {
 	case add && at < 0:
-		if len(hs) >= maxHolders || x.postings >= maxPostings || (hs == nil && x.blobs >= maxIndexed) {
+		if len(hs) >= maxHolders || x.slots[i].posts >= maxOwn || x.postings >= maxPostings || (hs == nil && x.blobs >= maxIndexed) {
 			return
 		}
 		if sh == nil {
@@ -144,9 +145,11 @@ func (x *index) postLocked(p uint64, i uint16, add bool) {
 		}
 		sh[p] = append(grow(hs), i)
 		x.postings++
+		x.slots[i].posts++
 	case !add && at >= 0:
 		hs[at] = hs[len(hs)-1]
 		x.cutLocked(sh, p, hs[:len(hs)-1], 1)
+		x.slots[i].posts--
 	}
 }
 

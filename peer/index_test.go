@@ -195,6 +195,33 @@ func TestBackWhileSwept(t *testing.T) {
 	}
 }
 
+// TestOneFillsNoIndex: a member that says it has more blobs than a node may does not keep
+// out what others say; what it takes back makes room.
+func TestOneFillsNoIndex(t *testing.T) {
+	x, ms := bareIndex(2)
+	loud, other := ms[0].Name, memberID(ms[1].Name)
+	var ops []op
+	for i := range uint64(maxIndexed + 1) {
+		ops = append(ops, op{true, mix(i)})
+	}
+	x.applyLocked(memberID(loud), 0, ops)
+	if x.postings != maxOwn {
+		t.Errorf("%d postings of one member, want %d", x.postings, maxOwn)
+	}
+	x.applyLocked(other, 0, []op{{true, 7}})
+	if len(x.holders(7, "", 8)) == 0 {
+		t.Error("another member's blob is not known")
+	}
+	x.applyLocked(memberID(loud), maxIndexed+1, []op{{false, mix(0)}, {true, 8}, {true, 9}})
+	if len(x.holders(8, "", 8)) == 0 || len(x.holders(9, "", 8)) != 0 {
+		t.Error("one taken back makes room for another, not more, and not less")
+	}
+	x.merge(loud, delta{whole: true, seq: maxIndexed + 4, ops: []op{{true, 9}}}, true)
+	if len(x.holders(9, "", 8)) == 0 || x.postings != 2 {
+		t.Errorf("%d postings, want two: a whole set makes room for itself", x.postings)
+	}
+}
+
 // TestMessageFits pins that a full message survives memberlist's packet with
 // encryption and label: what does not fit vanishes without a word.
 func TestMessageFits(t *testing.T) {
