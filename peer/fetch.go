@@ -215,6 +215,9 @@ func (b *blob) exchange(ctx context.Context, f Fill) {
 		case <-ctx.Done():
 			return
 		}
+		if f.Size() < 0 {
+			continue // it takes no piece yet, although an earlier fetch found the size out; watch wakes
+		}
 		b.mu.Lock()
 		b.pump(time.Now())
 		b.mu.Unlock()

@@ -313,6 +313,43 @@ func TestSizeToldEarly(t *testing.T) {
 	}
 }
 
+// TestNoPieceBeforeTheSize: a blob that is fetched again is not asked of neighbours before the
+// new fill knows its size, although the first fetch found that out: the fill takes nothing yet.
+func TestNoPieceBeforeTheSize(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		_, nodes := restWorld(t, baseSim(1, 4))
+		defer nodes[0].s.Close()
+		l := fuzzLink(nodes[0].s, nil)
+		b := nodes[0].s.blob(blobID{key: key{1}})
+		const size = 4 * simPiece
+		b.setSize(size)
+		f := newMemBlob(b.d)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		if err := b.begin(f, func(error) {}); err != nil {
+			t.Fatal(err)
+		}
+		go b.exchange(ctx, f)
+		go b.watch(ctx, f)
+		b.opened(l, open{blob: b.id, size: size, pieceSize: simPiece, have: bitmap{0xf0}})
+		asked := func() int {
+			synctest.Wait()
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			return b.flying
+		}
+		if n := asked(); n != 0 {
+			t.Errorf("%d pieces are asked for before the size is known", n)
+		}
+		if err := f.SetSize(size); err != nil {
+			t.Fatal(err)
+		}
+		if n := asked(); n == 0 {
+			t.Error("no piece is asked for once it is")
+		}
+	})
+}
+
 // TestAlone: a node that reaches nobody asks nobody for a while, and for longer each
 // time; one member that is reached ends that.
 func TestAlone(t *testing.T) {
