@@ -95,6 +95,31 @@ func TestGossipCluster(t *testing.T) {
 	wantMembers(t, 3, nodes[:3]...)
 }
 
+// TestTrafficOfSmallBlobs: bytes count at both ends also where they ride in a home's answer.
+func TestTrafficOfSmallBlobs(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.nodes(t, 2)
+	d := w.add(1000, 1)
+	home, others := homeOf(d, nodes)
+	asker := others[0]
+	allOK(t, d, home)
+	allOK(t, d, asker)
+	if got := testutil.ToFloat64(home.s.metrics.uploaded); got != 1000 {
+		t.Errorf("%v bytes count as uploaded, want 1000", got)
+	}
+	for _, tt := range []struct {
+		at, with *testNode
+		want     Traffic
+	}{
+		{home, asker, Traffic{Sent: 1000}},
+		{asker, home, Traffic{Received: 1000}},
+	} {
+		if got := tt.at.s.Status().Traffic[tt.with.s.self.Node]; got != tt.want {
+			t.Errorf("%s with %s: %+v, want %+v", tt.at.s.self.Node, tt.with.s.self.Node, got, tt.want)
+		}
+	}
+}
+
 // TestTrafficIsBounded holds that nodes that left are forgotten when there are
 // too many, and members are not.
 func TestTrafficIsBounded(t *testing.T) {

@@ -452,6 +452,7 @@ func (x *fetch) meet(ctx context.Context, name string) {
 
 // inline takes a small blob that came with the answer.
 func (x *fetch) inline(l *link, body []byte) error {
+	l.traffic.received.Add(int64(len(body)))
 	if key(sha256.Sum256(body)) != x.b.k {
 		x.s.ban(l, banDigest)
 		return errWrongBlob

@@ -247,6 +247,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	reply.Moving = b.moves(time.Now())
 	if b.lets(l.peer) {
 		reply.Body = b.inline()
+		l.sent(len(reply.Body))
 	}
 	if reply.Body == nil {
 		reply.Stay = b.stay(l)

@@ -400,12 +400,17 @@ func (l *link) writeChunk(u *upload) error {
 		return err
 	}
 	u.off += n
-	l.traffic.sent.Add(int64(n))
-	l.s.metrics.uploaded.Add(float64(n))
+	l.sent(n)
 	if u.off == u.size {
 		l.endUpload(u)
 	}
 	return nil
+}
+
+// sent counts bytes of blobs.
+func (l *link) sent(n int) {
+	l.traffic.sent.Add(int64(n))
+	l.s.metrics.uploaded.Add(float64(n))
 }
 
 func (l *link) endUpload(u *upload) {

@@ -8,7 +8,7 @@ import (
 // traffic is what went to and came from one node since this one started, over
 // all links with it: an idle link is closed after seconds, and who sent how
 // much is asked for later.
-type traffic struct{ sent, received atomic.Int64 } // bytes of pieces
+type traffic struct{ sent, received atomic.Int64 } // bytes of blobs
 
 // traffics is the traffic with every node. The zero value is empty.
 type traffics struct {
