@@ -332,11 +332,14 @@ func (b *blob) adopt(l *link) {
 	if size == 0 {
 		return
 	}
-	if err := b.fix(f, size); err != nil {
+	switch err := b.fix(f, size); {
+	case err == nil:
+		b.poke()
+	case errors.Is(err, errOtherSize):
 		b.s.log.Warn("size of a blob differs", "digest", b.d, "peer", l.node, "err", err)
-		return
+	default: // of the fill, which may have no room, or hold the manifest against it; it is no fault of the peer's
+		b.s.log.Debug("size of a blob was not taken", "digest", b.d, "size", size, "err", err)
 	}
-	b.poke()
 }
 
 // haves takes in what a neighbour got since.

@@ -424,11 +424,13 @@ func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply)
 	return nil
 }
 
+var errOtherSize = errors.New("another size is known")
+
 // fix takes a size that another node told. A fill that knows better keeps its
 // own: a wrong one given to SetSize would end it.
 func (b *blob) fix(f Fill, size int64) error {
 	if known := f.Size(); known >= 0 && known != size {
-		return fmt.Errorf("says %d bytes, not %d", size, known)
+		return fmt.Errorf("says %d bytes, not %d: %w", size, known, errOtherSize)
 	}
 	if err := f.SetSize(size); err != nil {
 		return err

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -310,6 +312,46 @@ func TestSizeToldEarly(t *testing.T) {
 	b.vouch([]string{l.peer})
 	if got := b.sized(); got != size {
 		t.Errorf("size %d, want %d", got, size)
+	}
+}
+
+// fullFill is a fill whose node has no room.
+type fullFill struct{ *memBlob }
+
+func (fullFill) SetSize(int64) error { return errors.New("no room") }
+
+// TestWhoseSize: a member is warned of that says another size than is known, and none
+// because this node's disk is full.
+func TestWhoseSize(t *testing.T) {
+	const size = 3 << 20
+	known := newMemBlob(key{1}.digest())
+	if err := known.SetSize(size + 1); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		fill Fill
+		says string // and nothing else
+	}{
+		{"another size", known, `level=WARN msg="size of a blob differs"`},
+		{"a full disk", fullFill{newMemBlob(known.d)}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var log bytes.Buffer
+			n := newTestWorld().node(t, "node-0", func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+			n.kill() // nobody else writes to the log
+			l := fuzzLink(n.s, nil)
+			b := n.s.blob(blobID{key: key{1}})
+			if err := b.begin(tt.fill, func(error) {}); err != nil {
+				t.Fatal(err)
+			}
+			b.vouch([]string{l.peer})
+			b.opened(l, open{blob: b.id, size: size, pieceSize: PieceSize(size), have: bitmap{0x80, 0}})
+			b.adopt(l)
+			if got := log.String(); !strings.Contains(got, tt.says) || tt.says == "" && got != "" {
+				t.Errorf("the log says %q, want %q", got, tt.says)
+			}
+		})
 	}
 }
 
