@@ -1,6 +1,10 @@
 package peer
 
 import (
+	"io"
+	"net"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -96,6 +100,85 @@ func TestUploadsTurnAway(t *testing.T) {
 	q.tend()
 	if len(q.active) != before+1 {
 		t.Error("a slow receiver keeps its slot")
+	}
+}
+
+// TestDeafPeerLeavesPlaces: a peer that asks for many pieces and reads none does not keep
+// others from theirs.
+func TestDeafPeerLeavesPlaces(t *testing.T) {
+	q, mk := uploadsOf(t)
+	b := &blob{}
+	deaf := newLink(q.s, nil, Member{Name: "deaf"}, false)
+	let := 0
+	for piece := range q.max {
+		u := mk(b, piece, 0)
+		u.l = deaf
+		if _, ok := q.add(u); ok {
+			let++
+		}
+		q.mu.Lock()
+		for _, u := range q.active {
+			u.started = time.Now().Add(-2 * slotTime) // it drags on
+		}
+		q.mu.Unlock()
+		q.tend()
+	}
+	if let != q.max/peerShare {
+		t.Errorf("%d of %d places are one peer's, want %d", let, q.max, q.max/peerShare)
+	}
+	u := mk(b, q.max, 0)
+	if _, ok := q.add(u); !ok || !slices.Contains(q.active, u) {
+		t.Error("another peer is turned away")
+	}
+	few := &uploads{s: q.s, max: 4}
+	for piece := range few.max {
+		u := mk(b, piece, 0)
+		u.l = deaf
+		if _, ok := few.add(u); !ok {
+			t.Errorf("piece %d is turned away by a node of few places that are free", piece)
+		}
+	}
+}
+
+// TestDeafPeerIsLeft: the link to a peer that reads nothing ends, although that says that it
+// is there; one that reads slowly keeps it.
+func TestDeafPeerIsLeft(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		every time.Duration // it reads 16 KiB; 0 = nothing
+		stays bool
+	}{
+		{"reads nothing", 0, false},
+		{"reads 2 KB/s", 8 * time.Second, true},
+		{"reads 0.6 KB/s", 25 * time.Second, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				_, nodes := restWorld(t, baseSim(1, 4))
+				defer nodes[0].s.Close()
+				conn, peer := net.Pipe()
+				l := newLink(nodes[0].s, conn, Member{Name: startName("peer", 1)}, false)
+				var both sync.WaitGroup
+				both.Go(l.write)
+				both.Go(func() {
+					for buf := make([]byte, 16<<10); tt.every > 0; wait(t.Context(), tt.every) {
+						if _, err := io.ReadFull(peer, buf); err != nil {
+							return
+						}
+					}
+				})
+				for range 4 {
+					l.send(func(b []byte) []byte { return append(b, make([]byte, chunkSize-1)...) })
+					wait(t.Context(), 2*chunkTime)
+				}
+				if l.over() == tt.stays {
+					t.Errorf("the link has ended: %v", !tt.stays)
+				}
+				l.close(errIdle)
+				peer.Close()
+				both.Wait()
+			})
+		})
 	}
 }
 

@@ -3,7 +3,12 @@ package peer
 import (
 	"net"
 	"sync"
+	"time"
 )
+
+// chunkTime is how long the peer may take to read a chunk. Who reads less than 1 KB/s, be it
+// of a poor uplink that 40 peers share, gets no piece before he asks for it elsewhere.
+const chunkTime = time.Minute
 
 // recordConn lies under a TLS connection and gathers the records of one write,
 // which Go makes of 16 KiB each, into one write to the kernel: a chunk of a
@@ -48,6 +53,9 @@ func (c *recordConn) flush() error {
 
 // put writes frames to the link's connection.
 func (l *link) put(p []byte) error {
+	// A peer may go on to say that it is there, and read nothing. A connection that cannot have
+	// the deadline fails the write.
+	_ = l.conn.SetWriteDeadline(time.Now().Add(time.Duration(1+len(p)/chunkSize) * chunkTime))
 	if l.records == nil {
 		_, err := l.conn.Write(p)
 		return err

@@ -33,6 +33,8 @@ const (
 	slotTime    = 250 * time.Millisecond // after this a transfer never counts
 	maxWait     = 120 * time.Millisecond // of a request in the queue
 	leastQueue  = 4
+	peerShare   = 4                    // one peer may have a fourth of the places, of 64 what it asks for of four blobs,
+	leastPlaces = 2 * perPeer          // and in any case so many
 	leastWait   = 5 * time.Millisecond // told to the askers that are turned away
 	spare       = 3                    // uploads under way up to which a piece is given a second time
 	spareFresh  = 1                    // the same, while this node has pieces it alone may have
@@ -90,7 +92,7 @@ func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	}
 	n, full := len(q.queue)+len(q.active), len(q.queue) >= q.limit(u.size)
 	displaces := full && q.displaceable(u)
-	if n >= q.max || !due && (u.given > 0 && n >= u.spare || full && !displaces) {
+	if n >= q.max || q.of(u.l) >= max(q.max/peerShare, leastPlaces) || !due && (u.given > 0 && n >= u.spare || full && !displaces) {
 		wait = q.drain(u.size)
 		q.mu.Unlock()
 		return wait, false
@@ -116,6 +118,19 @@ func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 // never gave.
 func (q *uploads) due(b *blob) bool {
 	return q.starts-b.turn >= turns && !slices.ContainsFunc(q.queue, func(u *upload) bool { return u.blob == b })
+}
+
+// of counts what waits for a peer or is sent to it. One that reads nothing, and goes on to
+// say that it is there, is not to have all places.
+func (q *uploads) of(l *link) (n int) {
+	for _, us := range [][]*upload{q.queue, q.active} {
+		for _, u := range us {
+			if u.l == l {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // limit is how many pieces of this size may wait.
