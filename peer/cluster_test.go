@@ -375,6 +375,16 @@ func TestKeyRoll(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	n := &testNode{world: newTestWorld()}
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
 	cases := []struct {
 		name   string
 		change func(*Config)
@@ -386,7 +396,10 @@ func TestNewRefuses(t *testing.T) {
 		{"short key", func(c *Config) { c.Keys = [][]byte{{1, 2, 3}} }, "3 bytes"},
 		{"no name", func(c *Config) { c.Name = "" }, "name"},
 		{"long zone", func(c *Config) { c.Zone = strings.Repeat("z", maxZone+1) }, "zone"},
-		{"port taken", func(c *Config) { c.Data = "127.0.0.1:1"; c.Network = deafNetwork{} }, "listen"},
+		{"no port to be had", func(c *Config) { c.Network = deafNetwork{} }, "set another peer.data"},
+		{"data port taken", func(c *Config) { c.Data = tcp.Addr().String() }, "another agent running on this node? (`ss -ltunp` says who listens) Stop it, or set another peer.data"},
+		{"gossip port taken", func(c *Config) { c.Gossip = tcp.Addr().String() }, "or set another peer.gossip"},
+		{"gossip port taken for packets", func(c *Config) { c.Gossip = udp.LocalAddr().String() }, "or set another peer.gossip"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

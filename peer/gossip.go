@@ -71,19 +71,27 @@ func newGossip(s *Swarm) *gossip {
 // eight. Small clusters can afford the 8 of a large one.
 func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 1000) }
 
-// start binds the gossip port and starts memberlist on it.
-func (g *gossip) start() error {
+// bind binds the gossip port.
+func (g *gossip) bind() error {
 	host, port, err := splitAddr(g.s.cfg.Gossip)
 	if err != nil {
 		return fmt.Errorf("gossip address %q: %w", g.s.cfg.Gossip, err)
 	}
+	if g.net, err = newGossipNet(host, port); err != nil {
+		return noPort("peer.gossip", g.s.cfg.Gossip, err)
+	}
+	return nil
+}
+
+// start starts memberlist on the gossip port.
+func (g *gossip) start() error {
+	host, _, _ := splitAddr(g.s.cfg.Gossip) // it is bound
 	cfg, err := g.config(host)
 	if err != nil {
+		_ = g.net.Shutdown() // never fails
 		return err
 	}
-	if g.net, err = newGossipNet(host, port); err != nil {
-		return fmt.Errorf("listen for gossip: %w", err)
-	}
+	g.net.listen()
 	cfg.Transport, cfg.BindPort = g.net, g.net.port()
 	if g.list, err = memberlist.Create(cfg); err != nil {
 		_ = g.net.Shutdown() // never fails

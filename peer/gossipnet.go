@@ -44,7 +44,7 @@ type gossipNet struct {
 var _ memberlist.NodeAwareTransport = (*gossipNet)(nil)
 
 // newGossipNet binds a port, any if it is zero, on host or, if that is empty, on
-// every address of IPv4 and IPv6; and begins to listen.
+// every address of IPv4 and IPv6. What comes waits in the kernel until listen.
 func newGossipNet(host string, port int) (*gossipNet, error) {
 	n := &gossipNet{packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), done: make(chan struct{}),
 		places: make(chan struct{}, maxStrangers)}
@@ -55,8 +55,6 @@ func newGossipNet(host string, port int) (*gossipNet, error) {
 	var err error
 	for range tries {
 		if err = n.bind(host, port); err == nil {
-			n.tasks.Go(n.listenTCP)
-			n.tasks.Go(n.listenUDP)
 			return n, nil
 		}
 	}
@@ -78,6 +76,12 @@ func (n *gossipNet) bind(host string, port int) error {
 	}
 	_ = n.udp.SetReadBuffer(gossipBuffer) // the kernel gives what it allows
 	return nil
+}
+
+// listen takes what comes until Shutdown.
+func (n *gossipNet) listen() {
+	n.tasks.Go(n.listenTCP)
+	n.tasks.Go(n.listenUDP)
 }
 
 func (n *gossipNet) port() int { return n.tcp.Addr().(*net.TCPAddr).Port }

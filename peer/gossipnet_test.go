@@ -11,17 +11,24 @@ import (
 	"github.com/hashicorp/memberlist"
 )
 
+// listening is a transport on any port of host.
+func listening(t *testing.T, host string) *gossipNet {
+	t.Helper()
+	n, err := newGossipNet(host, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = n.Shutdown() })
+	n.listen()
+	return n
+}
+
 // TestGossipNet sends a packet and a stream from one port to another: a packet
 // takes no more memory than it has bytes, and all bytes count on both sides.
 func TestGossipNet(t *testing.T) {
 	nets := make([]*gossipNet, 2)
 	for i := range nets {
-		n, err := newGossipNet("127.0.0.1", 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = n.Shutdown() })
-		nets[i] = n
+		nets[i] = listening(t, "127.0.0.1")
 	}
 	from, to := nets[0], nets[1]
 	addr := memberlist.Address{Addr: to.tcp.Addr().String()}
@@ -57,17 +64,9 @@ func TestGossipNet(t *testing.T) {
 
 // TestGossipNetEverywhere: without a host both families reach the node, and it them.
 func TestGossipNetEverywhere(t *testing.T) {
-	n, err := newGossipNet("", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = n.Shutdown() })
+	n := listening(t, "")
 	for _, host := range []string{"127.0.0.1", "::1"} {
-		other, err := newGossipNet(host, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = other.Shutdown() })
+		other := listening(t, host)
 		if _, err := other.WriteTo([]byte("there"), net.JoinHostPort(host, strconv.Itoa(n.port()))); err != nil {
 			t.Fatal(err)
 		}
@@ -86,10 +85,7 @@ func TestGossipNetEverywhere(t *testing.T) {
 
 // TestGossipNetStops ends a transport of which nobody takes what came.
 func TestGossipNetStops(t *testing.T) {
-	n, err := newGossipNet("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	n := listening(t, "127.0.0.1")
 	if _, err := n.WriteTo([]byte("to itself"), n.tcp.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
@@ -113,11 +109,7 @@ func TestGossipNetStops(t *testing.T) {
 // nor send any number of bytes, all of which memberlist would hold until it knows that
 // they are of no member.
 func TestGossipNetStrangers(t *testing.T) {
-	n, err := newGossipNet("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = n.Shutdown() })
+	n := listening(t, "127.0.0.1")
 	dial := func() net.Conn {
 		c, err := net.Dial("tcp", n.tcp.Addr().String())
 		if err != nil {

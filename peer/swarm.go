@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -64,9 +65,8 @@ type Swarm struct {
 	rng     *rand.Rand
 }
 
-// New makes a swarm and binds the data port, so that errors of the
-// configuration show at once; nothing runs before Run, which binds the gossip
-// port.
+// New makes a swarm and binds its ports, so that errors of the configuration show
+// at once; nothing runs before Run.
 func New(cfg Config) (*Swarm, error) {
 	cfg = cfg.withDefaults()
 	if err := checkKeys(cfg); err != nil {
@@ -98,7 +98,25 @@ func New(cfg Config) (*Swarm, error) {
 	if cfg.MaxUploadBytesPerSecond > 0 {
 		s.limiter = rate.NewLimiter(rate.Limit(cfg.MaxUploadBytesPerSecond), 4*chunkSize)
 	}
-	return s, s.identify()
+	if err := s.identify(); err != nil {
+		return nil, err
+	}
+	if s.gossip != nil {
+		if err := s.gossip.bind(); err != nil {
+			s.listener.Close()
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// noPort says what to do where the port that a key of the agent's configuration names
+// cannot be had.
+func noPort(key, addr string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("%s = %q: %w; is another agent running on this node? (`ss -ltunp` says who listens) Stop it, or set another %s", key, addr, err, key)
+	}
+	return fmt.Errorf("%s = %q: %w; set another %s", key, addr, err, key)
 }
 
 // identify makes this start's name, key and credentials, and binds the data
@@ -126,7 +144,7 @@ func (s *Swarm) identify() error {
 		}
 	}
 	if s.listener, err = s.cfg.Network.Listen(s.cfg.Data); err != nil {
-		return fmt.Errorf("listen for peers: %w", err)
+		return noPort("peer.data", s.cfg.Data, err)
 	}
 	s.self.Addr = s.listener.Addr().String()
 	s.roster.self = s.self.Name
@@ -173,7 +191,12 @@ func (s *Swarm) Run(ctx context.Context) error {
 }
 
 // Close releases what New bound, for a Swarm that was never run.
-func (s *Swarm) Close() error { return s.listener.Close() }
+func (s *Swarm) Close() error {
+	if s.gossip != nil {
+		_ = s.gossip.net.Shutdown() // never fails
+	}
+	return s.listener.Close()
+}
 
 // enter joins a caller's context with Run's.
 func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
