@@ -384,9 +384,13 @@ func TestFailedStarts(t *testing.T) {
 	}{
 		{"proxy port taken", func(c *Config) { c.Proxy.Listen = taken.Addr().String() }, []string{"proxy.listen", "address already in use", "another agent"}},
 		{"admin port taken", func(c *Config) { c.Admin.Listen = taken.Addr().String() }, []string{"admin.listen", "address already in use"}},
-		{"data port taken", func(c *Config) { c.Peer.Enabled, c.Peer.Data, c.Peer.Gossip = true, taken.Addr().String(), "127.0.0.1:0" },
+		{"data port taken", func(c *Config) {
+			c.Peer.Enabled, c.Peer.Data, c.Peer.Gossip = true, taken.Addr().String(), "127.0.0.1:0"
+		},
 			[]string{"peer.data", "address already in use", "another agent"}},
-		{"gossip port taken", func(c *Config) { c.Peer.Enabled, c.Peer.Gossip, c.Peer.Data = true, taken.Addr().String(), "127.0.0.1:0" },
+		{"gossip port taken", func(c *Config) {
+			c.Peer.Enabled, c.Peer.Gossip, c.Peer.Data = true, taken.Addr().String(), "127.0.0.1:0"
+		},
 			[]string{"peer.gossip", "address already in use", "another agent"}},
 		{"cache directory is a file", func(c *Config) { c.Cache.Dir = file }, []string{"cache.dir", file}},
 		{"cache directory below a file", func(c *Config) { c.Cache.Dir = file + "/cache" }, []string{"cache.dir", file}},

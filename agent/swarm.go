@@ -14,6 +14,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -30,7 +31,8 @@ import (
 // the registry, and the status API the members. A nil *swarm is a node alone.
 type swarm struct {
 	*peer.Swarm
-	agent *Agent
+	agent   *Agent
+	passing atomic.Int64 // bytes of memory promised to what passes through, see Through
 }
 
 // openSwarm makes the swarm, unless this node is to be alone. The proxy exists

@@ -160,6 +160,45 @@ func TestStormCostsOneCopy(t *testing.T) {
 	}
 }
 
+// TestNoRoomPullsFromPeers: a node whose disk has no room costs the registry no more than one
+// that has, not as the home of what it pulls either, and pulls when the registry is gone.
+func TestNoRoomPullsFromPeers(t *testing.T) {
+	nodes, reg, _, next := newCluster(t, 2)
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 8, Layers: []int64{9 << 20, 300 << 10, 5 << 10}})
+	reg.Put("team/app", img, "v1")
+	for range 2 {
+		c := next()
+		if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
+			t.Fatal(err)
+		}
+		nodes = append(nodes, start(t, c))
+	}
+	for _, node := range nodes {
+		node.awaitMembers(t, len(nodes))
+	}
+	full := nodes[2:]
+	var pulls sync.WaitGroup
+	for _, node := range nodes {
+		pulls.Go(func() { node.pull(t) })
+	}
+	pulls.Wait()
+	for d := range img.Blobs {
+		if got := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: d.String()}); got != 1 {
+			t.Errorf("the registry was asked %d times for %s", got, d)
+		}
+	}
+	nodes[0].settle(t)
+	reg.Down()
+	for _, node := range full {
+		if got := sources(node.pull(t)); got["peer"] < 9<<20 || got["upstream"] != 0 {
+			t.Errorf("a full node was served %v", got)
+		}
+		if got := node.swarm.passing.Load(); got != 0 {
+			t.Errorf("%d bytes are still promised", got)
+		}
+	}
+}
+
 // TestPathStormCostsNoMore: nodes whose runtime goes nowhere else once it has a manifest, as
 // CRI-O, have to know that the registry has each blob. It is asked once for all of them.
 func TestPathStormCostsNoMore(t *testing.T) {

@@ -91,7 +91,7 @@ func (s *Swarm) supersede(ctx context.Context, id blobID) error {
 // store has not said yet that it is right (Announce) or wrong (Void).
 func (s *Swarm) undecided(b *blob) bool {
 	b.mu.Lock()
-	fetching, complete := b.fill != nil, b.complete && !b.void
+	fetching, complete := b.keepsLocked(), b.complete && !b.void
 	b.mu.Unlock()
 	return fetching || complete && !s.index.holds(prefixOf(b.k))
 }

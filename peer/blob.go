@@ -92,6 +92,8 @@ type blob struct {
 
 	// This node's own fetch.
 	fill      Fill                    // while fetching
+	ahead     int64                   // Want.Ahead of the fetch
+	floor     int                     // with ahead: the piece that is wanted
 	stop      context.CancelCauseFunc // of the fetch
 	writing   int                     // pieces on their way into fill
 	complete  bool                    // the last fetch has brought all of it
@@ -318,18 +320,18 @@ func (b *blob) opened(l *link, o open) {
 }
 
 // adopt takes a blob's size from a member that the home vouches for and that
-// gives pieces, when the home does not know it. From anybody else it would be
-// hearsay.
+// gives pieces, when the home does not know it (a fill may not, of a blob whose
+// size an earlier one found out). From anybody else it would be hearsay.
 func (b *blob) adopt(l *link) {
 	b.mu.Lock()
 	f, nb := b.fill, b.nbrs[l.peer]
-	if b.size != 0 || f == nil || nb == nil || nb.n == 0 || !b.signers[l.peer] {
+	if f == nil || nb == nil || nb.n == 0 || nb.size == 0 || !b.signers[l.peer] || b.size != 0 && !b.fits(nb) {
 		b.mu.Unlock()
 		return
 	}
-	size := nb.size
+	size, known := nb.size, b.size != 0
 	b.mu.Unlock()
-	if size == 0 {
+	if known && f.Size() >= 0 {
 		return
 	}
 	switch err := b.fix(f, size); {
@@ -442,7 +444,7 @@ func (b *blob) busy(r *request, a answer) {
 	b.failed(r, false)
 	b.mu.Lock()
 	b.idle = append(b.idle[:0], r.nb)
-	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
+	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || !b.within(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
 		r.nb.notBefore(now.Add(wait))
 	}
 	b.mu.Unlock()
@@ -549,9 +551,11 @@ func (b *blob) gotLocked(i int) {
 	b.missing--
 	close(b.grownCh)
 	b.grownCh = make(chan struct{})
-	if b.sums[i] != nil {
+	switch {
+	case b.ahead > 0: // it is gone in a moment
+	case b.sums[i] != nil:
 		b.offerLocked(i)
-	} else {
+	default:
 		b.bare = append(b.bare, i)
 	}
 }
@@ -559,7 +563,7 @@ func (b *blob) gotLocked(i int) {
 // offerLocked makes a piece that is here and has a digest known to neighbours,
 // soon.
 func (b *blob) offerLocked(i int) {
-	if b.have.has(i) {
+	if b.have.has(i) || b.ahead > 0 {
 		return
 	}
 	b.have.set(i)

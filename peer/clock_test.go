@@ -21,7 +21,7 @@ func TestClockIsSet(t *testing.T) {
 		n := newTestWorld().node(t, "node-0")
 		l := fuzzLink(n.s, nil)
 		b := n.s.blob(blobID{key: key{1}})
-		if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil || !b.setSize(3<<20) {
+		if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil || !b.setSize(3<<20) {
 			t.Fatal(err)
 		}
 		whole := newBitmap(b.n)

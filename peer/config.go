@@ -146,6 +146,11 @@ type Want struct {
 	Attempt int
 	// Held: only what other nodes have counts. No home turns to upstream for it.
 	Held bool `json:",omitempty"`
+	// Ahead, if not 0, says that the fill keeps nothing: it takes pieces that begin less than
+	// so many bytes after the one that is wanted. Nobody is given any of it, this node is no
+	// home of it meanwhile, and turns to upstream for none; where others do not deliver,
+	// Fetch fails.
+	Ahead int64 `json:"-"`
 	// Node: the repository is one that nodes open with credentials of their own.
 	// A home that has none for it must say no.
 	Node bool

@@ -59,7 +59,7 @@ func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 // fetch is one attempt.
 func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	if err := b.begin(f, cancel); err != nil {
+	if err := b.begin(f, cancel, w.Ahead); err != nil {
 		cancel(nil)
 		return err
 	}
@@ -74,15 +74,18 @@ func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream)
 	cancel(nil)
 	tasks.Wait()
 	b.end(err)
-	if err == nil {
+	switch {
+	case err == nil && w.Ahead == 0:
 		s.spawn(b.settle)
+		return nil
+	case err == nil:
 		return nil
 	}
 	return fmt.Errorf("swarm %s: %w", w.Digest, err)
 }
 
 // begin makes f the fill of the blob.
-func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
+func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
@@ -92,6 +95,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc) error {
 		return errBehind
 	}
 	b.fill, b.stop, b.complete = f, stop, false
+	b.ahead, b.floor = ahead, 0
 	b.authority, b.rotten = false, false
 	b.failure = nil
 	b.begun = time.Now()
@@ -116,10 +120,14 @@ func (b *blob) end(err error) {
 			b.giveUpLocked(r)
 		}
 	}
-	b.fill, b.stop, b.lastUse, b.complete = nil, nil, time.Now(), err == nil
+	kept := b.ahead == 0
+	b.fill, b.stop, b.lastUse, b.complete = nil, nil, time.Now(), err == nil && kept
+	b.ahead, b.floor = 0, 0
 	b.mu.Unlock()
-	if err != nil {
+	if err != nil && kept {
 		b.fail(err)
+	}
+	if err != nil || !kept {
 		b.withdraw()
 	}
 	b.letGo()
@@ -191,7 +199,11 @@ func (b *blob) watch(ctx context.Context, f Fill) {
 func (b *blob) moveCursor(off int64) {
 	b.mu.Lock()
 	if b.size != 0 {
-		b.cursor = b.firstMissing(min(max(int(off/b.pieceSize), 0), b.n-1))
+		at := min(max(int(off/b.pieceSize), 0), b.n-1)
+		b.cursor = b.firstMissing(at)
+		if b.ahead > 0 {
+			b.floor = at
+		}
 	}
 	b.mu.Unlock()
 	b.poke()
@@ -274,6 +286,10 @@ func (x *fetch) step(ctx context.Context) error {
 		x.tried[name] = true
 	}
 	for m := x.next(x.tried); m != nil; m = x.next(x.tried) {
+		if m.Name == x.s.self.Name && x.w.Ahead > 0 {
+			x.tried[m.Name] = true // the next home gets it
+			continue
+		}
 		if m.Name == x.s.self.Name {
 			err := x.asHome(ctx)
 			if !errors.Is(err, errUnreached) {
@@ -308,10 +324,18 @@ func (x *fetch) step(ctx context.Context) error {
 	// Nobody else is left. A home that answered, but could not help, still
 	// keeps count of who goes upstream.
 	if !x.permit(ctx) {
-		return fmt.Errorf("%w: %w", ErrRefused, x.refused)
+		return x.refusal()
 	}
 	x.last = true
 	return x.asHome(ctx)
+}
+
+// refusal says that no home can get the blob, and why if one said so.
+func (x *fetch) refusal() error {
+	if x.refused == nil {
+		return ErrRefused
+	}
+	return fmt.Errorf("%w: %w", ErrRefused, x.refused)
 }
 
 // lastLeft is the last home that left the blob to others; nil if none did. All nodes come
@@ -359,7 +383,9 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 	if err := x.accept(ctx, m, l, reply); err != nil {
 		return err
 	}
-	x.help(ctx, min(reply.Help, maxBlobSize)) // whatever the home says
+	if x.w.Ahead == 0 {
+		x.help(ctx, min(reply.Help, maxBlobSize)) // whatever the home says
+	}
 	return nil
 }
 
@@ -369,6 +395,9 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	ask.Digest, ask.Registry, ask.Repository, ask.Manifest = x.w.Digest.String(), x.w.Registry, x.w.Repository, x.w.Manifest
 	ask.Attempt, ask.Size = x.w.Attempt, x.w.Size
 	ask.Authorization, ask.Node, ask.Have = x.w.Authorization, x.w.Node, x.b.held()
+	if x.w.Ahead > 0 {
+		ask.Have = 0 // for others
+	}
 	ask.Pass = !x.b.passFrom(m.Name, x.w.Registry)
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = !x.last && x.more(m.Name, x.tried), x.fetched()

@@ -47,6 +47,10 @@ func (b *blob) grant(l *link, w want) *upload {
 	case b.fresh > 0 && source:
 		u.spare, u.hinted = spareFresh, true
 	}
+	if w.passing { // what is given there is given no further
+		u.foreign, u.hinted, u.given = true, false, max(u.given, 1)
+		return u
+	}
 	if b.given[i] == 0 {
 		b.fresh--
 		delete(b.hinted, i)

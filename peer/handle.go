@@ -135,7 +135,7 @@ func (s *Swarm) denied(l *link, t frameType, a answer) {
 // the background.
 func (s *Swarm) seedFromStore(b *blob) error {
 	b.mu.Lock()
-	busy, rotten := b.scanning || b.fill != nil, b.rotten
+	busy, rotten := b.scanning || b.keepsLocked(), b.rotten
 	b.mu.Unlock()
 	switch {
 	case busy:

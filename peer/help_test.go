@@ -62,7 +62,7 @@ func TestWantsHelp(t *testing.T) {
 				b.moved(pace)
 			}
 		}
-		if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil {
+		if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil {
 			t.Fatal(err)
 		}
 		if !b.setSize(1 << 30) {

@@ -307,7 +307,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 		return (ask.More || ask.Peek) && b.barren(time.Now()) && !s.reaches(ask.Registry)
 	}
 	others := held && !ask.Stalled
-	if b.active() {
+	if b.keeps() {
 		switch {
 		case ask.Peek && !held && b.waits():
 			return errNothing
@@ -438,6 +438,15 @@ func (b *blob) active() bool {
 	defer b.mu.Unlock()
 	return b.fill != nil
 }
+
+// keeps reports whether the blob is being fetched and will be here.
+func (b *blob) keeps() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.keepsLocked()
+}
+
+func (b *blob) keepsLocked() bool { return b.fill != nil && b.ahead == 0 }
 
 func (b *blob) offered() int {
 	b.mu.Lock()

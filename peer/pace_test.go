@@ -22,7 +22,7 @@ func exchanging(t *testing.T, test func(x exchange)) {
 		s.cfg.PieceSize = PieceSize
 		x := exchange{s: s, b: s.blob(blobID{key: key{1}})}
 		x.f = newMemBlob(x.b.d)
-		if err := cmp.Or(x.f.SetSize(8*pacePiece), x.b.begin(x.f, func(error) {})); err != nil || !x.b.setSize(8*pacePiece) {
+		if err := cmp.Or(x.f.SetSize(8*pacePiece), x.b.begin(x.f, func(error) {}, 0)); err != nil || !x.b.setSize(8*pacePiece) {
 			t.Fatal(err)
 		}
 		test(x)
@@ -178,7 +178,7 @@ func TestAside(t *testing.T) {
 	exchanging(t, func(x exchange) {
 		own := x.s.blob(blobID{key: key{2}})
 		f := newMemBlob(own.d)
-		if err := cmp.Or(f.SetSize(8*pacePiece), own.begin(f, func(error) {})); err != nil || !own.setSize(8*pacePiece) {
+		if err := cmp.Or(f.SetSize(8*pacePiece), own.begin(f, func(error) {}, 0)); err != nil || !own.setSize(8*pacePiece) {
 			t.Fatal(err)
 		}
 		look := func(aside bool, when string) {

@@ -95,7 +95,7 @@ func (b *blob) flyLimit() int {
 // pumpUrgent asks for the pieces that a reader waits for, and a second time
 // when the first answer takes longer than such answers take.
 func (b *blob) pumpUrgent(now time.Time) {
-	for i, n := b.cursor, 0; i < b.n && n < urgentN; i++ { // what lies before the cursor is not urgent
+	for i, n := b.cursor, 0; i < b.n && n < urgentN && b.within(i); i++ { // what lies before the cursor is not urgent
 		if b.here.has(i) {
 			continue
 		}
@@ -134,6 +134,10 @@ func (b *blob) findCandidates(from int) (next int) {
 	c := b.candidates[:0]
 	for n := 0; from < b.n && n < window; from++ {
 		i := (b.cursor + from) % b.n
+		if !b.within(i) {
+			from = b.n
+			break
+		}
 		if b.here.has(i) {
 			continue
 		}
@@ -145,6 +149,11 @@ func (b *blob) findCandidates(from int) (next int) {
 	slices.SortFunc(c, func(a, z candidate) int { return cmp.Compare(a.rare, z.rare) })
 	b.candidates = c
 	return from
+}
+
+// within reports whether a piece may be asked for yet, see Want.Ahead.
+func (b *blob) within(i int) bool {
+	return b.ahead == 0 || i >= b.floor && int64(i-b.floor)*b.pieceSize < b.ahead
 }
 
 // askOne asks the neighbour that will likely deliver the piece first, except
@@ -172,7 +181,7 @@ func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 	r := &request{blob: b, nb: nb, piece: piece, size: int(size), sent: now}
 	r.moved.set(now)
 	_, known := b.proofLocked(piece)
-	if !nb.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known}) {
+	if !nb.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known, passing: b.ahead > 0}) {
 		return false
 	}
 	if nb.flying++; nb.flying == 1 {

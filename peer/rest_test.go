@@ -298,7 +298,7 @@ func TestSizeToldEarly(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	l := fuzzLink(n.s, nil)
 	b := n.s.blob(blobID{key: key{1}})
-	if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil {
+	if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil {
 		t.Fatal(err)
 	}
 	const size = 3 << 20
@@ -342,7 +342,7 @@ func TestWhoseSize(t *testing.T) {
 			n.kill() // nobody else writes to the log
 			l := fuzzLink(n.s, nil)
 			b := n.s.blob(blobID{key: key{1}})
-			if err := b.begin(tt.fill, func(error) {}); err != nil {
+			if err := b.begin(tt.fill, func(error) {}, 0); err != nil {
 				t.Fatal(err)
 			}
 			b.vouch([]string{l.peer})
@@ -368,7 +368,7 @@ func TestNoPieceBeforeTheSize(t *testing.T) {
 		f := newMemBlob(b.d)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		if err := b.begin(f, func(error) {}); err != nil {
+		if err := b.begin(f, func(error) {}, 0); err != nil {
 			t.Fatal(err)
 		}
 		go b.exchange(ctx, f)
@@ -461,7 +461,7 @@ func TestComing(t *testing.T) {
 			}
 		}
 		want(false, false, true, "nobody fetches it")
-		if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil {
+		if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil {
 			t.Fatal(err)
 		}
 		wait(t.Context(), stallFetch-time.Second)
@@ -608,7 +608,7 @@ func TestGoneAndLeft(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	l := fuzzLink(n.s, nil)
 	b := n.s.blob(blobID{key: key{1}})
-	if err := b.begin(newMemBlob(b.d), func(error) {}); err != nil || !b.setSize(3<<20) {
+	if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil || !b.setSize(3<<20) {
 		t.Fatal(err)
 	}
 	has := newBitmap(b.n)

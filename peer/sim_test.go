@@ -40,6 +40,7 @@ type sim struct {
 	stagger time.Duration // nodes start at random within it
 	killTop time.Duration // the home is killed then
 	seeded  bool          // one node, not the home, has the blob, and the registry is down
+	passing float64       // share of nodes without room, which keep nothing
 }
 
 const (
@@ -107,6 +108,7 @@ type simNode struct {
 	slow   bool
 	dies   bool
 	seeded bool
+	passes bool
 	once   sync.Once
 	took   time.Duration // of all blobs
 	done   sync.WaitGroup
@@ -253,12 +255,31 @@ func (b *simBlob) Chain(i int) (v [sha256.Size]byte, ok bool) {
 }
 func (b *simBlob) Close() error { return nil }
 
+// passedBlob is a simBlob on a node that keeps nothing, whose reader takes every byte as
+// it comes.
+type passedBlob struct{ *simBlob }
+
+const simAhead = 16 * simPiece
+
+func (b passedBlob) Has(int) bool                                 { return false }
+func (b passedBlob) Chain(int) (v [sha256.Size]byte, passed bool) { return v, false }
+
+func (b passedBlob) WritePiece(node string, i int, p []byte, from, to [sha256.Size]byte) error {
+	if off := int64(i) * simPiece; off >= b.Wanted()+simAhead {
+		return fmt.Errorf("piece at %d is too early, %d is wanted", off, b.Wanted())
+	}
+	return b.simBlob.WritePiece(node, i, p, from, to)
+}
+
 func (n *simNode) Lookup(d digest.Digest) (StoredBlob, bool) {
 	b, ok := n.blobs[d]
-	return b, ok
+	return b, ok && !n.passes
 }
 
 func (n *simNode) Fill(_ context.Context, w Want) error {
+	if n.passes {
+		return errors.New("no room")
+	}
 	n.start(w)
 	return nil
 }
@@ -290,8 +311,12 @@ func (n *simNode) start(w Want) {
 	b.once.Do(func() {
 		go func() {
 			defer n.done.Done()
+			f := Fill(b)
+			if n.passes {
+				f, w.Ahead = passedBlob{b}, simAhead
+			}
 			up := func(ctx context.Context, into Sink) error { return n.upstream(ctx, b, into) }
-			err := n.s.Fetch(context.Background(), w, b, up)
+			err := n.s.Fetch(context.Background(), w, f, up)
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			n.err = errors.Join(n.err, err)
@@ -382,7 +407,7 @@ func (w *simWorld) plant() {
 		}
 		n.done.Done()
 	}
-	n.seeded = true
+	n.seeded, n.passes = true, false
 }
 
 func (w *simWorld) node(t *testing.T, i int) *simNode {
@@ -396,6 +421,7 @@ func (w *simWorld) node(t *testing.T, i int) *simNode {
 		rate /= 10
 	}
 	n.dies = w.rng.Float64() < w.die
+	n.passes = w.passing > 0 && w.rng.Float64() < w.passing // what was drawn before is not to change
 	n.host = w.net.host(fmt.Sprintf("10.0.%d.%d:1", i>>8, i&255), rate, rate)
 	s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Zone: fmt.Sprint("z", i%max(w.zones, 1)), Home: !n.slow,
 		Store: n, Origin: n, Network: n.host, Seed: w.seed,
@@ -546,6 +572,8 @@ func TestStormOfTroubles(t *testing.T) {
 		{"home killed", func(c *sim) { c.killTop = time.Second }, 2, 1.2},
 		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
 		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
+		{"30 % keep nothing", func(c *sim) { c.passing = 0.3 }, 3, 1.02},
+		{"30 % keep nothing, one seed", func(c *sim) { c.passing, c.seeded = 0.3, true }, 3, 0},
 		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}
 	for _, c := range cases {

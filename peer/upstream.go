@@ -175,6 +175,9 @@ func (b *blob) goesUp(yes bool) {
 
 // ownFetch goes upstream beside the home, if a home permits it or none answers.
 func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
+	if x.w.Ahead > 0 {
+		return ErrStalled
+	}
 	if x.permit(ctx) {
 		x.s.log.Info("swarm stalls, fetching from upstream", "digest", x.w.Digest)
 		if err := x.upstream(ctx); !errors.Is(err, errUnreached) {
@@ -189,7 +192,7 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 }
 
 func (x *fetch) permit(ctx context.Context) bool {
-	if x.w.Held {
+	if x.w.Held || x.w.Ahead > 0 {
 		return false
 	}
 	asked := make(map[string]bool)

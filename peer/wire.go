@@ -282,12 +282,13 @@ func runsOf(pieces []int) []run {
 }
 
 // want asks for one piece. needDigest asks for the signed batch that holds its
-// digest, to be sent ahead of the bytes.
+// digest, to be sent ahead of the bytes. Who is passing gives it to nobody else.
 type want struct {
 	id         uint32
 	blob       blobID
 	piece      uint32
 	needDigest bool
+	passing    bool
 }
 
 func (w want) append(b []byte) []byte {
@@ -295,14 +296,15 @@ func (w want) append(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, w.id)
 		b = w.blob.append(b)
 		b = binary.BigEndian.AppendUint32(b, w.piece)
-		return append(b, flag(w.needDigest, 1))
+		return append(b, flag(w.needDigest, 1)|flag(w.passing, 2))
 	})
 }
 
 func parseWant(p []byte) (want, error) {
 	c := cursor{b: p}
 	w := want{id: c.u32(), blob: c.blob(), piece: c.u32()}
-	w.needDigest = c.u8()&1 != 0
+	flags := c.u8()
+	w.needDigest, w.passing = flags&1 != 0, flags&2 != 0
 	if w.piece >= maxPieces {
 		return want{}, errWire
 	}

@@ -59,15 +59,23 @@ func resume(v [sha256.Size]byte, off int64) hash.Hash {
 	return h
 }
 
-// follow reports whether p, all of piece i, leads from the one value to the
-// other; of the last piece, from the one to the blob's digest.
-func (f *fill) follow(i int, p []byte, l link) bool {
-	h := resume(l.from, int64(i)*PieceSize(f.Size()))
-	h.Write(p)
-	if i == f.Pieces()-1 {
-		return digest.NewDigest(digest.SHA256, h) == f.digest
+// CheckPiece returns nil if p, all of piece i of a blob of that size, leads SHA-256 from
+// the one chaining value to the other; of the last piece, from the one to the blob's
+// digest. Else the error is ErrLink.
+func CheckPiece(d digest.Digest, size int64, i int, p []byte, from, to [sha256.Size]byte) error {
+	off := int64(i) * PieceSize(size)
+	left := size - off
+	if d.Algorithm() != digest.SHA256 || i < 0 || left <= 0 || int64(len(p)) != min(left, PieceSize(size)) {
+		return fmt.Errorf("%d bytes for piece %d of %s: %w", len(p), i, d, ErrLink)
 	}
-	return chainValue(h) == l.to
+	h := resume(from, off)
+	h.Write(p)
+	follows := int64(len(p)) == left && digest.NewDigest(digest.SHA256, h) == d ||
+		int64(len(p)) < left && chainValue(h) == to
+	if !follows {
+		return fmt.Errorf("piece %d of %s: %w", i, d, ErrLink)
+	}
+	return nil
 }
 
 // WritePiece writes all of piece i, which need not be trusted: from and to are
@@ -79,16 +87,13 @@ func (f *fill) follow(i int, p []byte, l link) bool {
 // when its turn comes. Otherwise it is like WriteAt.
 func (w *Writer) WritePiece(i int, p []byte, from, to [sha256.Size]byte) error {
 	f := w.fill
-	switch n := f.Pieces(); {
-	case n == 0:
+	if f.Pieces() == 0 {
 		return fmt.Errorf("write %s before its size is known: %w", f.digest, errGap)
-	case f.digest.Algorithm() != digest.SHA256 || i < 0 || i >= n || int64(len(p)) != f.pieceLength(i):
-		return fmt.Errorf("%d bytes for piece %d of %s: %w", len(p), i, f.digest, ErrLink)
+	}
+	if err := CheckPiece(f.digest, f.Size(), i, p, from, to); err != nil {
+		return err
 	}
 	l := link{from, to}
-	if !f.follow(i, p, l) {
-		return fmt.Errorf("piece %d of %s: %w", i, f.digest, ErrLink)
-	}
 	off := int64(i) * f.PieceSize()
 	for len(p) > 0 { // more than once only if another writer was at it
 		n, err := f.writePiece(p, off, w.origin, &l)

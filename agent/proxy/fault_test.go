@@ -330,6 +330,48 @@ func TestNoRoomAsksOnce(t *testing.T) {
 	}
 }
 
+// TestNoRoomFromPeers: what passes the cache by comes from other nodes, and the rest from the
+// registry where those break off. No runtime can finish what they got wrong.
+func TestNoRoomFromPeers(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		swarm  func(right []byte) io.Reader // nil: nobody has it
+		source string
+		gets   int
+		short  bool
+	}{
+		{name: "all of it", swarm: func(b []byte) io.Reader { return bytes.NewReader(b) }, source: "peer"},
+		{name: "a part", swarm: func(b []byte) io.Reader { return bytes.NewReader(b[:1_000_000]) }, source: "peer", gets: 1},
+		{name: "not the end", swarm: func(b []byte) io.Reader { return bytes.NewReader(b[:len(b)-100]) }, source: "peer", gets: 1},
+		{name: "nothing", source: "upstream", gets: 1},
+		{name: "wrong bytes", swarm: func(b []byte) io.Reader { return bytes.NewReader(make([]byte, len(b))) }, source: "peer", short: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			swarm := &swarmFunc{}
+			n := startNode(t, func(s *setup) { s.cache.MaxBytes, s.proxy.Swarm = cache.Bytes(1), swarm })
+			img := n.image(3_000_000)
+			d := img.Layers[0].Digest
+			right := bytesOf(t, img, d)
+			n.get(manifestPath(img.Digest.String())) // tells the size
+			if tt.swarm != nil {
+				swarm.through = func(off int64) (io.ReadCloser, int64, error) {
+					return io.NopCloser(tt.swarm(right[off:])), int64(len(right)), nil
+				}
+			}
+			a := n.get(blobPath(d))
+			if got := a.header.Get(headerSource); a.status != 200 || got != tt.source {
+				t.Errorf("status %d from %q, want it from %q", a.status, got, tt.source)
+			}
+			if short := len(a.body) < len(right) && errors.Is(a.err, io.ErrUnexpectedEOF); short != tt.short || !short && !bytes.Equal(a.body, right) {
+				t.Errorf("%d of %d bytes, %v", len(a.body), len(right), a.err)
+			}
+			if got := n.registry.Count(registrytest.Match{Reference: d.String(), Method: "GET"}); got != tt.gets {
+				t.Errorf("%d GETs, want %d", got, tt.gets)
+			}
+		})
+	}
+}
+
 // TestNoRoomWaitsForNoByteForEver: what passes the cache by keeps to the same deadlines.
 func TestNoRoomWaitsForNoByteForEver(t *testing.T) {
 	n := startNode(t, func(s *setup) {

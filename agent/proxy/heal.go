@@ -73,16 +73,16 @@ func (h *healer) retry() (content, error) {
 	return h.p.openProven(h.x, h.p.open)
 }
 
-// pass streams past the cache. Where the size is known, the registry is asked for
-// nothing but what is sent.
+// pass streams past the cache. Where the size is known, and other nodes are not asked,
+// the registry is asked for nothing but what is sent.
 func (h *healer) pass(off int64) (content, error) {
 	x, t, d := h.x, h.x.access.target, h.x.route.digest
 	h.p.log.Debug("passing through", "digest", d, "registry", t.Registry)
-	s := &stream{upstream: h.p.upstream, target: t, digest: d, total: cmp.Or(x.sizeToSend(), h.p.Listed(t, d))}
+	s := &stream{swarm: h.p.swarm, upstream: h.p.upstream, target: t, digest: d, total: cmp.Or(x.sizeToSend(), h.p.Listed(t, d))}
 	s.whole = func() { h.p.cache.Meta().AddGiver(d, t.Registry) }
 	s.ctx, s.cancel = context.WithCancelCause(x.ctx)
 	s.reposition(off)
-	if s.total == 0 {
+	if s.total == 0 || s.swarm != nil {
 		if err := s.open(); err != nil {
 			s.cancel(nil)
 			return nil, err

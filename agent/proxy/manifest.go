@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -170,12 +171,40 @@ func readAll(ctx context.Context, d digest.Digest, open func() (content, error))
 	return manifest{desc: ocispec.Descriptor{Digest: d, Size: c.size()}, body: body, from: c.source()}, err
 }
 
+// passManifest gets a manifest that the cache cannot take.
 func (p *Proxy) passManifest(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
+	if p.swarm != nil {
+		m, err := p.manifestThrough(ctx, t, d)
+		if err == nil || ctx.Err() != nil {
+			return m, err
+		}
+		p.log.Debug("no manifest from other nodes", "digest", d, "registry", t.Registry, "err", err)
+	}
 	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
 	if err == nil {
 		p.cache.Meta().AddGiver(d, t.Registry)
 	}
 	return manifest{desc: desc, body: body, from: sourceUpstream}, err
+}
+
+func (p *Proxy) manifestThrough(ctx context.Context, t upstream.Target, d digest.Digest) (manifest, error) {
+	r, size, err := p.swarm.Through(ctx, t, KindManifest, d, 0)
+	if err != nil {
+		return manifest{}, err
+	}
+	defer func() { _ = r.Close() }() // was only read
+	if size > maxManifest {
+		return manifest{}, fmt.Errorf("manifest of %d bytes", size)
+	}
+	body := make([]byte, size)
+	if _, err := io.ReadFull(r, body); err != nil {
+		return manifest{}, err
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return manifest{}, cache.ErrDigestMismatch
+	}
+	p.cache.Meta().AddGiver(d, t.Registry)
+	return manifest{desc: ocispec.Descriptor{Digest: d, Size: size}, body: body, from: sourcePeer}, nil
 }
 
 // readSmall reads all of a manifest. A blob that is too large to be one is

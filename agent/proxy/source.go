@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"time"
 
@@ -25,6 +26,10 @@ type Swarm interface {
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
 	// FetchHeld is Fetch from other nodes alone: this one does not turn to the registry.
 	FetchHeld(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
+	// Through is a blob from the byte at off on, from other nodes, for one that has no room
+	// for it. It returns once the first byte is here; that ends with ctx. Whether all of it
+	// is right is the caller's to check.
+	Through(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, off int64) (body io.ReadCloser, size int64, err error)
 	// Resolve asks the home of the repository, which collapses and caches. It returns a
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)

@@ -25,12 +25,13 @@ const (
 	streamBackoff = 250 * time.Millisecond
 )
 
-// stream is a blob straight from upstream, kept nowhere: for a node whose disk
-// has no room. Read from 0 to the end it is verified, and its tail held back
-// until then; from anywhere else only the runtime can verify it.
+// stream is a blob from other nodes, else straight from upstream, kept nowhere: for a
+// node whose disk has no room. Read from 0 to the end it is verified, and its tail held
+// back until then; from anywhere else only the runtime can verify it.
 type stream struct {
 	ctx      context.Context // of all requests; ends with cancel
 	cancel   context.CancelCauseFunc
+	swarm    Swarm // nil: not, or no longer, from other nodes
 	upstream *upstream.Client
 	target   upstream.Target
 	digest   digest.Digest
@@ -38,13 +39,19 @@ type stream struct {
 	whole    func() // called when all of it came and was right
 
 	body     io.ReadCloser // nil: to be opened at next
+	peers    bool          // body is from other nodes
 	next     int64         // offset of the next byte of body
 	verifier digest.Verifier
 	buf      []byte // read and not yet taken; it ends at next
 	room     []byte // backs buf
 }
 
-func (s *stream) source() source                        { return sourceUpstream }
+func (s *stream) source() source {
+	if s.peers {
+		return sourcePeer
+	}
+	return sourceUpstream
+}
 func (s *stream) size() int64                           { return s.total }
 func (s *stream) extent(int64) (*os.File, int64, error) { return nil, 0, nil }
 
@@ -57,9 +64,9 @@ func (s *stream) reposition(off int64) {
 	}
 }
 
-// open asks upstream for the blob from next on.
+// open asks for the blob from next on.
 func (s *stream) open() error {
-	body, size, err := s.upstream.Blob(s.ctx, s.target, s.digest, s.next)
+	body, size, err := s.ask()
 	if err != nil {
 		return err
 	}
@@ -69,6 +76,26 @@ func (s *stream) open() error {
 	}
 	s.body, s.total = body, size
 	return nil
+}
+
+// ask asks other nodes once, and upstream if they have not got it, or no more of it.
+func (s *stream) ask() (body io.ReadCloser, size int64, err error) {
+	if s.swarm != nil {
+		body, size, err = s.swarm.Through(s.ctx, s.target, KindBlob, s.digest, s.next)
+		if s.peers = err == nil; s.peers || s.ctx.Err() != nil {
+			return body, size, err
+		}
+		s.swarm = nil
+	}
+	return s.upstream.Blob(s.ctx, s.target, s.digest, s.next)
+}
+
+// broke closes the body, which failed, for another one from the same offset on.
+func (s *stream) broke() {
+	s.drop()
+	if s.peers {
+		s.swarm, s.peers = nil, false
+	}
 }
 
 // ready waits until a byte at off may be shown. If ctx ends before, so does the stream.
@@ -137,7 +164,7 @@ func (s *stream) readSome(end int64) error {
 	if err == nil || errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
-	s.drop()
+	s.broke()
 	return fmt.Errorf("stream %s: %w", s.digest, err)
 }
 
@@ -145,7 +172,7 @@ func (s *stream) readTail() error {
 	s.grow(heldTail)
 	tail := s.room[:s.total-s.next]
 	if _, err := io.ReadFull(s.body, tail); err != nil {
-		s.drop() // and read it again from s.next
+		s.broke() // and read it again from s.next
 		return fmt.Errorf("stream %s: %w", s.digest, err)
 	}
 	s.take(tail)

@@ -23,6 +23,7 @@ var errNoSwarm = errors.New("nobody there")
 // swarmFunc is a swarm of functions; without one nobody has anything.
 type swarmFunc struct {
 	fetch   func(context.Context, *cache.Fill) error // blobs, and manifests with small
+	through func(off int64) (io.ReadCloser, int64, error)
 	small   bool
 	resolve func(tag string) (ocispec.Descriptor, error)
 	may     func(upstream.Target, Question) error
@@ -39,6 +40,13 @@ func (s *swarmFunc) Fetch(ctx context.Context, _ upstream.Target, kind Kind, f *
 		return errNoSwarm
 	}
 	return s.fetch(ctx, f)
+}
+
+func (s *swarmFunc) Through(_ context.Context, _ upstream.Target, _ Kind, _ digest.Digest, off int64) (io.ReadCloser, int64, error) {
+	if s.through == nil {
+		return nil, 0, errNoSwarm
+	}
+	return s.through(off)
 }
 
 func (s *swarmFunc) Resolve(_ context.Context, _ upstream.Target, tag string, _ []string) (ocispec.Descriptor, error) {
