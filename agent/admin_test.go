@@ -141,6 +141,36 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// TestNothingIsKept: a disk that others have filled shows in the status of a node that is
+// as ready as ever, and as long as anything may be evicted does not.
+func TestNothingIsKept(t *testing.T) {
+	const gib = 1 << 30
+	for name, tt := range map[string]struct {
+		stats cache.Stats
+		want  string
+	}{
+		"room":                {stats: cache.Stats{Free: 30 * gib, MinFree: 20 * gib}},
+		"less than min_free":  {stats: cache.Stats{Free: 15 * gib, MinFree: 20 * gib}, want: "min_free keeps 20.0 GiB free, and the disk has 15.0 GiB"},
+		"to be evicted":       {stats: cache.Stats{Free: 15 * gib, MinFree: 20 * gib, Bytes: 6 * gib}},
+		"on its way":          {stats: cache.Stats{Free: 15 * gib, MinFree: 20 * gib, Bytes: 6 * gib, Reserved: 6 * gib}},
+		"too little to evict": {stats: cache.Stats{Free: 15 * gib, MinFree: 20 * gib, Bytes: 4 * gib}, want: "cache.min_free"},
+		"pinned":              {stats: cache.Stats{Free: 15 * gib, MinFree: 20 * gib, Bytes: 9 * gib, Pinned: 8 * gib}, want: "cache.min_free"},
+		"full":                {want: "the disk is full"},
+		"not known":           {stats: cache.Stats{Free: -1, MinFree: 20 * gib}},
+	} {
+		if got := cacheProblem(tt.stats); !strings.Contains(got, tt.want) || (got == "") != (tt.want == "") {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+	c := testConfig(t)
+	if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
+		t.Fatal(err)
+	}
+	if s := start(t, c).Status(); !s.Ready || !strings.HasPrefix(s.Cache.Problem, "keeps nothing new: cache.min_free") {
+		t.Errorf("ready: %t, %+v", s.Ready, s.Cache)
+	}
+}
+
 func TestExplain(t *testing.T) {
 	c := testConfig(t)
 	reg, img := startRegistry(t, &c)

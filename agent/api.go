@@ -63,6 +63,8 @@ type CacheStatus struct {
 	Limit   int64  `json:"limit_bytes"`    // 0 = none
 	Free    int64  `json:"free_bytes"`     // -1 = unknown
 	MinFree int64  `json:"min_free_bytes"` // 0 = none
+	// Problem says why nothing that is pulled is kept, and what to do.
+	Problem string `json:"problem,omitempty"`
 }
 
 // FillStatus is one blob that is being fetched.

@@ -23,7 +23,7 @@ func (a *Agent) Status() Status {
 		Ready: allOK(checks), Checks: checks,
 		Cache: CacheStatus{
 			Dir: a.config.Cache.Dir, Blobs: stats.Blobs, Bytes: stats.Bytes,
-			Limit: stats.Limit, Free: stats.Free, MinFree: stats.MinFree,
+			Limit: stats.Limit, Free: stats.Free, MinFree: stats.MinFree, Problem: cacheProblem(stats),
 		},
 		Pins:      a.pinsStatus(),
 		Replicas:  a.replicas.status(),
@@ -42,6 +42,19 @@ func (a *Agent) Status() Status {
 		Recent:    a.recent.all(a.cache.Meta().Fetched),
 		Doctor:    a.doctorStatus(),
 	}
+}
+
+// cacheProblem says that the cache keeps nothing new, "" if it may. What fills have set
+// aside counts as what may go: it does once they are whole.
+func cacheProblem(s cache.Stats) string {
+	switch {
+	case s.Free < 0 || s.Free+s.Bytes-s.Pinned > s.MinFree:
+		return ""
+	case s.MinFree == 0:
+		return "keeps nothing new: the disk is full; free some of it"
+	}
+	return fmt.Sprintf("keeps nothing new: cache.min_free keeps %s free, and the disk has %s; free more of it, or lower cache.min_free",
+		SizeText(s.MinFree), SizeText(s.Free))
 }
 
 // nodeName is peer.name, or the name of the host.

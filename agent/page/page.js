@@ -287,6 +287,7 @@ const showHeader = s => {
 
 const showProblems = s => {
   const problems = s.checks.filter(c => !c.ok).map(c => ({severity: "error", title: `Not ready (${c.name})`, what: c.reason}));
+  if (s.cache.problem) problems.push({severity: "warning", title: "Cache", what: s.cache.problem});
   if (s.runtime.problem) problems.push({severity: "warning", title: "Runtime's store", what: s.runtime.problem});
   if (s.pins.problem) problems.push({severity: "error", title: "Pins", what: s.pins.problem});
   for (const p of s.pins.trouble) problems.push({severity: p.state === "missing" ? "error" : "warning", title: `Pinned, ${p.state}`, what: p.image, where: p.error});
@@ -435,7 +436,7 @@ const showStorage = s => {
     {term: "Holds", bytes: c.bytes, text: `${limit ? `of ${size(limit)} ` : ""}in ${plural(c.blobs, "blob")}`},
     s.pins.images > 0 && {term: "Pinned", bytes: s.pins.bytes, text: `${s.pins.limit_bytes ? `of ${size(s.pins.limit_bytes)} ` : ""}in ${plural(s.pins.images, "image")}${pinsNotHeld(s.pins.states)}`, bad: s.pins.states.missing > 0},
     s.replicas.wanted > 1 && s.members.length > 1 && {term: "Replicas", text: s.replicas.lacking ? `${s.replicas.lacking.toLocaleString("en")} blobs and tags are on fewer than ${s.replicas.wanted} nodes${s.replicas.stuck ? `, ${s.replicas.stuck.toLocaleString("en")} of them private or of an unknown image` : ""}${s.replicas.problem ? `: ${s.replicas.problem}` : ""}` : `what is here is on ${s.replicas.wanted} nodes or more`},
-    {term: "Disk", text: `${c.free_bytes < 0 ? "cannot be read" : `${size(c.free_bytes)} free`}${c.min_free_bytes ? `, ${size(c.min_free_bytes)} stay free` : ""}`, bad: c.free_bytes < 0},
+    {term: "Disk", text: `${c.free_bytes < 0 ? "cannot be read" : `${size(c.free_bytes)} free`}${c.min_free_bytes ? `, ${size(c.min_free_bytes)} stay free` : ""}`, bad: c.free_bytes < 0 || c.problem},
     {term: "Directory", text: c.dir},
     s.runtime.content_dir && {term: "Runtime's store", text: `${size(s.runtime.bytes)} in ${plural(s.runtime.blobs, "blob")}`},
     s.members.length > 0 && {term: "Index", text: `${s.index.blobs.toLocaleString("en")} blobs and tags on other nodes; ${s.index.held.toLocaleString("en")} told to them`},

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -566,4 +568,51 @@ func sizeLieOutlivesNoFill(t *testing.T, size int64) {
 	if !n.cache.Has(d) {
 		t.Error("the blob never comes into the cache")
 	}
+}
+
+// TestNoRoomIsSaid: pulls go on as ever where the cache keeps nothing, so that the log has
+// to say so; once an hour, and not of what is no matter of the disk.
+func TestNoRoomIsSaid(t *testing.T) {
+	var said syncBuffer
+	n := startNode(t, func(s *setup) {
+		s.cache.MaxBytes = cache.Bytes(1)
+		s.proxy.Logger = slog.New(slog.NewTextHandler(&said, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	})
+	img := n.image(3_000_000, 1000)
+	d := img.Layers[0].Digest
+	n.proxy.sayUnkept(n.target(), d, fmt.Errorf("%w: %w", cache.ErrNoRoom, cache.ErrForeign))
+	for i, want := range []int{1, 1, 2} {
+		if i == 2 {
+			n.proxy.saidUnkept.Store(new(time.Now().Add(-unkeptEvery)))
+		}
+		for _, path := range []string{manifestPath(img.Digest.String()), blobPath(d), blobPath(img.Layers[1].Digest)} {
+			if a := n.get(path); a.status != 200 || a.err != nil {
+				t.Fatalf("status %d, %v", a.status, a.err)
+			}
+		}
+		if got := strings.Count(said.String(), "passed through and not kept"); got != want {
+			t.Errorf("pull %d: said %d times, want %d:\n%s", i, got, want, said.String())
+		}
+	}
+	if !strings.Contains(said.String(), "max_bytes=1 ") {
+		t.Errorf("nothing about the limit:\n%s", said.String())
+	}
+}
+
+// syncBuffer is a log that several goroutines write.
+type syncBuffer struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }

@@ -6,7 +6,10 @@ import (
 	"errors"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // healer finds another place for a blob when the one it came from fails.
@@ -44,6 +47,7 @@ func (h *healer) next(err error, off int64) (content, error) {
 		case wrongBytes(err) && h.x.sent.Load() > 0:
 			return nil, err
 		case errors.Is(err, cache.ErrNoRoom):
+			h.p.sayUnkept(h.x.access.target, h.x.route.digest, err)
 			c, err = h.pass(off)
 		case !h.again && notOurs(err):
 			h.again = true
@@ -71,6 +75,25 @@ func (h *healer) retry() (content, error) {
 	}
 	h.tries++
 	return h.p.openProven(h.x, h.p.open)
+}
+
+// unkeptEvery is how often the log says that there is no room.
+const unkeptEvery = time.Hour
+
+// sayUnkept tells an operator that this node's disk takes no blobs: pulls go on as ever,
+// from other nodes or the registry, and what nobody else has costs the registry what it
+// would without a cache.
+func (p *Proxy) sayUnkept(t upstream.Target, d digest.Digest, err error) {
+	if errors.Is(err, cache.ErrForeign) || errors.Is(err, cache.ErrInvalidDigest) {
+		return // of which the disk knows nothing
+	}
+	now, last := time.Now(), p.saidUnkept.Load()
+	if last != nil && now.Sub(*last) < unkeptEvery || !p.saidUnkept.CompareAndSwap(last, &now) {
+		return
+	}
+	s := p.cache.Stats()
+	p.log.Warn("no room in the cache: a blob is passed through and not kept", "digest", d, "registry", t.Registry,
+		"free", s.Free, "min_free", s.MinFree, "max_bytes", s.Limit, "err", err)
 }
 
 // pass streams past the cache. Where the size is known, and other nodes are not asked,

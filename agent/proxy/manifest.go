@@ -153,6 +153,7 @@ func (p *Proxy) readManifest(ctx context.Context, t upstream.Target, d digest.Di
 		m, err = readAll(ctx, d, func() (content, error) { return p.openCache(ctx, t, d, KindManifest) })
 	}
 	if errors.Is(err, cache.ErrNoRoom) {
+		p.sayUnkept(t, d, err)
 		return p.passManifest(ctx, t, d)
 	}
 	return m, err

@@ -139,8 +139,9 @@ type Proxy struct {
 	pages       *recent[pageKey, upstream.Page] // tags and referrers, for when upstream is down
 	canaries    *recent[string, Canary]
 
-	answers atomic.Int64           // headers sent, ever
-	server  atomic.Pointer[server] // nil unless listening
+	answers    atomic.Int64              // headers sent, ever
+	server     atomic.Pointer[server]    // nil unless listening
+	saidUnkept atomic.Pointer[time.Time] // when the log said that there is no room; nil: never
 
 	mu        sync.Mutex             // guards exchanges
 	exchanges map[*exchange]struct{} // under way

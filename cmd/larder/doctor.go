@@ -138,6 +138,11 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 			d.find(hostsconfig.Finding{ID: "agent-not-ready", Severity: hostsconfig.Broken, What: fmt.Sprintf("The agent is not ready: %s: %s.", c.Name, c.Reason)})
 		}
 	}
+	if s.Cache.Problem != "" {
+		d.find(hostsconfig.Finding{ID: "cache-no-room", Severity: hostsconfig.Degraded, Where: s.Cache.Dir,
+			What: "The cache " + s.Cache.Problem + ". Pulls cost the registry what they would without it.",
+			Fix:  "df -h " + s.Cache.Dir + "   # what is left; see cache.min_free"})
+	}
 	own := d.config.Hosts
 	if s.Hosts.Containerd == "" && s.Hosts.CRIO == "" && own.Containerd+own.CRIO != "" { // else it is found below
 		d.find(hostsconfig.Finding{ID: "hosts-not-managed", Severity: hostsconfig.Broken, What: "The agent manages no runtime's configuration, although this command's names one.",

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -161,6 +162,27 @@ func TestDoctor(t *testing.T) {
 				t.Errorf("--json: exit %d: %v\n%s", code, err, out)
 			}
 		})
+	}
+}
+
+// TestNoRoomIsFound: the status says it, and the doctor finds it.
+func TestNoRoomIsFound(t *testing.T) {
+	s := agent.Status{Cache: agent.CacheStatus{Dir: "/var/lib/larder", Problem: "keeps nothing new: the disk is full"}}
+	admin := standIn(t, s)
+	code, out, errs := larder(t, "status", "--admin", admin)
+	if code != 0 || errs != "" || !strings.Contains(out, "free on /var/lib/larder; keeps nothing new: the disk is full\n") {
+		t.Errorf("status: exit %d: %s\n%s", code, errs, out)
+	}
+	_, out, _ = larder(t, "doctor", "--json", "--skip-canary", "--root", nodeRoot(t), "--admin", admin)
+	var report doctorReport
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		t.Fatal(err)
+	}
+	found := func(f hostsconfig.Finding) bool {
+		return f.ID == "cache-no-room" && f.Severity == hostsconfig.Degraded && strings.Contains(f.Fix, "df -h /var/lib/larder ")
+	}
+	if !slices.ContainsFunc(report.Findings, found) {
+		t.Errorf("doctor: %+v", report.Findings)
 	}
 }
 

@@ -58,7 +58,7 @@ func printStatus(w io.Writer, s agent.Status, now time.Time) {
 	facts := &table{header: []string{"", ""}}
 	facts.row("proxy", s.Proxy)
 	facts.row("started", ago(s.Started, now))
-	facts.row("cache", cacheLine(s.Cache))
+	facts.row("cache", cacheLine(st, s.Cache))
 	if s.Pins.Images > 0 {
 		facts.row("pins", pinsLine(st, s.Pins))
 	}
@@ -92,12 +92,16 @@ func readiness(st style, s agent.Status) string {
 	return st.bad("not ready")
 }
 
-func cacheLine(c agent.CacheStatus) string {
+func cacheLine(st style, c agent.CacheStatus) string {
 	line := fmt.Sprintf("%s in %d blobs", size(c.Bytes), c.Blobs)
 	if c.Limit > 0 {
 		line += " of at most " + size(c.Limit)
 	}
-	return fmt.Sprintf("%s; %s free on %s", line, size(c.Free), c.Dir)
+	line = fmt.Sprintf("%s; %s free on %s", line, size(c.Free), c.Dir)
+	if c.Problem != "" {
+		line += "; " + st.bad(c.Problem)
+	}
+	return line
 }
 
 // replicasLine says what would be lost with this node.
