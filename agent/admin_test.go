@@ -324,6 +324,32 @@ func TestWarmSaysWhy(t *testing.T) {
 	}
 }
 
+// TestWarmIsKept: an image that only passed through is not warm, and neither is one whose
+// first half went for its second.
+func TestWarmIsKept(t *testing.T) {
+	for name, tt := range map[string]struct {
+		maxBytes, minFree string
+		want              string
+	}{
+		"no room on the disk": {maxBytes: "0", minFree: "99.999%", want: " are not kept: the cache keeps nothing new: cache.min_free keeps"},
+		"no room for a layer": {maxBytes: "200KiB", minFree: "0", want: "fetched, but 301.5 KiB of 309.0 KiB are not kept"},
+		"no room for both":    {maxBytes: "303KiB", minFree: "0", want: " are not kept: there was no room for them"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := testConfig(t)
+			startRegistry(t, &c)
+			if err := errors.Join(c.Cache.MaxBytes.UnmarshalText([]byte(tt.maxBytes)), c.Cache.MinFree.UnmarshalText([]byte(tt.minFree))); err != nil {
+				t.Fatal(err)
+			}
+			a := start(t, c)
+			code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"], "platform": "linux/amd64"}`, "Content-Type", "application/json")
+			if code != 200 || !strings.Contains(answer, tt.want) {
+				t.Errorf("%d %s", code, answer)
+			}
+		})
+	}
+}
+
 func TestCanary(t *testing.T) {
 	a := start(t, testConfig(t))
 	seen := func() (c Canary) {

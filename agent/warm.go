@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"strings"
 
 	"github.com/larder-cache/larder/agent/upstream"
@@ -12,10 +13,39 @@ import (
 func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *eventStream) WarmEvent {
 	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform}
 	out.follow(&puller, name)
-	if _, err := puller.Pull(ctx, image); err != nil {
+	parts, err := puller.Pull(ctx, image)
+	if err != nil {
 		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.upstreamTrouble(image.Registry)}
 	}
+	if err := a.kept(ctx, parts); err != nil {
+		return WarmEvent{Image: name, Done: true, Error: err.Error()}
+	}
 	return WarmEvent{Image: name, Done: true}
+}
+
+// kept says what of a pull is not on this node once all of it is settled: what there is no
+// room for is passed through, and what came first may have gone for what came last.
+func (a *Agent) kept(ctx context.Context, parts []Pulled) error {
+	var lost, all int64
+	for _, p := range parts {
+		if err := a.cache.Settled(ctx, p.Digest); err != nil {
+			return fmt.Errorf("fetched, and not known to be kept: %w", err)
+		}
+		all += p.Bytes
+	}
+	for _, p := range parts {
+		if !a.cache.Has(p.Digest) && !a.inRuntime(p.Digest) {
+			lost += p.Bytes
+		}
+	}
+	if lost == 0 {
+		return nil
+	}
+	why := "there was no room for them, or the disk failed; see cache.max_bytes, cache.min_free and the agent's log"
+	if problem := cacheProblem(a.cache.Stats()); problem != "" {
+		why = "the cache " + problem
+	}
+	return fmt.Errorf("fetched, but %s of %s are not kept: %s", SizeText(lost), SizeText(all), why)
 }
 
 // upstreamTrouble is what is wrong with the endpoints of a registry now, each

@@ -98,7 +98,7 @@ func showWarm(w io.Writer, events io.Reader, images int) error {
 		}
 	}
 	if failed > 0 {
-		return fmt.Errorf("%d of %d images could not be fetched", failed, images)
+		return fmt.Errorf("%d of %d images could not be fetched and kept", failed, images)
 	}
 	return nil
 }
