@@ -116,6 +116,23 @@ func TestBytesAddUp(t *testing.T) {
 	}
 }
 
+// TestPassedBytesCount: a full disk must not look like a cache that always hits.
+func TestPassedBytesCount(t *testing.T) {
+	c := testConfig(t)
+	if err := c.Cache.MaxBytes.UnmarshalText([]byte("1")); err != nil {
+		t.Fatal(err)
+	}
+	startRegistry(t, &c)
+	a := start(t, c)
+	var pulled int64
+	for range 2 {
+		pulled += sources(a.pull(t))["upstream"]
+	}
+	if fetched := a.counted()["larder_fetched_bytes_total"]; pulled == 0 || fetched["upstream"] != pulled {
+		t.Errorf("fetched %v, pulled %d bytes from the registry", fetched, pulled)
+	}
+}
+
 func TestStatus(t *testing.T) {
 	c := testConfig(t)
 	_, img := startRegistry(t, &c)

@@ -20,7 +20,7 @@ func newMetrics(reg prometheus.Registerer, c *Cache) (*metrics, error) {
 		evictions:   prometheus.NewCounterVec(counter("larder_cache_evictions_total", "Blobs deleted from the cache, by reason."), []string{"reason"}),
 		corruptions: prometheus.NewCounter(counter("larder_cache_corruptions_total", "Blobs whose bytes did not match their digest, fetched or found by the scrub.")),
 		joined:      prometheus.NewCounter(counter("larder_joined_fills_total", "Requests that joined a fill that somebody else had started.")),
-		bytes:       prometheus.NewCounterVec(counter("larder_fetched_bytes_total", "Bytes written to fills, by where they came from."), []string{"from"}),
+		bytes:       prometheus.NewCounterVec(counter("larder_fetched_bytes_total", "Bytes that came over the network, kept or not, by where they came from."), []string{"from"}),
 	}
 	for _, why := range []reason{reasonMaxBytes, reasonMinFree, reasonFull, reasonScrub, reasonRemoved, reasonLost} {
 		m.evictions.WithLabelValues(string(why))
@@ -46,6 +46,9 @@ func newMetrics(reg prometheus.Registerer, c *Cache) (*metrics, error) {
 
 // FetchedBytes is the counter larder_fetched_bytes_total, whoever registered it.
 func (c *Cache) FetchedBytes() prometheus.Collector { return c.metrics.bytes }
+
+// Passed counts n bytes that were passed on and not kept.
+func (c *Cache) Passed(from OriginKind, n int) { c.metrics.fetched(from, n) }
 
 // fetched counts n bytes; only what crossed a network does.
 func (m *metrics) fetched(from OriginKind, n int) {

@@ -183,6 +183,7 @@ func (p *Proxy) passManifest(ctx context.Context, t upstream.Target, d digest.Di
 	}
 	desc, body, err := p.upstream.Manifest(ctx, t, d.String(), acceptAll)
 	if err == nil {
+		p.cache.Passed(cache.FromUpstream, len(body))
 		p.cache.Meta().AddGiver(d, t.Registry)
 	}
 	return manifest{desc: desc, body: body, from: sourceUpstream}, err
@@ -198,7 +199,9 @@ func (p *Proxy) manifestThrough(ctx context.Context, t upstream.Target, d digest
 		return manifest{}, fmt.Errorf("manifest of %d bytes", size)
 	}
 	body := make([]byte, size)
-	if _, err := io.ReadFull(r, body); err != nil {
+	n, err := io.ReadFull(r, body)
+	p.cache.Passed(cache.FromPeer, n)
+	if err != nil {
 		return manifest{}, err
 	}
 	if d.Algorithm().FromBytes(body) != d {

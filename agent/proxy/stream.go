@@ -35,8 +35,9 @@ type stream struct {
 	upstream *upstream.Client
 	target   upstream.Target
 	digest   digest.Digest
-	total    int64  // 0: not known yet
-	whole    func() // called when all of it came and was right
+	total    int64                       // 0: not known yet
+	whole    func()                      // called when all of it came and was right
+	passed   func(cache.OriginKind, int) // called for bytes that came
 
 	body     io.ReadCloser // nil: to be opened at next
 	peers    bool          // body is from other nodes
@@ -157,6 +158,7 @@ func (s *stream) fill() error {
 func (s *stream) readSome(end int64) error {
 	s.grow(copyBuffer)
 	n, err := s.body.Read(s.room[:min(copyBuffer, end-s.next)])
+	s.came(n)
 	s.take(s.room[:n])
 	if n > 0 {
 		return nil
@@ -171,7 +173,9 @@ func (s *stream) readSome(end int64) error {
 func (s *stream) readTail() error {
 	s.grow(heldTail)
 	tail := s.room[:s.total-s.next]
-	if _, err := io.ReadFull(s.body, tail); err != nil {
+	n, err := io.ReadFull(s.body, tail)
+	s.came(n)
+	if err != nil {
 		s.broke() // and read it again from s.next
 		return fmt.Errorf("stream %s: %w", s.digest, err)
 	}
@@ -182,6 +186,15 @@ func (s *stream) readTail() error {
 	}
 	s.whole()
 	return nil
+}
+
+// came counts bytes of the body.
+func (s *stream) came(n int) {
+	from := cache.FromUpstream
+	if s.peers {
+		from = cache.FromPeer
+	}
+	s.passed(from, n)
 }
 
 func (s *stream) take(p []byte) {
