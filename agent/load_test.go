@@ -165,6 +165,7 @@ contact_upstream = false
 host = "reg.example.com:5000"
 max_bytes_per_second = "10MiB"
 allow = ["team/**"]
+deny = []
 `)})
 	if err != nil {
 		t.Fatal(err)
@@ -211,6 +212,10 @@ func TestProblems(t *testing.T) {
 		{name: "registry twice", file: "[[registry]]\nhost = \"a.example\"\n[[registry]]\nhost = \"a.example\"\n", want: []string{"registry[1].host", "larder.toml:4", "merge"}},
 		{name: "registry twice by two names", file: "[[registry]]\nhost = \"docker.io\"\n[[registry]]\nhost = \"Index.Docker.io\"\n", want: []string{"registry[1].host", "larder.toml:4", "merge"}},
 		{name: "registry as table", file: "[registry]\nhost = \"a.example\"\n", want: []string{"[[registry]]"}},
+		{name: "registry by pattern", file: "[[registry]]\nhost = \"*\"\n[[registry]]\nhost = \"*.example\"\n", more: true,
+			want: []string{"larder.toml:1", `"*" is a pattern`, "larder.toml:3", `"*.example" is a pattern`, "write each host by its name"}},
+		{name: "realm by pattern", file: "[[registry]]\nhost = \"a.example\"\ntoken_realms = [\"*.b.example\"]\n", want: []string{"token_realms", `"*.b.example" is a pattern`}},
+		{name: "nothing allowed", file: "[[registry]]\nhost = \"a.example\"\nallow = []\n", want: []string{"larder.toml:1", "leave it out for all", `deny = ["**"]`}},
 		{name: "registry with a wrong value", file: "[[registry]]\nhost = \"a.example\"\nauth = \"basic\"\n", want: []string{"larder.toml:1", "relay, node or anonymous"}},
 		{name: "registry file missing", file: "[[registry]]\nhost = \"a.example\"\nca_file = \"/nonexistent/ca\"\n", want: []string{"registry[0].ca_file", "larder.toml:3", "no such file"}},
 		{name: "syntax", file: "[proxy]\nlisten = \n", want: []string{"larder.toml:2", "not valid TOML"}},

@@ -44,7 +44,7 @@ type Registry struct {
 	TagTTL *Duration `toml:"tag_ttl"`
 	// Offline is remembered (default), all or none.
 	Offline string `toml:"offline"`
-	// Allow and Deny are repository globs; Allow's default is everything.
+	// Allow and Deny are repository globs; Allow's default, nil, is everything.
 	Allow []string `toml:"allow"`
 	Deny  []string `toml:"deny"`
 	// ContactUpstream = false never opens a connection; nil is true.
@@ -189,6 +189,9 @@ func (r Registry) checkAccess() (problems []error) {
 			}
 		}
 	}
+	if r.Allow != nil && len(r.Allow) == 0 { // means all to a program, and none to who writes it
+		bad(`allow names no repository: leave it out for all, or write deny = ["**"] for none`)
+	}
 	if len(r.NodeRepositories) > 0 && r.Auth != "node" {
 		bad(`node_repositories has no effect without auth = "node"`)
 	}
@@ -237,6 +240,9 @@ func validGlob(g string) error {
 func validHost(host string) error {
 	if host == "" {
 		return errors.New("empty; write it as images name it, such as docker.io")
+	}
+	if strings.Contains(host, "*") {
+		return fmt.Errorf("%q is a pattern, which no host matches here; write each host by its name", host)
 	}
 	u, err := url.Parse("//" + host)
 	if err != nil || u.Host != host || u.Hostname() == "" {
