@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -84,17 +86,19 @@ func (v *validator) absolute(key, path string) {
 	}
 }
 
-// readable checks a file that must be there at the start.
-func (v *validator) readable(key, path string) {
+// readable checks a file that must be there at the start, and reports whether one is named
+// and can be read.
+func (v *validator) readable(key, path string) bool {
 	if path == "" {
-		return
+		return false
 	}
 	f, err := os.Open(path)
 	if err != nil {
 		v.bad(key, path, "cannot be read: %v", errors.Unwrap(err))
-		return
+		return false
 	}
 	f.Close()
+	return true
 }
 
 func (v *validator) logs(c LogConfig) {
@@ -380,9 +384,23 @@ func (v *validator) registries(c Config) {
 		}
 		seen[host] = true
 		v.credentials(table, r, c.Node)
-		v.readable(table+".ca_file", r.CAFile)
-		v.readable(table+".client_cert_file", r.ClientCertFile)
-		v.readable(table+".client_key_file", r.ClientKeyFile)
+		v.certificates(table, r)
+	}
+}
+
+// certificates checks the files that a registry's connections are made with. Those of a
+// running agent may be wrong for a moment, while they are rotated; then the former hold.
+func (v *validator) certificates(table string, r upstream.Registry) {
+	if v.readable(table+".ca_file", r.CAFile) {
+		if pem, err := os.ReadFile(r.CAFile); err != nil || !x509.NewCertPool().AppendCertsFromPEM(pem) {
+			v.bad(table+".ca_file", r.CAFile, "holds no certificate; want one or more in PEM")
+		}
+	}
+	cert, key := v.readable(table+".client_cert_file", r.ClientCertFile), v.readable(table+".client_key_file", r.ClientKeyFile)
+	if cert && key {
+		if _, err := tls.LoadX509KeyPair(r.ClientCertFile, r.ClientKeyFile); err != nil {
+			v.bad(table+".client_cert_file", r.ClientCertFile, "is of no use with client_key_file: %v", err)
+		}
 	}
 }
 
