@@ -56,6 +56,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	ownCompletion(root)
 	err := root.ExecuteContext(ctx)
 	switch {
 	case err == nil:
@@ -128,6 +129,19 @@ func asGroup(group *cobra.Command) {
 			return usageError{fmt.Errorf("unknown command %q; did you mean %s %s?", args[0], cmd.CommandPath(), near)}
 		}
 		return usageError{fmt.Errorf("unknown command %q; see %s --help", args[0], cmd.CommandPath())}
+	}
+}
+
+// ownCompletion makes cobra's completion command one of ours: an unknown shell is a usage
+// error, and not a help text that a shell would be given to read. It is made here because it
+// writes to the output that root has when it is made.
+func ownCompletion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" {
+			asGroup(cmd)
+			markUsage(cmd)
+		}
 	}
 }
 
