@@ -57,9 +57,15 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 	return off, ok
 }
 
-// refuseEmptyRange makes the one Range that net/http mistakes, a last zero bytes,
-// unsatisfiable as RFC 9110 section 14.1.2 has it.
+// refuseEmptyRange keeps from net/http the ranges of no bytes that it would answer with
+// "bytes 0--1/0" and the like. A last zero bytes is unsatisfiable, as RFC 9110 section
+// 14.1.2 has it; any range of an empty blob is ignored, as section 14.2 lets a server do,
+// and net/http itself with those that begin at a byte.
 func refuseEmptyRange(r *http.Request, size int64) {
+	if size == 0 {
+		r.Header.Del("Range")
+		return
+	}
 	if n, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=-"); ok && strings.Trim(n, "0") == "" && n != "" {
 		r.Header.Set("Range", "bytes="+strconv.FormatInt(size, 10)+"-")
 	}

@@ -101,6 +101,13 @@ func TestEmptyRange(t *testing.T) {
 	if _, ok, status := firstServed(r, 1000, ""); ok || status != http.StatusRequestedRangeNotSatisfiable {
 		t.Errorf("status %d, body %v; want 416", status, ok)
 	}
+	for _, header := range []string{"bytes=-1", "bytes=-0", "bytes=0-", "bytes=-1,-2", "bytes=5-9"} {
+		r := rangeRequest(http.MethodGet, header, "", "", "")
+		refuseEmptyRange(r, 0)
+		if _, ok, status := firstServed(r, 0, ""); ok || status != http.StatusOK {
+			t.Errorf("%s of an empty blob: status %d, body %v; want 200", header, status, ok)
+		}
+	}
 }
 
 // FuzzFirstOffset compares with http.ServeContent. Where they differ, headers
