@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -187,7 +189,7 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 		found++
 		if err != nil {
 			d.find(hostsconfig.Finding{ID: "runtime-unreachable", Severity: hostsconfig.Degraded, Where: s,
-				What: "The runtime cannot be asked: " + err.Error() + ".", Fix: "sudo larder doctor   # the socket belongs to root"})
+				What: "The runtime cannot be asked: " + err.Error() + ".", Fix: socketFix(ctx, s)})
 			continue
 		}
 		out = append(out, r)
@@ -197,6 +199,23 @@ func (d *doctor) connect(ctx context.Context) []*criRuntime {
 			What: "No runtime's CRI socket was found, so nothing is proven by a pull.", Fix: "larder doctor --socket /path/to/containerd.sock"})
 	}
 	return out
+}
+
+// socketFix says what to do about a socket behind which no runtime answered.
+func socketFix(ctx context.Context, socket string) string {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	switch {
+	case err == nil:
+		_ = conn.Close() // nothing was said
+		return "journalctl -u containerd   # or crio, k3s, k0sworker: something listens there, and is no runtime that answers"
+	case errors.Is(err, fs.ErrPermission):
+		return "sudo larder doctor   # the socket belongs to root"
+	case errors.Is(err, fs.ErrNotExist):
+		return "larder doctor --socket /path/to/containerd.sock   # there is none at that path"
+	}
+	return "systemctl status containerd   # or crio, k3s, k0sworker: nothing listens there"
 }
 
 // options gathers the facts for the static findings.

@@ -165,6 +165,39 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
+// TestSocketFix: only a socket that is kept from the caller calls for root.
+func TestSocketFix(t *testing.T) {
+	dir := shortDir(t)
+	dead, mute := filepath.Join(dir, "dead.sock"), filepath.Join(dir, "mute.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	serveGRPC(t, grpc.NewServer(), mute)
+	for socket, want := range map[string]string{
+		filepath.Join(dir, "none.sock"): "larder doctor --socket ",
+		dead:                            "systemctl status containerd ",
+		mute:                            "journalctl -u containerd ",
+	} {
+		if got := socketFix(t.Context(), socket); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %q", filepath.Base(socket), got)
+		}
+	}
+	_, out, _ := larder(t, "doctor", "--json", "--skip-canary", "--root", nodeRoot(t), "--admin", "127.0.0.1:1", "--socket", dead)
+	var report doctorReport
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		t.Fatal(err)
+	}
+	found := func(f hostsconfig.Finding) bool {
+		return f.ID == "runtime-unreachable" && f.Where == dead && strings.HasPrefix(f.Fix, "systemctl status")
+	}
+	if !slices.ContainsFunc(report.Findings, found) {
+		t.Errorf("%+v", report.Findings)
+	}
+}
+
 // TestNoRoomIsFound: the status says it, and the doctor finds it.
 func TestNoRoomIsFound(t *testing.T) {
 	s := agent.Status{Cache: agent.CacheStatus{Dir: "/var/lib/larder", Problem: "keeps nothing new: the disk is full"}}
