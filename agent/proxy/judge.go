@@ -107,18 +107,20 @@ func (p *Proxy) discard(d digest.Digest, err error) bool {
 	return p.cache.Remove(d) == nil
 }
 
-const (
-	// againMemory is longer than kubelet backs off between two tries of a pull.
-	againMemory = 10 * time.Minute
-	// doubtMemory is how long a blob is not doubted again.
-	doubtMemory = time.Hour
-)
+// againMemory is longer than kubelet backs off between two tries of a pull. For as long a
+// blob is not doubted again: what was right may rot the minute after.
+const againMemory = 10 * time.Minute
 
 // doubt has the cache's copy of a blob read again if runtimes got all of it twice within a
 // short time. A runtime keeps what it got, unless the digest did not match, which it
 // tells nobody: it would get the same wrong bytes at each try, and never ask the registry.
+// A copy that came anew has not been doubted yet.
 func (p *Proxy) doubt(x *exchange, d digest.Digest) {
-	if x.sourceLabel() != sourceDisk || x.sent.Load() != x.sizeToSend() {
+	switch from := x.sourceLabel(); {
+	case from == sourcePeer || from == sourceUpstream:
+		p.again.forget(d)
+		return
+	case from != sourceDisk || x.sent.Load() != x.sizeToSend():
 		return
 	}
 	switch doubted, again := p.again.get(d); {
@@ -126,6 +128,6 @@ func (p *Proxy) doubt(x *exchange, d digest.Digest) {
 		p.again.put(d, false, againMemory)
 	case !doubted:
 		p.cache.Suspect(d)
-		p.again.put(d, true, doubtMemory)
+		p.again.put(d, true, againMemory)
 	}
 }

@@ -51,15 +51,18 @@ func TestRotDoesNotOutlastThePull(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the commit", func() bool { return n.cache.Has(layer) })
-	rot(t, dir, layer)
-	for range 2 {
-		if err := pull(); err == nil {
-			t.Fatal("the layer has not rotted: this test shows nothing")
+	for range 2 { // and the copy that comes for it rots as well
+		rot(t, dir, layer)
+		for range 2 {
+			if err := pull(); err == nil {
+				t.Fatal("the layer has not rotted: this test shows nothing")
+			}
 		}
-	}
-	await(t, "the rot to be found", func() bool { return !n.cache.Has(layer) })
-	if err := pull(); err != nil {
-		t.Errorf("the pull goes on to fail: %v", err)
+		await(t, "the rot to be found", func() bool { return !n.cache.Has(layer) })
+		if err := pull(); err != nil {
+			t.Errorf("the pull goes on to fail: %v", err)
+		}
+		await(t, "the commit", func() bool { return n.cache.Has(layer) && !n.proxy.again.has(layer) })
 	}
 }
 
@@ -74,6 +77,13 @@ func TestDoubtIsCheap(t *testing.T) {
 		if a := n.get(blobPath(layer)); a.header.Get(headerSource) != "disk" || !bytes.Equal(a.body, bytesOf(t, img, layer)) {
 			t.Errorf("status %d from %q", a.status, a.header.Get(headerSource))
 		}
+	}
+	await(t, "the doubt", func() bool { doubted, _ := n.proxy.again.get(layer); return doubted })
+	n.proxy.again.mu.Lock()
+	defer n.proxy.again.mu.Unlock()
+	until := n.proxy.again.items[layer].Value.(remembered[digest.Digest, bool]).until
+	if left := time.Until(until); left > againMemory {
+		t.Errorf("should it rot, a pull that is tried again finds out in %s", left)
 	}
 }
 
