@@ -341,6 +341,43 @@ func TestWarmSaysWhy(t *testing.T) {
 	}
 }
 
+// TestWarmSaysWhatWasWrong: a body that ends early says nothing to its client.
+func TestWarmSaysWhatWasWrong(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	big := registrytest.OCIImage(registrytest.ImageSpec{Seed: 5, Layers: []int64{3_000_000}, Opaque: true})
+	reg.Put("team/big", big, "v1")
+	reg.SetRate(0, 4_000_000) // the body begins before anybody can know
+	reg.Inject(registrytest.Match{Reference: big.Layers[0].Digest.String(), Method: "GET"}, registrytest.CorruptAt(10))
+	a := start(t, c)
+	code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testRegistry+`/team/big:v1"], "platform": "linux/amd64"}`, "Content-Type", "application/json")
+	if code != 200 || !strings.Contains(answer, "unexpected EOF: ") || !strings.Contains(answer, "content does not match its digest") {
+		t.Errorf("%d %s", code, answer)
+	}
+}
+
+// TestExplainAfterARefusal: that a pull failed, and why, is not that nobody pulled.
+func TestExplainAfterARefusal(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	a := start(t, c)
+	reg.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.Status(http.StatusForbidden))
+	byDigest := testImage
+	byDigest.Reference = img.Digest.String()
+	for _, image := range []Image{testImage, byDigest} {
+		if _, err := a.Explain(image, ""); err == nil || !strings.Contains(err.Error(), "try `larder warm") {
+			t.Errorf("before: %v", err)
+		}
+		if _, err := (Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client}).Pull(t.Context(), image); err == nil {
+			t.Fatal("the registry does not refuse: this test shows nothing")
+		}
+		_, err := a.Explain(image, "")
+		if !errors.Is(err, errUnknownImage) || !strings.Contains(err.Error(), "its last pull failed: ") || !strings.Contains(err.Error(), "the registry refuses this") {
+			t.Errorf("after: %v", err)
+		}
+	}
+}
+
 // TestWarmIsKept: an image that only passed through is not warm, and neither is one whose
 // first half went for its second.
 func TestWarmIsKept(t *testing.T) {

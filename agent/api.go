@@ -149,6 +149,17 @@ type RecentPull struct {
 	More   int              `json:"more_parts,omitempty"`
 }
 
+// Trouble is the last of the parts whose last answer was an error, if there is one. That a
+// runtime hung up is told only where nothing else is: it does when a part has failed.
+func (p RecentPull) Trouble() (part PulledPart, ok bool) {
+	for _, one := range p.Parts {
+		if one.Error != "" && (!ok || one.Error != hungUp || part.Error == hungUp) {
+			part, ok = one, true
+		}
+	}
+	return part, ok
+}
+
 // PulledPart is one manifest or blob of a RecentPull, or the tag it began with.
 type PulledPart struct {
 	Kind      string           `json:"kind"`         // tag, manifest or blob

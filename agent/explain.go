@@ -62,10 +62,18 @@ func (e *explainer) root() error {
 	repo := cache.Repository{Registry: e.image.Registry, Name: e.image.Repository}
 	tag, ok := e.agent.cache.Meta().Tag(repo, e.image.Reference)
 	if !ok {
+		if why := e.trouble(); why != "" {
+			return fmt.Errorf("%s: %w: its last pull failed: %s", e.image, errUnknownImage, why)
+		}
 		return fmt.Errorf("%s: %w: nobody pulled this tag through it; try `larder warm %s`", e.image, errUnknownImage, e.image)
 	}
 	e.out.Digest, e.out.Checked = tag.Descriptor.Digest, tag.Checked
 	return nil
+}
+
+// trouble is why the last pull of what was asked for failed, "" if it did not.
+func (e *explainer) trouble() string {
+	return e.agent.recent.trouble(e.image, e.image.Reference)
 }
 
 // manifest adds a manifest or index and what is below it, each once: indexes of
@@ -76,6 +84,9 @@ func (e *explainer) manifest(d ocispec.Descriptor) error {
 	}
 	body, err := e.agent.readManifest(d.Digest)
 	if err != nil {
+		if why := e.trouble(); len(e.out.Parts) == 0 && why != "" {
+			return fmt.Errorf("%s: the manifest %s is %w: its last pull failed: %s", e.image, d.Digest, errUnknownImage, why)
+		}
 		if len(e.out.Parts) == 0 {
 			return fmt.Errorf("%s: the manifest %s is %w; try `larder warm %s`", e.image, d.Digest, errUnknownImage, e.image)
 		}

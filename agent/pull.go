@@ -303,7 +303,7 @@ func (p *pull) blob(ctx context.Context, b blob) error {
 	verifier := b.Digest.Verifier()
 	n, err := io.Copy(&progressWriter{w: verifier, pull: p, d: b.Digest, total: resp.ContentLength}, resp.Body)
 	if err != nil {
-		return fmt.Errorf("read blob %s: %w", b.Digest, err)
+		return &cutError{b.Digest, err}
 	}
 	if !verifier.Verified() {
 		return fmt.Errorf("blob %s: the bytes have another digest", b.Digest)
@@ -311,6 +311,15 @@ func (p *pull) blob(ctx context.Context, b blob) error {
 	p.record(Pulled{Kind: b.kind, Digest: b.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: n, Took: time.Since(started)})
 	return nil
 }
+
+// cutError is a body of a blob that ended before it was whole.
+type cutError struct {
+	digest digest.Digest
+	err    error
+}
+
+func (e *cutError) Error() string { return fmt.Sprintf("read blob %s: %v", e.digest, e.err) }
+func (e *cutError) Unwrap() error { return e.err }
 
 type progressWriter struct {
 	w           io.Writer

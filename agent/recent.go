@@ -56,6 +56,24 @@ func (r *recentPulls) record(e proxy.Event) {
 	r.list[i].add(e)
 }
 
+// trouble is what became of the newest answer about a tag or digest in an image's
+// repository, "" if that was no error or nobody asked.
+func (r *recentPulls) trouble(image Image, reference string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.list { // the newest of a repository first
+		if p.Registry != image.Registry || p.Repository != image.Repository {
+			continue
+		}
+		for _, part := range p.Parts {
+			if part.Reference == reference {
+				return part.Error
+			}
+		}
+	}
+	return ""
+}
+
 // containerdVersion is what containerd said of itself in its last request, ""
 // if it made none.
 func (r *recentPulls) containerdVersion() string {
@@ -202,11 +220,13 @@ func (p *RecentPull) add(e proxy.Event) {
 	}
 }
 
+const hungUp = "the runtime hung up"
+
 // failure says what went wrong with an exchange.
 func failure(e proxy.Event) string {
 	switch {
 	case errors.Is(e.Err, context.Canceled):
-		return "the runtime hung up"
+		return hungUp
 	case e.Err != nil:
 		return e.Err.Error()
 	}

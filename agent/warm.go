@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -15,7 +16,7 @@ func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name str
 	out.follow(&puller, name)
 	parts, err := puller.Pull(ctx, image)
 	if err != nil {
-		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.upstreamTrouble(image.Registry)}
+		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.cutTrouble(image, err) + a.upstreamTrouble(image.Registry)}
 	}
 	if err := a.kept(ctx, parts); err != nil {
 		return WarmEvent{Image: name, Done: true, Error: err.Error()}
@@ -46,6 +47,20 @@ func (a *Agent) kept(ctx context.Context, parts []Pulled) error {
 		why = "the cache " + problem
 	}
 	return fmt.Errorf("fetched, but %s of %s are not kept: %s", SizeText(lost), SizeText(all), why)
+}
+
+// cutTrouble is why a body ended short, after a separator, "" if none did: the client of an
+// answer that has begun is told nothing more.
+func (a *Agent) cutTrouble(image Image, err error) string {
+	cut, ok := errors.AsType[*cutError](err)
+	if !ok {
+		return ""
+	}
+	why := a.recent.trouble(image, cut.digest.String())
+	if why == "" || why == hungUp {
+		return ""
+	}
+	return ": " + why
 }
 
 // upstreamTrouble is what is wrong with the endpoints of a registry now, each

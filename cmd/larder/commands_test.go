@@ -71,7 +71,8 @@ func TestStatusGolden(t *testing.T) {
 		Recent: []agent.RecentPull{
 			{Registry: "docker.io", Repository: "library/nginx", Reference: "1.29", Started: now.Add(-200 * time.Second), Ended: now.Add(-190*time.Second - 500*time.Millisecond),
 				Served: map[string]int64{"peer": 60 << 20, "disk": 7 << 20}, Parts: make([]agent.PulledPart, 9)},
-			{Registry: "quay.io", Repository: "org/app", Reference: d.String(), Started: now.Add(-time.Hour), Ended: now.Add(-time.Hour), Failed: 2},
+			{Registry: "quay.io", Repository: "org/app", Reference: d.String(), Started: now.Add(-time.Hour), Ended: now.Add(-time.Hour), Failed: 2,
+				Parts: []agent.PulledPart{{Kind: "manifest", Reference: d.String(), Error: "DENIED: the registry refuses this"}, {Kind: "blob", Reference: d.String(), Error: "the runtime hung up"}}},
 		},
 		Doctor: agent.DoctorStatus{Checked: now, Findings: []hostsconfig.Finding{
 			{ID: "containerd-other-directory", Severity: hostsconfig.Broken, What: "containerd looks in /other.", Where: "/etc/containerd/config.toml:9", Fix: "[hosts]"},

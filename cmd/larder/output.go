@@ -115,12 +115,21 @@ func (s style) dim(t string) string  { return s.paint("2", t) }
 type table struct {
 	header []string
 	rows   [][]string
+	notes  map[int]string // lines below rows, by their number
 	indent string
 }
 
 func newTable(header ...string) *table { return &table{header: header} }
 
 func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
+
+// note puts a line below the last row.
+func (t *table) note(text string) {
+	if t.notes == nil {
+		t.notes = map[int]string{}
+	}
+	t.notes[len(t.rows)-1] = text
+}
 
 func (t *table) print(w io.Writer) {
 	titles := make([]string, len(t.header))
@@ -140,7 +149,7 @@ func (t *table) write(w io.Writer, rows [][]string) {
 			widths[i] = max(widths[i], visible(c))
 		}
 	}
-	for _, r := range rows {
+	for n, r := range rows {
 		var line strings.Builder
 		for i, c := range r {
 			pad := strings.Repeat(" ", widths[i]-visible(c))
@@ -151,6 +160,9 @@ func (t *table) write(w io.Writer, rows [][]string) {
 			}
 		}
 		fmt.Fprintln(w, t.indent+strings.TrimRight(line.String(), " "))
+		if note, ok := t.notes[n-(len(rows)-len(t.rows))]; ok { // a header is no row
+			fmt.Fprintln(w, t.indent+note)
+		}
 	}
 }
 

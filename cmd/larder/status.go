@@ -233,6 +233,9 @@ func printRecent(w io.Writer, st style, pulls []agent.RecentPull, now time.Time)
 			failed = st.bad(strconv.Itoa(p.Failed))
 		}
 		t.row(imageName(p), strconv.Itoa(len(p.Parts)), failed, took(p.Ended.Sub(p.Started)), ago(p.Ended, now), from)
+		if part, ok := p.Trouble(); ok && p.Failed > 0 {
+			t.note("  " + st.wrap(fmt.Sprintf("%s %s: %s", part.Kind, short(part.Reference), part.Error), 4))
+		}
 	}
 	t.print(w)
 }
