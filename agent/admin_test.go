@@ -333,11 +333,21 @@ func TestWarm(t *testing.T) {
 func TestWarmSaysWhy(t *testing.T) {
 	c := testConfig(t)
 	reg, _ := startRegistry(t, &c)
+	c.Proxy.FirstByteBudget = time.Second
 	a := start(t, c)
+	warm := func() (int, string) {
+		return a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"]}`, "Content-Type", "application/json")
+	}
+	throttled := reg.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.TooManyRequests(30*time.Second))
+	if code, answer := warm(); code != 200 || !strings.Contains(answer, "503") || !strings.Contains(answer, "429") {
+		t.Errorf("throttled: %d %s", code, answer)
+	}
+	throttled.Remove()
 	reg.Down()
-	code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"]}`, "Content-Type", "application/json")
-	if code != 200 || !strings.Contains(answer, "503") || !strings.Contains(answer, "connection refused") {
-		t.Errorf("%d %s", code, answer)
+	c.Cache.Dir = t.TempDir()
+	a = start(t, c)
+	if code, answer := warm(); code != 200 || !strings.Contains(answer, "503") || !strings.Contains(answer, "connection refused") {
+		t.Errorf("gone: %d %s", code, answer)
 	}
 }
 

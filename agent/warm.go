@@ -68,7 +68,7 @@ func (a *Agent) cutTrouble(image Image, err error) string {
 func (a *Agent) upstreamTrouble(registry string) string {
 	var b strings.Builder
 	for _, h := range a.upstream.Health() {
-		if h.Registry == upstream.CanonicalHost(registry) && h.Failures > 0 && h.LastError != "" {
+		if h.Registry == upstream.CanonicalHost(registry) && (h.Failures > 0 || h.State == "paused") && h.LastError != "" {
 			b.WriteString("; " + h.LastError)
 		}
 	}

@@ -1,7 +1,11 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -112,9 +116,32 @@ func TestPauseKeepsToTheDeadline(t *testing.T) {
 	})
 }
 
+// TestPauseIsSaid: the log tells of a registry that throttles, and not of each request that
+// it turns away.
+func TestPauseIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var said bytes.Buffer
+		ep := &endpoint{c: &Client{log: slog.New(slog.NewTextHandler(&said, nil))}, reg: &registry{Registry: Registry{Host: "reg.test"}}}
+		ep.noteError(errors.New("429 toomanyrequests"), time.Now())
+		for minute := range 3 {
+			for range 10 {
+				ep.pause(pauseKey{}, 0, time.Now())
+				ep.pause(pauseKey{bulk: true}, time.Hour, time.Now())
+			}
+			if n := strings.Count(said.String(), "level=WARN"); n != minute+1 {
+				t.Errorf("minute %d: said %d times:\n%s", minute, n, said.String())
+			}
+			<-time.After(time.Minute)
+		}
+		if !strings.Contains(said.String(), `registry=reg.test`) || !strings.Contains(said.String(), `duration=2s err="429 toomanyrequests"`) {
+			t.Error(said.String())
+		}
+	})
+}
+
 func TestPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ep := &endpoint{}
+		ep := &endpoint{c: &Client{log: slog.New(slog.DiscardHandler)}, reg: &registry{}}
 		manifests, blobs := pauseKey{credential: "a"}, pauseKey{bulk: true, credential: "a"}
 		ep.pause(manifests, 10*time.Second, time.Now())
 		if d := ep.pausedFor(manifests, time.Now()); d != 10*time.Second {

@@ -44,6 +44,7 @@ type endpoint struct {
 	transports *transports
 	challenge  challenge // the last one it sent, without scope
 	pauses     map[pauseKey]time.Time
+	saidPause  time.Time // when the log told of one last: once a minute is enough
 	lastErr    string
 	lastErrAt  time.Time
 	lastOKAt   time.Time
@@ -239,12 +240,20 @@ func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
 	if d <= 0 {
 		d = pauseDefault
 	}
+	d = min(d, pauseMax)
 	ep.mu.Lock()
-	defer ep.mu.Unlock()
 	if ep.pauses == nil || len(ep.pauses) >= maxPauses {
 		ep.pauses = map[pauseKey]time.Time{}
 	}
-	ep.pauses[k] = now.Add(min(d, pauseMax))
+	ep.pauses[k] = now.Add(d)
+	tell, last := now.Sub(ep.saidPause) >= pauseMax, ep.lastErr
+	if tell {
+		ep.saidPause = now
+	}
+	ep.mu.Unlock()
+	if tell {
+		ep.c.log.Warn("upstream asks for fewer requests and is left alone for a while", "registry", ep.reg.Host, "upstream", ep.addr.host, "duration", d, "err", last)
+	}
 }
 
 // noteAnswer keeps what `larder status` shows of a request that was answered, be it
