@@ -166,6 +166,22 @@ func TestDeletionsAreNeverDropped(t *testing.T) {
 	}
 }
 
+// pruneBlobs forgets as many facts of each kind as n blobs have that one repository has told of.
+func pruneBlobs(t *testing.T, db *database, n int) {
+	t.Helper()
+	err := db.bolt.Update(func(tx *bolt.Tx) error {
+		for name, keys := range map[bucket]int{bucketGivers: 2, bucketManifests: 1, bucketMembers: 2, bucketShown: 1} {
+			if _, err := prune(tx.Bucket([]byte(name)), n*keys, db.age(name)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestFactsOfBlobsThatAreHereGoLast: what was pulled through a node over months does not
 // push out who gave what it still has, however long ago that was.
 func TestFactsOfBlobsThatAreHereGoLast(t *testing.T) {
@@ -202,21 +218,11 @@ func TestFactsOfBlobsThatAreHereGoLast(t *testing.T) {
 				learn(gone[3*i+j])
 			}
 		}
-		// forget prunes the facts of n blobs, and reports of how many all is known still.
+		// forget forgets n blobs, and reports of how many all is known still.
 		forget := func(n int) (of [2]int) {
 			t.Helper()
 			m.flush()
-			err := m.db.bolt.Update(func(tx *bolt.Tx) error {
-				for name, keys := range map[bucket]int{bucketGivers: 2, bucketManifests: 1, bucketMembers: 2, bucketShown: 1} {
-					if _, err := prune(tx.Bucket([]byte(name)), n*keys, m.db.age(name)); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
+			pruneBlobs(t, m.db, n)
 			for i, ds := range [][]digest.Digest{here, gone} {
 				for _, d := range ds {
 					of[i] += known(d) / 5
