@@ -200,12 +200,6 @@ func (f *fill) pieceAt(off int64) (i int, end int64) {
 	return i, f.pieces.start(i) + f.pieces.length(i)
 }
 
-func (f *fill) pieceLength(i int) int64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.pieces.length(i)
-}
-
 // takeLink returns, once, what piece i was checked by, if all of it was.
 func (f *fill) takeLink(i int) (link, bool) {
 	f.mu.Lock()

@@ -142,7 +142,7 @@ func (d *doctor) agentStatus(ctx context.Context) *agent.Status {
 	}
 	if s.Cache.Problem != "" {
 		d.find(hostsconfig.Finding{ID: "cache-no-room", Severity: hostsconfig.Degraded, Where: s.Cache.Dir,
-			What: "The cache " + s.Cache.Problem + ". Pulls cost the registry what they would without it.",
+			What: "The cache " + s.Cache.Problem + ". What no other node has costs the registry what it would without Larder.",
 			Fix:  "df -h " + s.Cache.Dir + "   # what is left; see cache.min_free"})
 	}
 	own := d.config.Hosts
