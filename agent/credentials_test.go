@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"encoding/base64"
 	"fmt"
 	"io"
@@ -13,12 +12,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -178,24 +177,6 @@ func carelessRegistry(t *testing.T, scheme string) (base string) {
 	return s.URL
 }
 
-// syncBuffer is a log that several goroutines write.
-type syncBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
 // TestNoSecretAnywhere plants secrets in every place where a credential comes
 // from, lets them be taken, refused and repeated, and looks for them in all
 // that the agent says and keeps.
@@ -235,7 +216,7 @@ func TestNoSecretAnywhere(t *testing.T) {
 	for host, url := range hosts {
 		c.Registries = append(c.Registries, upstream.Registry{Host: host, Auth: "node", CredentialsFile: file, Upstreams: []string{url}})
 	}
-	log := &syncBuffer{}
+	log := &logtest.Buffer{}
 	a := start(t, c, WithLogger(slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))))
 
 	var said strings.Builder // all but the log

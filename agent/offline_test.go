@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/upstream"
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -300,7 +301,7 @@ func TestHomesWithCredentials(t *testing.T) {
 func TestNothingShowsASecret(t *testing.T) {
 	for _, scheme := range []registrytest.Scheme{registrytest.Basic, registrytest.Bearer} {
 		t.Run(string(scheme), func(t *testing.T) {
-			logged := &syncBuffer{}
+			logged := &logtest.Buffer{}
 			audit := filepath.Join(t.TempDir(), "audit.jsonl")
 			p := newPrivate(t, scheme, 2, func(c *Config) { c.Audit.File = audit }, WithLogger(slog.New(slog.NewTextHandler(logged, &slog.HandlerOptions{Level: slog.LevelDebug}))))
 			p.expire()

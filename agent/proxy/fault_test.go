@@ -9,13 +9,13 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -573,7 +573,7 @@ func sizeLieOutlivesNoFill(t *testing.T, size int64) {
 // TestNoRoomIsSaid: pulls go on as ever where the cache keeps nothing, so that the log has
 // to say so; once an hour, and not of what is no matter of the disk.
 func TestNoRoomIsSaid(t *testing.T) {
-	var said syncBuffer
+	var said logtest.Buffer
 	n := startNode(t, func(s *setup) {
 		s.cache.MaxBytes = cache.Bytes(1)
 		s.proxy.Logger = slog.New(slog.NewTextHandler(&said, &slog.HandlerOptions{Level: slog.LevelWarn}))
@@ -597,22 +597,4 @@ func TestNoRoomIsSaid(t *testing.T) {
 	if !strings.Contains(said.String(), "max_bytes=1 ") {
 		t.Errorf("nothing about the limit:\n%s", said.String())
 	}
-}
-
-// syncBuffer is a log that several goroutines write.
-type syncBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -20,6 +19,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/larder-cache/larder/test/logtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -30,7 +31,7 @@ type fixture struct {
 	containerd content.Store
 	store      *Store
 	changes    chan change
-	logged     *syncBuffer
+	logged     *logtest.Buffer
 }
 
 type change struct {
@@ -40,7 +41,7 @@ type change struct {
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
-	f := &fixture{dir: filepath.Join(t.TempDir(), "content"), changes: make(chan change, 100), logged: &syncBuffer{}}
+	f := &fixture{dir: filepath.Join(t.TempDir(), "content"), changes: make(chan change, 100), logged: &logtest.Buffer{}}
 	f.setUpContainerd(t)
 	f.store = f.newStore(t, "")
 	return f
@@ -124,23 +125,6 @@ func (f *fixture) expect(t *testing.T, want change) {
 	case <-time.After(10 * time.Second):
 		t.Fatalf("not told of %+v", want)
 	}
-}
-
-type syncBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }
 
 // pattern is n bytes that differ from place to place.

@@ -12,42 +12,24 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
 // process is a `larder agent` of its own.
 type process struct {
 	cmd    *exec.Cmd
-	stderr syncBuffer
+	stderr logtest.Buffer
 	output io.Writer // in place of stderr, if set
 	done   chan struct{}
 	err    error // of Wait, after done
 
 	dir, certs, proxy, admin string
-}
-
-// syncBuffer may be read while a process writes to it.
-type syncBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
 
 // freePort finds a port that nobody uses at the moment.
@@ -80,7 +62,7 @@ func (p *process) config() string { return filepath.Join(p.dir, "larder.toml") }
 // start runs the agent; the test's end kills it.
 func (p *process) start(t *testing.T, args ...string) {
 	t.Helper()
-	p.stderr = syncBuffer{}
+	p.stderr = logtest.Buffer{}
 	args = append([]string{"agent", "--config", p.config(), "--proxy.listen", p.proxy, "--admin.listen", p.admin, "--proxy.drain_timeout=10s"}, args...)
 	p.cmd = exec.Command(os.Args[0], args...)
 	p.cmd.Env = append(os.Environ(), asMain+"=1")
