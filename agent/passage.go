@@ -79,8 +79,8 @@ var _ peer.Fill = (*passage)(nil)
 
 // begun waits for the first byte.
 func (p *passage) begun(ctx context.Context, coming func() bool) error {
-	timer := time.NewTicker(passWait)
-	defer timer.Stop()
+	again := time.NewTicker(passWait)
+	defer again.Stop()
 	for {
 		ready, changed, err := p.look()
 		if ready || err != nil {
@@ -88,7 +88,7 @@ func (p *passage) begun(ctx context.Context, coming func() bool) error {
 		}
 		select {
 		case <-changed:
-		case <-timer.C:
+		case <-again.C:
 			if !coming() {
 				return errNotSoon
 			}
