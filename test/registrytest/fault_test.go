@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -352,11 +353,17 @@ func TestRates(t *testing.T) {
 	}
 }
 
+// TestDownAndUp: nobody else answers at the ports of a server that is down.
 func TestDownAndUp(t *testing.T) {
 	s := Start(t, Options{CDN: true})
 	d := s.PutBlob(repo, Random(1, 100))
 	url := s.URL() + "/v2/" + repo + "/blobs/" + d.Digest.String()
 	s.Down()
+	s.Down() // changes nothing
+	if l, err := net.Listen("tcp", s.Host()); err == nil {
+		l.Close()
+		t.Error("the port of a server that is down was somebody else's")
+	}
 	if _, _, err := get(t, client(t, s), url); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("while down: %v", err)
 	}
@@ -366,6 +373,13 @@ func TestDownAndUp(t *testing.T) {
 	if _, b, err := get(t, client(t, s), url); err != nil || len(b) != 100 {
 		t.Errorf("after Up: %d bytes, %v", len(b), err)
 	}
+	s.Down()
+	s.Close()
+	l, err := net.Listen("tcp", s.Host())
+	if err != nil {
+		t.Fatalf("after Close: %v", err)
+	}
+	l.Close()
 }
 
 // TestCloseReleases pins that Close does not wait for a client that is held in

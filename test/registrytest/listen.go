@@ -21,8 +21,9 @@ type endpoint struct {
 	handler http.Handler
 	limits  *limits
 
-	mu   sync.Mutex // guards up
+	mu   sync.Mutex // guards up and free
 	up   *http.Server
+	free func()         // lets the port go that nobody listens on; nil = is not kept
 	open sync.WaitGroup // one for each connection and for the accept loop
 }
 
@@ -56,8 +57,27 @@ func (e *endpoint) stop() {
 	e.open.Wait()
 }
 
+// keep holds the port of a stopped endpoint until it is released.
+func (e *endpoint) keep() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.free == nil && e.up == nil {
+		e.free, _ = keepPort(e.addr) // else it is as free as any
+	}
+}
+
+func (e *endpoint) release() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.free != nil {
+		e.free()
+		e.free = nil
+	}
+}
+
 // restart opens the same port again.
 func (e *endpoint) restart() error {
+	e.release()
 	l, err := net.Listen("tcp", e.addr)
 	if err != nil {
 		return fmt.Errorf("listen again: %w", err)

@@ -160,15 +160,19 @@ func (s *Server) endpoints() []*endpoint {
 // Close releases everything held, closes all ports and connections, and returns
 // when nothing of the server runs any more. It may be called twice.
 func (s *Server) Close() {
-	s.Down()
+	for _, e := range s.endpoints() {
+		e.stop()
+		e.release()
+	}
 	s.ClearFaults()
 }
 
 // Down closes all ports and connections, as if the registry's machine had
-// stopped; connecting is refused.
+// stopped; connecting is refused. The ports stay the server's until Close.
 func (s *Server) Down() {
 	for _, e := range s.endpoints() {
 		e.stop()
+		e.keep()
 	}
 }
 
