@@ -398,6 +398,20 @@ func derived(rules map[string]rule, prefix string) rule {
 	return out
 }
 
+// asked is where the agent asks for what is below prefix. It is told of rules for a whole
+// registry alone (agent/imported.go). Where another rule holds for a part of one, that is
+// another image, or what must not be asked.
+func (b *dropInBuilder) asked(prefix string) string {
+	host, rest, _ := strings.Cut(prefix, "/")
+	if r := b.rules[host]; r != nil {
+		host = place(r)
+	}
+	if rest == "" {
+		return host
+	}
+	return host + "/" + rest
+}
+
 // entry puts our mirror before the mirrors of base.
 func (b *dropInBuilder) entry(prefix string, base rule) {
 	path, ok := encodePrefix(prefix)
@@ -405,12 +419,9 @@ func (b *dropInBuilder) entry(prefix string, base rule) {
 		b.left[prefix] = "its name cannot be part of an image path"
 		return
 	}
-	// The agent is told of rules for a whole registry alone (agent/imported.go). For others
-	// it would ask prefix itself: what has another location is another image there, and
-	// what is blocked must not be asked.
 	told := b.rules[prefix] != nil && !strings.Contains(prefix, "/")
-	if !told && (base.flag("blocked") || place(base) != prefix) {
-		b.left[prefix] = "it is blocked or has another location, and Larder would ask " + prefix + " itself"
+	if asked := b.asked(prefix); !told && (base.flag("blocked") || place(base) != asked) {
+		b.left[prefix] = "it is blocked or has another location, and Larder would ask " + asked
 		return
 	}
 	mirrors := []any{map[string]any{"location": b.proxy.String() + "/" + path, "insecure": true}}

@@ -89,15 +89,17 @@ location = "gl.corp"
 location = "ghcr.io"
 blocked = true
 `,
-				"registries.conf.d/20-b.conf": "[[registry]]\nlocation = \"docker.io/library\"\ninsecure = true\n",
+				"registries.conf.d/20-b.conf": "[[registry]]\nlocation = \"docker.io/library\"\ninsecure = true\n" +
+					"[[registry]]\nprefix = \"docker.io/same\"\nlocation = \"hub.corp/docker/same\"\n",
 			},
 			ours: map[string]string{
-				"docker.io/org/app:1":                   "127.0.0.1:5050/docker.io/org/app:1",
-				"docker.io/org/app" + someDigest:        "127.0.0.1:5050/docker.io/org/app" + someDigest,
-				"docker.io/library/nginx:1":             "127.0.0.1:5050/docker.io/library/nginx:1",
-				"registry.gitlab.com/group/project/a:1": "127.0.0.1:5050/registry.gitlab.com/group/project/a:1",
+				"docker.io/org/app:1":            "127.0.0.1:5050/docker.io/org/app:1",
+				"docker.io/org/app" + someDigest: "127.0.0.1:5050/docker.io/org/app" + someDigest,
+				"docker.io/same/app:1":           "127.0.0.1:5050/docker.io/same/app:1",
 			},
-			direct: []string{"ghcr.io/org/app:1", "other.gitlab.com/a:1"},
+			// Of these Larder would ask hub.corp and registry.gitlab.com, and what is there is
+			// another image.
+			direct: []string{"ghcr.io/org/app:1", "other.gitlab.com/a:1", "docker.io/library/nginx:1", "registry.gitlab.com/group/project/a:1"},
 		},
 	}
 	for _, tt := range tests {
