@@ -196,7 +196,7 @@ func (r *running) restart(t *testing.T) *running {
 	if err := r.stop(t); err != nil {
 		t.Fatal(err)
 	}
-	return start(t, r.config)
+	return start(t, r.config, unhurried)
 }
 
 // pullByPath asks as CRI-O and podman do, which fail for good after the manifest.

@@ -25,6 +25,9 @@ import (
 // atOnce lets an agent look at its pins as soon as it runs.
 func atOnce(o *options) { o.pins = 0 }
 
+// unhurried keeps an agent from looking at its pins by itself while a test does.
+func unhurried(o *options) { o.pins = 1000 * time.Hour }
+
 const pinnedName = testRegistry + "/team/app:v1"
 
 // pinOf is how it stands with one pin.
