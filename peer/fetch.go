@@ -512,6 +512,7 @@ func (x *fetch) takePart(ctx context.Context) error {
 			return ctx.Err()
 		}
 		now := time.Now()
+		x.b.rest(now)
 		idle, neighbours := x.b.look(now)
 		switch {
 		case x.b.talks(now):
@@ -532,6 +533,22 @@ func (x *fetch) takePart(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// rest keeps the time in which a reader of what is not kept takes nothing, and all that may
+// be asked for is here, from counting as a stall.
+func (b *blob) rest(now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ahead == 0 || b.size == 0 {
+		return
+	}
+	for i := b.floor; i < b.n && b.within(i); i++ {
+		if !b.here.has(i) {
+			return
+		}
+	}
+	b.progress = now
 }
 
 // asksAgain reports whether there is a reason to ask the home once more.

@@ -41,6 +41,7 @@ type sim struct {
 	killTop time.Duration // the home is killed then
 	seeded  bool          // one node, not the home, has the blob, and the registry is down
 	passing float64       // share of nodes without room, which keep nothing
+	pause   time.Duration // for so long their readers take no more than is ahead
 }
 
 const (
@@ -257,7 +258,17 @@ func (b *simBlob) Close() error { return nil }
 
 // passedBlob is a simBlob on a node that keeps nothing, whose reader takes every byte as
 // it comes.
-type passedBlob struct{ *simBlob }
+type passedBlob struct {
+	*simBlob
+	until time.Time // nothing is read before
+}
+
+func (b passedBlob) Wanted() int64 {
+	if time.Now().Before(b.until) {
+		return 0
+	}
+	return b.simBlob.Wanted()
+}
 
 const simAhead = 16 * simPiece
 
@@ -313,7 +324,12 @@ func (n *simNode) start(w Want) {
 			defer n.done.Done()
 			f := Fill(b)
 			if n.passes {
-				f, w.Ahead = passedBlob{b}, simAhead
+				f, w.Ahead = passedBlob{b, time.Now().Add(n.w.pause)}, simAhead
+				time.AfterFunc(n.w.pause, func() {
+					b.mu.Lock()
+					defer b.mu.Unlock()
+					b.changeLocked()
+				})
 			}
 			up := func(ctx context.Context, into Sink) error { return n.upstream(ctx, b, into) }
 			err := n.s.Fetch(context.Background(), w, f, up)
@@ -573,6 +589,7 @@ func TestStormOfTroubles(t *testing.T) {
 		{"uplinks without fair queues", func(c *sim) { c.fifo = true }, 1.5, 1.02},
 		{"three layers", func(c *sim) { c.layers = []int{40, 5} }, 1.4, 1.02},
 		{"30 % keep nothing", func(c *sim) { c.passing = 0.3 }, 3, 1.02},
+		{"30 % keep nothing, and read nothing for 20 s", func(c *sim) { c.passing, c.pause = 0.3, 20*time.Second }, 19, 1.02},
 		{"30 % keep nothing, one seed", func(c *sim) { c.passing, c.seeded = 0.3, true }, 3, 0},
 		{"four zones", func(c *sim) { c.zones = 4 }, 2.5, 1.02},
 	}
