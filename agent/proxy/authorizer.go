@@ -65,6 +65,10 @@ func (a *access) yes() decision {
 	return decidedGranted
 }
 
+// told reports whether the registry itself has let the caller in, and not an operator's
+// word on an outage.
+func (a *access) told() bool { return a.allowed && a.decision == a.yes() }
+
 // Question is about something in a repository: whether the one who asks may read
 // it.
 type Question struct {

@@ -120,7 +120,8 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 }
 
 // MayFor asks the registry whether another node's caller may read what q is
-// about; nil is yes.
+// about; nil is yes. What offline lets in here is none: the other node would take it
+// for the registry's.
 func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error {
 	acc, err := p.homeAccess(t)
 	if err != nil {
@@ -129,7 +130,7 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 	known := q.Known || p.auth.belongsTo(t, q)
 	key := keyOf(t, digest.Digest(q.Reference))
 	stored := p.deliverable.has(key) || q.Known && p.auth.meta.Said(acc.repository(), key.digest)
-	if acc.allowed && (known && !q.Stored || q.Stored && stored) {
+	if acc.told() && (known && !q.Stored || q.Stored && stored) {
 		return nil
 	}
 	open := p.auth.wasOpen(acc.repository(), q.Reference)

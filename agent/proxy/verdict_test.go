@@ -324,3 +324,39 @@ func TestHeadIsRefusedToOne(t *testing.T) {
 		t.Errorf("%d questions of 3 callers", len(askers))
 	}
 }
+
+// TestLeaveOfAnOutageIsNoVerdict: what an operator lets in while the registry is down is
+// no word of the registry's to other nodes, which would keep it when that is back.
+func TestLeaveOfAnOutageIsNoVerdict(t *testing.T) {
+	for mode, who := range map[string][]string{offlineAll: nil, offlineRemembered: ann} {
+		t.Run(mode, func(t *testing.T) {
+			n := startNode(t, func(s *setup) {
+				s.proxy.VerdictKey, s.policy.Offline = newSecret(), mode
+				s.registry.Auth = registrytest.Auth{Scheme: registrytest.Basic, Users: map[string]string{"ann": "x"}}
+			})
+			img := n.image(1000)
+			path := manifestPath(img.Digest.String())
+			if a := n.get(path, ann...); a.status != 200 {
+				t.Fatalf("%d", a.status)
+			}
+			acc := access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}
+			if who != nil {
+				n.proxy.auth.present(&acc, who[1])
+			}
+			n.proxy.auth.verdicts.forget(acc.key()) // as if five minutes had passed
+			n.registry.Down()
+			if a := n.get(path, who...); a.status != 200 {
+				t.Fatalf("down: %d", a.status)
+			}
+			if v, _ := n.proxy.auth.verdicts.get(acc.key()); !v.allowed {
+				t.Fatal("no leave is remembered; the test shows nothing")
+			}
+			for _, known := range []bool{false, true} {
+				q := Question{Reference: img.Digest.String(), Known: known}
+				if err := n.proxy.MayFor(t.Context(), acc.target, q); err == nil || upstream.IsUnauthorized(err) {
+					t.Errorf("known %t: another node is told %v, want that nobody knows", known, err)
+				}
+			}
+		})
+	}
+}
