@@ -47,10 +47,12 @@ func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
 // the other, the most specific first, until one is taken. If one was refused, they are
 // looked up afresh, for a password may have changed under us, and at last the
 // request is made without: a wrong credential must not keep a public
-// repository from us. GitLab and Harbor answer 404 to a credential that does not
-// see the project: that is the answer only if none of the others sees it.
+// repository from us. What was opened without lately is asked for so before a
+// credential that was refused: services lock accounts after a few wrong passwords,
+// and a pull is dozens of requests. GitLab and Harbor answer 404 to a credential that
+// does not see the project: that is the answer only if none of the others sees it.
 func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
-	n := nodeTry{c: c, ep: ep, t: t, q: q}
+	n := nodeTry{c: c, ep: ep, t: t, q: q, without: c.session(ep, t, authn.AuthConfig{})}
 	for _, refresh := range []bool{false, true} {
 		if answer, settled, err := n.all(ctx, refresh); settled {
 			return answer, err
@@ -59,11 +61,12 @@ func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request
 			return nil, cmp.Or(n.unknown(), n.missing)
 		}
 	}
-	answer, err := c.sendAs(ctx, ep, t, q, c.session(ep, t, authn.AuthConfig{}))
-	if !refused(err) {
-		return answer, err
+	if !slices.Contains(n.tried, n.without) {
+		if answer, err := n.one(ctx, n.without); !refused(err) {
+			return answer, err
+		}
 	}
-	return nil, n.verdict(err.(*Error))
+	return nil, n.verdict()
 }
 
 // nodeTry is one request while it is tried with one credential after the other.
@@ -72,9 +75,11 @@ type nodeTry struct {
 	ep      *endpoint
 	t       Target
 	q       request
+	without *session // of no credential
 	tried   []*session
 	lookup  error  // why credentials may be missing
 	refusal *Error // of the first credential
+	closed  *Error // the refusal without one
 	missing error  // the first 404
 	blind   []*session
 }
@@ -107,6 +112,9 @@ func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
 		for _, other := range n.blind { // so that this one comes first next time
 			other.noteRefusal(true)
 		}
+	case refused(err) && s == n.without:
+		n.closed = err.(*Error)
+		s.noteRefusal(true)
 	case refused(err):
 		if n.refusal == nil {
 			n.refusal = err.(*Error)
@@ -118,7 +126,8 @@ func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
 	return answer, err
 }
 
-// sessions are those of the credentials for t, the lately refused ones last.
+// sessions are those of the credentials for t, the lately refused ones last; before
+// these the one without, if it opened something lately.
 func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 	names := n.ep.names(n.t.Repository)
 	list, err := n.c.cfg.Credentials(ctx, CredentialRequest{Registry: n.ep.reg.Host, Names: names, Refresh: refresh})
@@ -132,6 +141,9 @@ func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 		default:
 			first = append(first, s)
 		}
+	}
+	if n.without.sees() {
+		first = append(first, n.without)
 	}
 	return append(first, last...)
 }
@@ -147,16 +159,16 @@ func (n *nodeTry) unknown() error {
 
 // verdict is the error once everything was refused: that of the first
 // credential, with the challenge that a client without one gets.
-func (n *nodeTry) verdict(anonymous *Error) error {
+func (n *nodeTry) verdict() error {
 	if err := n.unknown(); err != nil {
 		return err
 	}
 	if n.refusal == nil {
-		return anonymous
+		return n.closed
 	}
 	out := *n.refusal
-	if anonymous.Status == http.StatusUnauthorized {
-		out.Status, out.Challenge = anonymous.Status, anonymous.Challenge
+	if n.closed.Status == http.StatusUnauthorized {
+		out.Status, out.Challenge = n.closed.Status, n.closed.Challenge
 	}
 	return &out
 }

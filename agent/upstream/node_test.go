@@ -168,6 +168,42 @@ func TestCredentialThatSeesNothing(t *testing.T) {
 	}
 }
 
+// TestWrongPasswordIsNotRepeated: what is public is pulled with a wrong credential of this
+// node sent once, and not in each request: services lock accounts that do that. A mended
+// one is tried at once, and what is no longer public is asked for with all.
+func TestWrongPasswordIsNotRepeated(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}, Anonymous: []string{repo}}})
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 3, Layers: []int64{1000, 2000, 3000}, Opaque: true})
+	reg.Put(repo, img, "v1")
+	k := &keyring{list: []authn.AuthConfig{user("ann", "last year's")}}
+	c := newClient(t, k.use, registryOf(reg))
+	for range 2 {
+		if _, _, err := c.Manifest(t.Context(), target, "v1", nil); err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range img.Layers {
+			if err := c.Fetch(t.Context(), target, l.Digest, newSink(1024)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	wrong := tokens
+	wrong.Status = http.StatusUnauthorized
+	if n := reg.Count(wrong); n != 1 {
+		t.Errorf("a wrong password was sent %d times", n)
+	}
+	reg.ResetCounts()
+	k.set(user("ann", "secret"))
+	if _, _, err := c.Manifest(t.Context(), target, "v1", nil); err != nil || reg.Count(tokens) != 1 {
+		t.Errorf("the right one: %v, sent %d times", err, reg.Count(tokens))
+	}
+	k.set(user("ann", "last year's"))
+	all := reg.Inject(registrytest.Match{Kind: registrytest.Manifest}, registrytest.Status(403))
+	if _, _, err := c.Manifest(t.Context(), target, "v1", nil); !IsUnauthorized(err) || all.Hits() == 0 || reg.Count(wrong) != 1 {
+		t.Errorf("no longer public: %v, a wrong password was sent %d times", err, reg.Count(wrong))
+	}
+}
+
 // TestRefusalIsForgotten holds that a refused credential has another chance.
 func TestRefusalIsForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
