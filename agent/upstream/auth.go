@@ -244,12 +244,20 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 	if err := s.ep.checkRealm(realm); err != nil {
 		return "", err
 	}
+	account := pauseKey{token: true, credential: s.fingerprint}
+	if wait := s.ep.pausedFor(account, time.Now()); wait > 0 {
+		return "", &Error{Op: opToken, Endpoint: realm.Host, Status: http.StatusTooManyRequests, RetryAfter: wait, Err: errPaused}
+	}
 	if wait, ok := s.ep.tokens.allow(time.Now()); !ok {
 		return "", &Error{Op: opToken, Endpoint: realm.Host, RetryAfter: wait, Err: ErrCircuitOpen}
 	}
 	began := time.Now()
 	token, err := s.newToken(ctx, realm, ch)
 	s.ep.tokens.done(tokenOutcome(ctx, err, time.Since(began)), time.Now())
+	if e, ok := errors.AsType[*Error](err); ok && e.Status == http.StatusTooManyRequests {
+		s.ep.noteError(err, time.Now())
+		s.ep.pause(account, e.RetryAfter, time.Now())
+	}
 	if err != nil {
 		return "", err
 	}
@@ -260,12 +268,17 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 func (s *session) newToken(ctx context.Context, realm *url.URL, ch challenge) (*transport.Token, error) {
 	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
 	defer cancel()
-	token, err := s.fetchToken(ctx, realm, ch)
+	var again time.Duration
+	token, err := s.fetchToken(ctx, realm, ch, &again)
 	if err != nil && s.dropRefresh() { // it may have expired; the credential has not
-		token, err = s.fetchToken(ctx, realm, ch)
+		token, err = s.fetchToken(ctx, realm, ch, &again)
 	}
 	if err != nil {
-		return nil, s.tokenError(realm, ch, err)
+		err = s.tokenError(realm, ch, err)
+		if e, ok := errors.AsType[*Error](err); ok {
+			e.RetryAfter = again
+		}
+		return nil, err
 	}
 	return token, nil
 }
@@ -286,8 +299,9 @@ func tokenOutcome(ctx context.Context, err error, took time.Duration) outcome {
 // fetchToken speaks to the token service through go-containerregistry's
 // transport, which knows the dialects (Basic, refresh tokens, OAuth's POST).
 // It is told the realm's host for the registry's: that is the one address its
-// own check lets pass, and checkRealm and the dialer have already decided.
-func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge) (*transport.Token, error) {
+// own check lets pass, and checkRealm and the dialer have already decided. again
+// becomes the answer's Retry-After.
+func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge, again *time.Duration) (*transport.Token, error) {
 	opts := []name.Option{}
 	if realm.Scheme == "http" {
 		opts = append(opts, name.Insecure)
@@ -308,14 +322,17 @@ func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge) 
 	if own := ch.params["scope"]; own != "" && own != scopes[0] {
 		scopes = append([]string{own}, scopes...)
 	}
-	return transport.Exchange(ctx, reg, auth, tokenTripper{s.ep}, scopes, &transport.Challenge{
+	return transport.Exchange(ctx, reg, auth, tokenTripper{s.ep, again}, scopes, &transport.Challenge{
 		Scheme: "bearer", Parameters: ch.params, Insecure: realm.Scheme == "http",
 	})
 }
 
 // tokenTripper carries the requests of a token exchange: same checks, timeouts
 // and counters as all others.
-type tokenTripper struct{ ep *endpoint }
+type tokenTripper struct {
+	ep    *endpoint
+	again *time.Duration
+}
 
 func (t tokenTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := t.ep.checkRealm(req.URL); err != nil { // a realm may redirect
@@ -327,6 +344,7 @@ func (t tokenTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	*t.again = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
 	// Read here, under a bound in time and size, so that nobody waits on a
 	// token service that drips.
 	defer resp.Body.Close()

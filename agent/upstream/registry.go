@@ -58,10 +58,11 @@ const (
 	rangesNo
 )
 
-// pauseKey: a registry throttles manifests and blobs apart, and each account
-// (session key's credential) apart.
+// pauseKey: a registry throttles manifests and blobs apart, its token service by
+// itself, and each account (session key's credential) apart.
 type pauseKey struct {
 	bulk       bool
+	token      bool
 	credential string
 }
 
@@ -282,8 +283,8 @@ func (ep *endpoint) enter(ctx context.Context, q request, credential string) (*v
 	if !ep.reg.Contact() {
 		return nil, &Error{Err: ErrNoContact}
 	}
-	if wait := ep.pausedFor(pauseKey{q.bulk, credential}, time.Now()); wait > 0 {
-		return nil, &Error{Status: 429, RetryAfter: wait, Err: errors.New("waiting as the registry asked")}
+	if wait := ep.pausedFor(pauseKey{bulk: q.bulk, credential: credential}, time.Now()); wait > 0 {
+		return nil, &Error{Status: 429, RetryAfter: wait, Err: errPaused}
 	}
 	if _, until := ep.breaker.state(); time.Now().Before(until) {
 		return nil, &Error{RetryAfter: time.Until(until), Err: ErrCircuitOpen}
@@ -337,6 +338,8 @@ func (ep *endpoint) logTurn(o outcome) {
 	ep.mu.Unlock()
 	log.Warn("upstream left alone for a while after repeated failures", "err", last)
 }
+
+var errPaused = errors.New("waiting as the registry asked")
 
 var errBusy = errors.New("all connections to the registry are in use")
 

@@ -194,3 +194,32 @@ func TestTokenServiceFailsAlone(t *testing.T) {
 		t.Errorf("with a token: %v", err)
 	}
 }
+
+// TestThrottledTokenServiceIsLeftAlone: a token service that says 429 is not asked again
+// for each repository, for as long as it wants; who needs no token of it is answered.
+func TestThrottledTokenServiceIsLeftAlone(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
+	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+	c := newClient(t, withCredential("ann", "secret"), registryOf(reg))
+	own := Target{Registry: "test", Repository: repo}
+	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+		t.Fatal(err)
+	}
+	sent := reg.Seen(registrytest.Match{Kind: registrytest.Manifest, Status: 200})
+	f := reg.Inject(tokens, registrytest.TooManyRequests(time.Minute))
+	for i := range 10 {
+		other := Target{Registry: "test", Repository: fmt.Sprintf("other/%d", i)} // each needs a token
+		_, err := c.Resolve(t.Context(), other, "v1", nil)
+		e, ok := errors.AsType[*Error](err)
+		if !ok || !IsUnavailable(err) || e.Status != 429 || e.RetryAfter < 50*time.Second {
+			t.Fatalf("without a token: %v", err)
+		}
+	}
+	if got := f.Hits(); got != 1 {
+		t.Errorf("the token service was asked %d times", got)
+	}
+	own.Authorization = sent[len(sent)-1]
+	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+		t.Errorf("with a token: %v", err)
+	}
+}

@@ -88,7 +88,7 @@ func (c *Client) sendAs(ctx context.Context, ep *endpoint, t Target, q request, 
 		}
 		visit.leave(ep.judge(ctx, err, time.Since(began)))
 		if resp.StatusCode == http.StatusTooManyRequests && moved == nil {
-			ep.pause(pauseKey{q.bulk, account}, err.(*Error).RetryAfter, time.Now())
+			ep.pause(pauseKey{bulk: q.bulk, credential: account}, err.(*Error).RetryAfter, time.Now())
 		}
 		return nil, err
 	}
