@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -152,15 +153,15 @@ func (s *swarm) Resolve(ctx context.Context, t upstream.Target, tag string, acce
 }
 
 // May asks the repository's home.
-func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) error {
-	err := s.Swarm.May(ctx, peer.Reference{
+func (s *swarm) May(ctx context.Context, t upstream.Target, q proxy.Question) (age time.Duration, err error) {
+	age, err = s.Swarm.May(ctx, peer.Reference{
 		Registry: t.Registry, Repository: t.Repository, Tag: q.Reference, Blob: q.Blob, Known: q.Known, Stored: q.Stored,
 		Authorization: t.Authorization, Node: asNode(t),
 	})
 	if errors.Is(err, peer.ErrImported) {
-		return proxy.ErrImported
+		return 0, proxy.ErrImported
 	}
-	return answerOf(t, "authorize", err)
+	return age, answerOf(t, "authorize", err)
 }
 
 // Holds reports whether some other node says that it has d.
@@ -220,13 +221,14 @@ func (o swarmOrigin) Resolve(ctx context.Context, r peer.Reference) (peer.Descri
 }
 
 // May asks the registry whether it lets the asker read what r names.
-func (o swarmOrigin) May(ctx context.Context, r peer.Reference) error {
+func (o swarmOrigin) May(ctx context.Context, r peer.Reference) (age time.Duration, err error) {
 	t := targetOf(r.Registry, r.Repository, r.Authorization, r.Node)
 	q := proxy.Question{Reference: r.Tag, Blob: r.Blob, Known: r.Known, Stored: r.Stored}
 	if r.Memory {
-		return refusalOf(o.agent.proxy.MayByMemory(t, q))
+		return 0, refusalOf(o.agent.proxy.MayByMemory(t, q))
 	}
-	return refusalOf(o.agent.proxy.MayFor(ctx, t, q))
+	age, err = o.agent.proxy.MayFor(ctx, t, q)
+	return age, refusalOf(err)
 }
 
 // Admit asks whether another node's caller may have the blob.

@@ -546,7 +546,11 @@ func TestResolveOnce(t *testing.T) {
 				err = fmt.Errorf("resolved to %v", d)
 			}
 			errs <- err
-			errs <- n.s.May(t.Context(), Reference{Registry: "r", Repository: "app"})
+			age, err := n.s.May(t.Context(), Reference{Registry: "r", Repository: "app"})
+			if err == nil && age != mayAge {
+				err = fmt.Errorf("a leave of %s ago", age)
+			}
+			errs <- err
 		}()
 	}
 	for range 2 * len(nodes) {
@@ -595,6 +599,25 @@ func TestOtherFamily(t *testing.T) {
 	} {
 		if got := g.unknown([][]string{tt.has}); !slices.Equal(got, tt.want) {
 			t.Errorf("%s: %q are knocked at, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+// TestVerdictIsNoTag: however long tags are believed, what upstream said of one to a
+// credential is not believed of the credential for as long.
+func TestVerdictIsNoTag(t *testing.T) {
+	n := &testNode{world: newTestWorld()}
+	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", TagTTL: time.Hour, Store: n, Origin: n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	for want, r := range map[time.Duration]Reference{
+		time.Hour:   {Registry: "r", Repository: "app", Tag: "v1"},
+		grantMemory: {Registry: "r", Repository: "app", Tag: "v1", Authorization: "Basic eDp5"},
+	} {
+		if _, ttl, err := s.askUpstream(t.Context(), methodResolve, r); err != nil || ttl != want {
+			t.Errorf("with %q: remembered for %s, %v; want %s", r.Authorization, ttl, err, want)
 		}
 	}
 }

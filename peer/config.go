@@ -206,10 +206,10 @@ type Origin interface {
 	// of it (Stale) if upstream cannot be asked. It, and May, ask nobody for a
 	// Reference with Memory, and fail if this node does not know or must not tell.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
-	// May returns nil if upstream lets the asker read what r names, a *Refusal if
-	// not, and ErrImported if upstream cannot be asked and an operator gave it to
-	// everybody. Other errors mean that nobody knows now.
-	May(ctx context.Context, r Reference) error
+	// May returns nil if upstream lets the asker read what r names, and how long ago it
+	// said so; a *Refusal if not, and ErrImported if upstream cannot be asked and an
+	// operator gave it to everybody. Other errors mean that nobody knows now.
+	May(ctx context.Context, r Reference) (age time.Duration, err error)
 	// Admit is May for another node that wants a blob from this one as its home.
 	// It should not take longer than a second.
 	Admit(ctx context.Context, w Want) error

@@ -377,10 +377,13 @@ func (n *testNode) Resolve(_ context.Context, r Reference) (Descriptor, error) {
 	return Descriptor{Digest: digest.FromString(r.Tag), MediaType: "test", Size: 7}, nil
 }
 
-func (n *testNode) May(context.Context, Reference) error {
+func (n *testNode) May(context.Context, Reference) (time.Duration, error) {
 	n.world.resolves.Add(1)
-	return nil
+	return mayAge, nil
 }
+
+// mayAge is how old upstream's word on who may read is in tests.
+const mayAge = time.Minute
 
 func (n *testNode) Admit(_ context.Context, w Want) error {
 	if n.admit == nil {

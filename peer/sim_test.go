@@ -299,7 +299,10 @@ func (n *simNode) Resolve(context.Context, Reference) (Descriptor, error) {
 	return Descriptor{}, errors.ErrUnsupported
 }
 
-func (n *simNode) May(context.Context, Reference) error  { return errors.ErrUnsupported }
+func (n *simNode) May(context.Context, Reference) (time.Duration, error) {
+	return 0, errors.ErrUnsupported
+}
+
 func (n *simNode) Reaches(string) bool                   { return true }
 func (n *simNode) Connect(context.Context, string) error { return nil }
 func (n *simNode) Keep(context.Context, Copy) error      { return errors.ErrUnsupported }

@@ -25,6 +25,7 @@ const (
 	betterTime   = time.Second     // other homes may take, once one has said what it remembers
 	witnessMost  = 3               // members that are asked what they remember
 	errorMemory  = time.Second     // a failure, a verdict or what is stale is told to those who ask at the same time
+	grantMemory  = time.Minute     // what a tag stands for, said to a credential, is a verdict on that
 	maxAnswers   = 16384
 )
 
@@ -49,23 +50,25 @@ func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 
 // May asks the repository's homes whether upstream lets somebody read what r
 // names, until one knows: nil is yes, ErrImported too, for that alone, and a *Refusal no.
-func (s *Swarm) May(ctx context.Context, r Reference) error {
+// age is how long ago upstream said yes.
+func (s *Swarm) May(ctx context.Context, r Reference) (age time.Duration, err error) {
 	var l leave
-	err := s.consult(ctx, methodMay, r, func(b []byte) (enough bool, err error) {
+	err = s.consult(ctx, methodMay, r, func(b []byte) (enough bool, err error) {
 		if err := json.Unmarshal(b, &l); err != nil {
 			return false, fmt.Errorf("may: read a home's answer: %w", err)
 		}
 		return true, nil
 	})
 	if err == nil && l.Imported {
-		return ErrImported
+		return 0, ErrImported
 	}
-	return err
+	return max(l.Age, 0), err
 }
 
 // leave is the yes to May.
 type leave struct {
-	Imported bool `json:",omitempty"` // see ErrImported
+	Imported bool          `json:",omitempty"` // see ErrImported
+	Age      time.Duration `json:",omitempty"` // of upstream's word
 }
 
 // subject is what a question is about. The credential is part of it: an answer
@@ -278,11 +281,11 @@ func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]by
 		return marshal(leave{}), wayCheck, nil
 	}
 	if method == methodMay { // the node itself knows for how long to remember it
-		err := s.cfg.Origin.May(ctx, r)
+		age, err := s.cfg.Origin.May(ctx, r)
 		if errors.Is(err, ErrImported) {
 			return marshal(leave{Imported: true}), errorMemory, nil
 		}
-		return marshal(leave{}), errorMemory, err
+		return marshal(leave{Age: age}), errorMemory, err
 	}
 	d, err := s.cfg.Origin.Resolve(ctx, r)
 	if err != nil {
@@ -290,6 +293,9 @@ func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]by
 	}
 	if d.Stale {
 		return marshal(d), min(errorMemory, s.cfg.TagTTL), nil
+	}
+	if r.Authorization != "" {
+		return marshal(d), min(s.cfg.TagTTL, grantMemory), nil
 	}
 	return marshal(d), s.cfg.TagTTL, nil
 }

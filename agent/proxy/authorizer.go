@@ -44,6 +44,7 @@ type access struct {
 	relay    bool // a refusal goes to the client as it came, with its challenge
 	allowed  bool // there is a verdict that says yes
 	decision decision
+	said     time.Time // when the registry let him in; zero if that is not known
 }
 
 func (a *access) repository() cache.Repository {
@@ -68,6 +69,15 @@ func (a *access) yes() decision {
 // told reports whether the registry itself has let the caller in, and not an operator's
 // word on an outage.
 func (a *access) told() bool { return a.allowed && a.decision == a.yes() }
+
+// age is how long ago the registry let the caller in, 0 if that is not known: what was
+// public stays so in an outage (A5).
+func (a *access) age() time.Duration {
+	if a.said.IsZero() {
+		return 0
+	}
+	return time.Since(a.said)
+}
 
 // Question is about something in a repository: whether the one who asks may read
 // it.
@@ -267,14 +277,15 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 
 // find asks the repository's home, and if that cannot say the registry itself.
 func (a *authorizer) find(ctx context.Context, acc access, q Question) error {
-	err := errNobody
+	age, err := time.Duration(0), errNobody
 	if a.swarm != nil {
-		err = a.believable(acc.target.Registry, a.swarm.May(ctx, acc.target, q))
+		age, err = a.swarm.May(ctx, acc.target, q)
+		err = a.believable(acc.target.Registry, err)
 	}
 	if err != nil && !final(err) {
-		err = a.askRegistry(ctx, acc.target, q)
+		age, err = 0, a.askRegistry(ctx, acc.target, q)
 	}
-	a.learn(&acc, q, err)
+	a.learn(&acc, q, age, err)
 	return err
 }
 
@@ -348,15 +359,15 @@ func (a *authorizer) withChallenge(ctx context.Context, t upstream.Target, ref s
 	return &out
 }
 
-// learn keeps what the registry answered. Errors that are no answer teach
+// learn keeps what the registry answered, age ago. Errors that are no answer teach
 // nothing (A2).
-func (a *authorizer) learn(acc *access, q Question, err error) {
+func (a *authorizer) learn(acc *access, q Question, age time.Duration, err error) {
 	switch {
 	case errors.Is(err, ErrImported):
 		a.meta.SetImported(acc.repository(), q.Reference) // so that this node can tell others
 		a.enlistAsked(acc.target, q)
 	case err == nil:
-		a.accept(acc)
+		a.accept(acc, age)
 		a.enlistAsked(acc.target, q)
 		if q.Stored {
 			a.sayAsked(acc.target, q)
@@ -366,14 +377,15 @@ func (a *authorizer) learn(acc *access, q Question, err error) {
 	}
 }
 
-// accept keeps a yes.
-func (a *authorizer) accept(acc *access) {
+// accept keeps a yes for as long as it holds from when the registry said it: passed on
+// from node to node it gets no younger.
+func (a *authorizer) accept(acc *access, age time.Duration) {
 	known, _ := a.verdicts.get(acc.key())
-	life := publicLife
+	life := max(publicLife-age, 0)
 	if acc.who != anyone {
-		life = lifeOf(acc.target.Authorization)
+		life = lifeOf(acc.target.Authorization, age)
 	}
-	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.yes()}, life)
+	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.yes(), said: time.Now().Add(-age)}, life)
 	switch {
 	case known.allowed: // is remembered
 	case acc.who == anyone:

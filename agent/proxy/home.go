@@ -52,7 +52,7 @@ func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
 		return acc, errNotNode
 	}
 	if v, ok := p.auth.verdicts.get(acc.key()); ok {
-		acc.allowed, acc.decision = v.allowed, v.decision
+		acc.allowed, acc.decision, acc.said = v.allowed, v.decision, v.said
 		if !v.allowed {
 			return acc, &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "authorize",
 				Status: v.refusal.status, Challenge: v.refusal.challenge}
@@ -83,7 +83,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 		return last.desc, true, nil
 	}
 	err = p.auth.withChallenge(ctx, t, tag, err)
-	p.auth.learn(&acc, Question{Reference: tag}, err)
+	p.auth.learn(&acc, Question{Reference: tag}, 0, err)
 	if err == nil {
 		p.auth.enlist(t, KindManifest, desc)
 		p.auth.say(keyOf(t, desc.Digest))
@@ -120,18 +120,18 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 }
 
 // MayFor asks the registry whether another node's caller may read what q is
-// about; nil is yes. What offline lets in here is none: the other node would take it
-// for the registry's.
-func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error {
+// about; nil is yes, and age how long ago the registry said so. What offline lets in
+// here is none: the other node would take it for the registry's.
+func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) (age time.Duration, err error) {
 	acc, err := p.homeAccess(t)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	known := q.Known || p.auth.belongsTo(t, q)
 	key := keyOf(t, digest.Digest(q.Reference))
 	stored := p.deliverable.has(key) || q.Known && p.auth.meta.Said(acc.repository(), key.digest)
 	if acc.told() && (known && !q.Stored || q.Stored && stored) {
-		return nil
+		return acc.age(), nil
 	}
 	open := p.auth.wasOpen(acc.repository(), q.Reference)
 	fallback := !errors.Is(open, errNotKnownHere) && known && !q.Stored
@@ -144,16 +144,16 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) error
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()
 		err := p.auth.askRegistry(ctx, t, q)
-		p.auth.learn(&acc, q, err)
+		p.auth.learn(&acc, q, 0, err)
 		if err == nil && q.Stored {
 			p.deliverable.put(key, struct{}{}, deliverableMemory)
 		}
 		return struct{}{}, err
 	})
 	if fallback && mayServeStale(err) {
-		return open
+		err = open
 	}
-	return err
+	return 0, err
 }
 
 // Keep brings a blob here from other nodes, for others, as far as this node may have it by
@@ -251,7 +251,7 @@ func (p *Proxy) look(ctx context.Context, acc *access, kind Kind, d digest.Diges
 	ctx, cancel := context.WithTimeout(ctx, admitPatience)
 	defer cancel()
 	q := Question{Reference: d.String(), Blob: kind == KindBlob, Known: true, Stored: stored}
-	err := p.swarm.May(ctx, acc.target, q)
-	p.auth.learn(acc, q, err)
+	age, err := p.swarm.May(ctx, acc.target, q)
+	p.auth.learn(acc, q, age, err)
 	return err
 }

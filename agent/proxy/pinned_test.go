@@ -201,7 +201,10 @@ func TestPublicPinOpensNothingElse(t *testing.T) {
 	forget := func() { n.proxy.auth.verdicts.forget(verdictKey{host, repo, anyone}) }
 	nobody, stranger := n.target(), n.target()
 	nobody.Anonymous, stranger.Authorization = true, "Basic bm86Ym9keQ=="
-	swarm.may = func(t upstream.Target, q Question) error { return n.proxy.MayFor(context.Background(), t, q) }
+	swarm.may = func(t upstream.Target, q Question) error {
+		_, err := n.proxy.MayFor(context.Background(), t, q)
+		return err
+	}
 	for _, when := range []string{"asked", "remembered", "down"} {
 		forget()
 		for _, who := range []upstream.Target{nobody, stranger} {
@@ -249,7 +252,7 @@ func (n *node) notFor(t upstream.Target, img *registrytest.Image) {
 	}
 	for _, known := range []bool{false, true} {
 		q := Question{Reference: d.String(), Blob: true, Known: known}
-		if err := n.proxy.MayFor(ctx, t, q); err == nil {
+		if _, err := n.proxy.MayFor(ctx, t, q); err == nil {
 			n.t.Error("another node may read")
 		}
 		if err := n.proxy.MayByMemory(t, q); err == nil {
@@ -307,7 +310,7 @@ func TestNoStaleIsAsked(t *testing.T) {
 	img := n.image(1000)
 	n.whole(img, "Authorization", "Basic YW5uOnNlY3JldA==")
 	for _, ref := range []string{"v1", img.Digest.String()} {
-		n.proxy.auth.accept(&access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}) // it was public some minutes ago
+		n.proxy.auth.accept(&access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}, 0) // it was public some minutes ago
 		if a := n.do("HEAD", manifestPath(ref)); a.status != 200 {
 			t.Fatalf("%s: %d; the test shows nothing", ref, a.status)
 		}

@@ -102,7 +102,8 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 // asks for all nodes, and else to this one.
 func (p *Proxy) askStored(ctx context.Context, t upstream.Target, d digest.Digest) error {
 	if p.swarm != nil {
-		err := p.auth.believable(t.Registry, p.swarm.May(ctx, t, Question{Reference: d.String(), Blob: true, Stored: true}))
+		_, err := p.swarm.May(ctx, t, Question{Reference: d.String(), Blob: true, Stored: true})
+		err = p.auth.believable(t.Registry, err)
 		switch {
 		case err == nil, errors.Is(err, ErrImported): // then another node has it
 			return nil

@@ -33,10 +33,11 @@ type Swarm interface {
 	// Resolve asks the home of the repository, which collapses and caches. It returns a
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
-	// May asks that home whether t may read what q is about: nil is yes. A refusal
+	// May asks that home whether t may read what q is about: nil is yes, and age how
+	// long ago the registry said so. A refusal
 	// is an *upstream.Error with the registry's challenge, ErrImported a yes to this
 	// question alone; other errors mean that nobody knows.
-	May(ctx context.Context, t upstream.Target, q Question) error
+	May(ctx context.Context, t upstream.Target, q Question) (age time.Duration, err error)
 	// Holds reports whether another node says that it has d. It asks nobody.
 	Holds(d digest.Digest) bool
 	// Coming reports whether Fetch is getting d at this moment: bytes come, or go to

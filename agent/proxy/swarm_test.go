@@ -27,6 +27,7 @@ type swarmFunc struct {
 	small   bool
 	resolve func(tag string) (ocispec.Descriptor, error)
 	may     func(upstream.Target, Question) error
+	mayAge  time.Duration // of its yes
 	holds   func(digest.Digest) bool
 	coming  func(digest.Digest) bool
 }
@@ -56,11 +57,11 @@ func (s *swarmFunc) Resolve(_ context.Context, _ upstream.Target, tag string, _ 
 	return s.resolve(tag)
 }
 
-func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) error {
+func (s *swarmFunc) May(_ context.Context, t upstream.Target, q Question) (time.Duration, error) {
 	if s.may == nil {
-		return errNoSwarm
+		return 0, errNoSwarm
 	}
-	return s.may(t, q)
+	return s.mayAge, s.may(t, q)
 }
 
 func (s *swarmFunc) Holds(d digest.Digest) bool { return s.holds != nil && s.holds(d) }

@@ -206,7 +206,7 @@ func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error
 			return resolved{}, errStale
 		}
 		err = p.auth.withChallenge(ctx, asker.target, key.tag, err)
-		p.auth.learn(&asker, Question{Reference: key.tag}, err)
+		p.auth.learn(&asker, Question{Reference: key.tag}, 0, err)
 		return resolved{}, err
 	})
 	switch {
@@ -251,7 +251,7 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 		return p.believe(key, old.Descriptor), nil
 	}
 	err = p.auth.withChallenge(ctx, acc.target, key.tag, err)
-	p.auth.learn(&acc, Question{Reference: key.tag}, err)
+	p.auth.learn(&acc, Question{Reference: key.tag}, 0, err)
 	if err != nil {
 		if upstream.IsNotFound(err) && acc.allowed { // to strangers registries say so of what they hide
 			p.forgetTag(key)

@@ -52,6 +52,7 @@ type verdict struct {
 	allowed  bool
 	decision decision
 	refusal  *apiError // as it may be relayed; nil if allowed
+	said     time.Time // by the registry, if that let the caller in
 }
 
 // public says that it is the registry's word about anyone, and not an operator's
@@ -181,11 +182,12 @@ func tokenEnd(authorization string) (end time.Time, ok bool) {
 	return time.Unix(int64(min(max(*doc.Expires, 0), 1<<40)), 0), true
 }
 
-// lifeOf is how long a yes to a credential holds.
-func lifeOf(authorization string) time.Duration {
+// lifeOf is how long a yes to a credential holds, which the registry said age ago.
+func lifeOf(authorization string, age time.Duration) time.Duration {
+	life := max(verdictLife-age, 0)
 	end, ok := tokenEnd(authorization)
 	if !ok {
-		return verdictLife
+		return life
 	}
-	return min(verdictLife, max(time.Until(end), 0))
+	return min(life, max(time.Until(end), 0))
 }

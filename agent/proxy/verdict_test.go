@@ -70,13 +70,19 @@ func TestLifeOfAVerdict(t *testing.T) {
 		"this very now": {0, 0, time.Second},
 	} {
 		token := jwt(fmt.Sprintf(`{"exp":%d}`, time.Now().Add(tc.ends).Unix()))
-		if got := lifeOf(token); got < tc.min || got > tc.max {
+		if got := lifeOf(token, 0); got < tc.min || got > tc.max {
 			t.Errorf("%s: %s", name, got)
 		}
 	}
 	for _, opaque := range []string{"Basic dTpw", "Bearer opaque", ""} {
-		if got := lifeOf(opaque); got != verdictLife {
+		if got := lifeOf(opaque, 0); got != verdictLife {
 			t.Errorf("%q: %s", opaque, got)
+		}
+		if got := lifeOf(opaque, time.Minute); got != verdictLife-time.Minute {
+			t.Errorf("%q, a minute ago: %s", opaque, got)
+		}
+		if got := lifeOf(opaque, time.Hour); got != 0 {
+			t.Errorf("%q, an hour ago: %s", opaque, got)
 		}
 	}
 }
@@ -90,7 +96,7 @@ func FuzzTokenEnd(f *testing.F) {
 		if ok && (end.Unix() < 0 || end.Unix() > 1<<40) {
 			t.Errorf("ends at %d", end.Unix())
 		}
-		if life := lifeOf(authorization); life < 0 || life > verdictLife {
+		if life := lifeOf(authorization, 0); life < 0 || life > verdictLife {
 			t.Errorf("lives for %s", life)
 		}
 	})
@@ -353,10 +359,39 @@ func TestLeaveOfAnOutageIsNoVerdict(t *testing.T) {
 			}
 			for _, known := range []bool{false, true} {
 				q := Question{Reference: img.Digest.String(), Known: known}
-				if err := n.proxy.MayFor(t.Context(), acc.target, q); err == nil || upstream.IsUnauthorized(err) {
+				if _, err := n.proxy.MayFor(t.Context(), acc.target, q); err == nil || upstream.IsUnauthorized(err) {
 					t.Errorf("known %t: another node is told %v, want that nobody knows", known, err)
 				}
 			}
 		})
+	}
+}
+
+// TestAYesGetsNoYounger: what another node has heard of the registry some time ago holds
+// here for the rest of its life, and is passed on as what it is.
+func TestAYesGetsNoYounger(t *testing.T) {
+	const age = 4 * time.Minute
+	for life, who := range map[time.Duration][]string{publicLife: nil, verdictLife: ann} {
+		n := startNode(t, func(s *setup) {
+			s.proxy.Swarm = &swarmFunc{mayAge: age, may: func(upstream.Target, Question) error { return nil }}
+		})
+		img := n.image(1000)
+		if a := n.get(manifestPath(img.Digest.String()), who...); a.status != 200 {
+			t.Fatalf("%d", a.status)
+		}
+		acc := access{target: upstream.Target{Registry: host, Repository: repo, Anonymous: true}}
+		if who != nil {
+			n.proxy.auth.present(&acc, who[1])
+		}
+		if got, err := n.proxy.MayFor(t.Context(), acc.target, Question{Reference: "v1", Known: true}); err != nil || got < age || got > age+time.Minute {
+			t.Errorf("of %s: %v, %s ago, want %s", life, err, got, age)
+		}
+		holds := n.proxy.auth.verdicts
+		holds.mu.Lock()
+		until := holds.items[acc.key()].Value.(remembered[verdictKey, verdict]).until
+		holds.mu.Unlock()
+		if left := time.Until(until); left > life-age || left < life-age-time.Minute {
+			t.Errorf("of %s: holds for %s more", life, left)
+		}
 	}
 }
