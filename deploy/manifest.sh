@@ -27,6 +27,10 @@ larder)
 		#   kubectl create namespace larder
 		#   kubectl -n larder create secret generic larder --from-literal=key="$(head -c 32 /dev/urandom | base64)"
 		#
+		# The Job cannot be changed. To apply this again with another image, delete it before:
+		#
+		#   kubectl -n larder delete jobs -l app.kubernetes.io/name=larder
+		#
 		# Made from the chart by `make manifest`. For other runtimes and paths use the chart,
 		# with one of its presets.
 		apiVersion: v1

@@ -5,10 +5,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"testing"
 
+	batchv1 "k8s.io/api/batch/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
@@ -131,6 +133,28 @@ func TestJobNames(t *testing.T) {
 	}
 	if len(jobs) != 4 || jobs[3].Spec.Template.Spec.NodeName != node {
 		t.Errorf("%d Jobs", len(jobs))
+	}
+}
+
+// TestKeyJobIsReplaced holds that a change of the pod that makes the key is another Job,
+// for the API server refuses to change one, and that nothing else is.
+func TestKeyJobIsReplaced(t *testing.T) {
+	job := func(set ...string) *batchv1.Job {
+		args := []string{"--set", "key.generate=cluster"}
+		for _, s := range set {
+			args = append(args, "--set", s)
+		}
+		return parse(t, render(t, args...)).jobs[0]
+	}
+	before := job()
+	for set, changes := range map[string]bool{
+		"image.tag=v9": true, "image.pullPolicy=Always": true, "imagePullSecrets[0].name=regcred": true,
+		"nodeSelector.pool=a": true, "tolerations[0].key=a": true, "resources.limits.memory=2Gi": false, "labels.team=a": false,
+	} {
+		after := job(set)
+		if reflect.DeepEqual(after.Spec, before.Spec) == changes || (after.Name == before.Name) == changes {
+			t.Errorf("%s: from Job %s to %s", set, before.Name, after.Name)
+		}
 	}
 }
 

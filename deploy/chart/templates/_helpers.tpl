@@ -127,6 +127,39 @@ of these have an answer to every name. */ -}}
 {{- if dig "peer" "enabled" true .Values.config -}}true{{- end -}}
 {{- end -}}
 
+{{/* The pod of the Job that makes the key. */}}
+{{- define "larder.keygen.pod" -}}
+metadata:
+  labels:
+    app.kubernetes.io/name: {{ include "larder.name" . }}-keygen
+spec:
+  serviceAccountName: {{ include "larder.fullname" . }}-keygen
+  automountServiceAccountToken: true
+  restartPolicy: OnFailure
+  {{- with .Values.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  nodeSelector:
+    {{- toYaml .Values.nodeSelector | nindent 4 }}
+  tolerations:
+    {{- toYaml .Values.tolerations | nindent 4 }}
+  containers:
+    - name: keygen
+      image: {{ include "larder.image" . }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      args: [keygen, --secret, {{ include "larder.fullname" . }}]
+      resources:
+        requests: {cpu: 10m, memory: 32Mi}
+        limits: {memory: 64Mi}
+      securityContext:
+        runAsNonRoot: true # the image says who; OpenShift wants to choose
+        readOnlyRootFilesystem: true
+        allowPrivilegeEscalation: false
+        capabilities: {drop: [ALL]}
+        seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
 {{/* The node's directories that the agent writes registry configuration to. */}}
 {{- define "larder.hosts.mounts" -}}
 {{- with .Values.containerd }}
