@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -375,6 +376,9 @@ func TestPlainManifest(t *testing.T) {
 	}
 	if s := job.Containers[0].SecurityContext; !*s.RunAsNonRoot || job.HostNetwork || len(job.Volumes) > 0 {
 		t.Errorf("the Job is more than a pod of anybody: %+v", s)
+	}
+	if agents := d.Spec.Template.Spec; !reflect.DeepEqual(job.Affinity, agents.Affinity) || !reflect.DeepEqual(job.Tolerations, agents.Tolerations) {
+		t.Errorf("the Job tolerates every node, and its affinity is %+v, the agents' %+v", job.Affinity, agents.Affinity)
 	}
 	if ttl := o.jobs[0].Spec.TTLSecondsAfterFinished; ttl != nil {
 		t.Errorf("the Job is deleted %d s after it has ended: Argo CD calls the application OutOfSync then, and Flux makes the Job anew, for ever", *ttl)

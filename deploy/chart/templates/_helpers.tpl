@@ -142,6 +142,10 @@ spec:
   {{- end }}
   nodeSelector:
     {{- toYaml .Values.nodeSelector | nindent 4 }}
+  {{- with .Values.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   tolerations:
     {{- toYaml .Values.tolerations | nindent 4 }}
   containers:
