@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"encoding/json"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -43,12 +44,45 @@ func TestUpgradeKeepsTheKey(t *testing.T) {
 	}
 }
 
+// TestKeyIsNotDeleted holds that an upgrade does not delete the Secret of its release
+// where the agents go on with it: after it they would have another key, or none.
+func TestKeyIsNotDeleted(t *testing.T) {
+	own := map[string]string{"meta.helm.sh/release-name": "larder", "meta.helm.sh/release-namespace": "larder"}
+	kept := map[string]string{"helm.sh/resource-policy": "keep"}
+	maps.Copy(kept, own)
+	for _, tt := range []struct {
+		name  string
+		notes map[string]string
+		value string
+		bad   bool
+	}{
+		{"a Job from now on", own, "key.generate=cluster", true},
+		{"the same Secret as one's own", own, "key.existingSecret=larder", true},
+		{"kept", kept, "key.generate=cluster", false},
+		{"kept as one's own", kept, "key.existingSecret=larder", false},
+		{"made by the Job", nil, "key.generate=cluster", false},
+		{"of another release", map[string]string{"meta.helm.sh/release-name": "other"}, "key.existingSecret=larder", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "larder", Namespace: "larder", Annotations: tt.notes}}
+			_, err := template(t, "--dry-run=server", "--disable-openapi-validation", "--kubeconfig", serveSecret(t, secret), "--set", tt.value)
+			if bad := err != nil && strings.Contains(err.Error(), "annotate secret larder helm.sh/resource-policy=keep"); bad != tt.bad || !bad && err != nil {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
 func resources(group string, kinds ...string) metav1.APIResourceList {
 	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{Kind: "APIResourceList", APIVersion: "v1"}, GroupVersion: group}
 	for _, k := range kinds {
 		list.APIResources = append(list.APIResources, metav1.APIResource{Name: strings.ToLower(k) + "s", Kind: k, Namespaced: true, Verbs: []string{"get"}})
 	}
 	return list
+}
+
+func group(name string) metav1.APIGroup {
+	return metav1.APIGroup{Name: name, Versions: []metav1.GroupVersionForDiscovery{{GroupVersion: name + "/v1", Version: "v1"}}}
 }
 
 // serveSecret is a cluster with one Secret; it returns the path of a kubeconfig.
@@ -59,9 +93,11 @@ func serveSecret(t *testing.T, secret *corev1.Secret) string {
 		"/version": version.Info{Major: "1", Minor: "36", GitVersion: "v1.36.0"},
 		"/api":     metav1.APIVersions{TypeMeta: metav1.TypeMeta{Kind: "APIVersions"}, Versions: []string{"v1"}},
 		"/apis": metav1.APIGroupList{TypeMeta: metav1.TypeMeta{Kind: "APIGroupList", APIVersion: "v1"}, Groups: []metav1.APIGroup{
-			{Name: "apps", Versions: []metav1.GroupVersionForDiscovery{{GroupVersion: "apps/v1", Version: "v1"}}}}},
-		"/api/v1":       resources("v1", "Secret", "ConfigMap", "Service", "ServiceAccount", "ResourceQuota", "Pod"),
-		"/apis/apps/v1": resources("apps/v1", "DaemonSet"),
+			group("apps"), group("batch"), group("rbac.authorization.k8s.io")}},
+		"/api/v1":                            resources("v1", "Secret", "ConfigMap", "Service", "ServiceAccount", "ResourceQuota", "Pod"),
+		"/apis/apps/v1":                      resources("apps/v1", "DaemonSet"),
+		"/apis/batch/v1":                     resources("batch/v1", "Job"),
+		"/apis/rbac.authorization.k8s.io/v1": resources("rbac.authorization.k8s.io/v1", "Role", "RoleBinding"),
 		"/api/v1/namespaces/larder/secrets/larder": secret,
 	}
 	asked := false

@@ -127,6 +127,22 @@ of these have an answer to every name. */ -}}
 {{- if dig "peer" "enabled" true .Values.config -}}true{{- end -}}
 {{- end -}}
 
+{{/*
+Helm deletes what its release made and the chart has no more. The Secret that it made is
+such a thing once the key comes from elsewhere, but by the same name: the agents would have
+another key after the next restart, each at its time, or none.
+*/}}
+{{- define "larder.keepKey" -}}
+{{- $name := include "larder.fullname" . -}}
+{{- $other := or .Values.key.existingSecret (eq .Values.key.generate "cluster") -}}
+{{- if and (include "larder.peering" .) $other (eq $name (include "larder.secretName" .)) -}}
+{{- $notes := dig "metadata" "annotations" dict (lookup "v1" "Secret" .Release.Namespace $name) -}}
+{{- if and (eq (get $notes "meta.helm.sh/release-name") .Release.Name) (ne (get $notes "helm.sh/resource-policy") "keep") -}}
+{{- fail (printf "Helm would delete the Secret %s, which has the agents' key; first: kubectl -n %s annotate secret %s helm.sh/resource-policy=keep" $name .Release.Namespace $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The pod of the Job that makes the key. */}}
 {{- define "larder.keygen.pod" -}}
 metadata:
