@@ -90,6 +90,14 @@ func TestMetricsAreTheContract(t *testing.T) {
 	}
 }
 
+// TestNoPeersNoMembers holds that agents without peers do not look like members that
+// have not found each other.
+func TestNoPeersNoMembers(t *testing.T) {
+	if _, body := start(t, testConfig(t)).admin(t, "GET", "/metrics", ""); !strings.Contains(body, "\nlarder_peer_members 0\n") {
+		t.Errorf("members without peers:\n%s", body)
+	}
+}
+
 // TestBytesAddUp holds that what the metrics count is what was pulled.
 func TestBytesAddUp(t *testing.T) {
 	c := testConfig(t)

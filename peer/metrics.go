@@ -10,13 +10,9 @@ type metrics struct {
 	uploaded prometheus.Counter
 }
 
-// RegisterLone registers the metrics of a node that has no Swarm: itself as the
-// only member, and zeros.
+// RegisterLone registers the metrics of a node that has no Swarm: zeros.
 func RegisterLone(reg prometheus.Registerer) error {
-	m, err := newMetrics(reg)
-	if err == nil {
-		m.members.Set(1)
-	}
+	_, err := newMetrics(reg)
 	return err
 }
 
@@ -26,7 +22,7 @@ func (s *Swarm) UploadedBytes() prometheus.Collector { return s.metrics.uploaded
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		members: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_peer_members",
-			Help: "Live members of the swarm, this node included."}),
+			Help: "Live members of the swarm, this node included; 0 without peers."}),
 		bans: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "larder_peer_bans_total",
 			Help: "Peers this node stopped using for a while, by reason."}, []string{"reason"}),
 		blobs: prometheus.NewGauge(prometheus.GaugeOpts{Name: "larder_index_blobs",

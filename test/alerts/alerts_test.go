@@ -136,6 +136,11 @@ func TestAlerts(t *testing.T) {
 				`larder_peer_members{job="l",instance="n1"} 2x120
 				larder_peer_members{job="l",instance="n2"} 2x120
 				larder_peer_members{job="other",instance="n3"} 1x120`,
+				// Without peers.
+				`larder_peer_members{job="l",instance="n1"} 0x120
+				larder_peer_members{job="l",instance="n2"} 0x120`,
+				`larder_peer_members{job="l",instance="n1"} 0x120
+				larder_peer_members{job="l",instance="n2"} 1x120`,
 			},
 		},
 		"LarderCorruptionFound": {
