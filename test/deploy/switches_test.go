@@ -76,6 +76,7 @@ func TestSwitches(t *testing.T) {
 		{name: "doctor on a node", set: []string{"doctor.node=n1"}, want: []string{`nodeName: n1`}},
 		{name: "cleanup", set: []string{"cleanup.nodes={n1,n2}"}, want: []string{`name: larder-cleanup-n2`, `--hosts.containerd=/etc/containerd/certs.d`}},
 		{name: "grace", set: []string{"terminationGracePeriodSeconds=90"}, want: []string{`terminationGracePeriodSeconds: 90`}},
+		{name: "a drain in decimals", set: []string{"config.proxy.drain_timeout=0.5m", "terminationGracePeriodSeconds=50"}, want: []string{`drain_timeout = "0.5m"`}},
 		{name: "memory", set: []string{"resources.limits.memory=512Mi"}, want: []string{`value: 409MiB`}, gone: []string{`819MiB`}},
 		{name: "names", set: []string{"fullnameOverride=cache"}, want: []string{`"cache-peers:5052"`, `secretName: cache,`}, gone: []string{`larder-peers`}},
 		{name: "labels", set: []string{"labels.team=a", "podLabels.x=b", "podAnnotations.note=c"}, want: []string{`team: a`, `x: b`, `note: c`}},
@@ -235,6 +236,7 @@ func TestRefused(t *testing.T) {
 		{"a link beside a directory that is not mounted", []string{"containerd.colonLink=true", "containerd.mount=directory"}, "containerd.mount"},
 		{"no time to restore", []string{"terminationGracePeriodSeconds=30"}, "at least 40"},
 		{"a longer drain", []string{"config.proxy.drain_timeout=1m30s"}, "at least 110"},
+		{"a drain in decimals", []string{"config.proxy.drain_timeout=1.0h1.5m0.5s"}, "at least 3711"},
 		{"an old cluster", nil, "kubeVersion"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

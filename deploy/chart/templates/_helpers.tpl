@@ -56,15 +56,15 @@ The downward API could give the whole limit, but no share of it.
 {{- printf "%dMiB" (div (mul $n 4) 5) -}}
 {{- end -}}
 
-{{/* A duration like 20s, 1m30s or 500ms in whole seconds, rounded up. */}}
+{{/* A duration like 20s, 1m30s, 1.5m or 500ms in whole seconds, rounded up. */}}
 {{- define "larder.seconds" -}}
-{{- $ms := 0 -}}
-{{- range regexFindAll "[0-9]+(ms|s|m|h)" . -1 -}}
-{{- $n := regexFind "^[0-9]+" . | int -}}
+{{- $ms := 0.0 -}}
+{{- range regexFindAll "[0-9.]+(ms|s|m|h)" . -1 -}}
+{{- $n := regexFind "^[0-9.]+" . | float64 -}}
 {{- $unit := regexFind "[a-z]+$" . -}}
-{{- $ms = add $ms (mul $n (get (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000) $unit)) -}}
+{{- $ms = addf $ms (mulf $n (get (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000) $unit)) -}}
 {{- end -}}
-{{- div (add $ms 999) 1000 -}}
+{{- div (add (ceil $ms | int) 999) 1000 -}}
 {{- end -}}
 
 {{/* One value as TOML. A number in values is a float to Helm, and no key of ours is one. */}}
