@@ -73,7 +73,8 @@ func TestSwitches(t *testing.T) {
 		{name: "dashboard", set: []string{"metrics.dashboard.enabled=true"}, want: []string{`grafana_dashboard: "1"`, `larder.json: \|`}},
 		{name: "another priority", set: []string{"priorityClassName=mine"}, want: []string{`priorityClassName: mine`}, gone: []string{`kind: ResourceQuota`, `system-node-critical`}},
 		{name: "no quota", set: []string{"criticalPodsQuota=false"}, gone: []string{`kind: ResourceQuota`}},
-		{name: "doctor on a node", set: []string{"doctor.node=n1"}, want: []string{`nodeName: n1`}},
+		{name: "doctor on a node", set: []string{"doctor.node=n1"}, want: []string{`nodeName: "n1"`}},
+		{name: "zones of nodes that nothing else selects", set: []string{`nodeSelector.kubernetes\.io/os=null`, "peer.zones={a}"}, want: []string{`nodeSelector:\n +topology.kubernetes.io/zone: "a"`}},
 		{name: "cleanup", set: []string{"cleanup.nodes={n1,n2}"}, want: []string{`name: larder-cleanup-n2`, `--hosts.containerd=/etc/containerd/certs.d`}},
 		{name: "grace", set: []string{"terminationGracePeriodSeconds=90"}, want: []string{`terminationGracePeriodSeconds: 90`}},
 		{name: "a drain in decimals", set: []string{"config.proxy.drain_timeout=0.5m", "terminationGracePeriodSeconds=50"}, want: []string{`drain_timeout = "0.5m"`}},
@@ -156,6 +157,16 @@ func TestKeyJobIsReplaced(t *testing.T) {
 		if reflect.DeepEqual(after.Spec, before.Spec) == changes || (after.Name == before.Name) == changes {
 			t.Errorf("%s: from Job %s to %s", set, before.Name, after.Name)
 		}
+	}
+}
+
+// TestNodeNames holds that a node may have a name that YAML takes for a number, which
+// the API server refuses.
+func TestNodeNames(t *testing.T) {
+	const node = "1234567890"
+	text := render(t, "--set-string", "doctor.node="+node+",cleanup.nodes={"+node+"}") + "\n---\n" + cleanupOf(t, node)
+	if n := strings.Count(text, `nodeName: "`+node+`"`); n != 3 {
+		t.Errorf("%d of 3 pods name their node as a text", n)
 	}
 }
 
