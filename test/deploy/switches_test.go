@@ -160,6 +160,15 @@ func TestKeyJobIsReplaced(t *testing.T) {
 	}
 }
 
+// TestCleanupEnds holds that the Jobs end, and go, on nodes that lack the directory too.
+func TestCleanupEnds(t *testing.T) {
+	for _, j := range parse(t, cleanupOf(t, "n1")).jobs {
+		if j.Spec.ActiveDeadlineSeconds == nil || j.Spec.TTLSecondsAfterFinished == nil {
+			t.Errorf("Job %s is there for ever where its pod cannot start", j.Name)
+		}
+	}
+}
+
 // TestNodeNames holds that a node may have a name that YAML takes for a number, which
 // the API server refuses.
 func TestNodeNames(t *testing.T) {
