@@ -34,7 +34,7 @@ type Error struct {
 	Registry   string // as images name it
 	Repository string
 	Endpoint   string // host[:port] that was asked, "" if none was
-	Op         string // resolve, manifest, stat, fetch, tags, referrers, token
+	Op         string // resolve, manifest, stat, fetch, blob, tags, referrers, challenge, token
 	Status     int    // HTTP status, 0 if there was none
 	Code       string // the registry's own error code, such as MANIFEST_UNKNOWN
 	Message    string // the registry's own words, shortened
