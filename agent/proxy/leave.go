@@ -101,7 +101,7 @@ func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
 // registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
 // for this one thing.
 func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
-	if _, ok := a.pinnedAs(acc.repository(), q); !ok {
+	if !a.pins(acc.repository(), q) {
 		return acc, false
 	}
 	v, ok := a.verdicts.get(acc.key())
@@ -123,11 +123,10 @@ func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
 	return acc, true
 }
 
-// pinnedAs is what is pinned under the reference of a question, if that is of the kind
-// that is asked for.
-func (a *authorizer) pinnedAs(r cache.Repository, q Question) (Pinned, bool) {
+// pins reports whether what a question is about is pinned, as the kind that is asked for.
+func (a *authorizer) pins(r cache.Repository, q Question) bool {
 	p, ok := a.pinned(r, q.Reference)
-	return p, ok && (q.Blob || p.Manifest)
+	return ok && (q.Blob || p.Manifest)
 }
 
 // open reports whether a caller about whom nothing is known may have a reference as long

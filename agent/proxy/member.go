@@ -36,7 +36,7 @@ func (a *authorizer) belongs(m member) bool {
 		_, ok = a.meta.Member(m.place(), m.digest)
 	}
 	if !ok {
-		_, ok = a.pinnedAs(m.place(), Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
+		ok = a.pins(m.place(), Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
 	}
 	if ok {
 		a.members.put(m, struct{}{}, membershipMemory)
