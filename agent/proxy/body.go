@@ -96,8 +96,8 @@ const comingLook = time.Second
 
 // ready bounds the wait by the stall deadline; by the swarm's while coming.
 func (b *body) ready() error {
-	err := b.within(b.stall, errStalled)
-	for begun := time.Now(); errors.Is(err, errStalled); err = b.within(comingLook, errStalled) {
+	err := b.readyWithin(b.stall, errStalled)
+	for begun := time.Now(); errors.Is(err, errStalled); err = b.readyWithin(comingLook, errStalled) {
 		if coming, _ := b.coming(); !coming || time.Since(begun) >= b.swarm-b.stall {
 			b.x.cancel(err)
 			break
@@ -106,8 +106,9 @@ func (b *body) ready() error {
 	return err
 }
 
-// within waits for the byte at the cursor, and returns cause if d passes before.
-func (b *body) within(d time.Duration, cause error) error {
+// readyWithin waits for the byte at the cursor, and returns cause if d passes before.
+// Unlike exchange.within it ends nothing then.
+func (b *body) readyWithin(d time.Duration, cause error) error {
 	ctx, stop := context.WithTimeoutCause(b.x.ctx, d, cause)
 	defer stop()
 	return b.at.ready(ctx, b.off)
@@ -131,7 +132,7 @@ func (b *body) readyAt(off int64, then time.Time) error {
 	b.off = off
 	ours := false
 	err := b.until(func() error {
-		err := b.within(time.Until(then), errBudget)
+		err := b.readyWithin(time.Until(then), errBudget)
 		if !errors.Is(err, errBudget) {
 			return err
 		}
