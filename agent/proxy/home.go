@@ -69,10 +69,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	if err != nil {
 		return desc, false, err
 	}
-	key := newTagKey(t, tag, acceptsLists(accept))
-	last, known := p.lastKnown(key)
-	_, in := p.auth.stands(acc, last.desc.Digest.String())
-	known = known && acceptable(accept, last.desc.MediaType) && in
+	last, known := p.knownFor(acc, tag, accept)
 	if known {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, homePatience)
@@ -80,7 +77,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	}
 	desc, err = p.upstream.Resolve(ctx, t, tag, accept)
 	if known && (mayServeStale(err) || ctx.Err() != nil) {
-		return last.desc, true, nil
+		return last, true, nil
 	}
 	err = p.auth.withChallenge(ctx, t, tag, err)
 	p.auth.learn(&acc, Question{Reference: tag}, 0, err)
@@ -98,11 +95,19 @@ func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (o
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	last, known := p.lastKnown(newTagKey(t, tag, acceptsLists(accept)))
-	if _, in := p.auth.stands(acc, last.desc.Digest.String()); !in || !known || !acceptable(accept, last.desc.MediaType) {
+	last, known := p.knownFor(acc, tag, accept)
+	if !known {
 		return ocispec.Descriptor{}, errNotKnownHere
 	}
-	return last.desc, nil
+	return last, nil
+}
+
+// knownFor is what a tag stands for by memory, for another node's caller who takes these
+// types, if he would be told that while the registry cannot be asked.
+func (p *Proxy) knownFor(acc access, tag string, accept []string) (ocispec.Descriptor, bool) {
+	last, known := p.lastKnown(newTagKey(acc.target, tag, acceptsLists(accept)))
+	_, in := p.auth.stands(acc, last.desc.Digest.String())
+	return last.desc, known && in && acceptable(accept, last.desc.MediaType)
 }
 
 // MayByMemory is MayFor by what is known here alone: that the repository was public, or
