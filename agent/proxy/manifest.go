@@ -28,26 +28,14 @@ type manifest struct {
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
 	defer x.within(p.manifestPatience(x), errBudget)()
-	d, stale := x.route.digest, false
-	switch {
-	case x.route.tag == "" && current(x.r):
-		if err := p.confirm(x.ctx, &x.access, d); err != nil {
-			return err
-		}
-	case x.route.tag == "":
-		if err := p.auth.permit(x.ctx, &x.access, KindManifest, d); err != nil {
-			return err
-		}
-	default:
-		tag, err := p.resolve(x.ctx, &x.access, queryOf(x))
-		if err != nil {
-			return err
-		}
-		d, stale = tag.desc.Digest, tag.stale
-		if x.r.Method == http.MethodHead && !x.route.pathEncoded && tag.complete() {
-			return p.headManifest(x, tag)
-		}
+	found, err := p.findManifest(x)
+	if err != nil {
+		return err
 	}
+	if x.r.Method == http.MethodHead && !x.route.pathEncoded && found.complete() { // by tag
+		return p.headManifest(x, found)
+	}
+	d := found.desc.Digest
 	m, err := p.manifest(x.ctx, x.access.target, d)
 	if err != nil {
 		if errors.Is(context.Cause(x.ctx), errBudget) {
@@ -65,12 +53,26 @@ func (p *Proxy) serveManifest(x *exchange) error {
 			return err
 		}
 	}
-	if stale {
+	if found.stale {
 		m.from = sourceStale
 		p.metrics.stale.Inc()
 	}
 	p.sendManifest(x, m)
 	return nil
+}
+
+// findManifest finds which manifest a request means, and whether its caller may have it.
+// Of one by digest nothing but that is known, so it is never complete.
+func (p *Proxy) findManifest(x *exchange) (resolved, error) {
+	d := x.route.digest
+	asked := resolved{desc: ocispec.Descriptor{Digest: d}}
+	switch {
+	case x.route.tag != "":
+		return p.resolve(x.ctx, &x.access, queryOf(x))
+	case current(x.r):
+		return asked, p.confirm(x.ctx, &x.access, d)
+	}
+	return asked, p.auth.permit(x.ctx, &x.access, KindManifest, d)
 }
 
 // manifestPatience: on a manifest path-encoded clients do go on to the registry,
