@@ -62,9 +62,9 @@ func acceptsLists(types []string) bool {
 	return acceptable(types, dockerList) || acceptable(types, ocispec.MediaTypeImageIndex)
 }
 
-// known reports whether mediaType is one of a manifest, and not what servers send
+// ofManifest reports whether mediaType is one of a manifest, and not what servers send
 // when they do not know: text/plain, application/json, application/octet-stream.
-func known(mediaType string) bool {
+func ofManifest(mediaType string) bool {
 	t, _, err := mime.ParseMediaType(mediaType)
 	return err == nil && len(mediaType) <= maxMediaType && strings.HasPrefix(t, "application/") && strings.Contains(t, ".")
 }
@@ -159,7 +159,7 @@ func (o *outline) children() []ocispec.Descriptor {
 func (o *outline) mediaType(said string) string {
 	found := o.infer()
 	said = bareType(said)
-	if twin := twins[said]; found == "" && known(said) || found == twin && o.MediaType == "" && twin != "" {
+	if twin := twins[said]; found == "" && ofManifest(said) || found == twin && o.MediaType == "" && twin != "" {
 		return said
 	}
 	return found

@@ -267,7 +267,7 @@ func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor)
 	p.auth.say(keyOf(t, desc.Digest))
 	p.list(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
-	if !known(desc.MediaType) {
+	if !ofManifest(desc.MediaType) {
 		desc.MediaType = "" // the manifest's own bytes say it better
 	}
 	if key.accept == "" {
