@@ -48,7 +48,7 @@ func mergeImported(configured []upstream.Registry, found []hostsconfig.Imported,
 // unasked is a registry that is never asked. It is not an operator's word that everybody
 // may have what is cached, as contact_upstream = false in a configuration is.
 func unasked(host string) upstream.Registry {
-	return upstream.Registry{Host: host, ContactUpstream: new(bool), Offline: "remembered"}
+	return upstream.Registry{Host: host, ContactUpstream: new(bool), Offline: upstream.OfflineRemembered}
 }
 
 // replaced reports whether the runtime would never ask the registry itself for any of

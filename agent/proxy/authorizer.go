@@ -390,7 +390,7 @@ func (a *authorizer) accept(acc *access, age time.Duration) {
 	case known.allowed: // is remembered
 	case acc.who == anyone:
 		a.meta.SetVerdict(acc.repository(), cache.Anyone)
-	case offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineRemembered:
+	case a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineRemembered:
 		a.lasting.put(acc)
 	}
 }
@@ -454,7 +454,7 @@ func (a *authorizer) refusal(acc *access, kind Kind, e *apiError) error {
 func (a *authorizer) unknown(acc *access, err error) error {
 	acc.decision = decidedUnknown
 	challenge := a.meta.Challenge(acc.repository())
-	if acc.who == anyone && acc.relay && isBasic(challenge) && offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineRemembered {
+	if acc.who == anyone && acc.relay && isBasic(challenge) && a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineRemembered {
 		acc.decision = decidedChallenged
 		return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry asks for credentials", challenge: challenge}
 	}

@@ -24,25 +24,6 @@ func (a *authorizer) standsHere(acc access, reference string) (access, bool) {
 	return a.shownPin(acc, reference)
 }
 
-// The values of a registry's offline.
-const (
-	offlineRemembered = "remembered"
-	offlineAll        = "all"
-	offlineNone       = "none"
-)
-
-// offlineMode is the registry's offline, or its default: "remembered", and "all"
-// where contact_upstream = false, since such a registry can never be asked.
-func offlineMode(policy upstream.Registry) string {
-	switch {
-	case policy.Offline != "":
-		return policy.Offline
-	case !policy.Contact():
-		return offlineAll
-	}
-	return offlineRemembered
-}
-
 // offline changes acc to what holds for a reference while the registry cannot be
 // asked, and reports whether that lets the caller in.
 func (a *authorizer) offline(acc *access, reference string) bool {
@@ -50,10 +31,10 @@ func (a *authorizer) offline(acc *access, reference string) bool {
 		acc.asAnyone(decidedPublic)
 		return true
 	}
-	switch mode := offlineMode(a.upstream.Policy(acc.target.Registry)); {
-	case mode == offlineAll:
+	switch mode := a.upstream.Policy(acc.target.Registry).OfflineMode(); {
+	case mode == upstream.OfflineAll:
 		acc.allowed, acc.decision = true, decidedOffline
-	case mode == offlineRemembered && a.lasting.has(acc):
+	case mode == upstream.OfflineRemembered && a.lasting.has(acc):
 		acc.allowed, acc.decision = true, decidedRemembered
 	case a.meta.Imported(acc.repository(), reference):
 		acc.asAnyone(decidedImported)
@@ -115,7 +96,7 @@ func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
 	case acc.allowed:
 	case a.wasPublic(acc.repository()):
 		acc.asAnyone(decidedPinned)
-	case acc.who == theNode && (offlineMode(a.upstream.Policy(acc.target.Registry)) == offlineAll || a.lasting.knows(&acc)):
+	case acc.who == theNode && (a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineAll || a.lasting.knows(&acc)):
 	default:
 		return acc, false
 	}

@@ -42,7 +42,7 @@ type Registry struct {
 	TokenRealms []string `toml:"token_realms"`
 	// TagTTL overrides upstream.tag_ttl; nil inherits it.
 	TagTTL *Duration `toml:"tag_ttl"`
-	// Offline is remembered (default), all or none.
+	// Offline is remembered, all or none; OfflineMode has its default.
 	Offline string `toml:"offline"`
 	// Allow and Deny are repository globs; Allow's default, nil, is everything.
 	Allow []string `toml:"allow"`
@@ -79,6 +79,26 @@ const defaultMaxConnections = 16
 
 // Contact says whether upstream may be asked at all.
 func (r Registry) Contact() bool { return r.ContactUpstream == nil || *r.ContactUpstream }
+
+// What Registry.Offline can be: who may have what is not public while the registry
+// cannot be asked.
+const (
+	OfflineRemembered = "remembered" // whom it let read before
+	OfflineAll        = "all"
+	OfflineNone       = "none"
+)
+
+// OfflineMode is Offline, or its default: remembered, and all where ContactUpstream is
+// false, since such a registry can never be asked.
+func (r Registry) OfflineMode() string {
+	switch {
+	case r.Offline != "":
+		return r.Offline
+	case !r.Contact():
+		return OfflineAll
+	}
+	return OfflineRemembered
+}
 
 // TTL is how long a tag's digest stays good: the table's own tag_ttl, or def.
 func (r Registry) TTL(def time.Duration) time.Duration {
@@ -176,7 +196,7 @@ func (r Registry) checkAccess() (problems []error) {
 	if !slices.Contains([]string{"", "relay", "node", "anonymous"}, r.Auth) {
 		bad("auth = %q: want relay, node or anonymous", r.Auth)
 	}
-	if !slices.Contains([]string{"", "remembered", "all", "none"}, r.Offline) {
+	if !slices.Contains([]string{"", OfflineRemembered, OfflineAll, OfflineNone}, r.Offline) {
 		bad("offline = %q: want remembered, all or none", r.Offline)
 	}
 	for _, list := range []struct {
