@@ -17,7 +17,6 @@ import (
 	"github.com/larder-cache/larder/agent/archive"
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/proxy"
-	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // tarType is the Content-Type of an archive: a form in a web page cannot send it
@@ -202,7 +201,6 @@ func (in *importer) target(name string) (Image, error) {
 	if err != nil {
 		return image, err
 	}
-	image.Registry = upstream.CanonicalHost(image.Registry)
 	if err := in.agent.proxy.Denied(image.Registry, image.Repository); err != nil {
 		return image, fmt.Errorf("%s: %w (allow and deny of registry %q)", image, err, image.Registry)
 	}

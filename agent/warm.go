@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-
-	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // warm pulls one image through this node's own proxy and reports to out; what
@@ -68,7 +66,7 @@ func (a *Agent) cutTrouble(image Image, err error) string {
 func (a *Agent) upstreamTrouble(registry string) string {
 	var b strings.Builder
 	for _, h := range a.upstream.Health() {
-		if h.Registry == upstream.CanonicalHost(registry) && (h.Failures > 0 || h.State == "paused") && h.LastError != "" {
+		if h.Registry == registry && (h.Failures > 0 || h.State == "paused") && h.LastError != "" {
 			b.WriteString("; " + h.LastError)
 		}
 	}
