@@ -119,21 +119,25 @@ func (c *Client) Resolve(ctx context.Context, t Target, ref string, accept []str
 		head := q
 		head.method = http.MethodHead
 		resp, err := c.send(ctx, ep, t, head)
-		if err != nil {
-			if e, _ := errors.AsType[*Error](err); e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented {
-				return err
-			}
-		} else {
+		if err == nil {
 			resp.Body.Close()
 			var ok bool
 			if desc, ok = headDescriptor(resp.Response, ref); ok {
 				return nil
 			}
+		} else if !unsupported(err) {
+			return err
 		}
 		desc, _, err = c.getManifest(ctx, ep, t, ref, q)
 		return err
 	})
 	return desc, err
+}
+
+// unsupported reports whether a registry does not know a request's method there.
+func unsupported(err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && (e.Status == http.StatusMethodNotAllowed || e.Status == http.StatusNotImplemented)
 }
 
 // Manifest reads a manifest of at most 4 MiB and verifies its digest. The
@@ -290,8 +294,7 @@ func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Di
 		if resp.ContentLength >= 0 && resp.StatusCode == http.StatusOK && !webPage(resp.Response) {
 			return resp.ContentLength, nil
 		}
-	} else if e, _ := errors.AsType[*Error](err); e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented &&
-		!errors.Is(err, ErrBadAnswer) && !IsNotFound(err) {
+	} else if !unsupported(err) && !errors.Is(err, ErrBadAnswer) && !IsNotFound(err) {
 		return 0, err
 	}
 	missing := err
@@ -333,11 +336,9 @@ func (c *Client) Tags(ctx context.Context, t Target, query string) (Page, error)
 func (c *Client) Referrers(ctx context.Context, t Target, d digest.Digest, query string) (Page, error) {
 	q := request{op: "referrers", kind: kindReferrers, method: http.MethodGet, path: "referrers/" + d.String(), query: query, accept: []string{ocispec.MediaTypeImageIndex}}
 	page, err := c.page(ctx, t, q)
-	if e, ok := errors.AsType[*Error](err); ok {
-		// A registry's web interface, or a router that knows no such path.
-		if errors.Is(err, errWebPage) || e.Status == http.StatusMethodNotAllowed || e.Status == http.StatusNotImplemented {
-			e.Status, e.Err = http.StatusNotFound, errors.New("no referrers API")
-		}
+	// A registry's web interface, or a router that knows no such path.
+	if e, ok := errors.AsType[*Error](err); ok && (errors.Is(err, errWebPage) || unsupported(err)) {
+		e.Status, e.Err = http.StatusNotFound, errors.New("no referrers API")
 	}
 	return page, err
 }
