@@ -40,15 +40,16 @@ func (ep *endpoint) transport() (*transports, error) {
 		return current, nil
 	}
 	files := ep.tls.fileState()
-	next, err := current, error(nil)
-	if current == nil || current.files != files {
-		if next, err = ep.buildTransports(files); err != nil {
-			if current == nil {
-				return nil, err
-			}
-			ep.c.log.Warn("keeping the former certificates", "registry", ep.reg.Host, "err", err)
-			next = current
-		}
+	if current != nil && current.files == files {
+		return ep.install(current, current), nil
+	}
+	next, err := ep.buildTransports(files)
+	switch {
+	case err != nil && current == nil:
+		return nil, err
+	case err != nil:
+		ep.c.log.Warn("keeping the former certificates", "registry", ep.reg.Host, "err", err)
+		next = current
 	}
 	return ep.install(current, next), nil
 }
