@@ -36,9 +36,12 @@ func statfs(dir string) (total, free int64, err error) {
 	return int64(s.Blocks) * unit, int64(s.Bavail) * unit, nil
 }
 
-// slack is what eviction frees beyond need, as a share of the limit, so that
-// a full cache does not evict for every fill.
-const slack = 0.05
+// bounds are what the options and the file system allow at one moment, in bytes.
+type bounds struct{ limit, minFree, free int64 } // limit: 0 is none
+
+// slackOf is what eviction frees beyond need, by a bound of so many bytes: a full cache
+// does not evict for every fill.
+func slackOf(bound int64) int64 { return bound / 20 }
 
 // shortage is how much too much there is, by either bound.
 type shortage struct {
@@ -52,34 +55,41 @@ func (s shortage) none() bool { return s.overMax <= 0 && s.overFree <= 0 }
 // hopeless says that evicting everything would not be enough.
 func (s shortage) hopeless() bool { return max(s.overMax, s.overFree) > s.evictable }
 
-// space asks the file system for its size and free bytes, and makes the
-// directory again if it is gone (I9).
-func (c *Cache) space() (total, free int64, err error) {
-	if total, free, err = c.statfs(); err == nil {
-		return total, free, nil
+// bounds asks the file system, and makes the directory again if it is gone (I9).
+func (c *Cache) bounds() (bounds, error) {
+	total, free, err := c.statfs()
+	if err != nil {
+		if err = c.dir.make(); err == nil {
+			total, free, err = c.statfs()
+		}
 	}
-	if err := c.dir.make(); err != nil {
-		return 0, 0, err
+	return bounds{limit: c.opts.MaxBytes.Of(total), minFree: c.opts.MinFree.Of(total), free: free}, err
+}
+
+// left is how many bytes more there may be within b. c.mu is held.
+func (c *Cache) left(b bounds) int64 {
+	left := b.free - c.unbacked - b.minFree
+	if b.limit > 0 {
+		left = min(left, b.limit-c.used)
 	}
-	return c.statfs()
+	return left
 }
 
 // admit compares the books, with n bytes more, to the limits, and reserves the
 // n bytes if there is no shortage.
 func (c *Cache) admit(n int64) (shortage, error) {
-	total, free, err := c.space()
+	b, err := c.bounds()
 	if err != nil {
 		return shortage{}, err
 	}
-	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := shortage{evictable: c.evictable()}
-	if limit > 0 {
-		s.overMax, s.slackMax = c.used+n-limit, int64(float64(limit)*slack)
+	if b.limit > 0 {
+		s.overMax, s.slackMax = c.used+n-b.limit, slackOf(b.limit)
 	}
-	if minFree > 0 {
-		s.overFree, s.slackFree = minFree+c.unbacked+n-free, int64(float64(minFree)*slack)
+	if b.minFree > 0 {
+		s.overFree, s.slackFree = b.minFree+c.unbacked+n-b.free, slackOf(b.minFree)
 	}
 	if s.none() {
 		c.used += n
@@ -95,18 +105,13 @@ func (c *Cache) evictable() int64 { return c.used - c.reserved - c.pinned }
 // Room returns how many bytes of new blobs there is room for now, if everything goes
 // that may be evicted.
 func (c *Cache) Room() (int64, error) {
-	total, free, err := c.space()
+	b, err := c.bounds()
 	if err != nil {
 		return 0, fmt.Errorf("room in the cache: %w", err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	evictable := c.evictable()
-	room := free + evictable - c.unbacked - c.opts.MinFree.Of(total)
-	if limit := c.opts.MaxBytes.Of(total); limit > 0 {
-		room = min(room, limit-c.used+evictable)
-	}
-	return max(room, 0), nil
+	return max(c.left(b)+c.evictable(), 0), nil
 }
 
 // MakeRoom has n bytes free on the cache's file system, beside what MinFree keeps: it evicts
@@ -114,30 +119,22 @@ func (c *Cache) Room() (int64, error) {
 // not set aside. An error satisfies ErrNoRoom.
 func (c *Cache) MakeRoom(n int64) error {
 	return c.evictFor(n, func() (shortage, error) {
-		total, free, err := c.space()
-		minFree := c.opts.MinFree.Of(total)
+		b, err := c.bounds()
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return shortage{
-			overFree: minFree + c.unbacked + n - free, slackFree: int64(float64(minFree) * slack),
-			evictable: c.evictable(),
-		}, err
+		return shortage{overFree: b.minFree + c.unbacked + n - b.free, slackFree: slackOf(b.minFree), evictable: c.evictable()}, err
 	})
 }
 
 // Welcome reports whether a blob of n bytes that was last used then would take the place
 // of nothing that was used later, nor of what is hinted to be evicted last.
 func (c *Cache) Welcome(n int64, used time.Time) bool {
-	total, free, err := c.space()
+	bounds, err := c.bounds()
 	if err != nil {
 		return false
 	}
-	limit, minFree := c.opts.MaxBytes.Of(total), c.opts.MinFree.Of(total)
 	c.mu.Lock()
-	room := free - c.unbacked - minFree
-	if limit > 0 {
-		room = min(room, limit-c.used)
-	}
+	room := c.left(bounds)
 	var older []*blob
 	for e := c.lru.Back(); e != nil && room < n; e = e.Prev() {
 		b := e.Value.(*blob)
@@ -150,7 +147,7 @@ func (c *Cache) Welcome(n int64, used time.Time) bool {
 	}
 	c.mu.Unlock()
 	if room < n { // who evicts evicts some more
-		n += int64(slack * float64(max(limit, minFree)))
+		n += slackOf(max(bounds.limit, bounds.minFree))
 	}
 	for _, b := range older {
 		if room >= n {
