@@ -489,25 +489,11 @@ func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
 	}
 	for name, facts := range db.writing {
 		b := tx.Bucket([]byte(name))
-		// In order of keys, so that pages are touched once.
-		for _, k := range slices.Sorted(maps.Keys(facts)) {
-			known := b.Get([]byte(k)) != nil
-			switch stamped := facts[k]; {
-			case stamped != nil:
-				if err := b.Put([]byte(k), stamped); err != nil {
-					return err
-				}
-				if !known {
-					count[name]++
-				}
-			case known:
-				if err := b.Delete([]byte(k)); err != nil {
-					return err
-				}
-				count[name]--
-			}
+		grown, err := apply(b, facts)
+		if err != nil {
+			return err
 		}
-		if count[name] > capacity[name] {
+		if count[name] += grown; count[name] > capacity[name] {
 			gone, err := prune(b, count[name]-capacity[name]*9/10, db.age(name))
 			if err != nil {
 				return err
@@ -516,6 +502,27 @@ func (db *database) write(tx *bolt.Tx, count map[bucket]int) error {
 		}
 	}
 	return nil
+}
+
+// apply puts facts into b, and deletes those that are nil; it returns by how many keys b grew.
+func apply(b *bolt.Bucket, facts map[string][]byte) (grown int, err error) {
+	for _, k := range slices.Sorted(maps.Keys(facts)) { // in order, so that pages are touched once
+		known := b.Get([]byte(k)) != nil
+		switch stamped := facts[k]; {
+		case stamped != nil:
+			err = b.Put([]byte(k), stamped)
+			if !known {
+				grown++
+			}
+		case known:
+			err = b.Delete([]byte(k))
+			grown--
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	return grown, nil
 }
 
 // held makes the age of a fact greater than that of any other.
