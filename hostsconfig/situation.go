@@ -101,8 +101,30 @@ func (m *managed) original(rel string) (*file, error) {
 // errRaced: the file changed between reading and replacing it.
 var errRaced = errors.New("changed while it was being replaced; the next pass takes it up")
 
-// install makes data the content of s.rel. See DESIGN.md for the states.
+// install makes data the content of s.rel, by the five steps of DESIGN.md.
 func (m *managed) install(s situation, data []byte) error {
+	if err := m.enter(s, data); err != nil { // steps 1 to 3
+		return err
+	}
+	if s.current != nil && s.current.link == "" && string(s.current.data) == string(data) {
+		return nil
+	}
+	if !unchanged(m.at(s.rel), s.current) { // step 4
+		return fmt.Errorf("%s: %w", m.at(s.rel), errRaced)
+	}
+	like := s.original
+	if s.current != nil {
+		like = s.current
+	}
+	if like == nil || like.link != "" { // a link's own mode says nothing
+		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
+	}
+	return m.disk.write(m.at(s.rel), data, like) // step 5
+}
+
+// enter has the journal know s.rel before data is written there: the original is saved and
+// named beside the sum of data, and a former backup discarded.
+func (m *managed) enter(s situation, data []byte) error {
 	old := m.journal.Files[s.rel]
 	e := &entry{Ours: []string{sumOf(data)}}
 	if old != nil {
@@ -116,31 +138,17 @@ func (m *managed) install(s situation, data []byte) error {
 			return err
 		}
 	}
-	if old == nil || !sameEntry(old, e) {
-		m.journal.Files[s.rel] = e
-		if err := m.save(); err != nil {
-			return err
-		}
-		if old != nil && old.Backup != e.Backup {
-			if err := m.discard(old); err != nil {
-				return err
-			}
-		}
-	}
-	if s.current != nil && s.current.link == "" && string(s.current.data) == string(data) {
+	if old != nil && sameEntry(old, e) {
 		return nil
 	}
-	if !unchanged(m.at(s.rel), s.current) {
-		return fmt.Errorf("%s: %w", m.at(s.rel), errRaced)
+	m.journal.Files[s.rel] = e
+	if err := m.save(); err != nil {
+		return err
 	}
-	like := s.original
-	if s.current != nil {
-		like = s.current
+	if old == nil || old.Backup == e.Backup {
+		return nil
 	}
-	if like == nil || like.link != "" { // a link's own mode says nothing
-		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
-	}
-	return m.disk.write(m.at(s.rel), data, like)
+	return m.discard(old)
 }
 
 // modeBehind is the mode of what a link at rel leads to; all bits if there is none.
