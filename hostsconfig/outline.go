@@ -75,7 +75,7 @@ func readExpression(p *unstable.Parser, doc []byte) (expression, error) {
 		last = int(n.Raw.Offset + n.Raw.Length)
 		e.valueEnd = last
 		e.member = readMember(p, n)
-		e.paths = certPaths(p, n, nil)
+		e.paths = certPaths(n, nil)
 	}
 	e.start = bytes.LastIndexByte(doc[:first], '\n') + 1
 	e.end = lineEnd(doc, last)
@@ -112,7 +112,7 @@ func lineEnd(doc []byte, at int) int {
 
 // certPaths appends the strings below keys named ca or client, in n and in
 // the inline tables of n.
-func certPaths(p *unstable.Parser, n *unstable.Node, out []span) []span {
+func certPaths(n *unstable.Node, out []span) []span {
 	var name string
 	for it := n.Key(); it.Next(); {
 		name = string(it.Node().Data)
@@ -122,7 +122,7 @@ func certPaths(p *unstable.Parser, n *unstable.Node, out []span) []span {
 	}
 	if n.Value().Kind == unstable.InlineTable {
 		for it := n.Value().Children(); it.Next(); {
-			out = certPaths(p, it.Node(), out)
+			out = certPaths(it.Node(), out)
 		}
 	}
 	return out
