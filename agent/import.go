@@ -301,7 +301,7 @@ func (in *importer) putFile(d digest.Digest, origin cache.Origin, content *io.Se
 	var err error
 	for range 3 {
 		err = in.agent.cache.PutFile(in.ctx, d, origin, content)
-		if fill := (*cache.FillError)(nil); !errors.As(err, &fill) || errors.Is(err, cache.ErrNoRoom) {
+		if _, failed := errors.AsType[*cache.FillError](err); !failed || errors.Is(err, cache.ErrNoRoom) {
 			break
 		}
 	}

@@ -37,8 +37,7 @@ func (l *loader) toml(name string, body []byte) {
 }
 
 func syntaxProblem(name string, err error) *Problem {
-	var at *toml.DecodeError
-	if errors.As(err, &at) {
+	if at, ok := errors.AsType[*toml.DecodeError](err); ok {
 		row, column := at.Position()
 		return &Problem{From: fmt.Sprintf("%s:%d:%d", name, row, column), Reason: "not valid TOML: " + strings.TrimPrefix(at.Error(), "toml: ")}
 	}

@@ -230,8 +230,7 @@ func lineOf(name string, doc []byte, re *regexp.Regexp) string {
 
 // lineOfError adds the line of a TOML error to a path.
 func lineOfError(name string, err error) string {
-	var decode *toml.DecodeError
-	if errors.As(err, &decode) {
+	if decode, ok := errors.AsType[*toml.DecodeError](err); ok {
 		row, _ := decode.Position()
 		return fmt.Sprintf("%s:%d", name, row)
 	}

@@ -378,8 +378,7 @@ func (f *fill) open(ctx context.Context, joined bool) (*Reader, error) {
 		return r, nil
 	case <-f.broken:
 		err = f.failure()
-		var fe *FillError
-		if joined && errors.As(err, &fe) {
+		if fe, ok := errors.AsType[*FillError](err); ok && joined {
 			err = &FillError{Digest: fe.Digest, Err: fe.Err, Joined: true}
 		}
 	case <-ctx.Done():

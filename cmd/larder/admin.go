@@ -106,13 +106,13 @@ func (a adminAPI) answer(req *http.Request) (*http.Response, error) {
 
 func (a adminAPI) unreachable(err error) error {
 	why := err
-	if u := (*url.Error)(nil); errors.As(err, &u) {
+	if u, ok := errors.AsType[*url.Error](err); ok {
 		why = u.Err
 	}
 	if errors.Is(err, context.Canceled) {
 		return why
 	}
-	if op := (*net.OpError)(nil); errors.As(err, &op) {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
 		why = op.Err
 	}
 	return &unreachableError{base: a.base, why: why}
