@@ -459,7 +459,7 @@ func TestTagsThatNoHomeKnows(t *testing.T) {
 	}
 	for _, n := range p.nodes[1:] {
 		eventually(t, "knows what the first has", func() error {
-			if got := n.indexStatus().Blobs; got < known {
+			if got := n.swarm.Status().Index.Blobs; got < known {
 				return fmt.Errorf("%d of %d", got, known)
 			}
 			return nil

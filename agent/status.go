@@ -17,7 +17,8 @@ func (a *Agent) Status() Status {
 	checks := a.checks()
 	totals := a.sample()
 	stats := a.cache.Stats()
-	members := a.Members()
+	peers := a.swarm.status()
+	members := membersOf(peers)
 	return Status{
 		Build: a.build, Node: a.nodeName(), Started: a.started, Proxy: a.ProxyAddr(),
 		Ready: allOK(checks), Checks: checks,
@@ -33,10 +34,10 @@ func (a *Agent) Status() Status {
 		Fetched:   totals.Fetched,
 		Uploaded:  totals.Uploaded,
 		Upstreams: append([]upstream.Health{}, a.upstream.Health()...),
-		Peers:     a.swarm.describe(a.config.Peer),
-		Members:   append([]Member{}, members...),
+		Peers:     a.swarm.describe(a.config.Peer, peers),
+		Members:   members,
 		Zones:     zonesOf(members),
-		Index:     a.indexStatus(),
+		Index:     IndexStatus{Blobs: peers.Index.Blobs, Postings: peers.Index.Postings, Held: peers.Index.Held},
 		Hosts:     a.hostsStatus(),
 		Runtime:   a.runtimeStatus(),
 		Recent:    a.recent.all(a.cache.Meta().Fetched),

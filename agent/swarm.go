@@ -401,14 +401,17 @@ func (s *swarm) check() error {
 	}
 }
 
-// Members lists the cluster as this node sees it, this node included, by zone
-// and name; nil when it is alone.
-func (a *Agent) Members() []Member {
-	if a.swarm == nil {
-		return nil
+// status is what the swarm knows at this moment; a lone node knows nothing.
+func (s *swarm) status() peer.Status {
+	if s == nil {
+		return peer.Status{}
 	}
-	return membersOf(a.swarm.Status())
+	return s.Status()
 }
+
+// Members lists the cluster as this node sees it, this node included, by zone
+// and name; none when it is alone.
+func (a *Agent) Members() []Member { return membersOf(a.swarm.status()) }
 
 func membersOf(st peer.Status) []Member {
 	links := make(map[string]bool, len(st.Links))
@@ -461,14 +464,6 @@ func byNumber(a, b string) int {
 	return cmp.Or(strings.Compare(stem(a), stem(b)), cmp.Compare(len(a), len(b)), strings.Compare(a, b))
 }
 
-func (a *Agent) indexStatus() IndexStatus {
-	if a.swarm == nil {
-		return IndexStatus{}
-	}
-	i := a.swarm.Status().Index
-	return IndexStatus{Blobs: i.Blobs, Postings: i.Postings, Held: i.Held}
-}
-
 // holders names the nodes that say they have d.
 func (s *swarm) holders(d digest.Digest) []string {
 	if s == nil {
@@ -478,14 +473,13 @@ func (s *swarm) holders(d digest.Digest) []string {
 }
 
 // describe is one line for `larder status`.
-func (s *swarm) describe(p PeerConfig) string {
+func (s *swarm) describe(p PeerConfig, st peer.Status) string {
 	switch {
 	case !p.Enabled:
 		return "off (peer.enabled = false)"
 	case s == nil:
 		return "alone (no peer.key_file and no peer.join)"
 	}
-	st := s.Status()
 	if st.Alone != nil {
 		return fmt.Sprintf("alone: no other node answers (%v); is its TCP and UDP port open, and the key the same?", st.Alone)
 	}
