@@ -4,7 +4,8 @@
 //
 // The promise: a byte that a Reader returns was either part of a blob whose
 // whole digest has matched, or was written by a source that vouched for it,
-// and the last piece of a blob is never shown before the whole digest matched.
+// and the last piece of a blob is not shown before the whole digest matched, but
+// to who reads a part (Reader.ForPart) or checks it by itself (LookupPieces).
 // Nothing here is precious. The directory may be deleted, the process killed,
 // the disk filled or torn at any moment: the cache heals, forgets or says
 // ErrNoRoom, and never serves garbage. DESIGN.md states the invariants.
@@ -440,7 +441,7 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 func (c *Cache) LookupPieces(d digest.Digest) (*Reader, bool) {
 	r, ok := c.Lookup(d)
 	if ok {
-		r.piecewise = true
+		r.view = viewPieces
 	}
 	return r, ok
 }

@@ -65,6 +65,7 @@ func (f *fill) givenBy(giver string) bool { return giver == "" || giver == f.giv
 // waiter is somebody blocked until the byte at off is there.
 type waiter struct {
 	off    int64
+	view   view
 	reader bool          // counts for Wanted
 	ready  chan struct{} // buffered: one wake-up is never lost
 }
@@ -344,7 +345,7 @@ func (f *fill) ReadAt(p []byte, off int64) (int, error) {
 	default:
 		return 0, ErrMissing
 	}
-	n, err := f.visible(off, int64(len(p)), true)
+	n, err := f.visible(off, int64(len(p)), viewPieces)
 	if err == nil && n < int64(len(p)) {
 		err = ErrMissing
 	}
@@ -672,26 +673,37 @@ func (f *fill) moved() {
 }
 
 // visible returns how many bytes, at most limit, a reader may have from off
-// on: present, and not in the held-back last piece (I2) unless last says that
-// the reader checks each piece by itself.
-func (f *fill) visible(off, limit int64, last bool) (int64, error) {
+// on: present, and not in the last piece (I2) unless it may see that.
+func (f *fill) visible(off, limit int64, v view) (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err != nil && errors.Is(f.err, ErrDigestMismatch) {
 		return 0, f.err
 	}
-	if n := f.pieces.run(off, limit, f.good || last); n > 0 {
+	if n := f.pieces.run(off, limit, f.shows(v)); n > 0 {
 		return n, nil
 	}
 	return 0, f.err
 }
 
+// shows reports whether a reader may see the last piece now. f.mu is held.
+func (f *fill) shows(v view) bool {
+	switch v {
+	case viewPieces:
+		return true
+	case viewPart:
+		return f.good || f.pieces.prefix() < f.pieces.start(f.pieces.last())
+	default:
+		return f.good
+	}
+}
+
 // await blocks until a reader may have the byte at off.
-func (f *fill) await(ctx context.Context, off int64) error {
-	w := &waiter{off: off, reader: true, ready: make(chan struct{}, 1)}
+func (f *fill) await(ctx context.Context, off int64, v view) error {
+	w := &waiter{off: off, view: v, reader: true, ready: make(chan struct{}, 1)}
 	defer f.forget(w)
 	for {
-		if n, err := f.visible(off, 1, false); n > 0 || err != nil {
+		if n, err := f.visible(off, 1, v); n > 0 || err != nil {
 			return err
 		}
 		if f.enlist(w) {
@@ -709,7 +721,7 @@ func (f *fill) await(ctx context.Context, off int64) error {
 func (f *fill) enlist(w *waiter) (come bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.err != nil || f.pieces.run(w.off, 1, f.good) > 0 {
+	if f.err != nil || f.pieces.run(w.off, 1, f.shows(w.view)) > 0 {
 		return true
 	}
 	if _, there := f.waiters[w]; !there {

@@ -616,6 +616,52 @@ func TestLookupPiecesShowsTheLastPiece(t *testing.T) {
 	settle(c, d)
 }
 
+// TestLastPieceForPart: who reads a part of a blob does not wait for all of it, and is
+// shown the end no longer once the rest is here.
+func TestLastPieceForPart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		stop := run(t, c)
+		defer stop()
+		body, d := content(19, 2*minPiece+5)
+		_, f, whole := begin(t, c, d, int64(len(body)))
+		r, err := c.Open(t.Context(), d, newManual())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		r.ForPart()
+		ready := make(chan error, 1)
+		go func() { ready <- r.Ready(t.Context(), 2*minPiece) }()
+		synctest.Wait()
+		put(t, f, body, 2*minPiece, len(body)-1)
+		synctest.Wait()
+		select {
+		case err := <-ready:
+			if err != nil {
+				t.Error(err)
+			}
+		default:
+			t.Error("a part of the blob waits for all of it")
+		}
+		for _, tt := range []struct {
+			name string
+			r    *Reader
+			want int64
+		}{{"part", r, 4}, {"whole", whole, 0}} {
+			if _, n, err := tt.r.Extent(2 * minPiece); n != tt.want || err != nil {
+				t.Errorf("%s: the last piece shows %d bytes, %v; want %d", tt.name, n, err, tt.want)
+			}
+		}
+		put(t, f, body, 0, 2*minPiece)
+		if _, n, err := r.Extent(2 * minPiece); n != 0 || err != nil {
+			t.Errorf("the rest is here: the last piece shows %d bytes, %v", n, err)
+		}
+		put(t, f, body, len(body)-1, len(body))
+		settle(c, d)
+	})
+}
+
 func TestPut(t *testing.T) {
 	c := start(t, Options{})
 	body, d := content(17, 700)

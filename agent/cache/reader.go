@@ -31,9 +31,17 @@ type Reader struct {
 	pos    int64
 	cursor atomic.Int64 // reported to the fill; -1 before the first read
 	closed atomic.Bool
-	// piecewise readers see the last piece before the whole digest matched
-	piecewise bool
+	view   view
 }
+
+// view is what a reader sees of the last piece of a running fill.
+type view int8
+
+const (
+	viewWhole  view = iota // nothing, before the whole digest matched
+	viewPart               // what is there, as long as bytes before it are missing
+	viewPieces             // what is there
+)
 
 var (
 	_ io.ReadSeekCloser = (*Reader)(nil)
@@ -81,7 +89,7 @@ func (r *Reader) HasPiece(i int) bool {
 	ps := PieceSize(r.size)
 	off := int64(i) * ps
 	want := min(ps, r.size-off)
-	n, _ := r.fill.visible(off, want, r.piecewise)
+	n, _ := r.fill.visible(off, want, r.view)
 	return n == want
 }
 
@@ -103,6 +111,15 @@ func (r *Reader) Err() error {
 	return r.fill.failure()
 }
 
+// ForPart tells that somebody reads a part of the blob which does not begin at its
+// first byte. Who pulls lazily begins with a table at the end: were the last piece held
+// back, that would wait for the whole blob. It is shown while bytes before it are missing.
+func (r *Reader) ForPart() {
+	if r.view == viewWhole {
+		r.view = viewPart
+	}
+}
+
 // Ready blocks until a byte at off can be read, and returns nil; also at once
 // if off is the size. It returns ctx's cause or the fill's error otherwise.
 // The fill learns that off is wanted.
@@ -113,7 +130,7 @@ func (r *Reader) Ready(ctx context.Context, off int64) error {
 	if r.fill == nil || off >= r.size {
 		return nil
 	}
-	return r.fill.await(ctx, off)
+	return r.fill.await(ctx, off, r.view)
 }
 
 // Extent returns a file and the number n of bytes that can be read from it at
@@ -135,7 +152,7 @@ func (r *Reader) Extent(off int64) (file *os.File, n int64, err error) {
 		return r.own, r.size - off, nil
 	}
 	r.report(off)
-	n, err = r.fill.visible(off, r.size-off, r.piecewise)
+	n, err = r.fill.visible(off, r.size-off, r.view)
 	return r.own, n, err
 }
 
@@ -211,14 +228,14 @@ func (r *Reader) readSome(p []byte, off int64) (int, error) {
 // waitSome returns how many of want bytes at off can be read, at least one.
 func (r *Reader) waitSome(off, want int64) (int64, error) {
 	for {
-		n, err := r.fill.visible(off, want, r.piecewise)
+		n, err := r.fill.visible(off, want, r.view)
 		if n > 0 || err != nil {
 			return n, err
 		}
 		if r.ctx == nil {
 			return 0, ErrMissing
 		}
-		if err := r.fill.await(r.ctx, off); err != nil {
+		if err := r.fill.await(r.ctx, off, r.view); err != nil {
 			return 0, err
 		}
 	}

@@ -26,6 +26,7 @@ type body struct {
 	mu   sync.Mutex // guards the fields below: a multi-range answer reads from a goroutine that outlives ServeContent
 	at   content
 	off  int64
+	part bool  // the client wants a part, and does not wait for the whole digest
 	late bool  // the headers go out before the first byte is there
 	err  error // why bytes could not be had
 }
@@ -111,6 +112,9 @@ func (b *body) ready() error {
 func (b *body) readyWithin(d time.Duration, cause error) error {
 	ctx, stop := context.WithTimeoutCause(b.x.ctx, d, cause)
 	defer stop()
+	if b.part {
+		forPart(b.at)
+	}
 	return b.at.ready(ctx, b.off)
 }
 

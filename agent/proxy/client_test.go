@@ -163,6 +163,42 @@ func TestContainerdInChunks(t *testing.T) {
 	}
 }
 
+// TestLazyPull: a client that pulls lazily reads the table at the end of a layer first,
+// and does not wait for all of it.
+func TestLazyPull(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = 3 * time.Second })
+	img := n.image(60_000_000, 60_000_001)
+	n.registry.SetRate(0, 2_000_000) // half a minute for each layer
+	for i, path := range []string{blobPath(img.Layers[0].Digest), pathBlob(img.Layers[1].Digest)} {
+		d := img.Layers[i].Digest
+		want := bytesOf(t, img, d)
+		for _, header := range []string{"bytes=-51", "bytes=-1000,30000000-30000050"} {
+			begin := time.Now()
+			a := n.get(path, "Range", header)
+			if a.status != 206 || a.err != nil || !bytes.Contains(a.body, want[len(want)-51:]) {
+				t.Errorf("%s, %s: status %d, %d bytes, %v", path, header, a.status, len(a.body), a.err)
+			}
+			if took := time.Since(begin); took > 10*time.Second || n.cache.Has(d) {
+				t.Errorf("%s, %s: took %s", path, header, took)
+			}
+		}
+	}
+}
+
+// TestWrongBytesInParts: who got a blob in parts, its end before its digest was known,
+// takes the end from the registry when he comes again because the bytes were wrong.
+func TestWrongBytesInParts(t *testing.T) {
+	n := startNode(t, nil)
+	d := n.image(6_000_000).Layers[0].Digest
+	n.registry.SetRate(0, 6_000_000)
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.CorruptAt(10))
+	if a := n.get(blobPath(d), "Range", "bytes=-51"); a.status != 206 || a.err != nil {
+		t.Fatalf("status %d, %v", a.status, a.err)
+	}
+	await(t, "the digest", func() bool { return n.cache.Mismatches(d) > 0 })
+	checkOCIError(t, n.get(blobPath(d), "Range", "bytes=-51"), 503, "UNAVAILABLE")
+}
+
 // slowWriter is a client that stops reading: a write waits until the deadline.
 type slowWriter struct {
 	http.ResponseWriter

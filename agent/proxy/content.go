@@ -48,6 +48,16 @@ func (c cached) read(p []byte, off int64) (int, error) {
 	return c.Read(p)
 }
 
+// forPart has c show what is there of a blob to who wants a part of it.
+func forPart(c content) {
+	switch c := c.(type) {
+	case cached:
+		c.ForPart()
+	case *promised:
+		c.part = true
+	}
+}
+
 // held is a blob in the runtime's own store.
 type held struct{ RuntimeBlob }
 
@@ -81,6 +91,7 @@ func (h held) read(p []byte, off int64) (int, error) {
 // promised is a blob that is being opened, of the size that its manifest lists.
 type promised struct {
 	length int64
+	part   bool
 	opened chan struct{} // closed once the next two are set
 	at     content
 	err    error
@@ -117,6 +128,9 @@ func (c *promised) ready(ctx context.Context, off int64) error {
 	at, err := c.place()
 	if err != nil {
 		return err
+	}
+	if c.part {
+		forPart(at)
 	}
 	return at.ready(ctx, off)
 }

@@ -45,17 +45,24 @@ func failureOf(x *exchange, err error) (failure, time.Duration) {
 	if _, ok := errors.AsType[*cache.FillError](err); !ok {
 		return failure{}, wrongMemory
 	}
-	f := failure{wrong: true}
 	if x.sent.Load() > 0 {
-		f.size = x.sizeToSend()
-		f.from = (f.size - 1) / cache.PieceSize(f.size) * cache.PieceSize(f.size)
+		return wrongEnd(x.sizeToSend()), wrongMemory
 	}
-	return f, wrongMemory
+	return failure{wrong: true}, wrongMemory
+}
+
+// wrongEnd refuses the last piece of a blob.
+func wrongEnd(size int64) failure {
+	piece := cache.PieceSize(size)
+	return failure{wrong: true, size: size, from: (size - 1) / piece * piece}
 }
 
 // refuses reports whether the client is to take what it asks for from the registry.
 func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	f, failed := p.failed.get(key)
+	if !failed && p.cache.Mismatches(key.digest) > 0 { // who read parts of it has seen no body cut
+		f, failed = p.parts.get(key)
+	}
 	switch {
 	case !failed || p.cache.Has(key.digest):
 		return false
