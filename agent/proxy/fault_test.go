@@ -326,6 +326,17 @@ func TestNoRoomAsksOnce(t *testing.T) {
 			t.Errorf("%q: %d GETs so far, want %d", r, got, i+1)
 		}
 	}
+	for _, r := range []string{"bytes=1000000-1000009", "bytes=0-9", "bytes=0-9,1000000-1000009,10-19,2999000-"} {
+		m := registrytest.Match{Reference: d.String()}
+		before := n.registry.Bytes(m)
+		a := n.get(blobPath(d), "Range", r)
+		if a.status != 206 || a.err != nil || !bytes.Contains(a.body, bytesOf(t, img, d)[1_000_000:1_000_010]) && r != "bytes=0-9" {
+			t.Errorf("%q: status %d, %d bytes, %v", r, a.status, len(a.body), a.err)
+		}
+		if got := n.registry.Bytes(m) - before; got > int64(len(a.body)) {
+			t.Errorf("%q: %d bytes of the registry for an answer of %d", r, got, len(a.body))
+		}
+	}
 	// As home of it this node must say so at once: others would wait for it.
 	if err := n.proxy.Prefetch(n.target(), KindBlob, d, 0); !errors.Is(err, cache.ErrNoRoom) {
 		t.Errorf("Prefetch: %v", err)

@@ -102,6 +102,7 @@ func (h *healer) pass(off int64) (content, error) {
 	x, t, d := h.x, h.x.access.target, h.x.route.digest
 	h.p.log.Debug("passing through", "digest", d, "registry", t.Registry)
 	s := &stream{swarm: h.p.swarm, upstream: h.p.upstream, target: t, digest: d, total: cmp.Or(x.sizeToSend(), h.p.Listed(t, d)), passed: h.p.cache.Passed}
+	s.until = func(off int64) int64 { return endOf(x.r, s.total, etag(d), off) }
 	s.whole = func() { h.p.cache.Meta().AddGiver(d, t.Registry) }
 	s.ctx, s.cancel = context.WithCancelCause(x.ctx)
 	s.reposition(off)

@@ -57,6 +57,30 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 	return off, ok
 }
 
+// endOf returns where the range of the answer to r ends that the byte at off is in; the
+// size, if the answer has the whole blob.
+func endOf(r *http.Request, size int64, etag string, off int64) int64 {
+	specs, isBytes := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
+	if cond := r.Header.Get("If-Range"); !isBytes || cond != "" && cond != etag {
+		return size
+	}
+	end, sum := size, int64(0)
+	for spec := range strings.SplitSeq(specs, ",") {
+		start, length, valid := parseRange(strings.TrimSpace(spec), size)
+		if !valid || length < 0 {
+			continue
+		}
+		if end == size && start <= off && off < start+length {
+			end = start + length
+		}
+		sum += length
+	}
+	if sum > size {
+		return size
+	}
+	return end
+}
+
 // refuseEmptyRange keeps from net/http the ranges of no bytes that it would answer with
 // "bytes 0--1/0" and the like. A last zero bytes is unsatisfiable, as RFC 9110 section
 // 14.1.2 has it; any range of an empty blob is ignored, as section 14.2 lets a server do,

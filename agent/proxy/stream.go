@@ -36,12 +36,14 @@ type stream struct {
 	target   upstream.Target
 	digest   digest.Digest
 	total    int64                       // 0: not known yet
+	until    func(off int64) int64       // where what the client wants from off on ends; total is known
 	whole    func()                      // called when all of it came and was right
 	passed   func(cache.OriginKind, int) // called for bytes that came
 
 	body     io.ReadCloser // nil: to be opened at next
 	peers    bool          // body is from other nodes
 	next     int64         // offset of the next byte of body
+	stop     int64         // where body ends
 	verifier digest.Verifier
 	buf      []byte // read and not yet taken; it ends at next
 	room     []byte // backs buf
@@ -60,14 +62,26 @@ func (s *stream) extent(int64) (*os.File, int64, error) { return nil, 0, nil }
 func (s *stream) reposition(off int64) {
 	s.drop()
 	s.buf, s.next, s.verifier = nil, off, nil
-	if off == 0 {
+	if off == 0 && s.end() < 0 {
 		s.verifier = s.digest.Verifier()
 	}
 }
 
+// end is where what the client wants from the next byte on ends, -1 for the blob's end.
+func (s *stream) end() int64 {
+	if s.total == 0 {
+		return -1
+	}
+	if end := s.until(s.next); end < s.total {
+		return end
+	}
+	return -1
+}
+
 // open asks for the blob from next on.
 func (s *stream) open() error {
-	body, size, err := s.ask()
+	end := s.end()
+	body, size, err := s.ask(end)
 	if err != nil {
 		return err
 	}
@@ -75,12 +89,15 @@ func (s *stream) open() error {
 		_ = body.Close()
 		return fmt.Errorf("stream %s: %w", s.digest, cache.ErrSizeMismatch)
 	}
-	s.body, s.total = body, size
+	s.body, s.total, s.stop = body, size, size
+	if end >= 0 && !s.peers {
+		s.stop = end
+	}
 	return nil
 }
 
 // ask asks other nodes once, and upstream if they have not got it, or no more of it.
-func (s *stream) ask() (body io.ReadCloser, size int64, err error) {
+func (s *stream) ask(end int64) (body io.ReadCloser, size int64, err error) {
 	if s.swarm != nil {
 		body, size, err = s.swarm.Through(s.ctx, s.target, KindBlob, s.digest, s.next)
 		if s.peers = err == nil; s.peers || s.ctx.Err() != nil {
@@ -88,7 +105,7 @@ func (s *stream) ask() (body io.ReadCloser, size int64, err error) {
 		}
 		s.swarm = nil
 	}
-	return s.upstream.Blob(s.ctx, s.target, s.digest, s.next)
+	return s.upstream.Blob(s.ctx, s.target, s.digest, s.next, end)
 }
 
 // broke closes the body, which failed, for another one from the same offset on.
@@ -140,13 +157,16 @@ func (s *stream) mayRetry(err error) bool {
 // fill reads the next bytes that may be shown: some, or the whole tail once it
 // is verified.
 func (s *stream) fill() error {
+	if s.verifier == nil && s.next == s.stop { // the client wants more
+		s.drop()
+	}
 	if s.body == nil {
 		if err := s.open(); err != nil {
 			return err
 		}
 	}
 	if s.verifier == nil {
-		return s.readSome(s.total)
+		return s.readSome(s.stop)
 	}
 	if tail := max(0, s.total-heldTail); s.next < tail {
 		return s.readSome(tail)

@@ -58,7 +58,7 @@ func BenchmarkFetch(b *testing.B) {
 func plainGet(b *testing.B, c *Client, d digest.Digest) time.Duration {
 	b.Helper()
 	began := time.Now()
-	body, size, err := c.Blob(b.Context(), target, d, 0)
+	body, size, err := c.Blob(b.Context(), target, d, 0, -1)
 	if err != nil {
 		b.Fatal(err)
 	}

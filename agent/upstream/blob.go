@@ -384,14 +384,14 @@ func (st *stream) acceptPart(resp *answer, ep *endpoint) error {
 	return nil
 }
 
-// Blob streams a blob from off on, mending itself like Fetch but with nothing
-// kept and nothing verified. The caller closes body; ctx reaches to its end.
-func (c *Client) Blob(ctx context.Context, t Target, d digest.Digest, off int64) (body io.ReadCloser, size int64, err error) {
+// Blob streams a blob from off to end, -1 for the blob's own, mending itself like
+// Fetch but with nothing kept and nothing verified. The caller closes body; ctx reaches to its end.
+func (c *Client) Blob(ctx context.Context, t Target, d digest.Digest, off, end int64) (body io.ReadCloser, size int64, err error) {
 	src, err := c.newSource(t, d, "blob")
 	if err != nil {
 		return nil, 0, err
 	}
-	st := &stream{src: src, op: "blob", off: off, end: -1}
+	st := &stream{src: src, op: "blob", off: off, end: end}
 	if err := st.ready(ctx); err != nil {
 		return nil, 0, err
 	}

@@ -151,7 +151,7 @@ func TestProbeIsALongBlob(t *testing.T) {
 	}
 	fail()
 	endPause(c)
-	body, _, err := c.Blob(t.Context(), target, d, 0)
+	body, _, err := c.Blob(t.Context(), target, d, 0, -1)
 	if err != nil {
 		t.Fatal(err)
 	}

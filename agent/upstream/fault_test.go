@@ -230,7 +230,7 @@ func TestBlobStream(t *testing.T) {
 	reg.Inject(registrytest.Match{Role: registrytest.CDN}, registrytest.CutAfter(300_000), registrytest.Times(3))
 	want := content(t, registrytest.Random(7, blobSize))
 	for _, off := range []int64{0, 1, 500_000, blobSize - 1, blobSize} {
-		body, size, err := clientOf(t, reg).Blob(t.Context(), target, d, off)
+		body, size, err := clientOf(t, reg).Blob(t.Context(), target, d, off, -1)
 		if off == blobSize {
 			if err == nil {
 				body.Close()
