@@ -98,7 +98,7 @@ type blob struct {
 	writing   int                     // pieces on their way into fill
 	complete  bool                    // the last fetch has brought all of it
 	void      bool                    // and upstream had got them wrong, see attempt.go
-	authority bool                    // bytes here come straight from upstream, or the whole digest matched
+	authority bool                    // bytes here come, or came, straight from upstream: this node signs them
 	failure   error                   // of this node as home, for leases that come back
 	failedAt  time.Time
 	sources   map[string]int64 // bytes by node

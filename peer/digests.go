@@ -301,7 +301,7 @@ func (b *blob) batchesLocked(i int) []*batch {
 	if t == nil {
 		return nil
 	}
-	if t.signer != b.s.self.Name && b.checked.has(i) && b.fill == nil && b.haveN == b.n && b.s.index.holds(prefixOf(b.k)) {
+	if t.signer != b.s.self.Name && b.checked.has(i) && b.fill == nil && b.wholeLocked() && b.s.index.holds(prefixOf(b.k)) {
 		return []*batch{t, b.resignLocked(i)}
 	}
 	return []*batch{t}

@@ -25,7 +25,7 @@ func (b *blob) asked(l *link, w want) {
 
 // grant makes the upload of a piece that is here, and counts it as given.
 func (b *blob) grant(l *link, w want) *upload {
-	source := b.isHome()
+	home := b.isHome()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	i := int(w.piece)
@@ -37,14 +37,14 @@ func (b *blob) grant(l *link, w want) *upload {
 		u.batches = b.batchesLocked(i)
 	}
 	b.lastUse = time.Now()
-	source = source || b.sourceLocked()
+	only := b.mayBeOnlyLocked()
 	switch {
-	case l.zone != b.s.cfg.Zone && !b.sourceLocked():
+	case l.zone != b.s.cfg.Zone && !only:
 		// Another zone has its own home; what this one spares is for nobody else.
 		u.foreign, u.spare = true, spareFresh
 		u.given = max(u.given, 1)
 		return u
-	case b.fresh > 0 && source:
+	case b.fresh > 0 && (home || only):
 		u.spare, u.hinted = spareFresh, true
 	}
 	if w.passing { // what is given there is given no further
@@ -59,9 +59,9 @@ func (b *blob) grant(l *link, w want) *upload {
 	return u
 }
 
-// sourceLocked reports whether this node may have pieces that nobody else has
-// yet: it fetches from upstream, or held the blob before.
-func (b *blob) sourceLocked() bool { return b.authority || b.haveN == b.n }
+// mayBeOnlyLocked reports whether this node may have pieces that nobody else has
+// yet (I6): it fetches from upstream, or held the blob before.
+func (b *blob) mayBeOnlyLocked() bool { return b.authority || b.wholeLocked() }
 
 // refused takes back that a piece was given, and finds a better one.
 func (b *blob) refused(u *upload) {

@@ -316,7 +316,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 		}
 		return ours()
 	}
-	if b.offered() > 0 && b.whole() {
+	if b.whole() {
 		return ours()
 	}
 	switch err := s.seedFromStore(b); {
@@ -347,7 +347,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 func (b *blob) source() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.n > 0 && b.haveN == b.n || b.scanning || b.fill != nil && b.authority
+	return b.wholeLocked() || b.scanning || b.fill != nil && b.authority
 }
 
 // waits reports whether all this node has of the blob is hope: it goes upstream
@@ -454,11 +454,14 @@ func (b *blob) offered() int {
 	return b.haveN
 }
 
+// whole reports whether every piece can be given.
 func (b *blob) whole() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.n > 0 && b.haveN == b.n
+	return b.wholeLocked()
 }
+
+func (b *blob) wholeLocked() bool { return b.n > 0 && b.haveN == b.n }
 
 func (b *blob) fail(err error) {
 	b.mu.Lock()
