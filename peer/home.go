@@ -31,8 +31,7 @@ type meeting struct {
 	members map[string]*attendee
 	names   []string // of members, in no order
 	permits []time.Time
-	resumed bool                 // somebody came with pieces: another home was here before
-	doubted time.Time            // when somebody last did, so likely because that home is gone
+	doubted time.Time            // when somebody last came with pieces: another home was here before, and is likely gone
 	idle    map[string]time.Time // homes that somebody waited for in vain, and when he said so
 }
 
@@ -90,7 +89,8 @@ func (m *meeting) introduceLocked(self, zone string, rng *rand.Rand) (out []stri
 	return out
 }
 
-// doubt reports when somebody came here because the home above is gone.
+// doubt reports when somebody last came here because the home above is gone; zero if
+// nobody did.
 func (m *meeting) doubt() time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -274,7 +274,7 @@ func (b *blob) note(l *link, ask joinAsk) {
 	b.home.mu.Lock()
 	defer b.home.mu.Unlock()
 	if ask.Have > 0 && b.home.members[l.peer] == nil {
-		b.home.resumed, b.home.doubted = true, time.Now()
+		b.home.doubted = time.Now()
 	}
 	for _, name := range ask.Idle {
 		if _, ok := b.s.roster.get(name); ok && len(b.home.idle) < 2*homesPerBlob && name != b.s.self.Name {

@@ -24,10 +24,7 @@ func (x *fetch) asHome(ctx context.Context) error {
 	if err := x.fromSwarm(ctx); err != nil || x.whole() {
 		return err
 	}
-	x.b.home.mu.Lock()
-	resumed := x.b.home.resumed
-	x.b.home.mu.Unlock()
-	if resumed {
+	if !x.b.home.doubt().IsZero() {
 		wait(ctx, resumeWait)
 	}
 	return x.upstream(ctx)
