@@ -233,8 +233,8 @@ func (b *blob) setSizeLocked(size int64) bool {
 	if n == 0 || n > maxPieces {
 		return false
 	}
-	b.size, b.pieceSize, b.n, b.missing = size, ps, n, n
-	b.here, b.have, b.checked = newBitmap(n), newBitmap(n), newBitmap(n)
+	b.size, b.pieceSize, b.n = size, ps, n
+	b.emptyLocked()
 	b.sums, b.given, b.avail = make([]*batch, n), make([]uint16, n), make([]uint16, n)
 	for _, nb := range b.nbrs {
 		b.countLocked(nb, +1)
@@ -243,6 +243,14 @@ func (b *blob) setSizeLocked(size int64) bool {
 	}
 	close(b.sizedCh)
 	return true
+}
+
+// emptyLocked makes the tables of what is here anew, with nothing in them. What was given
+// and who signed is kept.
+func (b *blob) emptyLocked() {
+	b.here, b.have, b.checked = newBitmap(b.n), newBitmap(b.n), newBitmap(b.n)
+	b.missing, b.haveN, b.fresh, b.cursor = b.n, 0, 0, 0
+	b.bare, b.resigned = nil, nil
 }
 
 // sized reports the size, 0 while unknown.

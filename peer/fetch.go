@@ -104,11 +104,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	b.owed, b.pace, b.pieceTook = time.Time{}, pace{}, 0
 	b.upSince, b.upBytes, b.helper = time.Time{}, 0, helper{}
 	clear(b.sources)
-	if b.size != 0 {
-		b.here, b.have, b.missing, b.haveN = newBitmap(b.n), newBitmap(b.n), b.n, 0
-		b.cursor, b.fresh, b.bare = 0, 0, nil
-		b.checked, b.resigned = newBitmap(b.n), nil
-	}
+	b.emptyLocked()
 	return nil
 }
 

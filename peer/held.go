@@ -65,10 +65,8 @@ func (b *blob) withdraw() {
 		b.partLocked(nb)
 	}
 	if b.size != 0 && b.fill == nil {
-		b.here, b.have = newBitmap(b.n), newBitmap(b.n)
-		b.missing, b.haveN, b.authority, b.complete = b.n, 0, false, false
-		b.fresh = 0
-		b.checked, b.resigned = newBitmap(b.n), nil
+		b.emptyLocked()
+		b.authority, b.complete = false, false
 	}
 	b.mu.Unlock()
 	b.letGo()
