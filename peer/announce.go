@@ -31,7 +31,7 @@ const (
 
 // own is what this node holds and what it said of it.
 type own struct {
-	mu      sync.Mutex // guards the following; index.mu may be held while taking it, not the reverse
+	mu      sync.Mutex // guards the following
 	held    map[uint64]*holding
 	due     []waiting
 	pending []op // announced, not yet in a message
@@ -70,14 +70,15 @@ func (c *cursor) op() op { return op{add: c.u8()&1 != 0, prefix: c.u64()} }
 // runtime's store. Others hear of it after a random delay, and only if not many
 // holders are known by then.
 func (s *Swarm) Announce(d digest.Digest) {
-	k, err := parseKey(d.String())
-	if err != nil {
-		return
+	if k, err := parseKey(d.String()); err == nil {
+		s.index.hold(prefixOf(k))
 	}
-	x := s.index
+}
+
+// hold notes that this node has what a prefix stands for, if that is news.
+func (x *index) hold(p uint64) {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	p := prefixOf(k)
 	if x.own.held[p] != nil || len(x.own.held) >= maxOwn {
 		return
 	}
@@ -95,10 +96,13 @@ func (s *Swarm) Withdraw(d digest.Digest) {
 	for attempt := range byte(lastAttempt + 1) {
 		s.ifBlob(blobID{k, attempt}, func(b *blob) { b.withdraw() })
 	}
-	x := s.index
+	s.index.drop(prefixOf(k))
+}
+
+// drop takes hold back.
+func (x *index) drop(p uint64) {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	p := prefixOf(k)
 	h := x.own.held[p]
 	delete(x.own.held, p)
 	if h != nil && h.announced {

@@ -12,8 +12,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // Where only some members have a way to a registry, none of a blob's homes may. So a
@@ -71,9 +69,9 @@ func newWays() *ways {
 }
 
 // wayTo is what the index calls a way to a registry.
-func wayTo(registry string) key { return sha256.Sum256([]byte("larder way\x00" + registry)) }
-
-func (k key) digest() digest.Digest { return digest.NewDigestFromBytes(digest.SHA256, k[:]) }
+func wayTo(registry string) uint64 {
+	return prefixOf(sha256.Sum256([]byte("larder way\x00" + registry)))
+}
 
 // reaches reports, at once, whether this node is to try the registry for those who
 // wait. Where others are known to have a way it has to be sure of its own: to find out
@@ -120,7 +118,7 @@ func (s *Swarm) loseWay(registry string) {
 func (s *Swarm) takeBackLocked(registry string) {
 	if s.ways.givesLocked(registry) {
 		delete(s.ways.ours, registry)
-		s.Withdraw(wayTo(registry).digest())
+		s.index.drop(wayTo(registry))
 	}
 }
 
@@ -169,7 +167,7 @@ func (s *Swarm) cutOff(member, registry string, others []string) {
 // one who asked this node in vain. Hearsay goes no further, or two could tell it each
 // other for ever.
 func (s *Swarm) listed(registry string) []string {
-	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
+	names := s.index.holders(wayTo(registry), s.cfg.Zone, maxHolders)
 	names = slices.DeleteFunc(names, func(name string) bool { return s.roster.isGone(name) || s.isCut(name, registry) })
 	return names[:min(len(names), homesPerBlob)]
 }
@@ -244,7 +242,7 @@ func (s *Swarm) around(homes []*Member, k key, registry string) []*Member {
 // they stand in for homes of k.
 func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	w := s.ways
-	names := s.index.holders(prefixOf(wayTo(registry)), s.cfg.Zone, maxHolders)
+	names := s.index.holders(wayTo(registry), s.cfg.Zone, maxHolders)
 	w.mu.Lock()
 	if w.givesLocked(registry) {
 		names = append(names, s.self.Name)
@@ -366,7 +364,7 @@ func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 	defer w.mu.Unlock()
 	if len(w.ours) < maxWays || w.givesLocked(registry) {
 		w.ours[registry] = time.Now()
-		s.Announce(wayTo(registry).digest()) // once
+		s.index.hold(wayTo(registry))
 	}
 	return nil
 }

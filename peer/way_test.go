@@ -202,7 +202,7 @@ func TestAround(t *testing.T) {
 		}
 	}
 	for _, n := range nodes {
-		waitFor(t, func() bool { return len(n.s.index.holders(prefixOf(wayTo("registry.test")), "", maxHolders)) >= 3 })
+		waitFor(t, func() bool { return len(n.s.index.holders(wayTo("registry.test"), "", maxHolders)) >= 3 })
 	}
 	waitFor(t, func() bool {
 		return slices.Equal(namesOf(nodes[0].s.withWay(k, "registry.test")), namesOf(nodes[1].s.withWay(k, "registry.test")))
@@ -260,7 +260,7 @@ func TestWayWasLost(t *testing.T) {
 		n.cutOff.Store(true)
 		n.tries.Store(time.Now().Add(-time.Minute).UnixNano())
 		n.s.index.joined([]Member{lost.s.self})
-		n.s.index.heard(appendMessage(nil, memberID(lost.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+		n.s.index.heard(appendMessage(nil, memberID(lost.s.self.Name), 0, []op{{true, wayTo("registry.test")}}))
 	}
 	time.AfterFunc(3*time.Second, func() {
 		for _, n := range nodes {
@@ -299,7 +299,7 @@ func TestPeekAtMany(t *testing.T) {
 	add(200, "b", time.Minute)
 	add(5, "c", -time.Minute)
 	for _, m := range add(3, "d", time.Minute) {
-		s.index.heard(appendMessage(nil, memberID(m.Name), 0, []op{{true, prefixOf(wayTo("r"))}}))
+		s.index.heard(appendMessage(nil, memberID(m.Name), 0, []op{{true, wayTo("r")}}))
 	}
 	x := &fetch{s: s, b: s.blob(blobID{}), w: Want{Digest: key{}.digest(), Registry: "r"}, tried: make(map[string]bool)}
 	if homes := x.otherHomes(); len(homes) != 4*homesPerBlob {
@@ -334,7 +334,7 @@ func TestJustStarted(t *testing.T) {
 		}
 		if n != way && n != fresh {
 			n.s.index.joined([]Member{way.s.self})
-			n.s.index.heard(appendMessage(nil, memberID(way.s.self.Name), 0, []op{{true, prefixOf(wayTo("registry.test"))}}))
+			n.s.index.heard(appendMessage(nil, memberID(way.s.self.Name), 0, []op{{true, wayTo("registry.test")}}))
 		}
 	}
 	rank := func(k key, m *testNode) int {

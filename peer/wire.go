@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // A frame is one type byte, three length bytes (big endian) and a payload. All
@@ -49,6 +51,8 @@ var (
 
 // key is a SHA-256, the only kind of digest the swarm speaks of.
 type key [32]byte
+
+func (k key) digest() digest.Digest { return digest.NewDigestFromBytes(digest.SHA256, k[:]) }
 
 // lastAttempt is the last attempt at a blob that the swarm makes together.
 const lastAttempt = 1
