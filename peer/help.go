@@ -57,7 +57,11 @@ func (h *helper) pays(ours, theirs int64, took time.Duration) bool {
 func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 	now := time.Now()
 	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.k, member) || !b.homesMeet())
-	rate := b.appoint(may, member, registry, fetched, now)
+	rate, inVain := b.appoint(may, member, fetched, now)
+	if inVain {
+		b.s.log.Debug("help brings nothing", "digest", b.d, "registry", registry, "peer", member)
+		b.s.vain.add(registry, now)
+	}
 	if rate > 0 {
 		b.vouch([]string{member})
 	}
@@ -72,38 +76,32 @@ func (b *blob) homesMeet() bool {
 	return slices.ContainsFunc(homes, func(m *Member) bool { return b.home.members[m.Name] != nil })
 }
 
-func (b *blob) appoint(may bool, member, registry string, fetched int64, now time.Time) int64 {
+// appoint decides that under the lock. inVain: the member helped, and it was not worth it.
+func (b *blob) appoint(may bool, member string, fetched int64, now time.Time) (rate int64, inVain bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	h := &b.helper
 	if h.name != "" && h.name != member && now.Sub(h.seen) > 2*renewEvery {
 		*h = helper{} // it is gone
 	}
-	rate := b.upstreamRateLocked(now)
-	if !may || b.fill == nil || !b.authority || rate < helpLeast || b.leftLocked() < rate*helpWorth.Seconds() {
+	own := b.upstreamRateLocked(now)
+	switch {
+	case !may || b.fill == nil || !b.authority || own < helpLeast || b.leftLocked() < own*helpWorth.Seconds():
 		if h.name == member {
 			*h = helper{}
 		}
-		return 0
-	}
-	switch h.name {
-	case "":
-		*h = helper{name: member, since: now, before: rate, ours: b.upBytes, theirs: fetched}
-	case member:
-		took := now.Sub(h.since)
-		if took > helpTrial && !h.pays(b.upBytes, fetched, took) {
-			b.s.log.Debug("help brings nothing", "digest", b.d, "peer", member, "before", int64(h.before))
-			if fetched > h.theirs { // else it did not begin
-				b.s.vain.add(registry, now)
-			}
-			*h = helper{}
-			return 0
-		}
-	default:
-		return 0
+		return 0, false
+	case h.name == "":
+		*h = helper{name: member, since: now, before: own, ours: b.upBytes, theirs: fetched}
+	case h.name != member:
+		return 0, false
+	case now.Sub(h.since) > helpTrial && !h.pays(b.upBytes, fetched, now.Sub(h.since)):
+		inVain = fetched > h.theirs // else it did not begin
+		*h = helper{}
+		return 0, inVain
 	}
 	h.seen = now
-	return int64(h.before)
+	return int64(h.before), false
 }
 
 // upstreamRateLocked is how many bytes a second came from upstream; 0 = it is too early
