@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
+// dialing is a link that several may wait for.
 type dialing struct {
-	done chan struct{}
+	done chan struct{} // closed once l or err is set
 	l    *link
 	err  error
 }
@@ -145,33 +146,38 @@ func readHello(c net.Conn) (hello, error) {
 
 // connect returns the link to a member, dialing if there is none.
 func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
-	s.mu.Lock()
-	if l := s.links[m.Name]; l != nil && !l.over() {
-		s.mu.Unlock()
-		return l, nil
+	l, d, err := s.linkOrDial(m)
+	if l != nil || err != nil {
+		return l, err
 	}
-	d := s.dialing[m.Name]
-	if d == nil {
-		if s.run == nil || s.bans.has(m.Node) {
-			s.mu.Unlock()
-			return nil, errBanned
-		}
-		d = &dialing{done: make(chan struct{})}
-		s.dialing[m.Name] = d
-		s.tasks.Add(1)
-		run := s.run
-		go func() {
-			defer s.tasks.Done()
-			s.dial(run, m, d)
-		}()
-	}
-	s.mu.Unlock()
 	select {
 	case <-d.done:
 		return d.l, d.err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+// linkOrDial returns the link to a member, or the dialing that is under way or begins now.
+func (s *Swarm) linkOrDial(m *Member) (*link, *dialing, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.links[m.Name]; l != nil && !l.over() {
+		return l, nil, nil
+	}
+	if d := s.dialing[m.Name]; d != nil {
+		return nil, d, nil
+	}
+	switch {
+	case s.run == nil:
+		return nil, nil, ErrNotRunning
+	case s.bans.has(m.Node):
+		return nil, nil, errBanned
+	}
+	d := &dialing{done: make(chan struct{})}
+	s.dialing[m.Name] = d
+	s.spawnLocked(func(ctx context.Context) { s.dial(ctx, m, d) })
+	return nil, d, nil
 }
 
 // aheadAfter is how long a link with a home may take before those after it are dialed.
@@ -181,10 +187,7 @@ const aheadAfter = 500 * time.Millisecond
 // reached by then: whether they can be is known when it matters.
 func (s *Swarm) ahead(home *Member, next []*Member) (stop func()) {
 	t := time.AfterFunc(aheadAfter, func() {
-		s.mu.Lock()
-		l := s.links[home.Name]
-		s.mu.Unlock()
-		if l != nil || home.Name == s.self.Name {
+		if home.Name == s.self.Name || s.linkWith(home.Name) != nil {
 			return
 		}
 		for _, m := range next {
@@ -205,9 +208,7 @@ func (s *Swarm) unreached(name string) {
 
 // heardSince reports whether bytes of a member came since t, on a link that is still there.
 func (s *Swarm) heardSince(name string, t time.Time) bool {
-	s.mu.Lock()
-	l := s.links[name]
-	s.mu.Unlock()
+	l := s.linkWith(name)
 	return l != nil && !l.over() && l.heard.get().After(t)
 }
 
@@ -218,10 +219,7 @@ func (s *Swarm) heardSince(name string, t time.Time) bool {
 // machine: a blob was fetched twice).
 func (s *Swarm) mute(ctx context.Context, name string) {
 	wait(ctx, muteWait)
-	s.mu.Lock()
-	l := s.links[name]
-	s.mu.Unlock()
-	if l == nil && ctx.Err() == nil {
+	if s.linkWith(name) == nil && ctx.Err() == nil {
 		s.unreached(name)
 	}
 }
@@ -244,10 +242,7 @@ func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	}
 	if errors.Is(err, errReplaced) {
 		// The other side dialed at the same time, and its link stays.
-		s.mu.Lock()
-		l = s.links[m.Name]
-		s.mu.Unlock()
-		if l != nil {
+		if l = s.linkWith(m.Name); l != nil {
 			s.dialed(m, d, l, nil)
 			return
 		}

@@ -41,10 +41,7 @@ func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T)) error {
 }
 
 func (s *Swarm) ifBlob(id blobID, f func(*blob)) {
-	s.mu.Lock()
-	b := s.blobs[id]
-	s.mu.Unlock()
-	if b != nil {
+	if b := s.knownBlob(id); b != nil {
 		f(b)
 	}
 }
@@ -81,10 +78,7 @@ func (s *Swarm) opened(l *link, o open) {
 // holds it. Who opens others leaves no trace, or he could fill the table in which
 // a home needs room for those who join.
 func (s *Swarm) blobHere(id blobID) *blob {
-	s.mu.Lock()
-	b := s.blobs[id]
-	s.mu.Unlock()
-	if b != nil {
+	if b := s.knownBlob(id); b != nil {
 		return b
 	}
 	stored, ok := s.cfg.Store.Lookup(id.key.digest())
@@ -92,7 +86,7 @@ func (s *Swarm) blobHere(id blobID) *blob {
 		return nil
 	}
 	stored.Close()
-	b, _ = s.guestBlob(id) // nil if there are too many
+	b, _ := s.guestBlob(id) // nil if there are too many
 	return b
 }
 
@@ -110,9 +104,7 @@ func (s *Swarm) takesPart(b *blob, member string) bool {
 }
 
 func (s *Swarm) asked(l *link, w want) {
-	s.mu.Lock()
-	b := s.blobs[w.blob]
-	s.mu.Unlock()
+	b := s.knownBlob(w.blob)
 	if b == nil {
 		l.send(func(p []byte) []byte { return answer{id: w.id}.append(p, frameGone) })
 		return

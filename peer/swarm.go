@@ -214,18 +214,14 @@ func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
 // spawn runs f until Run ends; it does nothing when Run has ended.
 func (s *Swarm) spawn(f func(context.Context)) {
 	s.mu.Lock()
-	ctx := s.run
-	if ctx != nil {
-		s.tasks.Add(1)
+	defer s.mu.Unlock()
+	s.spawnLocked(f)
+}
+
+func (s *Swarm) spawnLocked(f func(context.Context)) {
+	if ctx := s.run; ctx != nil {
+		s.tasks.Go(func() { f(ctx) })
 	}
-	s.mu.Unlock()
-	if ctx == nil {
-		return
-	}
-	go func() {
-		defer s.tasks.Done()
-		f(ctx)
-	}()
 }
 
 func (s *Swarm) newRandLocked() *rand.Rand {
@@ -236,6 +232,10 @@ func (s *Swarm) newRandLocked() *rand.Rand {
 func (s *Swarm) blob(id blobID) *blob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.blobLocked(id)
+}
+
+func (s *Swarm) blobLocked(id blobID) *blob {
 	b := s.blobs[id]
 	if b == nil {
 		b = newBlob(s, id, s.newRandLocked())
@@ -253,12 +253,25 @@ var errManyBlobs = errors.New("too many blobs at once")
 // guestBlob is blob for one that another node named.
 func (s *Swarm) guestBlob(id blobID) (*blob, error) {
 	s.mu.Lock()
-	full := s.blobs[id] == nil && len(s.blobs) >= maxBlobs
-	s.mu.Unlock()
-	if full {
+	defer s.mu.Unlock()
+	if s.blobs[id] == nil && len(s.blobs) >= maxBlobs {
 		return nil, errManyBlobs
 	}
-	return s.blob(id), nil
+	return s.blobLocked(id), nil
+}
+
+// knownBlob is the state of a blob, nil if there is none.
+func (s *Swarm) knownBlob(id blobID) *blob {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.blobs[id]
+}
+
+// linkWith is the link to a member, nil if there is none; it may have ended.
+func (s *Swarm) linkWith(member string) *link {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.links[member]
 }
 
 func (s *Swarm) allBlobs() []*blob {
