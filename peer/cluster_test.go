@@ -417,6 +417,20 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// TestUnnamedDataAddress: a node without a key whose data address is left out listens on
+// loopback too (I1), not on every address, which an empty one means to the kernel.
+func TestUnnamedDataAddress(t *testing.T) {
+	n := &testNode{world: newTestWorld()}
+	s, err := New(Config{Name: "x", Store: n, Origin: n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if addr := s.listener.Addr().String(); !loopback(addr) {
+		t.Errorf("listens on %s", addr)
+	}
+}
+
 type deafNetwork struct{ tcp }
 
 func (deafNetwork) Listen(string) (net.Listener, error) { return nil, io.ErrClosedPipe }

@@ -14,11 +14,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Config is what a Swarm is made of. Store and Origin are required; the zero
+// Config is what a Swarm is made of. Name, Store and Origin are required; the zero
 // value of the rest is a lone node.
 type Config struct {
 	// Name is the node's name. It decides which blobs the node is home of, so it
-	// should survive a restart. At most 200 bytes.
+	// should survive a restart. At most 243 bytes.
 	Name string
 	// Zone groups nodes with cheap links between them; at most 29 bytes.
 	Zone string
@@ -33,9 +33,10 @@ type Config struct {
 	Keys [][]byte
 
 	// Gossip and Data are listen addresses (host:port); with an empty Gossip the
-	// node stays alone. Advertise is the IP address told to others; empty means
-	// the one bound, of Gossip or else of Data, or the first that is not loopback. Join lists hosts, with or
-	// without a port; names are looked up again for as long as Run runs.
+	// node stays alone, and an empty Data is some port of loopback. Advertise is the
+	// IP address told to others; empty means the one bound, of Gossip or else of Data,
+	// or the first that is not loopback. Join lists hosts, with or without a port;
+	// names are looked up again for as long as Run runs.
 	Gossip, Data, Advertise string
 	Join                    []string
 
@@ -275,6 +276,7 @@ func PieceSize(size int64) int64 {
 }
 
 func (c Config) withDefaults() Config {
+	c.Data = cmp.Or(c.Data, "127.0.0.1:0")
 	c.MaxUploads = cmp.Or(c.MaxUploads, 64)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
