@@ -448,15 +448,24 @@ func (b *blob) failed(r *request, gone bool) {
 // busy is a neighbour's word that it will not serve this request now.
 func (b *blob) busy(r *request, a answer) {
 	now := time.Now()
-	wait := time.Duration(min(a.delay, 1000)) * time.Millisecond
+	pause := time.Duration(min(a.delay, 1000)) * time.Millisecond
 	b.failed(r, false)
 	b.mu.Lock()
-	b.idle = append(b.idle[:0], r.nb)
-	if a.hint >= uint32(b.n) || b.here.has(int(a.hint)) || !b.within(int(a.hint)) || len(b.wants[int(a.hint)]) > 0 || b.fill == nil || !b.askOne(int(a.hint), nil, now) {
-		r.nb.notBefore(now.Add(wait))
+	if !b.takeHintLocked(r.nb, a.hint, now) {
+		r.nb.notBefore(now.Add(pause))
 	}
 	b.mu.Unlock()
-	time.AfterFunc(wait, b.poke)
+	time.AfterFunc(pause, b.poke)
+}
+
+// takeHintLocked asks a busy neighbour for the piece that it would give at once, if that
+// is missing here and not asked for yet.
+func (b *blob) takeHintLocked(nb *neighbour, hint uint32, now time.Time) bool {
+	if b.fill == nil || hint >= uint32(b.n) {
+		return false
+	}
+	i := int(hint)
+	return !b.here.has(i) && b.within(i) && b.wants[i] == nil && nb.flying < perPeer && nb.have.has(i) && b.ask(nb, i, now)
 }
 
 // received checks a whole piece and gives it to the fill. It runs on the link's
