@@ -11,13 +11,12 @@ import (
 )
 
 const (
-	renewEvery  = 10 * time.Second
+	renewEvery  = lease / 3
 	lookAgain   = 100 * time.Millisecond // how often a fetch looks at its own progress
 	askHomeFor  = 2 * time.Second        // a home that takes longer to answer is silent
 	stallRejoin = 2 * time.Second        // without progress: ask the home again, or the next one
 	stallFetch  = 5 * time.Second        // without progress: fetch from upstream
 	vouchWait   = 500 * time.Millisecond // between questions whose piece digests count
-
 )
 
 // Fetch completes a fill from the swarm. If this node is the blob's home, and
@@ -74,14 +73,13 @@ func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream)
 	cancel(nil)
 	tasks.Wait()
 	b.end(err)
-	switch {
-	case err == nil && w.Ahead == 0:
-		s.spawn(b.settle)
-		return nil
-	case err == nil:
-		return nil
+	if err != nil {
+		return fmt.Errorf("swarm %s: %w", w.Digest, err)
 	}
-	return fmt.Errorf("swarm %s: %w", w.Digest, err)
+	if w.Ahead == 0 {
+		s.spawn(b.settle)
+	}
+	return nil
 }
 
 // begin makes f the fill of the blob.
@@ -232,7 +230,7 @@ func (b *blob) exchange(ctx context.Context, f Fill) {
 	}
 }
 
-// fetch is one call of Fetch.
+// fetch is one attempt of a Fetch. Only the goroutine of run changes it.
 type fetch struct {
 	s  *Swarm
 	b  *blob
@@ -291,8 +289,7 @@ func (x *fetch) step(ctx context.Context) error {
 			if !errors.Is(err, errUnreached) {
 				return err
 			}
-			x.tried[m.Name], x.left = true, append(x.left, m.Name)
-			x.refused = errors.Join(x.refused, err)
+			x.passOver(m, err)
 			continue
 		}
 		stop := x.s.ahead(m, x.route())
@@ -305,12 +302,7 @@ func (x *fetch) step(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", err)
-		x.tried[m.Name] = true
-		if errors.Is(err, errUnreached) {
-			x.left = append(x.left, m.Name)
-		}
-		x.refused = errors.Join(x.refused, err)
+		x.passOver(m, err)
 	}
 	if m := x.lastLeft(); m != nil && !x.last { // those it was left to have no way either, or are gone
 		x.last = true
@@ -324,6 +316,16 @@ func (x *fetch) step(ctx context.Context) error {
 	}
 	x.last = true
 	return x.asHome(ctx)
+}
+
+// passOver notes why a home does not get the blob; the next one is asked.
+func (x *fetch) passOver(m *Member, why error) {
+	x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", why)
+	x.tried[m.Name] = true
+	if errors.Is(why, errUnreached) {
+		x.left = append(x.left, m.Name)
+	}
+	x.refused = errors.Join(x.refused, why)
 }
 
 // refusal says that no home can get the blob, and why if one said so.
