@@ -113,7 +113,7 @@ type blob struct {
 	sourceWord time.Time // when one said so that goes upstream itself
 	heeded     time.Time // since when that home is asked
 	askedAt    time.Time // when upstream got the last request
-	owed       time.Time // see owe; zero = neighbours do not hold all that is missing
+	owed       time.Time // see oweLocked; zero = neighbours do not hold all that is missing
 }
 
 // neighbour is another node that takes part in the blob.

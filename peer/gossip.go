@@ -43,11 +43,11 @@ type gossip struct {
 	tried chan struct{} // closed after the first attempt to join
 	// abrupt makes the node end without a word, as a killed one does.
 	abrupt bool
+	wake   chan struct{} // for serve: there are notes
 
 	mu    sync.Mutex // guards the following
 	notes []note
 	addrs map[string]string // of gossip, by member name, this node's included
-	wake  chan struct{}
 	// alone is why Join led to no other member, aloneFor for how many rounds of rejoin.
 	alone    error
 	aloneFor int

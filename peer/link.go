@@ -41,8 +41,8 @@ type link struct {
 	used    moment       // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
-
-	traffic *traffic // with the node, over all links
+	wake    chan struct{} // for the writer: there may be something to write
+	traffic *traffic      // with the node, over all links
 
 	mu     sync.Mutex // guards the following
 	out    []byte     // control frames
@@ -53,7 +53,6 @@ type link struct {
 	nextID uint32
 	lastTx time.Time
 	closed error
-	wake   chan struct{}
 }
 
 var (

@@ -68,8 +68,8 @@ func (k *sink) Missing(off int64) (start, end int64, ok bool) {
 	}
 }
 
-// owe notes since when neighbours hold all that this node, as home, lacks, and give nothing.
-func (b *blob) owe(now time.Time) {
+// oweLocked notes since when neighbours hold all that this node, as home, lacks, and give nothing.
+func (b *blob) oweLocked(now time.Time) {
 	switch {
 	case b.fill == nil || !b.authority || !b.owedLocked():
 		b.owed = time.Time{}

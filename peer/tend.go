@@ -116,7 +116,7 @@ func (b *blob) tend(now time.Time) (slow []string, idle time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	slow = b.expire(now)
-	b.owe(now)
+	b.oweLocked(now)
 	if b.fill != nil {
 		b.lastUse = now
 		for _, nb := range b.nbrs {

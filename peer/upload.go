@@ -15,6 +15,8 @@ import (
 // and once the wait exceeds maxWait the asker is told to go elsewhere (I5). A
 // transfer that drags on gives its place to others, so a slow receiver cannot
 // hold the node's uplink.
+//
+// Those of its methods that take no lock run with mu held.
 type uploads struct {
 	s   *Swarm
 	max int
@@ -38,6 +40,7 @@ const (
 	leastWait   = 5 * time.Millisecond // told to the askers that are turned away
 	spare       = 3                    // uploads under way up to which a piece is given a second time
 	spareFresh  = 1                    // the same, while this node has pieces it alone may have
+	headStart   = 16                   // pieces of a blob that comes (back) go before those of the others
 	turns       = 24                   // uploads of other blobs after which a blob is owed one
 )
 
@@ -138,6 +141,8 @@ func (q *uploads) limit(size int) int {
 	return max(leastQueue, int(q.pace.rate*maxWait.Seconds()/float64(max(size, 1))))
 }
 
+// drain is in how long to ask again: when half of what waits is sent, if all of it is of
+// this size.
 func (q *uploads) drain(size int) time.Duration {
 	if q.pace.rate <= 0 {
 		return 4 * leastWait
@@ -219,10 +224,10 @@ func (q *uploads) free(now time.Time) bool {
 // best is the upload to start next: of the blob that was served least, so that
 // a large one cannot starve a small one; of its pieces the one given least
 // often (I6); of those the oldest. served is a virtual time: a blob that comes
-// (back) starts at the present.
+// (back) starts at the present, less headStart pieces.
 func (q *uploads) best() int {
 	for _, u := range q.queue {
-		u.blob.served = max(u.blob.served, q.vtime-16*float64(u.size))
+		u.blob.served = max(u.blob.served, q.vtime-headStart*float64(u.size))
 	}
 	best := 0
 	for i, u := range q.queue {
