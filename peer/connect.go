@@ -308,7 +308,7 @@ func (s *Swarm) attachLocked(l *link) (old *link, err error) {
 		return nil, ErrNotRunning
 	}
 	if len(s.links) >= maxLinks {
-		return nil, errMembers
+		return nil, errManyLinks
 	}
 	old = s.links[l.peer]
 	if old != nil && old.dialed != l.dialed {

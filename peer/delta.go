@@ -156,7 +156,7 @@ func (x *index) delta(seq uint32, from uint64) delta {
 	return d
 }
 
-var errDelta = errors.New("member's delta makes no progress")
+var errNoProgress = errors.New("member's pages make no progress")
 
 // catchUp asks a member for what it said since.
 func (x *index) catchUp(ctx context.Context, name string) error {
@@ -193,11 +193,11 @@ func (x *index) catchUp(ctx context.Context, name string) error {
 			return nil
 		}
 		if d.whole && d.next <= from || !d.whole && d.seq <= seq {
-			return errDelta
+			return errNoProgress
 		}
 		from = d.next
 	}
-	return errDelta
+	return errNoProgress
 }
 
 func (x *index) expects(name string) (uint32, bool) {

@@ -114,7 +114,7 @@ func TestFullOfLinks(t *testing.T) {
 	}
 	full.s.mu.Unlock()
 	m, _ := full.s.roster.get(other.s.self.Name)
-	if _, err := full.s.connect(t.Context(), m); !errors.Is(err, errMembers) {
+	if _, err := full.s.connect(t.Context(), m); !errors.Is(err, errManyLinks) {
 		t.Fatalf("connect: %v", err)
 	}
 	if full.s.roster.isDown(m.Name) {

@@ -127,10 +127,10 @@ func missing(err error) bool {
 }
 
 func (s *Swarm) askToKeep(ctx context.Context, m *Member, c Copy) error {
-	wait, cancel := context.WithTimeout(ctx, keepTime)
+	kctx, cancel := context.WithTimeout(ctx, keepTime)
 	defer cancel()
-	_, err := s.askMember(wait, m, methodKeep, c, new(struct{}))
-	if err != nil && wait.Err() != nil && ctx.Err() == nil {
+	_, err := s.askMember(kctx, m, methodKeep, c, new(struct{}))
+	if err != nil && kctx.Err() != nil && ctx.Err() == nil {
 		return nil
 	}
 	return err

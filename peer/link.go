@@ -62,7 +62,7 @@ var (
 	errReplaced   = errors.New("replaced by the peer's own link")
 	errIdle       = errors.New("idle")
 	errBanned     = errors.New("peer is banned")
-	errMembers    = errors.New("too many links")
+	errManyLinks  = errors.New("too many links")
 )
 
 // moment is a time that an atomic holds, by the monotonic clock: others set the wall clock,

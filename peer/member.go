@@ -242,14 +242,14 @@ func (r *roster) isDown(name string) bool {
 // a blob's homes die at once, the next best must be the same for everybody, or
 // each node would go upstream for itself until gossip has noticed.
 func (r *roster) homes(k key, zone string, zoned bool) []*Member {
-	return r.view.Load().homes(k, zone, zoned, r.fallenAway())
+	return r.view.Load().homes(k, zone, zoned, r.downNow())
 }
 
 // elders are the members that were homes before a node of this epoch came. Where
 // several come at once, as an autoscaler brings them, none of a blob's homes may have
 // been there before, while one that was still gets the blob behind a poor uplink.
 func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member {
-	v, without := r.view.Load(), r.fallenAway()
+	v, without := r.view.Load(), r.downNow()
 	for _, m := range v.all {
 		if m.Epoch >= epoch {
 			without[m.Name] = true
@@ -260,16 +260,16 @@ func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member 
 
 // homeBut is the best home that is not in without; nil if there is none.
 func (r *roster) homeBut(k key, zone string, zoned bool, without map[string]bool) *Member {
-	fallen := r.fallenAway()
-	maps.Copy(fallen, without)
-	if homes := r.view.Load().homes(k, zone, zoned, fallen); len(homes) > 0 {
+	passed := r.downNow()
+	maps.Copy(passed, without)
+	if homes := r.view.Load().homes(k, zone, zoned, passed); len(homes) > 0 {
 		return homes[0]
 	}
 	return nil
 }
 
-// fallenAway is who cannot be reached now.
-func (r *roster) fallenAway() map[string]bool {
+// downNow is who cannot be reached now, as isDown has it.
+func (r *roster) downNow() map[string]bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()

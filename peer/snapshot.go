@@ -174,7 +174,7 @@ func (x *index) pages(ctx context.Context, l *link, kind byte, take func([]byte)
 			return err
 		}
 		if next <= from {
-			return errDelta
+			return errNoProgress
 		}
 		from = next
 	}

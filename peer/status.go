@@ -58,7 +58,7 @@ type IndexStatus struct {
 
 // Status returns what the swarm looks like from here.
 func (s *Swarm) Status() Status {
-	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.fallenAway(), Alone: s.gossip.whyAlone(),
+	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.downNow(), Alone: s.gossip.whyAlone(),
 		Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
 	for _, m := range s.roster.view.Load().all {
 		st.Members = append(st.Members, *m)
