@@ -14,6 +14,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -83,6 +84,7 @@ type database struct {
 	// replacing makes those take turns who found the file broken or gone, and is the
 	// only lock that is held while it is made anew.
 	replacing sync.Mutex
+	renewed   atomic.Int64 // times that another file took its place
 
 	mu      sync.Mutex // guards the fields below; not held in transactions
 	bolt    *bolt.DB   // nil when even a new file could not be made
@@ -301,6 +303,9 @@ func (db *database) renew(broken *bolt.DB, why error) bool {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.bolt = opened
+	if opened != nil {
+		db.renewed.Add(1)
+	}
 	return true
 }
 

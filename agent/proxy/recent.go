@@ -79,6 +79,13 @@ func (m *recent[K, V]) forget(key K) {
 	m.remove(key)
 }
 
+func (m *recent[K, V]) clear() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.items)
+	m.order.Init()
+}
+
 // remove is called with mu held.
 func (m *recent[K, V]) remove(key K) {
 	if e, ok := m.items[key]; ok {

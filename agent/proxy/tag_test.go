@@ -2,6 +2,10 @@ package proxy
 
 import (
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -10,6 +14,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -247,6 +252,52 @@ func TestManifestWithoutMetadata(t *testing.T) {
 	for _, body := range []string{``, `[]`, `{}`, `{"architecture":"amd64","rootfs":{}}`, `{"schemaVersion":2,"config":{"digest":"../x"}}`} {
 		if o, err := parseOutline([]byte(body)); err == nil && o.infer() != "" {
 			t.Errorf("%s taken for %s", body, o.infer())
+		}
+	}
+}
+
+// TestLostMetadataIsWrittenAgain: an image that is pulled again after the metadata of a running
+// agent was lost is served by the next agent while the registry is down. What spares a second
+// write of the same facts kept them from being written at all.
+func TestLostMetadataIsWrittenAgain(t *testing.T) {
+	dir := t.TempDir()
+	n := startNode(t, func(s *setup) {
+		s.cache.Dir, s.proxy.TagTTL = dir, time.Minute
+	})
+	img := n.image()
+	pull := func() {
+		t.Helper()
+		for _, path := range []string{manifestPath("v1"), manifestPath(img.Digest.String()), blobPath(img.Layers[0].Digest)} {
+			if got := n.get(path); got.status != 200 {
+				t.Fatalf("%s: %d", path, got.status)
+			}
+		}
+		if err := n.cache.Meta().Sync(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pull()
+	if err := os.Remove(filepath.Join(dir, "metadata.db")); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.cache.Meta().Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pull()
+
+	n.registry.Down()
+	opts := n.proxy.opts
+	opts.Registerer = prometheus.NewRegistry()
+	next, err := New(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(next.background.stop)
+	for _, path := range []string{manifestPath("v1"), manifestPath(img.Digest.String()), blobPath(img.Layers[0].Digest)} {
+		w := httptest.NewRecorder()
+		next.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+		if w.Code != 200 {
+			t.Errorf("%s of the next agent: %d %s", path, w.Code, w.Body)
 		}
 	}
 }
