@@ -593,6 +593,24 @@ func TestAdvertisesWhatDataListensOn(t *testing.T) {
 	}
 }
 
+// TestOwnAddress: a node that listens on every address says of itself what it tells others.
+func TestOwnAddress(t *testing.T) {
+	w := newTestWorld()
+	first := w.node(t, "node-0", func(c *Config) { c.Gossip, c.Data, c.Advertise = ":0", ":0", "127.0.0.3" })
+	second := w.node(t, "node-1", gossiping(first))
+	wantMembers(t, 2, first, second)
+	m, _ := second.s.roster.get(first.s.self.Name)
+	st := first.s.Status()
+	for _, own := range st.Members {
+		if own.Name == st.Self.Name && (own.Addr != m.Addr || st.Self.Addr != m.Addr) {
+			t.Errorf("this node says %s and %s, others are told %s", own.Addr, st.Self.Addr, m.Addr)
+		}
+	}
+	if len(st.Members) != 2 {
+		t.Errorf("members: %v", st.Members)
+	}
+}
+
 // TestOtherFamily: of a member with two addresses only one is told, and the other, which a
 // name leads to as well, is not knocked at again and again. A name may also lead to one
 // member after another by one address, as a Service's that is not headless.

@@ -288,6 +288,23 @@ func (g *gossip) note(n *memberlist.Node, left bool) {
 	}
 }
 
+// ownAddr is addr, which this node listens on, as others are told it: they get the IP address
+// of gossip, for the one that is listened on may be any.
+func (g *gossip) ownAddr(addr string) string {
+	if g == nil {
+		return addr
+	}
+	g.mu.Lock()
+	own, known := g.addrs[g.s.self.Name]
+	g.mu.Unlock()
+	if !known {
+		return addr
+	}
+	host, _, _ := net.SplitHostPort(own)
+	_, port, _ := net.SplitHostPort(addr)
+	return net.JoinHostPort(host, port)
+}
+
 func (g *gossip) locate(n *memberlist.Node, left bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -58,9 +58,14 @@ type IndexStatus struct {
 
 // Status returns what the swarm looks like from here.
 func (s *Swarm) Status() Status {
-	st := Status{Self: s.self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.downNow(), Alone: s.gossip.whyAlone(),
+	self := s.self
+	self.Addr = s.gossip.ownAddr(self.Addr)
+	st := Status{Self: self, Index: s.index.status(), Banned: s.bans.list(), Unreachable: s.roster.downNow(), Alone: s.gossip.whyAlone(),
 		Traffic: s.traffic.list(), Uploads: int(s.uploads.load())}
 	for _, m := range s.roster.view.Load().all {
+		if m.Name == self.Name {
+			m = &self
+		}
 		st.Members = append(st.Members, *m)
 	}
 	for _, l := range s.allLinks() {
