@@ -111,7 +111,7 @@ func localOnly(next http.Handler) http.Handler {
 			http.Error(w, "ask for this API by a loopback address", http.StatusForbidden)
 			return
 		}
-		if o := r.Header.Get("Origin"); o != "" && !sameOrigin(o, r.Host) {
+		if o := r.Header.Get("Origin"); o != "" && !sameOrigin(o, r.Host) || fetchedElsewhere(r) {
 			http.Error(w, "requests from other origins are refused", http.StatusForbidden)
 			return
 		}
@@ -136,6 +136,17 @@ func isLocalHost(hostPort string) bool {
 func sameOrigin(origin, host string) bool {
 	u, err := url.Parse(origin)
 	return err == nil && u.Scheme == "http" && u.Host == host
+}
+
+// fetchedElsewhere reports whether a browser says that a page of another origin makes it ask:
+// it sends no Origin with a GET for an image or a frame, which would do for a profile of an hour
+// (W3C, Fetch Metadata). A link to the page here may be followed.
+func fetchedElsewhere(r *http.Request) bool {
+	switch r.Header.Get("Sec-Fetch-Site") {
+	case "", "none", "same-origin":
+		return false
+	}
+	return r.URL.Path != "/" || r.Header.Get("Sec-Fetch-Dest") != "document"
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

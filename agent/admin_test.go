@@ -479,6 +479,12 @@ func TestAdminRefusesBrowsers(t *testing.T) {
 		{"script, rebound", "GET", "/page.js", "", []string{"Host", "evil.example:5053"}, 403},
 		{"events, rebound", "GET", "/api/v1/events", "", []string{"Host", "evil.example:5053"}, 403},
 		{"events from elsewhere", "GET", "/api/v1/events", "", []string{"Origin", "http://evil.example"}, 403},
+		{"image elsewhere", "GET", "/debug/pprof/profile?seconds=1", "", []string{"Sec-Fetch-Site", "cross-site", "Sec-Fetch-Dest", "image"}, 403},
+		{"another port", "GET", "/api/v1/status", "", []string{"Sec-Fetch-Site", "same-site", "Sec-Fetch-Dest", "script"}, 403},
+		{"link elsewhere", "GET", "/debug/pprof/trace?seconds=1", "", []string{"Sec-Fetch-Site", "cross-site", "Sec-Fetch-Dest", "document"}, 403},
+		{"link to the page", "GET", "/", "", []string{"Sec-Fetch-Site", "cross-site", "Sec-Fetch-Dest", "document"}, 200},
+		{"typed", "GET", "/metrics", "", []string{"Sec-Fetch-Site", "none", "Sec-Fetch-Dest", "document"}, 200},
+		{"the page's own", "GET", "/api/v1/status", "", []string{"Sec-Fetch-Site", "same-origin", "Sec-Fetch-Dest", "empty"}, 200},
 		{"no such page", "GET", "/index.php", "", nil, 404},
 	}
 	for _, tt := range tests {
