@@ -102,6 +102,27 @@ func TestStatusOfALargeCluster(t *testing.T) {
 	}
 }
 
+// TestStatusFitsATerminal: the words of a registry that does not answer are long, and go below
+// its row, broken where the terminal ends.
+func TestStatusFitsATerminal(t *testing.T) {
+	s := agent.Status{Upstreams: []upstream.Health{{Registry: "docker.io", Endpoint: "https://registry-1.docker.io/v2/", State: "failing",
+		LastError: "resolve docker.io/library/nginx at registry-1.docker.io: dial tcp 127.0.0.1:5999: connect: connection refused"}}}
+	var out strings.Builder
+	printUpstreams(&out, style{width: 80}, s, time.Now())
+	for line := range strings.Lines(out.String()) {
+		if len(line) > 81 {
+			t.Errorf("%d bytes: %s", len(line), line)
+		}
+	}
+	out.Reset()
+	if printUpstreams(&out, style{}, s, time.Now()); strings.Count(out.String(), "\n") != 5 {
+		t.Errorf("where no terminal is, a line is a line:\n%s", out.String())
+	}
+	if got := cacheLine(style{}, agent.CacheStatus{Blobs: 1, Dir: "/d"}); got != "0 B in 1 blob; 0 B free on /d" {
+		t.Error(got)
+	}
+}
+
 func TestPinGolden(t *testing.T) {
 	now := time.Now()
 	list := agent.PinList{Bytes: 120 << 20, Limit: 16 << 30, Problem: "pins hold more than they may", Pins: []agent.Pin{

@@ -93,7 +93,7 @@ func readiness(st style, s agent.Status) string {
 }
 
 func cacheLine(st style, c agent.CacheStatus) string {
-	line := fmt.Sprintf("%s in %d blobs", size(c.Bytes), c.Blobs)
+	line := size(c.Bytes) + " in " + agent.CountText(c.Blobs, "blob")
 	if c.Limit > 0 {
 		line += " of at most " + size(c.Limit)
 	}
@@ -140,7 +140,7 @@ func runtimeLine(st style, r agent.RuntimeStatus) string {
 	if r.Problem != "" {
 		return st.bad("cannot be read") + ": " + r.Problem
 	}
-	return fmt.Sprintf("%s in %d blobs in %s", size(r.Bytes), r.Blobs, r.ContentDir)
+	return fmt.Sprintf("%s in %s in %s", size(r.Bytes), agent.CountText(r.Blobs, "blob"), r.ContentDir)
 }
 
 func hostsLine(st style, h agent.HostsStatus) string {
@@ -264,7 +264,7 @@ func printUpstreams(w io.Writer, st style, s agent.Status, now time.Time) {
 		return
 	}
 	fmt.Fprintln(w, "\nUpstreams")
-	t := newTable("registry", "endpoint", "state", "last answer", "latency", "note")
+	t := newTable("registry", "endpoint", "state", "last answer", "latency")
 	t.indent = "  "
 	for _, u := range s.Upstreams {
 		note := u.LastError
@@ -275,7 +275,10 @@ func printUpstreams(w io.Writer, st style, s agent.Status, now time.Time) {
 		if u.Latency > 0 {
 			latency = u.Latency.Round(time.Millisecond).String()
 		}
-		t.row(u.Registry, u.Endpoint, state(st, u, now), ago(u.LastOKAt, now), latency, note)
+		t.row(u.Registry, u.Endpoint, state(st, u, now), ago(u.LastOKAt, now), latency)
+		if note != "" {
+			t.note("  " + st.wrap(note, 4))
+		}
 	}
 	t.print(w)
 }
