@@ -334,7 +334,7 @@ func TestHeadIsRefusedToOne(t *testing.T) {
 // TestLeaveOfAnOutageIsNoVerdict: what an operator lets in while the registry is down is
 // no word of the registry's to other nodes, which would keep it when that is back.
 func TestLeaveOfAnOutageIsNoVerdict(t *testing.T) {
-	for mode, who := range map[string][]string{offlineAll: nil, offlineRemembered: ann} {
+	for mode, who := range map[string][]string{upstream.OfflineAll: nil, upstream.OfflineRemembered: ann} {
 		t.Run(mode, func(t *testing.T) {
 			n := startNode(t, func(s *setup) {
 				s.proxy.VerdictKey, s.policy.Offline = newSecret(), mode
