@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -157,6 +158,59 @@ func TestStormCostsOneCopy(t *testing.T) {
 	code, body := late.admin(t, "GET", "/api/v1/explain?image="+testImage.String(), "")
 	if code != 200 || !strings.Contains(body, `"node-`) {
 		t.Errorf("explain names no peer: %d %s", code, body)
+	}
+}
+
+// TestEachZoneFetchesItsOwn: with sites joined by a WAN one of them asks the registry for what
+// another has. Only when the registry is gone it comes from there.
+func TestEachZoneFetchesItsOwn(t *testing.T) {
+	_, reg, img, next := newCluster(t, 0)
+	members := 0
+	add := func(zone string) *running {
+		c := next()
+		c.Peer.Zone, c.Peer.UpstreamScope = zone, "zone"
+		node := start(t, c)
+		members++
+		node.awaitMembers(t, members)
+		return node
+	}
+	pull := func(node *running) map[string]int64 {
+		got := sources(node.pull(t))
+		node.settle(t)
+		return got
+	}
+	knows := func(node *running) { // who has the image
+		tag := peer.Copy{Want: peer.Want{Registry: testRegistry, Repository: "team/app"}, Tag: "v1"}
+		for _, d := range append(slices.Collect(maps.Keys(img.Blobs)), img.Digest, tag.Entry()) {
+			eventually(t, "known holders", func() error {
+				if len(node.swarm.Holders(d)) == 0 {
+					return fmt.Errorf("none of %s", d)
+				}
+				return nil
+			})
+		}
+	}
+	a, b, neighbour := add("a"), add("b"), add("b")
+	pull(a)
+	knows(b)
+	pull(b)
+	pull(neighbour)
+	for d := range img.Blobs {
+		if got := reg.Count(registrytest.Match{Kind: registrytest.Blob, Method: "GET", Reference: d.String()}); got != 2 {
+			t.Errorf("the registry was asked %d times for %s by two zones", got, d)
+		}
+	}
+	for _, z := range a.Status().Zones {
+		if z.Sent+z.Received > 0 {
+			t.Errorf("between the zones: %+v", z)
+		}
+	}
+
+	reg.Down()
+	late := add("c")
+	knows(late)
+	if got := pull(late); got["peer"] == 0 || got["upstream"] != 0 {
+		t.Errorf("with the registry down the third zone was served %v", got)
 	}
 }
 

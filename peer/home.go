@@ -221,7 +221,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		p := s.sign(b.k, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
 	}
-	holders := s.holders(b.k, l.zone)
+	holders := s.holders(b.k, l.zone, !s.cfg.ZoneScope)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
 		if errors.Is(err, errForeign) || errors.Is(err, errUnreached) {

@@ -33,6 +33,7 @@ type sim struct {
 	origin  float64       // of the registry
 	latency time.Duration // one way
 	zones   int
+	scope   bool // each zone fetches its own copy
 	fifo    bool // see simNet
 
 	slow    float64       // share of nodes with a tenth of the rate
@@ -442,7 +443,7 @@ func (w *simWorld) node(t *testing.T, i int) *simNode {
 	n.dies = w.rng.Float64() < w.die
 	n.passes = w.passing > 0 && w.rng.Float64() < w.passing // what was drawn before is not to change
 	n.host = w.net.host(fmt.Sprintf("10.0.%d.%d:1", i>>8, i&255), rate, rate)
-	s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Zone: fmt.Sprint("z", i%max(w.zones, 1)), Home: !n.slow,
+	s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Zone: fmt.Sprint("z", i%max(w.zones, 1)), ZoneScope: w.scope, Home: !n.slow,
 		Store: n, Origin: n, Network: n.host, Seed: w.seed,
 		PieceSize: func(int64) int64 { return simPiece }})
 	if err != nil {
@@ -509,6 +510,23 @@ func (w *simWorld) size() (bytes float64) {
 		bytes += float64((len(x.content) + simPiece - 1) / simPiece * simRealPiece)
 	}
 	return bytes
+}
+
+// crossed is how many copies went from one zone to another.
+func (w *simWorld) crossed() float64 {
+	zones := make(map[string]string)
+	for _, n := range w.nodes {
+		zones[n.s.self.Node] = n.s.self.Zone
+	}
+	var bytes int64
+	for _, n := range w.nodes {
+		for from, moved := range n.s.Status().Traffic {
+			if zones[from] != n.s.self.Zone {
+				bytes += moved.Received
+			}
+		}
+	}
+	return float64(bytes*w.net.scale) / w.size()
 }
 
 func (w *simWorld) result() simResult {
@@ -605,6 +623,40 @@ func TestStormOfTroubles(t *testing.T) {
 			if r.copies > c.copies || len(r.failed) > 0 || r.slowest.Seconds() > c.ratio*r.bound.Seconds() {
 				t.Errorf("%v %v", r, r.failed)
 			}
+		})
+	}
+}
+
+// TestZones: what crosses the lines between four zones is little more than a copy for each of
+// the other three. Where each fetches its own copy nothing crosses them, whoever has the blob,
+// as long as the registry gives it. If it does not, not each node goes over there.
+func TestZones(t *testing.T) {
+	cases := []struct {
+		name          string
+		scope, held   bool
+		down          bool
+		ratio         float64
+		copies, cross float64
+	}{
+		{"one copy", false, false, false, 2.5, 1, 4},
+		{"a copy a zone", true, false, false, 1.5, 4, 0},
+		{"a copy a zone, one has it", true, true, false, 1.5, 3, 0},
+		{"a copy a zone, one has it, registry down", true, true, true, 8, 0, 6},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				s := baseSim(40, 128)
+				s.zones, s.scope, s.seeded = 4, c.scope, c.held
+				w := s.world(t)
+				w.seeded = c.down
+				r := w.play(t)
+				crossed := w.crossed()
+				t.Log(r, crossed)
+				if r.copies > c.copies+0.02 || crossed > c.cross+0.1 || len(r.failed) > 0 || r.slowest.Seconds() > c.ratio*r.bound.Seconds() {
+					t.Errorf("%.2f copies crossed; %v %v", crossed, r, r.failed)
+				}
+			})
 		})
 	}
 }

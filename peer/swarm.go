@@ -294,9 +294,17 @@ func (s *Swarm) mayBeHome(k key, name string) bool {
 	return slices.ContainsFunc(homes, func(m *Member) bool { return m.Name == name })
 }
 
-// holders are live members known to hold the whole blob.
-func (s *Swarm) holders(k key, zone string) []string {
-	return s.index.holders(prefixOf(k), zone, namedHolders)
+// holders are live members known to hold the whole blob, those of the zone first; the
+// others only if far.
+func (s *Swarm) holders(k key, zone string, far bool) []string {
+	names := s.index.holders(prefixOf(k), zone, namedHolders)
+	if far {
+		return names
+	}
+	return slices.DeleteFunc(names, func(name string) bool {
+		m, live := s.roster.get(name)
+		return !live || m.Zone != zone
+	})
 }
 
 func parseKey(d string) (key, error) {

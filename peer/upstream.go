@@ -18,10 +18,25 @@ const (
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
 )
 
-// asHome fetches from upstream what nobody in the swarm has.
+// asHome gets the blob for all who ask this node as its home. Where each zone fetches its own
+// copy, holders in other zones are asked only if upstream fails: the line to them is the one
+// to be spared.
 func (x *fetch) asHome(ctx context.Context) error {
 	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
-	if err := x.fromSwarm(ctx); err != nil || x.whole() {
+	if !x.s.cfg.ZoneScope || !x.s.cfg.Origin.Reaches(x.w.Registry) {
+		return x.bring(ctx, true)
+	}
+	err := x.bring(ctx, false)
+	if err == nil || ctx.Err() != nil || errors.Is(err, errUnreached) || len(x.s.holders(x.b.k, x.s.cfg.Zone, true)) == 0 {
+		return err
+	}
+	x.b.goesUp(false)
+	return x.bring(ctx, true)
+}
+
+// bring fetches from upstream what nobody in the swarm has, or nobody in the zone unless far.
+func (x *fetch) bring(ctx context.Context, far bool) error {
+	if err := x.fromSwarm(ctx, far); err != nil || x.whole() {
 		return err
 	}
 	if !x.b.home.doubt().IsZero() {
@@ -33,12 +48,12 @@ func (x *fetch) asHome(ctx context.Context) error {
 // fromSwarm tries, before upstream, those who may have the blob: holders that
 // the index knows, and the other homes. One of these was the first home until
 // this node came, or believes that it is; it knows what the index does not say
-// yet (I4).
-func (x *fetch) fromSwarm(ctx context.Context) error {
+// yet (I4). Holders in other zones are asked only if far.
+func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	begun := time.Now()
-	holders := x.s.holders(x.b.k, x.s.cfg.Zone)
+	holders := x.s.holders(x.b.k, x.s.cfg.Zone, far)
 	x.b.vouch(holders)
-	source, named := x.peek(ctx) // first: it brings the pass that holders want to see
+	source, named := x.peek(ctx, far) // first: it brings the pass that holders want to see
 	for _, name := range holders {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
@@ -56,7 +71,7 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 		if !source || idle > stallFetch || !x.b.trusts(time.Now()) {
 			return nil
 		}
-		source, _ = x.peek(ctx) // it may be hashing what it has, or wait for upstream
+		source, _ = x.peek(ctx, far) // it may be hashing what it has, or wait for upstream
 		peeked = time.Now()
 	}
 	return ctx.Err()
@@ -65,7 +80,7 @@ func (x *fetch) fromSwarm(ctx context.Context) error {
 // peek asks the other homes at the same time, and reports whether any of them
 // has the blob or gets it from upstream, and who they say holds it. One that
 // merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
-func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
+func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []string) {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()
 	type answer struct {
@@ -74,7 +89,7 @@ func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 		reply joinReply
 		err   error
 	}
-	homes, ask := x.otherHomes(), joinAsk{Peek: true, Idle: x.idle}
+	homes, ask := x.otherHomes(far), joinAsk{Peek: true, Idle: x.idle}
 	answers := make(chan answer, len(homes))
 	for _, m := range homes {
 		x.s.spawn(func(context.Context) {
@@ -96,10 +111,11 @@ func (x *fetch) peek(ctx context.Context) (source bool, holders []string) {
 	return source, holders
 }
 
-// otherHomes are the members that are, or lately were, homes of the blob.
-func (x *fetch) otherHomes() (out []*Member) {
+// otherHomes are the members that are, or lately were, homes of the blob; of all zones if far:
+// a zone of one node has nobody else who could give it a pass.
+func (x *fetch) otherHomes(far bool) (out []*Member) {
 	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
-	if !x.s.cfg.ZoneScope {
+	if far {
 		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
 	}
 	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {

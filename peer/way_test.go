@@ -302,10 +302,10 @@ func TestPeekAtMany(t *testing.T) {
 		s.index.heard(appendMessage(nil, memberID(m.Name), 0, []op{{true, wayTo("r")}}))
 	}
 	x := &fetch{s: s, b: s.blob(blobID{}), w: Want{Digest: key{}.digest(), Registry: "r"}, tried: make(map[string]bool)}
-	if homes := x.otherHomes(); len(homes) != 4*homesPerBlob {
+	if homes := x.otherHomes(true); len(homes) != 4*homesPerBlob {
 		t.Fatalf("%d homes to look at: this test needs others", len(homes))
 	}
-	if source, _ := x.peek(t.Context()); source {
+	if source, _ := x.peek(t.Context(), true); source {
 		t.Error("somebody who does not answer has the blob")
 	}
 	n.stop()
