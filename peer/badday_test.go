@@ -232,6 +232,31 @@ func TestSlowSeed(t *testing.T) {
 	}
 }
 
+// TestUploadLimit: what a node may give a second holds for all that it gives together.
+func TestUploadLimit(t *testing.T) {
+	const limit = 4 << 20
+	w := newTestWorld()
+	giver := w.node(t, "giver", func(c *Config) { c.MaxUploadBytesPerSecond = limit })
+	takers := []*testNode{w.node(t, "one"), w.node(t, "two")}
+	meet(giver, takers[0], takers[1])
+	var pulls sync.WaitGroup
+	began := time.Now()
+	for i, n := range takers {
+		d := w.add(3<<20, uint64(i))
+		giver.give(d)
+		n.s.index.joined([]Member{giver.s.self})
+		n.s.index.heard(appendMessage(nil, memberID(giver.s.self.Name), uint32(i), []op{{true, prefixOf(sha256Of(d))}}))
+		pulls.Go(func() { n.wantOK(d) })
+	}
+	pulls.Wait()
+	if took, sent := time.Since(began), 6<<20-4*chunkSize; took < time.Duration(sent)*time.Second/limit {
+		t.Errorf("6 MiB took %v", took)
+	}
+	if n := w.requests.Load(); n > 0 {
+		t.Errorf("%d requests to the registry for what a peer holds", n)
+	}
+}
+
 // deafPeer proves that it is a member and then says nothing.
 func deafPeer(t *testing.T, w *testWorld, name string) *testNode {
 	n := w.node(t, name)
