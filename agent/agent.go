@@ -36,6 +36,7 @@ type Agent struct {
 	cache       *cache.Cache
 	upstream    *upstream.Client
 	credentials *credentials.Keychain
+	verdictKey  []byte // nil: nobody is remembered
 	proxy       *proxy.Proxy
 	runtime     *runtimestore.Store    // nil: not a source
 	hosts       *hostsconfig.Hosts     // nil: none to manage
@@ -196,7 +197,7 @@ func (a *Agent) openCache() (*cache.Cache, error) {
 		Logger:        a.log,
 		Registerer:    a.registry,
 		Keep:          a.keep,
-		Events:        cache.Events{Committed: a.announce, Mismatched: a.cacheMismatched, Removing: a.cacheRemoves},
+		Events:        cache.Events{Committed: a.announce, Mismatched: a.cacheMismatched, Removing: a.cacheRemoves, Renewed: a.factsLost},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cache.dir = %q: %w", a.config.Cache.Dir, err)
@@ -240,9 +241,10 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 		Audit:           a.pulled,
 	}
 	var err error
-	if opts.VerdictKey, err = verdictKey(a.config.Cache.Dir); err != nil {
+	if a.verdictKey, err = verdictKey(a.config.Cache.Dir); err != nil {
 		a.log.Warn("nobody will be remembered for an outage of a registry", "err", err)
 	}
+	opts.VerdictKey = a.verdictKey
 	if a.runtime != nil {
 		opts.Runtime = runtimeSource{a.runtime}
 	}

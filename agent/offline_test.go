@@ -92,6 +92,26 @@ func TestOffline(t *testing.T) {
 	}
 }
 
+// TestRememberedInANewDirectory: who is let in after somebody has deleted the cache
+// directory is remembered over a restart, as before.
+func TestRememberedInANewDirectory(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 0, nil)
+	restart := p.lone()
+	dir := p.nodes[0].config.Cache.Dir
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "made anew", func() error {
+		_, err := os.Stat(filepath.Join(dir, "metadata.db"))
+		return err
+	})
+	p.pull(0, ann, repoA)
+	p.reg.Down()
+	restart()
+	p.want("after the restart", ann, repoA, 2)
+	p.want("after the restart", guesser, repoA, 503)
+}
+
 // want asks node 0 for all content of a repository. class is a status, or 2 for
 // a success.
 func (p *private) want(when string, who caller, repo string, class int) {

@@ -372,6 +372,15 @@ func (a *Agent) cacheMismatched(d digest.Digest, times int) {
 	}
 }
 
+// factsLost is called when the cache's metadata was deleted, most often with all that is
+// beside it.
+func (a *Agent) factsLost() {
+	a.keepVerdictKey()
+	if a.proxy != nil { // not yet, while the cache is opened
+		a.proxy.ForgetFacts()
+	}
+}
+
 func (a *Agent) cacheRemoves(d digest.Digest) {
 	a.pins.lost(d)
 	if a.swarm != nil && !a.inRuntime(d) {

@@ -37,6 +37,21 @@ func verdictKey(dir string) ([]byte, error) {
 	return key, nil
 }
 
+// keepVerdictKey puts the key back where somebody has deleted it: else what is
+// remembered from now on would be noise after a restart.
+func (a *Agent) keepVerdictKey() {
+	if a.verdictKey == nil {
+		return
+	}
+	path := filepath.Join(a.config.Cache.Dir, verdictKeyFile)
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err := writeVerdictKey(path, a.verdictKey); err != nil {
+		a.log.Warn("nobody will be remembered over a restart", "err", err)
+	}
+}
+
 func readVerdictKey(path string) ([]byte, error) {
 	info, err := os.Lstat(path)
 	if err != nil {

@@ -75,6 +75,10 @@ type Events struct {
 	// Removing is called before a blob is unlinked, which waits for its
 	// return: nobody is left believing in a blob that is gone.
 	Removing func(d digest.Digest)
+	// Renewed is called when another metadata file, most often an empty one, takes the
+	// place of what was open: facts that were written have to be written again, and what
+	// was beside that in the directory may be gone too.
+	Renewed func()
 }
 
 // Cache is the blobs of one directory, which it owns alone.
@@ -159,7 +163,7 @@ func New(opts Options) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.meta, meta.db.holds = meta, c.Has
+	c.meta, meta.db.holds, meta.db.renewed = meta, c.Has, opts.Events.Renewed
 	c.recover()
 	if c.metrics, err = newMetrics(opts.Registerer, c); err != nil {
 		return nil, errors.Join(fmt.Errorf("register cache metrics: %w", err), meta.close())

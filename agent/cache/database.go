@@ -14,7 +14,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -79,12 +78,14 @@ type database struct {
 	full chan struct{} // asks the owner to flush; buffered
 	// holds reports whether the owner has a blob; it is called in transactions. Nil has none.
 	holds func(digest.Digest) bool
+	// renewed is called when another file has taken the place of the one that was open.
+	// Nil is not.
+	renewed func()
 	// fault is why a write fails; nil but in tests.
 	fault error
 	// replacing makes those take turns who found the file broken or gone, and is the
 	// only lock that is held while it is made anew.
 	replacing sync.Mutex
-	renewed   atomic.Int64 // times that another file took its place
 
 	mu      sync.Mutex // guards the fields below; not held in transactions
 	bolt    *bolt.DB   // nil when even a new file could not be made
@@ -300,12 +301,12 @@ func (db *database) renew(broken *bolt.DB, why error) bool {
 	if opened == nil {
 		opened = db.replace(why)
 	}
+	if opened != nil && db.renewed != nil {
+		db.renewed()
+	}
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.bolt = opened
-	if opened != nil {
-		db.renewed.Add(1)
-	}
 	return true
 }
 

@@ -58,10 +58,6 @@ func openMeta(path string, log *slog.Logger) (*Meta, error) {
 func (m *Meta) close() error { return m.db.close() }
 func (m *Meta) flush()       { m.db.flush() }
 
-// Renewed is how often these facts were lost, or others took their place. Who remembers that
-// a fact was written has to forget that when it changes.
-func (m *Meta) Renewed() int64 { return m.db.renewed.Load() }
-
 // Sync returns once all facts that wait to be written are durable, or with why that
 // failed. It waits, until ctx ends, for Run. Facts that were lost before are Facts' to tell.
 func (m *Meta) Sync(ctx context.Context) error { return m.Begin().Sync(ctx) }

@@ -141,7 +141,6 @@ type Proxy struct {
 	canaries    *recent[string, Canary]
 
 	answers    atomic.Int64              // headers sent, ever
-	renewed    atomic.Int64              // of the metadata that the memories go with; see forgetWithMeta
 	server     atomic.Pointer[server]    // nil unless listening
 	saidUnkept atomic.Pointer[time.Time] // when the log said that there is no room; nil: never
 
@@ -208,16 +207,14 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// forgetWithMeta drops what is remembered of facts in the metadata when these were lost: what
+// ForgetFacts drops what is remembered of facts in the cache's metadata, which were lost: what
 // spares a second write of them would keep them from being written again.
-func (p *Proxy) forgetWithMeta() {
-	if now := p.cache.Meta().Renewed(); p.renewed.Swap(now) != now {
-		p.fresh.clear()
-		p.learned.clear()
-		p.auth.verdicts.clear()
-		p.auth.members.clear()
-		p.auth.told.clear()
-	}
+func (p *Proxy) ForgetFacts() {
+	p.fresh.clear()
+	p.learned.clear()
+	p.auth.verdicts.clear()
+	p.auth.members.clear()
+	p.auth.told.clear()
 }
 
 // Run watches over the proxy until ctx ends, and returns when its goroutines
@@ -258,7 +255,6 @@ func (p *Proxy) serve(x *exchange) error {
 	if err != nil {
 		return err
 	}
-	p.forgetWithMeta()
 	if x.route.kind == KindPing {
 		return servePing(x)
 	}

@@ -261,8 +261,10 @@ func TestManifestWithoutMetadata(t *testing.T) {
 // write of the same facts kept them from being written at all.
 func TestLostMetadataIsWrittenAgain(t *testing.T) {
 	dir := t.TempDir()
-	n := startNode(t, func(s *setup) {
+	var n *node
+	n = startNode(t, func(s *setup) {
 		s.cache.Dir, s.proxy.TagTTL = dir, time.Minute
+		s.cache.Events.Renewed = func() { n.proxy.ForgetFacts() }
 	})
 	img := n.image()
 	pull := func() {
