@@ -7,13 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
@@ -588,7 +591,7 @@ func hostile(t *testing.T, target *testNode, as *testNode) net.Conn {
 }
 
 // TestHostileFrames: what does not follow the protocol ends the link and bans
-// its sender; it does not end the node, nor take its memory.
+// its sender, and the log says so; it does not end the node, nor take its memory.
 func TestHostileFrames(t *testing.T) {
 	frames := map[string][]byte{
 		"huge frame":      {byte(frameOpen), 0xff, 0xff, 0xff},
@@ -605,7 +608,8 @@ func TestHostileFrames(t *testing.T) {
 	for name, frame := range frames {
 		t.Run(name, func(t *testing.T) {
 			w := newTestWorld()
-			nodes := w.nodes(t, 2)
+			var log logtest.Buffer
+			nodes := w.nodes(t, 2, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
 			c := hostile(t, nodes[0], nodes[1])
 			if _, err := c.Write(frame); err != nil {
 				t.Fatal(err)
@@ -616,6 +620,9 @@ func TestHostileFrames(t *testing.T) {
 				t.Error("the link stays")
 			}
 			waitFor(t, func() bool { return nodes[0].s.bans.has(nodes[1].s.self.Node) })
+			if says := `level=WARN msg="peer banned" peer=node-1 reason=protocol`; !strings.Contains(log.String(), says) {
+				t.Errorf("the log says nothing of it: %s", &log)
+			}
 			if nodes[0].s.connectable() != nil {
 				t.Error("the node does not take links any more")
 			}

@@ -169,6 +169,7 @@ func (l *link) run() error {
 	writer.Go(l.write)
 	err := l.read()
 	if errors.Is(err, errWire) {
+		l.s.log.Warn("peer banned", "peer", l.node, "reason", string(banProtocol), "err", err)
 		l.s.bans.add(l.node, banProtocol)
 	}
 	l.close(fmt.Errorf("%w: %w", errLinkClosed, err))
