@@ -94,7 +94,7 @@ func (s *Swarm) Withdraw(d digest.Digest) {
 		return
 	}
 	for attempt := range byte(lastAttempt + 1) {
-		s.ifBlob(blobID{k, attempt}, func(b *blob) { b.withdraw() })
+		s.ifBlob(blobID{k, attempt}, func(b *blob) { b.withdraw(); b.forgetSums() })
 	}
 	s.index.drop(prefixOf(k))
 }

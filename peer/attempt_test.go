@@ -62,6 +62,34 @@ func TestCorruptOnce(t *testing.T) {
 	nobodyBanned(t, nodes)
 }
 
+// TestCorruptAfterItWasRight: what a node remembers of a blob that it has lost since is not
+// held against the bytes that the registry gives now: nobody is banned for those, neither
+// a home by who knows better, nor one that knows better itself.
+func TestCorruptAfterItWasRight(t *testing.T) {
+	for _, name := range []string{"the home had it", "another node had it"} {
+		t.Run(name, func(t *testing.T) {
+			w := newTestWorld()
+			w.delay = 10 * time.Millisecond
+			nodes := w.nodes(t, 4)
+			d := w.add(3<<20, 1)
+			home, others := homeOf(d, nodes)
+			home.wantOK(d)
+			if name != "the home had it" {
+				others[0].wantOK(d)
+				others[0].lose(d)
+			}
+			home.lose(d)
+			w.corrupt.Store(1)
+			for round := 1; len(pullAll(d, nodes)) > 0; round++ {
+				if round == 3 {
+					t.Fatal("the blob does not come")
+				}
+			}
+			nobodyBanned(t, nodes)
+		})
+	}
+}
+
 // TestCorruptAlways: where each answer of the registry is wrong, each pull ends, with
 // an error, and once the swarm has tried twice each node asks for itself.
 func TestCorruptAlways(t *testing.T) {

@@ -57,6 +57,18 @@ func (b *blob) letGo() {
 	}
 }
 
+// forgetSums forgets the pieces' digests, of which none is here any more. What comes next
+// may be other bytes, if upstream gives wrong ones: those would be taken for the lie of
+// whoever passes them on, or of this node if it does.
+func (b *blob) forgetSums() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.fill == nil {
+		clear(b.sums)
+		b.bare = nil
+	}
+}
+
 // withdraw tells neighbours that the blob is no longer to be had here.
 func (b *blob) withdraw() {
 	b.mu.Lock()

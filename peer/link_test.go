@@ -434,6 +434,23 @@ func (n *testNode) give(d digest.Digest) {
 	n.mu.Unlock()
 }
 
+// lose takes a whole blob from the node's store, once nobody reads it.
+func (n *testNode) lose(d digest.Digest) {
+	waitFor(n.t, func() (idle bool) {
+		n.s.ifBlob(blobID{key: sha256Of(d)}, func(b *blob) {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			idle = b.haveN == b.n && (b.src == nil || b.src.refs == 1)
+		})
+		return idle
+	})
+	n.mu.Lock()
+	delete(n.fills, d)
+	delete(n.blobs, d)
+	n.mu.Unlock()
+	n.s.Withdraw(d)
+}
+
 func (n *testNode) taintOf(d digest.Digest) func([]byte, int64) {
 	if n.taint == nil {
 		return nil
