@@ -182,6 +182,9 @@ func TestLazyPull(t *testing.T) {
 				t.Errorf("%s, %s: took %s", path, header, took)
 			}
 		}
+		if i == 0 { // who goes on with a whole blob does
+			checkOCIError(t, n.get(path, "Range", "bytes=59999949-"), 503, "UNAVAILABLE")
+		}
 	}
 }
 

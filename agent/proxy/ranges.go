@@ -57,6 +57,18 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 	return off, ok
 }
 
+// namesEnd reports whether each range of a Range header says where it ends: "a-b" or "-n", as
+// lazy pulls have it. Who goes on with a whole blob, or fetches it in chunks as containerd
+// does, asks for "a-".
+func namesEnd(header string) bool {
+	for spec := range strings.SplitSeq(header, ",") {
+		if strings.HasSuffix(strings.TrimSpace(spec), "-") {
+			return false
+		}
+	}
+	return true
+}
+
 // endOf returns where the range of the answer to r ends that the byte at off is in; the
 // size, if the answer has the whole blob.
 func endOf(r *http.Request, size int64, etag string, off int64) int64 {
