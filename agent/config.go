@@ -79,18 +79,19 @@ type NodeConfig struct {
 
 // PeerConfig is the table [peer]: the other nodes.
 type PeerConfig struct {
-	Enabled                 bool     `key:"enabled" default:"true" help:"fetch from and serve to other nodes"`
-	Name                    string   `key:"name" default:"" shown:"host name" help:"this node's name in the cluster; unique"`
-	Gossip                  string   `key:"gossip" default:":5052" help:"listen address for membership and the blob index (TCP and UDP)"`
-	Data                    string   `key:"data" default:":5051" help:"listen address for pieces (mutual TLS)"`
-	Advertise               string   `key:"advertise" default:"" shown:"first non-loopback address" help:"IP address other nodes reach this one at; the one that peer.gossip or peer.data names, if any"`
-	Join                    []string `key:"join" default:"" help:"host:port or DNS names of other nodes, resolved again and again"`
-	KeyFile                 string   `key:"key_file" default:"" help:"file with the cluster key (larder keygen); required unless everything is loopback"`
-	Zone                    string   `key:"zone" default:"" help:"failure or network zone; pieces come from the same zone first"`
-	Home                    bool     `key:"home" default:"true" help:"this node may fetch blobs from the registry on behalf of others"`
-	UpstreamScope           string   `key:"upstream_scope" default:"cluster" help:"cluster: one copy from the registry for all; zone: one copy per zone (sites joined by a WAN)"`
-	MaxUploadBytesPerSecond Size     `key:"max_upload_bytes_per_second" default:"0" help:"limit of what this node sends to others (100MiB); 0 = none"`
-	MaxUploads              int      `key:"max_uploads" default:"64" help:"pieces sent to other nodes at the same time"`
+	Enabled                   bool     `key:"enabled" default:"true" help:"fetch from and serve to other nodes"`
+	Name                      string   `key:"name" default:"" shown:"host name" help:"this node's name in the cluster; unique"`
+	Gossip                    string   `key:"gossip" default:":5052" help:"listen address for membership and the blob index (TCP and UDP)"`
+	Data                      string   `key:"data" default:":5051" help:"listen address for pieces (mutual TLS)"`
+	Advertise                 string   `key:"advertise" default:"" shown:"first non-loopback address" help:"IP address other nodes reach this one at; the one that peer.gossip or peer.data names, if any"`
+	Join                      []string `key:"join" default:"" help:"host:port or DNS names of other nodes, resolved again and again"`
+	KeyFile                   string   `key:"key_file" default:"" help:"file with the cluster key (larder keygen); required unless everything is loopback"`
+	Zone                      string   `key:"zone" default:"" help:"failure or network zone; pieces come from the same zone first"`
+	Home                      bool     `key:"home" default:"true" help:"this node may fetch blobs from the registry on behalf of others"`
+	UpstreamScope             string   `key:"upstream_scope" default:"cluster" help:"cluster: one copy from the registry for all; zone: one copy per zone (sites joined by a WAN)"`
+	MaxUploadBytesPerSecond   Size     `key:"max_upload_bytes_per_second" default:"0" help:"limit of what this node sends to others (100MiB); 0 = none"`
+	MaxDownloadBytesPerSecond Size     `key:"max_download_bytes_per_second" default:"0" help:"limit of what this node takes from others (100MiB); 0 = none"`
+	MaxUploads                int      `key:"max_uploads" default:"64" help:"pieces sent to other nodes at the same time"`
 }
 
 // HostsConfig is the table [hosts]: the runtimes' registry configuration.

@@ -26,7 +26,7 @@ var contractDefaults = map[string]string{
 	"upstream.tag_ttl": "10s", "upstream.max_bytes_per_second": "0", "upstream.streams_per_blob": "4",
 	"peer.enabled": "true", "peer.name": "", "peer.gossip": ":5052", "peer.data": ":5051", "peer.advertise": "", "peer.join": "",
 	"peer.key_file": "", "peer.zone": "", "peer.home": "true", "peer.upstream_scope": "cluster",
-	"peer.max_upload_bytes_per_second": "0", "peer.max_uploads": "64",
+	"peer.max_upload_bytes_per_second": "0", "peer.max_download_bytes_per_second": "0", "peer.max_uploads": "64",
 	"hosts.containerd": "", "hosts.crio": "", "hosts.crio_reload": "false", "hosts.registries": "*", "hosts.remove_on_exit": "true", "hosts.containerd_colon_link": "false",
 	"runtime.containerd_socket": "", "runtime.content_dir": "",
 	"admin.listen": "127.0.0.1:5053", "metrics.listen": "", "audit.file": "",

@@ -56,7 +56,8 @@ func (a *Agent) openSwarm() error {
 		Name: a.nodeName(), Zone: shortZone(c.Zone), Home: c.Home, ZoneScope: c.UpstreamScope == "zone",
 		Keys: keys, Gossip: c.Gossip, Data: c.Data, Advertise: c.Advertise, Join: c.Join,
 		MaxUploads: c.MaxUploads, MaxUploadBytesPerSecond: int64(c.MaxUploadBytesPerSecond),
-		TagTTL: a.config.Upstream.TagTTL, PieceSize: cache.PieceSize,
+		MaxDownloadBytesPerSecond: int64(c.MaxDownloadBytesPerSecond),
+		TagTTL:                    a.config.Upstream.TagTTL, PieceSize: cache.PieceSize,
 		Store: swarmStore{a}, Origin: swarmOrigin{s}, Logger: a.log, Registerer: a.registry,
 	})
 	if err != nil {

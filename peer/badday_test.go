@@ -235,28 +235,42 @@ func TestSlowSeed(t *testing.T) {
 	}
 }
 
-// TestUploadLimit: what a node may give a second holds for all that it gives together.
-func TestUploadLimit(t *testing.T) {
+// TestLimits: what a node may give, or take, a second holds for all of it together.
+func TestLimits(t *testing.T) {
 	const limit = 4 << 20
-	w := newTestWorld()
-	giver := w.node(t, "giver", func(c *Config) { c.MaxUploadBytesPerSecond = limit })
-	takers := []*testNode{w.node(t, "one"), w.node(t, "two")}
-	meet(giver, takers[0], takers[1])
-	var pulls sync.WaitGroup
-	began := time.Now()
-	for i, n := range takers {
-		d := w.add(3<<20, uint64(i))
-		giver.give(d)
-		n.s.index.joined([]Member{giver.s.self})
-		n.s.index.heard(appendMessage(nil, memberID(giver.s.self.Name), uint32(i), []op{{true, prefixOf(sha256Of(d))}}))
-		pulls.Go(func() { n.wantOK(d) })
-	}
-	pulls.Wait()
-	if took, sent := time.Since(began), 6<<20-4*chunkSize; took < time.Duration(sent)*time.Second/limit {
-		t.Errorf("6 MiB took %v", took)
-	}
-	if n := w.requests.Load(); n > 0 {
-		t.Errorf("%d requests to the registry for what a peer holds", n)
+	for name, tt := range map[string]struct {
+		givers, takers int
+		set            func(*Config)
+	}{
+		"upload":   {1, 2, func(c *Config) { c.MaxUploadBytesPerSecond = limit }},
+		"download": {2, 1, func(c *Config) { c.MaxDownloadBytesPerSecond = limit }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newTestWorld()
+			nodes := w.nodes(t, tt.givers+tt.takers, tt.set)
+			givers, takers := nodes[:tt.givers], nodes[tt.givers:]
+			var pulls sync.WaitGroup
+			began := time.Now()
+			for i := range 2 {
+				giver, taker := givers[i%tt.givers], takers[i%tt.takers]
+				d := w.add(3<<20, uint64(i))
+				giver.give(d)
+				taker.s.index.joined([]Member{giver.s.self})
+				taker.s.index.heard(appendMessage(nil, memberID(giver.s.self.Name), uint32(i/tt.givers), []op{{true, prefixOf(sha256Of(d))}}))
+				pulls.Go(func() { taker.wantOK(d) })
+			}
+			pulls.Wait()
+			free := 4 * chunkSize // of the bucket
+			if name == "download" {
+				free = 1<<18 + int(savings.Seconds()*limit) // and the last piece is not paid for
+			}
+			if took, least := time.Since(began), time.Duration(6<<20-free)*time.Second/limit; took < least {
+				t.Errorf("6 MiB took %v, want %v", took, least)
+			}
+			if n := w.requests.Load(); n > 0 {
+				t.Errorf("%d requests to the registry for what a peer holds", n)
+			}
+		})
 	}
 }
 

@@ -109,6 +109,7 @@ type blob struct {
 	// Signs that it gets on.
 	begun      time.Time // the fetch
 	progress   time.Time // last piece that came, or bytes of one, or begun
+	saving     time.Time // when budget last kept this node from asking for a piece
 	word       time.Time // when a home said last that it, or a source, gets bytes
 	sourceWord time.Time // when one said so that goes upstream itself
 	heeded     time.Time // since when that home is asked
@@ -424,6 +425,9 @@ func (b *blob) giveUpLocked(r *request) {
 		b.wants[r.piece] = rs
 	}
 	b.s.flying.Add(int64(-r.size))
+	if !r.moved.get().After(r.sent) {
+		b.s.budget.giveBack(r.size)
+	}
 	if r.nb.l.forget(r.id) != nil {
 		r.nb.l.send(func(p []byte) []byte { return answer{id: r.id}.append(p, frameCancel) })
 	}

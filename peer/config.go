@@ -42,8 +42,10 @@ type Config struct {
 
 	// MaxUploads bounds pieces being sent or queued, 64 if zero;
 	// MaxUploadBytesPerSecond is a token bucket over all of them, 0 = none.
-	MaxUploads              int
-	MaxUploadBytesPerSecond int64
+	// MaxDownloadBytesPerSecond bounds the pieces that this node asks others for, 0 = none.
+	MaxUploads                int
+	MaxUploadBytesPerSecond   int64
+	MaxDownloadBytesPerSecond int64
 	// TagTTL is how long a home answers Resolve from memory.
 	TagTTL time.Duration
 

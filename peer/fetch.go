@@ -98,7 +98,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	b.failure = nil
 	b.begun = time.Now()
 	b.progress, b.heeded = b.begun, b.begun
-	b.word, b.sourceWord = time.Time{}, time.Time{}
+	b.word, b.sourceWord, b.saving = time.Time{}, time.Time{}, time.Time{}
 	b.owed, b.pace, b.pieceTook = time.Time{}, pace{}, 0
 	b.upSince, b.upBytes, b.helper = time.Time{}, 0, helper{}
 	clear(b.sources)

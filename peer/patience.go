@@ -93,8 +93,11 @@ func (b *blob) triesLocked(now, last time.Time) bool {
 	return b.authority && now.Sub(last) < wordTime
 }
 
-// cameLocked is when the last bytes came.
+// cameLocked is when the last bytes came, or would have, but for this node's own limit.
 func (b *blob) cameLocked() time.Time {
+	if b.saving.After(b.progress) {
+		return b.movedLocked(b.saving)
+	}
 	return b.movedLocked(b.progress)
 }
 

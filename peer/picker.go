@@ -172,23 +172,28 @@ func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 }
 
 // ask asks the neighbour for a piece, unless the node has as much under way as it has
-// memory for.
+// memory for, or may take no more now.
 func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
-	size := int64(b.pieceLen(piece))
-	if b.flying > 0 && b.s.flying.Load()+size > maxFlyByte {
+	size := b.pieceLen(piece)
+	if b.flying > 0 && b.s.flying.Load()+int64(size) > maxFlyByte {
 		return false
 	}
-	r := &request{blob: b, nb: nb, piece: piece, size: int(size), sent: now}
+	if !b.s.budget.take(size, now) {
+		b.saving = now
+		return false
+	}
+	r := &request{blob: b, nb: nb, piece: piece, size: size, sent: now}
 	r.moved.set(now)
 	_, known := b.proofLocked(piece)
 	if !nb.l.request(r, want{blob: b.id, piece: uint32(piece), needDigest: !known, passing: b.ahead > 0}) {
+		b.s.budget.giveBack(size)
 		return false
 	}
 	if nb.flying++; nb.flying == 1 {
 		nb.since = now
 	}
 	b.flying++
-	b.s.flying.Add(size)
+	b.s.flying.Add(int64(size))
 	b.wants[piece] = append(b.wants[piece], r)
 	return true
 }

@@ -36,6 +36,7 @@ type sim struct {
 	scope   bool // each zone fetches its own copy
 	fifo    bool // see simNet
 
+	limit   float64       // bytes per second that each takes from others, 0 = none
 	slow    float64       // share of nodes with a tenth of the rate
 	die     float64       // share of nodes killed while they fetch
 	stagger time.Duration // nodes start at random within it
@@ -444,7 +445,7 @@ func (w *simWorld) node(t *testing.T, i int) *simNode {
 	n.passes = w.passing > 0 && w.rng.Float64() < w.passing // what was drawn before is not to change
 	n.host = w.net.host(fmt.Sprintf("10.0.%d.%d:1", i>>8, i&255), rate, rate)
 	s, err := New(Config{Name: fmt.Sprintf("node-%04d", i), Zone: fmt.Sprint("z", i%max(w.zones, 1)), ZoneScope: w.scope, Home: !n.slow,
-		Store: n, Origin: n, Network: n.host, Seed: w.seed,
+		Store: n, Origin: n, Network: n.host, Seed: w.seed, MaxDownloadBytesPerSecond: int64(w.limit / float64(w.net.scale)),
 		PieceSize: func(int64) int64 { return simPiece }})
 	if err != nil {
 		t.Fatal(err)
@@ -658,6 +659,18 @@ func TestZones(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestDownloadLimit: nodes that may take a piece in eight seconds from others wait for that,
+// and nobody takes the others for gone, or turns to the registry.
+func TestDownloadLimit(t *testing.T) {
+	s := baseSim(10, 8)
+	s.seeded, s.limit = true, simRealPiece/8.0
+	r := s.run(t)
+	t.Log(r)
+	if least := 7 * 8 * time.Second; len(r.failed) > 0 || r.requests > 0 || r.slowest < least || r.slowest > least*5/4 {
+		t.Errorf("%v %v", r, r.failed)
 	}
 }
 

@@ -44,6 +44,7 @@ type Swarm struct {
 	answers  answers
 	vain     vain
 	limiter  *rate.Limiter // nil = none
+	budget   *budget       // nil = none
 	buffers  buffers
 	chunks   sync.Pool
 	chunk    int          // piece bytes in one frame
@@ -98,6 +99,7 @@ func New(cfg Config) (*Swarm, error) {
 	if cfg.MaxUploadBytesPerSecond > 0 {
 		s.limiter = rate.NewLimiter(rate.Limit(cfg.MaxUploadBytesPerSecond), 4*chunkSize)
 	}
+	s.budget = newBudget(cfg.MaxDownloadBytesPerSecond)
 	if err := s.identify(); err != nil {
 		return nil, err
 	}
