@@ -41,8 +41,20 @@ func TestAlerts(t *testing.T) {
 	const gib = "1073741824"
 	tests := map[string]struct{ fires, quiet []string }{ // each a load script, a point a minute
 		"LarderAgentDown": {
-			fires: []string{`up{job="larder",instance="n1"} 0x120`, `up{job="monitoring/larder",instance="n1"} 1x60 0x60`},
-			quiet: []string{`up{job="larder",instance="n1"} 1x120`, `up{job="node-exporter",instance="n1"} 0x120`},
+			fires: []string{
+				`up{job="larder",instance="n1"} 0x120`, `up{job="monitoring/larder",instance="n1"} 1x60 0x60`,
+				// Another name, and a node of two; then all.
+				`up{job="cache-peers",instance="n1"} 1x60 0x60
+				larder_peer_members{job="cache-peers",instance="n1"} 2x60
+				larder_peer_members{job="cache-peers",instance="n2"} 2x120`,
+				`up{job="cache-peers",instance="n1"} 1x90 0x30
+				larder_peer_members{job="cache-peers",instance="n1"} 2x90`,
+			},
+			quiet: []string{
+				`up{job="larder",instance="n1"} 1x120`,
+				`up{job="node-exporter",instance="n1"} 0x120
+				larder_peer_members{job="cache-peers",instance="n1"} 2x120`,
+			},
 		},
 		"LarderUpstreamUnreachable": {
 			fires: []string{
