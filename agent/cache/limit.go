@@ -5,6 +5,8 @@ import (
 	"math"
 	"strconv"
 	"strings"
+
+	"github.com/dustin/go-humanize"
 )
 
 // Limit is a number of bytes, or a share of the file system that holds the
@@ -20,20 +22,8 @@ func Bytes(n int64) Limit { return Limit{bytes: n} }
 // Percent returns a Limit of p hundredths of the file system's size.
 func Percent(p float64) Limit { return Limit{percent: p} }
 
-// units are tried in order, so that "GiB" is not read as "B".
-var units = []struct {
-	suffix string
-	factor float64
-}{
-	{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", 1 << 40},
-	{"Ki", 1 << 10}, {"Mi", 1 << 20}, {"Gi", 1 << 30}, {"Ti", 1 << 40},
-	{"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12},
-	{"K", 1e3}, {"M", 1e6}, {"G", 1e9}, {"T", 1e12},
-	{"B", 1}, {"", 1},
-}
-
-// ParseLimit reads "50GiB", "500MB", "1048576" or "20%". Units are those of
-// Kubernetes quantities and of IEC; "0" is no limit.
+// ParseLimit reads "50GiB", "1.5Gi", "500MB", "1048576" or "20%". Units are those of
+// Kubernetes quantities and of IEC, in any case; "0" is no limit.
 func ParseLimit(s string) (Limit, error) {
 	text := strings.TrimSpace(s)
 	if share, ok := strings.CutSuffix(text, "%"); ok {
@@ -43,18 +33,11 @@ func ParseLimit(s string) (Limit, error) {
 		}
 		return Percent(p), nil
 	}
-	for _, u := range units {
-		number, ok := strings.CutSuffix(text, u.suffix)
-		if !ok {
-			continue
-		}
-		n, err := parseNumber(number)
-		if err != nil || n*u.factor >= math.MaxInt64 {
-			break
-		}
-		return Bytes(int64(n * u.factor)), nil
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n > math.MaxInt64 || strings.Contains(text, ",") { // which stands for thousands there
+		return Limit{}, fmt.Errorf(`%q is not a size: give bytes ("50GiB", "500MB", "1048576") or a share of the file system ("20%%")`, s)
 	}
-	return Limit{}, fmt.Errorf(`%q is not a size: give bytes ("50GiB", "500MB", "1048576") or a share of the file system ("20%%")`, s)
+	return Bytes(int64(n)), nil
 }
 
 // parseNumber accepts plain decimals only: no sign, exponent, NaN or hex.
@@ -82,9 +65,9 @@ func (l Limit) String() string {
 	if l.percent > 0 {
 		return strconv.FormatFloat(l.percent, 'f', -1, 64) + "%"
 	}
-	for i := 3; i >= 0; i-- {
-		if f := int64(units[i].factor); l.bytes >= f && l.bytes%f == 0 {
-			return strconv.FormatInt(l.bytes/f, 10) + units[i].suffix
+	for i, unit := range []string{"TiB", "GiB", "MiB", "KiB"} {
+		if f := int64(humanize.TiByte >> (10 * i)); l.bytes >= f && l.bytes%f == 0 {
+			return strconv.FormatInt(l.bytes/f, 10) + unit
 		}
 	}
 	return strconv.FormatInt(l.bytes, 10)

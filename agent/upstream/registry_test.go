@@ -125,7 +125,7 @@ func TestRegistryTable(t *testing.T) {
 host = "docker.io"
 tag_ttl = "90s"
 contact_upstream = false
-max_bytes_per_second = "10MiB"
+max_bytes_per_second = "1.5MiB"
 token_realms = ["auth.example.com"]
 [[registry]]
 host = "quay.io"
@@ -136,7 +136,7 @@ tag_ttl = 0
 		t.Fatal(err)
 	}
 	hub, quay := doc.Registry[0], doc.Registry[1]
-	if hub.TTL(0) != 90*time.Second || hub.Contact() || hub.MaxBytesPerSecond != 10<<20 || len(hub.TokenRealms) != 1 {
+	if hub.TTL(0) != 90*time.Second || hub.Contact() || hub.MaxBytesPerSecond != 3<<19 || len(hub.TokenRealms) != 1 {
 		t.Errorf("docker.io: %+v", hub)
 	}
 	if quay.TTL(time.Minute) != 0 || !quay.Contact() || quay.MaxBytesPerSecond != 1000 {

@@ -1,14 +1,18 @@
 package upstream
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"net/url"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/dustin/go-humanize"
 )
 
 // Registry is one [[registry]] table of the configuration file. The zero
@@ -296,32 +300,15 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 // "1MiB" (K, M, G, T with i for powers of 1,024 and without for 1,000).
 type Bytes int64
 
-// UnmarshalText reads a whole number with an optional unit.
+// UnmarshalText reads a number with an optional unit: 1048576, 10MiB, 1.5G.
 func (b *Bytes) UnmarshalText(text []byte) error {
-	v, err := parseBytes(string(text))
-	if err != nil {
-		return err
+	n, err := humanize.ParseBytes(strings.TrimSpace(string(text)))
+	if err != nil || n > math.MaxInt64 || bytes.ContainsRune(text, ',') { // which stands for thousands there
+		return fmt.Errorf("%q is not a size such as 1048576 or 10MiB", text)
 	}
-	*b = Bytes(v)
+	*b = Bytes(n)
 	return nil
 }
 
 // MarshalText writes the plain number.
 func (b Bytes) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(b), 10), nil }
-
-var byteUnits = map[string]int64{
-	"": 1, "B": 1,
-	"K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12, "TB": 1e12,
-	"KI": 1 << 10, "KIB": 1 << 10, "MI": 1 << 20, "MIB": 1 << 20, "GI": 1 << 30, "GIB": 1 << 30, "TI": 1 << 40, "TIB": 1 << 40,
-}
-
-func parseBytes(s string) (int64, error) {
-	s = strings.TrimSpace(s)
-	digits := strings.TrimRight(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-	unit, ok := byteUnits[strings.ToUpper(strings.TrimSpace(s[len(digits):]))]
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || !ok || n < 0 || n > (1<<62)/unit {
-		return 0, fmt.Errorf("%q is not a size such as 1048576 or 10MiB", s)
-	}
-	return n * unit, nil
-}
