@@ -109,7 +109,7 @@ type blob struct {
 	// Signs that it gets on.
 	begun      time.Time // the fetch
 	progress   time.Time // last piece that came, or bytes of one, or begun
-	saving     time.Time // when budget last kept this node from asking for a piece
+	saving     time.Time // when budget last kept this node from asking for a piece while none was under way
 	word       time.Time // when a home said last that it, or a source, gets bytes
 	sourceWord time.Time // when one said so that goes upstream itself
 	heeded     time.Time // since when that home is asked

@@ -203,3 +203,40 @@ func TestAside(t *testing.T) {
 		look(false, "it has ended")
 	})
 }
+
+// TestLimitHidesNoStall: who may take little waits for that as long as what was asked for
+// comes, and no longer: a neighbour that gives nothing is none to wait for.
+func TestLimitHidesNoStall(t *testing.T) {
+	for name, gives := range map[string]bool{"gives": true, "gives nothing": false} {
+		t.Run(name, func(t *testing.T) {
+			exchanging(t, func(x exchange) {
+				b := x.b
+				x.s.budget = newBudget(pacePiece / 6)
+				x.neighbour("one", 0)
+				var longest time.Duration
+				for began := time.Now(); time.Since(began) < 30*time.Second; time.Sleep(tendEvery) { // of the bubble
+					now := time.Now()
+					b.mu.Lock()
+					b.expire(now)
+					b.pump(now)
+					var asked []*request
+					for _, rs := range b.wants {
+						asked = append(asked, rs...)
+					}
+					b.mu.Unlock()
+					for _, r := range asked {
+						if gives {
+							r.moved.set(now.Add(1))
+							b.took(r, now)
+						}
+					}
+					idle, _ := b.look(now)
+					longest = max(longest, idle)
+				}
+				if stalled := longest > stallFetch; stalled == gives {
+					t.Errorf("nothing was said to come for %v", longest)
+				}
+			})
+		})
+	}
+}

@@ -179,7 +179,9 @@ func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 		return false
 	}
 	if !b.s.budget.take(size, now) {
-		b.saving = now
+		if b.flying == 0 { // else it is a neighbour that this node waits for
+			b.saving = now
+		}
 		return false
 	}
 	r := &request{blob: b, nb: nb, piece: piece, size: size, sent: now}
