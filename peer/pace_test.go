@@ -2,6 +2,7 @@ package peer
 
 import (
 	"cmp"
+	"maps"
 	"testing"
 	"time"
 )
@@ -239,4 +240,30 @@ func TestLimitHidesNoStall(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestLimitIsNotOwed: what a home may not take yet of what neighbours hold, it does not get
+// from upstream instead.
+func TestLimitIsNotOwed(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		b := x.b
+		b.goesUp(true)
+		x.s.budget = newBudget(pacePiece / 4)
+		x.neighbour("peer", 0)
+		k := &sink{x: &fetch{s: x.s, b: b, f: x.f}, w: x.f.From("")}
+		for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(tendEvery) { // of the bubble
+			b.tend(time.Now())
+			b.mu.Lock()
+			b.pump(time.Now())
+			asked := maps.Clone(b.wants)
+			b.mu.Unlock()
+			for _, rs := range asked {
+				rs[0].moved.set(time.Now().Add(1))
+				b.took(rs[0], time.Now())
+			}
+			if _, _, more := k.Missing(0); more {
+				t.Fatalf("it turns to upstream after %v, with %d pieces", time.Since(began), b.held())
+			}
+		}
+	})
 }

@@ -75,6 +75,8 @@ func (b *blob) oweLocked(now time.Time) {
 		b.owed = time.Time{}
 	case b.owed.IsZero():
 		b.owed = now
+	case b.saving.After(b.owed): // it is this node's own limit
+		b.owed = b.movedLocked(b.saving)
 	default:
 		b.owed = b.movedLocked(b.owed)
 	}
