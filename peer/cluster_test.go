@@ -644,12 +644,17 @@ func TestVerdictIsNoTag(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
-	for want, r := range map[time.Duration]Reference{
-		time.Hour:   {Registry: "r", Repository: "app", Tag: "v1"},
-		grantMemory: {Registry: "r", Repository: "app", Tag: "v1", Authorization: "Basic eDp5"},
+	for _, tt := range []struct {
+		who  Reference
+		want time.Duration
+	}{
+		{Reference{}, time.Hour},
+		{Reference{Authorization: "Basic eDp5"}, grantMemory},
+		{Reference{Node: true}, grantMemory},
 	} {
-		if _, ttl, err := s.askUpstream(t.Context(), methodResolve, r); err != nil || ttl != want {
-			t.Errorf("with %q: remembered for %s, %v; want %s", r.Authorization, ttl, err, want)
+		tt.who.Registry, tt.who.Repository, tt.who.Tag = "r", "app", "v1"
+		if _, ttl, err := s.askUpstream(t.Context(), methodResolve, tt.who); err != nil || ttl != tt.want {
+			t.Errorf("%+v: remembered for %s, %v; want %s", tt.who, ttl, err, tt.want)
 		}
 	}
 }

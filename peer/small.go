@@ -294,7 +294,7 @@ func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]by
 	if d.Stale {
 		return marshal(d), min(errorMemory, s.cfg.TagTTL), nil
 	}
-	if r.Authorization != "" {
+	if r.Authorization != "" || r.Node {
 		return marshal(d), min(s.cfg.TagTTL, grantMemory), nil
 	}
 	return marshal(d), s.cfg.TagTTL, nil
