@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -233,6 +235,30 @@ func TestExplain(t *testing.T) {
 	i := slices.IndexFunc(after.Parts, func(p Part) bool { return p.Digest == img.Layers[0].Digest })
 	if p := after.Parts[i]; p.Where != "upstream" || p.Present != 0 || len(p.Origins) == 0 {
 		t.Errorf("an evicted layer: %+v", p)
+	}
+}
+
+// TestExplainWithoutLists: what only a client that takes no lists asked for is known too.
+func TestExplainWithoutLists(t *testing.T) {
+	c := testConfig(t)
+	_, img := startRegistry(t, &c)
+	a := start(t, c)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+a.ProxyAddr()+"/v2/"+testImage.Repository+"/manifests/"+testImage.Reference+"?ns="+testRegistry, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", ocispec.MediaTypeImageManifest)
+	resp, err := a.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.Body.Close() != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s, %v", resp.Status, err)
+	}
+	a.settle(t)
+	e, err := a.Explain(testImage, "linux/amd64")
+	if err != nil || e.Digest != img.Digest || e.Checked.IsZero() {
+		t.Errorf("%+v, %v", e, err)
 	}
 }
 

@@ -60,14 +60,18 @@ func (e *explainer) root() error {
 		return nil
 	}
 	repo := cache.Repository{Registry: e.image.Registry, Name: e.image.Repository}
-	tag, ok := e.agent.cache.Meta().Tag(repo, e.image.Reference)
+	if tag, ok := e.agent.proxy.KnownTag(repo, e.image.Reference); ok {
+		e.out.Digest, e.out.Checked = tag.Descriptor.Digest, tag.Checked
+		return nil
+	}
+	pinned, ok := e.agent.pins.pinned(repo, e.image.Reference) // also when its registry has it no more
 	if !ok {
 		if why := e.trouble(); why != "" {
 			return fmt.Errorf("%s: %w: its last pull failed: %s", e.image, errUnknownImage, why)
 		}
 		return fmt.Errorf("%s: %w: nobody pulled this tag through it; try `larder warm %s`", e.image, errUnknownImage, e.image)
 	}
-	e.out.Digest, e.out.Checked = tag.Descriptor.Digest, tag.Checked
+	e.out.Digest = pinned.Digest
 	return nil
 }
 

@@ -263,6 +263,9 @@ func TestPinnedAndDeleted(t *testing.T) {
 		if got := sources(a.pull(t)); got["upstream"] != 0 {
 			t.Errorf("%s: pulled from %v", when, got)
 		}
+		if e, err := a.Explain(testImage, "linux/amd64"); err != nil || e.Digest != img.Digest || e.Here != e.Bytes {
+			t.Errorf("%s: explained as %+v, %v", when, e, err)
+		}
 		if err := a.stop(t); err != nil {
 			t.Fatal(err)
 		}

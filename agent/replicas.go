@@ -181,7 +181,8 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 	})
 	for repository, tags := range a.proxy.Tags() {
 		for _, tag := range tags {
-			stands, known := a.proxy.KnownTag(repository, tag)
+			last, known := a.proxy.KnownTag(repository, tag)
+			stands := last.Descriptor
 			since, here := idle[stands.Digest]
 			if !here {
 				since, here = replicaFresh, a.inRuntime(stands.Digest) || a.swarm.Holds(stands.Digest)

@@ -180,17 +180,18 @@ func TestReplicaOfATag(t *testing.T) {
 	nodes[0].settle(t)
 	reg.Put(testImage.Repository, registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}), testImage.Reference)
 	place := cache.Repository{Registry: testImage.Registry, Name: testImage.Repository}
-	stands, ok := nodes[0].proxy.KnownTag(place, testImage.Reference)
+	known, ok := nodes[0].proxy.KnownTag(place, testImage.Reference)
 	if !ok {
 		t.Fatal("the tag is not known where it was pulled")
 	}
+	stands := known.Descriptor
 	c := peer.Copy{Want: peer.Want{Registry: place.Registry, Repository: place.Name}, Tag: testImage.Reference,
 		Stands: peer.Descriptor{MediaType: stands.MediaType, Digest: stands.Digest, Size: stands.Size}}
 	if err := nodes[1].replicas.keep(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
-	if got, _ := nodes[1].proxy.KnownTag(place, testImage.Reference); got.Digest != stands.Digest {
-		t.Errorf("kept as %s, want %s of %s", got.Digest, stands.Digest, img.Digest)
+	if got, _ := nodes[1].proxy.KnownTag(place, testImage.Reference); got.Descriptor.Digest != stands.Digest {
+		t.Errorf("kept as %s, want %s of %s", got.Descriptor.Digest, stands.Digest, img.Digest)
 	}
 }
 

@@ -367,13 +367,13 @@ func (p *Proxy) Tags() map[cache.Repository][]string {
 }
 
 // KnownTag is what a tag stood for when this node heard of it last.
-func (p *Proxy) KnownTag(r cache.Repository, tag string) (ocispec.Descriptor, bool) {
+func (p *Proxy) KnownTag(r cache.Repository, tag string) (cache.Tag, bool) {
 	for _, stored := range []string{tag, tag + notListed} {
 		if known, ok := p.cache.Meta().Tag(r, stored); ok {
-			return known.Descriptor, true
+			return known, true
 		}
 	}
-	return ocispec.Descriptor{}, false
+	return cache.Tag{}, false
 }
 
 func (k tagKey) target() upstream.Target {
