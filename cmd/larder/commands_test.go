@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -497,6 +499,43 @@ func TestKeygen(t *testing.T) {
 	if err != nil || len(key) != keyBytes || one == two {
 		t.Errorf("%q, %q: %v", one, two, err)
 	}
+}
+
+// TestOutputThatCannotBeWritten: a command that has shown nothing has failed, and says why
+// once; one whose reader has gone ends without a word.
+func TestOutputThatCannotBeWritten(t *testing.T) {
+	n := startNode(t, nil)
+	warmed := []string{testImage, "--admin", n.admin}
+	for _, args := range [][]string{
+		append([]string{"warm", "--platform=linux/amd64"}, warmed...), append([]string{"explain", "--platform=linux/amd64"}, warmed...),
+		append([]string{"pin"}, warmed...), {"pin", "--admin", n.admin}, {"pin", "--json", "--admin", n.admin},
+		append([]string{"unpin"}, warmed...), {"status", "--admin", n.admin}, {"doctor", "--skip-canary", "--root", t.TempDir(), "--admin", n.admin},
+		{"version"}, {"keygen"}, {"--help"}, {"completion", "bash"},
+	} {
+		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+		if err != nil {
+			t.Skip(err)
+		}
+		var errs bytes.Buffer
+		code := run(t.Context(), args, full, &errs)
+		if code != exitFailed || strings.Count(errs.String(), "no space left on device") != 1 {
+			t.Errorf("%s: exit %d: %s", args, code, errs.String())
+		}
+		full.Close()
+	}
+	nobody, stdout, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody.Close()
+	var errs bytes.Buffer
+	cmd := exec.Command(os.Args[0], "status", "--admin", n.admin)
+	cmd.Env, cmd.Stdout, cmd.Stderr = append(os.Environ(), asMain+"=1"), stdout, &errs
+	err = cmd.Run()
+	if state, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || state.Signal() != syscall.SIGPIPE || errs.Len() > 0 {
+		t.Errorf("without a reader: %v, %s", err, errs.String())
+	}
+	stdout.Close()
 }
 
 func TestVersion(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/larder-cache/larder/agent"
@@ -52,12 +53,18 @@ func outliveReader() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := newRoot()
+	root, out := newRoot(), &output{w: stdout}
 	root.SetArgs(args)
-	root.SetOut(stdout)
+	root.SetOut(out)
+	if _, ok := terminal(stdout); ok { // which is drawn on as such
+		root.SetOut(stdout)
+	}
 	root.SetErr(stderr)
 	ownCompletion(root)
 	err := root.ExecuteContext(ctx)
+	if lost := out.err.Load(); lost != nil && (err == nil || errors.Is(err, errFindings)) {
+		err = *lost
+	}
 	switch {
 	case err == nil:
 		return 0
@@ -69,6 +76,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	return exitFailed
+}
+
+// output keeps why standard output could not be written: whoever is to read a table finds
+// half of it, and must not be told that all went well.
+type output struct {
+	w   io.Writer
+	err atomic.Pointer[error]
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	n, err := o.w.Write(b)
+	if err != nil && !errors.Is(err, syscall.EPIPE) { // see outliveReader
+		o.err.CompareAndSwap(nil, &err)
+	}
+	return n, err
 }
 
 // errFindings ends a command that worked and has printed what is wrong.
