@@ -83,8 +83,14 @@ func (in *reader) entries() error {
 
 // broken says where a tar breaks off, or is none.
 func broken(what string, at any, err error) error {
-	if errors.Is(err, tar.ErrHeader) {
+	damaged, short := errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF)
+	switch {
+	case at == 0 && (damaged || short):
+		return invalid("no tar; it takes one with images in it, as `larder export` or `docker save` write it, plain or compressed with gzip or zstd")
+	case damaged:
 		return invalid("%s %v: no tar, or a damaged one", what, at)
+	case short:
+		return invalid("%s %v: the archive ends too early (%w): copy or write it anew", what, at, err)
 	}
 	return fmt.Errorf("read %s %v of the archive: %w", what, at, err)
 }

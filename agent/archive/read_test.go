@@ -256,7 +256,9 @@ func TestHostile(t *testing.T) {
 	}{
 		"empty":                       {nil, "nothing in it"},
 		"no tar":                      {bytes.Repeat([]byte("x"), 4096), "no tar"},
-		"gzip of nothing":             {[]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0}, "EOF"},
+		"short and no tar":            {[]byte("FROM scratch\n"), "no tar; it takes one with images in it, as `larder export` or `docker save` write it, plain or compressed with gzip or zstd"},
+		"cut off in a header":         {tarOf(t, s.blobs()...)[:512+512*((len(s.layer)+511)/512)+100], "entry 1: the archive ends too early (unexpected EOF): copy or write it anew"},
+		"gzip of nothing":             {[]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0}, "no tar"},
 		"zstd of a huge window":       {[]byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 0, 0, 0}, "window"},
 		"path escapes":                {with(entry{name: "../../etc/passwd", body: []byte("x")}), "leads out"},
 		"path escapes from inside":    {with(entry{name: "blobs/sha256/../../../x", body: []byte("x")}), "leads out"},
