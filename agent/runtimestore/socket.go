@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	apievents "github.com/containerd/containerd/api/events"
@@ -19,8 +20,46 @@ var topics = []string{
 	`topic~="/images/"`, // all there is before containerd 2.1, when content appears
 }
 
+const (
+	// socketPatience is for how long containerd may be away, as it is when it restarts,
+	// before that is told.
+	socketPatience = 10 * time.Second
+	// servingTimeout is for a containerd that is there to say that it serves.
+	servingTimeout = 10 * time.Second
+)
+
+// silence is what has kept the store from listening to containerd of late.
+type silence struct {
+	since time.Time // zero while it listens
+	told  string
+}
+
+// listen is watchSocket, and says what keeps it from that, once for each reason: a socket
+// with another name would be missed by nobody.
+func (s *Store) listen(ctx context.Context) error {
+	err := s.watchSocket(ctx)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if s.silence.since.IsZero() {
+		s.silence.since = time.Now()
+	}
+	if why := err.Error(); time.Since(s.silence.since) >= socketPatience && why != s.silence.told {
+		s.silence.told = why
+		s.log.Warn("containerd does not answer: what runtime.content_dir has is served all the same, and the registry is asked who may have it; check runtime.containerd_socket",
+			"socket", s.opts.Socket, "err", err)
+	}
+	return err
+}
+
 // watchSocket turns containerd's events into hints until the connection breaks.
 func (s *Store) watchSocket(ctx context.Context) error {
+	// The client below waits for a socket that is not there, and never says so.
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", s.opts.Socket)
+	if err != nil {
+		return err
+	}
+	_ = conn.Close() // nothing was sent
 	c, err := client.New(s.opts.Socket)
 	if err != nil {
 		return err
@@ -28,10 +67,10 @@ func (s *Store) watchSocket(ctx context.Context) error {
 	defer c.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	// Waits until containerd is up.
-	if ok, err := c.IsServing(ctx); err != nil || !ok {
-		return fmt.Errorf("containerd is not serving: %w", errors.Join(err, ctx.Err()))
+	if err := serving(ctx, c); err != nil {
+		return err
 	}
+	s.silence = silence{}
 	envelopes, errs := c.Subscribe(ctx, topics...)
 	s.log.Info("listening to containerd", "socket", s.opts.Socket)
 	s.hints.addAll() // for what changed before
@@ -55,6 +94,20 @@ func (s *Store) watchSocket(ctx context.Context) error {
 			return fmt.Errorf("events of containerd: %w", err)
 		}
 	}
+}
+
+// serving waits until containerd is up.
+func serving(ctx context.Context, c *client.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, servingTimeout)
+	defer cancel()
+	ok, err := c.IsServing(ctx)
+	if err != nil {
+		return fmt.Errorf("ask whether it serves: %w", err)
+	}
+	if !ok {
+		return errors.New("it does not serve yet")
+	}
+	return nil
 }
 
 // hint says where an event makes it worth to look.

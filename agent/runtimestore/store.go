@@ -89,6 +89,7 @@ type Store struct {
 	every   time.Duration // rescanInterval; shorter in tests
 	hashing sync.WaitGroup
 	stop    chan struct{} // closed when Run ends
+	silence silence       // of the one goroutine that listens to containerd
 
 	mu      sync.Mutex // guards everything below
 	running map[file]*verification

@@ -26,7 +26,7 @@ func (s *Store) Run(ctx context.Context) error {
 	var watchers sync.WaitGroup
 	watchers.Go(func() { s.retry(ctx, "watch the runtime's store", s.watchDir) })
 	if s.opts.Socket != "" {
-		watchers.Go(func() { s.retry(ctx, "listen to containerd", s.watchSocket) })
+		watchers.Go(func() { s.retry(ctx, "listen to containerd", s.listen) })
 	}
 	s.keepIndex(ctx)
 	watchers.Wait()

@@ -1,6 +1,7 @@
 package runtimestore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,7 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	apievents "github.com/containerd/containerd/api/events"
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
@@ -211,6 +215,37 @@ func TestSocket(t *testing.T) {
 	second.publish(t, "k8s.io", "/content/delete", &apievents.ContentDelete{Digest: d.String()})
 	d = f.commit(t, pattern(30))
 	f.expect(t, change{d, 30})
+}
+
+// TestSocketThatDoesNotAnswer: one that stays away is told once, and again when the reason is
+// another one or when it was there in between; containerd's restarts are not.
+func TestSocketThatDoesNotAnswer(t *testing.T) {
+	f := newFixture(t)
+	socket := filepath.Join(t.TempDir(), "containerd.sock")
+	synctest.Test(t, func(t *testing.T) {
+		s := f.newStore(t, socket)
+		ctx, cancel := context.WithCancel(t.Context())
+		var listener sync.WaitGroup
+		listener.Go(func() { s.retry(ctx, "listen to containerd", s.listen) })
+		told := func(after time.Duration, want int, why string) {
+			t.Helper()
+			time.Sleep(after)
+			synctest.Wait()
+			got := f.logged.String()
+			if n := strings.Count(got, "level=WARN"); n != want || !strings.Contains(got, why) {
+				t.Errorf("%d warnings, want %d with %q:\n%s", n, want, why, got)
+			}
+		}
+		told(5*time.Second, 0, "")
+		told(time.Hour, 1, "no such file or directory")
+		must(t, os.WriteFile(socket, nil, 0o600))
+		told(time.Hour, 2, "connection refused")
+		if !strings.Contains(f.logged.String(), "runtime.containerd_socket") || !strings.Contains(f.logged.String(), "runtime.content_dir") {
+			t.Error("it does not say which key to set, or what goes on")
+		}
+		cancel()
+		listener.Wait()
+	})
 }
 
 // forget makes the index miss a blob that is there, as if every other hint had
