@@ -26,17 +26,20 @@ type adminAPI struct{ base string }
 type adminFlags struct {
 	admin  string
 	listen string // admin.listen, where the command has a --config and has read it
+	cmd    *cobra.Command
 }
 
 func (f *adminFlags) bind(cmd *cobra.Command) {
+	f.cmd = cmd
 	cmd.Flags().StringVar(&f.admin, "admin", "", "the agent's admin API (default: LARDER_ADMIN, else admin.listen of the configuration, else http://127.0.0.1:5053)")
 }
 
 func (f *adminFlags) api() (adminAPI, error) {
 	base := cmp.Or(f.admin, os.Getenv("LARDER_ADMIN"), f.listen)
 	if base == "" {
-		c, _ := agent.Load(agent.Sources{Environ: os.Environ()}) // the agent complains about a bad file, not its clients
+		c, err := agent.Load(agent.Sources{Environ: os.Environ()})
 		base = c.Admin.Listen
+		f.note(err, "http://"+base)
 	}
 	if !strings.Contains(base, "://") {
 		base = "http://" + base
@@ -46,6 +49,20 @@ func (f *adminFlags) api() (adminAPI, error) {
 		return adminAPI{}, usageError{fmt.Errorf("--admin %q: want http://HOST:PORT, such as http://127.0.0.1:5053", base)}
 	}
 	return adminAPI{base: strings.TrimSuffix(base, "/")}, nil
+}
+
+// note tells what keeps admin.listen from being known; about the rest of a configuration
+// the agent complains, and not its clients.
+func (f *adminFlags) note(err error, asked string) {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok || os.Getenv("LARDER_ADMIN_LISTEN") != "" { // which beats the file
+		return
+	}
+	for _, one := range joined.Unwrap() {
+		if p, ok := errors.AsType[*agent.Problem](one); ok && (p.Key == "" || strings.HasPrefix(p.Key, "admin")) {
+			fmt.Fprintf(f.cmd.ErrOrStderr(), "note: %v; so %s is asked (--admin says where the agent is)\n", p, asked)
+		}
+	}
 }
 
 // quick bounds calls that read the agent's memory alone.

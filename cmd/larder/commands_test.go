@@ -385,6 +385,36 @@ func TestAdminFromEnvironmentAndFile(t *testing.T) {
 	}
 }
 
+// TestAdminOfABrokenFile: where the address is not known because its file cannot be read,
+// that is told beside the answer; what else is wrong with the file is the agent's matter.
+func TestAdminOfABrokenFile(t *testing.T) {
+	n, dir := startNode(t, nil), t.TempDir()
+	for name, tc := range map[string]struct {
+		file string // "" = none
+		want string // of standard error; "" = nothing
+	}{
+		"none":            {"", "cannot read the configuration: open " + filepath.Join(dir, "none") + ": no such file or directory; so http://127.0.0.1:5053 is asked"},
+		"no TOML":         {"[admin\n", "no TOML:1:7: not valid TOML"},
+		"wrong address":   {"[admin]\nlisten = 5\n", "admin.listen"},
+		"wrong key":       {"[admin]\nlisten_on = \"127.0.0.1:1\"\n", "admin.listen_on"},
+		"something wrong": {"[admin]\nlisten = \"" + n.AdminAddr() + "\"\n[cache]\nmaxbytes = 3\n", ""},
+	} {
+		file := filepath.Join(dir, name)
+		if tc.file != "" {
+			if err := os.WriteFile(file, []byte(tc.file), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Setenv("LARDER_CONFIG", file)
+		for _, command := range [][]string{{"status"}, {"pin"}, {"explain", "nginx"}} {
+			_, _, errs := larder(t, command...)
+			if tc.want != "" && (!strings.Contains(errs, "note: ") || !strings.Contains(errs, tc.want)) || tc.want == "" && strings.Contains(errs, "note: ") {
+				t.Errorf("%s: %s: %q does not say %q", name, command, errs, tc.want)
+			}
+		}
+	}
+}
+
 func TestHostsCommands(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "certs.d")
 	hosts := func(args ...string) (int, string, string) {
