@@ -47,6 +47,9 @@ func (r *recentPulls) record(e proxy.Event) {
 	if v, ok := strings.CutPrefix(e.UserAgent, "containerd/"); ok {
 		r.containerd = v
 	}
+	if e.Canary() { // of the doctor, who says himself what became of it
+		return
+	}
 	i := slices.IndexFunc(r.list, func(p *RecentPull) bool { return p.Repository == e.Repository && p.Registry == e.Registry })
 	if i < 0 || !r.list[i].goesOn(e) {
 		r.list = slices.Insert(r.list, 0, newRecentPull(e))

@@ -18,11 +18,15 @@ import (
 func noOrigins(digest.Digest) (cache.Fetched, bool) { return cache.Fetched{}, false }
 
 // TestRecentPulls holds what is told of pulls of a whole agent: where each part
-// came from, and who sent it.
+// came from, and who sent it. The canary of the doctor is not among them.
 func TestRecentPulls(t *testing.T) {
 	c := testConfig(t)
 	reg, img := startRegistry(t, &c)
 	a := start(t, c)
+	canary := Image{Registry: "docker.io", Repository: "larder.invalid/canary", Reference: "nonce"}
+	if _, err := (Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client}).Pull(t.Context(), canary); err != nil {
+		t.Fatal(err)
+	}
 	parts := a.pull(t)
 	a.settle(t)
 	again := a.pull(t)

@@ -34,8 +34,8 @@ type Canary struct {
 
 // isCanary: larder.invalid/canary on any registry. A runtime that
 // pulls larder.invalid/canary itself names larder.invalid as the registry.
-func isCanary(rt *route) bool {
-	return rt.repository == canaryHost+"/"+canaryName || rt.registry == canaryHost && rt.repository == canaryName
+func isCanary(registry, repository string) bool {
+	return repository == canaryHost+"/"+canaryName || registry == canaryHost && repository == canaryName
 }
 
 // Canary returns the last pull of the canary image under the tag nonce: the proof

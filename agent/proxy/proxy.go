@@ -111,6 +111,9 @@ func (e Event) Refused() bool {
 // of a private image begins.
 func (e Event) Challenged() bool { return decision(e.Decision) == decidedChallenged }
 
+// Canary reports whether the canary image was asked for, which is nobody's own.
+func (e Event) Canary() bool { return isCanary(e.Registry, e.Repository) }
+
 // Proxy is a http.Handler. Serve puts it on a listener; Run must run beside.
 type Proxy struct {
 	opts     Options
@@ -258,7 +261,7 @@ func (p *Proxy) serve(x *exchange) error {
 	if x.route.kind == KindPing {
 		return servePing(x)
 	}
-	if isCanary(&x.route) {
+	if isCanary(x.route.registry, x.route.repository) {
 		return p.serveCanary(x)
 	}
 	if x.access, err = p.auth.begin(x.r, &x.route); err != nil {
