@@ -4,11 +4,17 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/larder-cache/larder/test/logtest"
 )
 
 // TestPartsStopInReverse holds the order of stopping, one after the other, and
@@ -39,6 +45,40 @@ func TestPartsStopInReverse(t *testing.T) {
 		}
 		close(hang)
 	})
+}
+
+// TestPartsAsDesigned holds the table of DESIGN.md: an agent that has every part stops them
+// in the reverse of the order in which it starts them.
+func TestPartsAsDesigned(t *testing.T) {
+	design, err := os.ReadFile("DESIGN.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string // as started
+	rows := regexp.MustCompile(`(?m)^\| (\d+) \| ([a-z ]+)[^|]*\| (\d+)`).FindAllStringSubmatch(string(design), -1)
+	for i, row := range rows {
+		if row[1] != strconv.Itoa(i+1) || row[3] != strconv.Itoa(len(rows)-i) {
+			t.Errorf("row %d of the table: started %s, stopped %s", i+1, row[1], row[3])
+		}
+		want = append(want, strings.TrimSpace(row[2]))
+	}
+	c := clusterConfigs(t)()
+	c.Audit.File = filepath.Join(t.TempDir(), "audit.log")
+	c.Runtime.ContentDir = t.TempDir()
+	c.Hosts.Containerd = filepath.Join(t.TempDir(), "certs.d")
+	c.Metrics.Listen = "127.0.0.1:0"
+	var log logtest.Buffer
+	if err := start(t, c, WithLogger(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))).stop(t); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, line := range regexp.MustCompile(`msg=stopping part="?([a-z ]+)`).FindAllStringSubmatch(log.String(), -1) {
+		got = append(got, line[1])
+	}
+	slices.Reverse(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("started\n%q, by DESIGN.md\n%q", got, want)
+	}
 }
 
 // TestPartsFail holds that the first part that ends by itself is told, with or
