@@ -105,7 +105,7 @@ func (d *doctor) loadConfig() *criConfig {
 	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
 		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
 	}
-	err := d.merge(c, c.dist.config, map[string]bool{})
+	err := d.mergeAll(c, c.dist.config)
 	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
 		return d.configUnseen()
 	}
@@ -150,16 +150,31 @@ func (d *doctor) places() []distribution {
 	return []distribution{last}
 }
 
-// merge adds one file and its imports. containerd 1.x replaces the section of
-// a plugin as a whole, 2.x merges it key by key.
-func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
-	if seen[name] {
-		return nil
+// mergeAll adds a file and what it imports, in containerd's order: what an import imports
+// comes after all imports of the file above it.
+func (d *doctor) mergeAll(c *criConfig, name string) error {
+	seen := map[string]bool{}
+	for pending := []string{name}; len(pending) > 0; {
+		name, pending = pending[0], pending[1:]
+		if seen[name] {
+			continue
+		}
+		seen[name] = true
+		imports, err := d.merge(c, name)
+		if err != nil {
+			return err
+		}
+		pending = append(pending, imports...)
 	}
-	seen[name] = true
+	return nil
+}
+
+// merge adds one file and returns its imports. containerd 1.x replaces the section of
+// a plugin as a whole, 2.x merges it key by key.
+func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) {
 	doc, err := d.node.read(name)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var f struct {
 		Version int            `toml:"version"`
@@ -167,7 +182,7 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 		Plugins map[string]any `toml:"plugins"`
 	}
 	if err := toml.Unmarshal(doc, &f); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	if len(c.files) == 0 {
 		c.version = f.Version
@@ -193,28 +208,33 @@ func (d *doctor) merge(c *criConfig, name string, seen map[string]bool) error {
 	// `containerd config default` prints an import of conf.d since 2.3, but a file
 	// that does not name it has none.
 	for _, pattern := range f.Imports {
-		for _, file := range d.glob(absolute(pattern, path.Dir(name))) {
-			if err := d.merge(c, file, seen); err != nil {
-				return err
-			}
+		pattern = absolute(pattern, path.Dir(name))
+		if !strings.Contains(pattern, "*") { // "?" and "[" alone make no pattern
+			imports = append(imports, pattern)
+			continue
 		}
+		imports = append(imports, d.glob(pattern)...)
 	}
-	return nil
+	return imports, nil
 }
 
-// glob expands a pattern in the last element, as imports have it.
+// glob expands a pattern, which may be one in directories too.
 func (d *doctor) glob(pattern string) []string {
-	if !strings.ContainsAny(pattern, "*?[") {
-		return []string{pattern}
-	}
-	entries, err := d.node.list(path.Dir(pattern))
-	if err != nil {
-		return nil // containerd takes no match for no import
+	dir, base := path.Split(pattern)
+	dirs := []string{path.Clean(dir)}
+	if strings.ContainsAny(dir, "*?[") {
+		dirs = d.glob(path.Clean(dir))
 	}
 	var out []string
-	for _, e := range entries {
-		if ok, err := path.Match(path.Base(pattern), e.Name()); err == nil && ok {
-			out = append(out, path.Join(path.Dir(pattern), e.Name()))
+	for _, dir := range dirs {
+		entries, err := d.node.list(dir)
+		if err != nil {
+			continue // containerd takes no match for no import
+		}
+		for _, e := range entries {
+			if ok, err := path.Match(base, e.Name()); err == nil && ok {
+				out = append(out, path.Join(dir, e.Name()))
+			}
 		}
 	}
 	return out

@@ -180,3 +180,32 @@ func TestHiddenRoots(t *testing.T) {
 		})
 	}
 }
+
+// TestImports: which config_path is in force where files import others, as `containerd
+// config dump` of 2.4 says of the same files.
+func TestImports(t *testing.T) {
+	for name, tc := range map[string]struct {
+		files map[string]string // imports of each; its config_path is its name
+		want  string
+	}{
+		"an import of an import comes last": {map[string]string{"config.toml": `"a.toml", "b.toml"`, "a.toml": `"c.toml"`, "b.toml": "", "c.toml": ""}, "c.toml"},
+		"in a circle":                       {map[string]string{"config.toml": `"a.toml"`, "a.toml": `"config.toml", "b.toml"`, "b.toml": `"a.toml"`}, "b.toml"},
+		"named twice":                       {map[string]string{"config.toml": `"a.toml", "b.toml", "a.toml"`, "a.toml": "", "b.toml": ""}, "b.toml"},
+		"a pattern":                         {map[string]string{"config.toml": `"conf.d/*.toml"`, "conf.d/a.toml": "", "conf.d/b.toml": ""}, "conf.d/b.toml"},
+		"a pattern of directories":          {map[string]string{"config.toml": `"conf*/*/[x-z]?.toml"`, "conf.d/one/x1.toml": "", "conf.d/two/a2.toml": ""}, "conf.d/one/x1.toml"},
+		"no pattern without *":              {map[string]string{"config.toml": `"[ab].toml"`, "[ab].toml": "", "a.toml": "", "b.toml": ""}, "[ab].toml"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			files := fstest.MapFS{}
+			for file, imports := range tc.files {
+				text := fmt.Sprintf("version = 4\nimports = [%s]\n[plugins.%q.registry]\nconfig_path = %q\n", imports, pluginNew, file)
+				files["etc/containerd/"+file] = &fstest.MapFile{Data: []byte(text), Mode: 0o644}
+			}
+			d := &doctor{node: node{files}, opts: DoctorOptions{FS: files}}
+			c := d.loadConfig()
+			if got := c.registry()["config_path"]; got != tc.want || !strings.HasPrefix(c.where, "/etc/containerd/"+tc.want+":") {
+				t.Errorf("%v of %s, want %s", got, c.where, tc.want)
+			}
+		})
+	}
+}
