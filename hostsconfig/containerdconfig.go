@@ -82,6 +82,9 @@ type criConfig struct {
 	moved           bool // registry settings of the old section are in force in 2.x
 	// where is file:line of the config_path in force.
 	where string
+	// last is the import that has the last word on config_path, "" if none has, and table
+	// the heading to set it under there, "" if it is there already.
+	last, table string
 }
 
 // Plugin sections that hold the registry settings: before and since 2.0.
@@ -205,6 +208,7 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 	if configPathLine.Match(doc) {
 		c.where = lineOf(name, doc, configPathLine)
 	}
+	c.settle(name, f.Version, f.Plugins)
 	// `containerd config default` prints an import of conf.d since 2.3, but a file
 	// that does not name it has none.
 	for _, pattern := range f.Imports {
@@ -216,6 +220,29 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 		imports = append(imports, d.glob(pattern)...)
 	}
 	return imports, nil
+}
+
+// settle takes note of an import that sets config_path, or, in 1.x, replaces the section
+// that it is in.
+func (c *criConfig) settle(name string, version int, plugins map[string]any) {
+	if name == c.dist.config {
+		return
+	}
+	plugin := pluginNew
+	if !c.versions.maybe(2, 0) {
+		plugin = pluginOld
+	}
+	if _, set := table(plugins[plugin], "registry")["config_path"]; set {
+		c.last, c.table = name, ""
+		return
+	}
+	if plugin == pluginNew || plugins[plugin] == nil {
+		return
+	}
+	c.last, c.table = name, "[plugins.\""+pluginOld+"\".registry]\n"
+	if version < 2 {
+		c.table = "[plugins.cri.registry]\n"
+	}
 }
 
 // glob expands a pattern, which may be one in directories too.

@@ -52,18 +52,21 @@ func (c *criConfig) section() string {
 
 // fixPath is the text that sets config_path to one directory.
 func (c *criConfig) fixPath(dir string) string {
-	place := c.dist.config
+	place, heading := c.dist.config, c.section()+"\n"
 	if c.dist.generated != "" {
 		place = c.dist.generated
 	}
 	if c.unversioned() && (c.long || !c.found) {
 		place += versionLine
 	}
+	if c.last != "" && c.dist.generated == "" {
+		place, heading = c.last+", which has the last word", c.table
+	}
 	before := ""
 	if hosts := c.tlsHosts(); len(hosts) > 0 {
 		before = fmt.Sprintf("# only when registry.configs.*.tls (%s) is gone, as said there\n", strings.Join(hosts, ", "))
 	}
-	return fmt.Sprintf("%s# in %s\n%s\n  config_path = %s\n# then: %s", before, place, c.section(), tomlString(dir), c.dist.restart)
+	return fmt.Sprintf("%s# in %s\n%s  config_path = %s\n# then: %s", before, place, heading, tomlString(dir), c.dist.restart)
 }
 
 // unversioned: containerd 1.x takes a file that states no version for one of
