@@ -241,6 +241,30 @@ func TestTerminalIsNotCommanded(t *testing.T) {
 			t.Errorf("%s: exit %d: %q", args[0], code, said)
 		}
 	}
+	// What fails says so in the registry's words, too.
+	root := nodeRoot(t)
+	through := pullThrough(n)
+	(&criStandIn{name: "containerd", pull: func(ctx context.Context, image string) error {
+		return errors.Join(through(ctx, image), errors.New("403 Forbidden: "+title))
+	}}).serve(t, root)
+	certs := filepath.Join(root, "etc/containerd/certs.d/odd.example/hosts.toml")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(certs), 0o755), os.WriteFile(certs, []byte("# "+title+"\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	refused := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, title, http.StatusForbidden) }))
+	defer refused.Close()
+	proxy := standIn(t, agent.Status{Proxy: strings.TrimPrefix(refused.URL, "http://")})
+	for _, args := range [][]string{
+		{"doctor", "--root", root, "--admin", n.admin, "--proxy.listen", n.ProxyAddr()},
+		{"doctor", "--root", root, "--admin", n.admin, "--proxy.listen", n.ProxyAddr(), "--json"},
+		{"export", image, "-o", filepath.Join(t.TempDir(), "x"), "--admin", proxy},
+		{"hosts", "check", "--hosts.containerd", filepath.Dir(filepath.Dir(certs))},
+	} {
+		code, out, errs := larder(t, args...)
+		if said := out + errs; code != exitFailed || strings.ContainsAny(said, "\x1b\a\u009b") {
+			t.Errorf("%s: exit %d: %q", args, code, said)
+		}
+	}
 }
 
 // TestAgainstARealAgent runs the commands one after the other as a user would.

@@ -44,6 +44,7 @@ mirror.`,
 			}
 			d.admin.listen = d.config.Admin.Listen
 			report := d.run(cmd.Context())
+			plain(&report)
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), report)
 			} else {
