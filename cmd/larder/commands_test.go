@@ -568,7 +568,7 @@ func TestOutputThatCannotBeWritten(t *testing.T) {
 	} {
 		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 		if err != nil {
-			t.Skip(err)
+			t.Fatal(err)
 		}
 		var errs bytes.Buffer
 		code := run(t.Context(), args, full, &errs)
