@@ -170,6 +170,7 @@ func (s *pins) versionOf(p *pin, d digest.Digest) (*version, error) {
 // would, and makes sure that the cache has all of it.
 func (s *pins) fetch(ctx context.Context, p *pin, v *version, follow func(*Puller)) error {
 	puller := s.puller()
+	puller.Manifest = func(d digest.Digest) error { return s.admit(p, v, []ocispec.Descriptor{{Digest: d}}) }
 	puller.Choose = func(parts []ocispec.Descriptor) ([]ocispec.Descriptor, error) { return s.plan(p, v, parts) }
 	if follow != nil {
 		follow(&puller)

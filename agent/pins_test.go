@@ -533,6 +533,37 @@ func TestPinsAndPressure(t *testing.T) {
 	}
 }
 
+// TestPullsWhileAPinComes: they evict none of it, nor its index and manifest, which are here
+// before its layers are and older than whatever is pulled meanwhile.
+func TestPullsWhileAPinComes(t *testing.T) {
+	c := testConfig(t)
+	if err := c.Cache.MaxBytes.UnmarshalText([]byte("1MiB")); err != nil {
+		t.Fatal(err)
+	}
+	reg, _ := startRegistry(t, &c)
+	img := registrytest.Platforms(registrytest.ImageSpec{Seed: 81, Layers: []int64{100 << 10}}, false)
+	reg.Put("team/several", img, "v1")
+	name := testRegistry + "/team/several:v1"
+	fault := reg.Inject(registrytest.Match{Kind: registrytest.Blob, Repository: "team/several"}, registrytest.StallAfter(100))
+	a := start(t, c, unhurried)
+	last := make(chan WarmEvent, 1)
+	go func() { last <- a.pin(t, name)[name] }()
+	<-fault.Held()
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}
+	for i := range 8 {
+		repo := fmt.Sprintf("team/other%d", i)
+		reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 90 + uint64(i), Layers: []int64{400 << 10}}), "v1")
+		if _, err := puller.Pull(t.Context(), Image{testRegistry, repo, "v1"}); err != nil {
+			t.Error(err)
+		}
+	}
+	fault.Remove()
+	if e := <-last; e.Error != "" {
+		t.Error(e.Error)
+	}
+	a.reaches(t, name, PinHeld)
+}
+
 // TestPinsOverALimitThatShrank are kept, said to be too much, and fail no pull.
 func TestPinsOverALimitThatShrank(t *testing.T) {
 	c := testConfig(t)

@@ -82,6 +82,9 @@ type Puller struct {
 	// NoStale makes Resolve ask the registry, of a digest too, and fail when that cannot
 	// be asked, or shows it no more, though the proxy knows what it stood for.
 	NoStale bool
+	// Manifest, if set, is told of each manifest and index before it is pulled. Its error
+	// ends the pull.
+	Manifest func(digest.Digest) error
 	// Choose, if set, is told what a manifest lists (its config and layers) before any
 	// of that is pulled, and returns what is to be. Its error ends the pull.
 	Choose func([]ocispec.Descriptor) ([]ocispec.Descriptor, error)
@@ -213,6 +216,11 @@ func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
 func (p *pull) manifest(ctx context.Context, d digest.Digest) error {
 	if !p.first(d) {
 		return nil
+	}
+	if p.Manifest != nil {
+		if err := p.Manifest(d); err != nil {
+			return err
+		}
 	}
 	started := time.Now()
 	body, header, err := p.readManifest(ctx, d)
