@@ -62,6 +62,14 @@ func (m *meeting) join(name, zone string, rng *rand.Rand) []string {
 	return out
 }
 
+// early reports whether a member is one of the first of several that meet here.
+func (m *meeting) early(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a := m.members[name]
+	return a != nil && a.at < introduce && len(m.names) > 1
+}
+
 // introduceLocked picks neighbours. Of two drawn by chance the one that was
 // named less is taken, which keeps degrees even although early members are
 // there for all the draws; the same zone is preferred.
@@ -233,7 +241,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		}
 		return reply, nil
 	}
-	reply.Meet = append(reply.Meet, holders...)
+	reply.Meet = append(append(reply.Meet, holders...), s.abroad(b, l)...)
 	reply.Vouch = append(reply.Vouch, holders...)
 	b.awaitSize(ctx, sizeWait)
 	if b.active() || b.offered() > 0 {
@@ -256,6 +264,22 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		reply.Help = b.wantsHelp(l.peer, ask.Registry, ask.Helped)
 	}
 	return reply, nil
+}
+
+// abroad is whom some of those that meet here are to meet in other zones, where the zone's
+// home has all of the blob: it asks no home of the cluster, so nothing else links this zone
+// with the others, and each of these would get its copy of this node.
+func (s *Swarm) abroad(b *blob, l *link) (names []string) {
+	if s.cfg.ZoneScope || l.zone != s.cfg.Zone || !b.whole() || !b.home.early(l.peer) {
+		return nil
+	}
+	for _, m := range s.roster.homes(b.k, "", false) {
+		if m.Name == s.self.Name {
+			return nil // they all turn to it
+		}
+		names = append(names, m.Name)
+	}
+	return names
 }
 
 // over answers who comes to a home with an attempt that is void there.

@@ -662,6 +662,31 @@ func TestZones(t *testing.T) {
 	}
 }
 
+// TestZonesHomeHolds: who alone has the blob, and is its zone's first home but none of the
+// cluster's, gives little more than a copy to its zone and one to all others.
+// It gave seven copies: nothing but itself linked its zone with the others.
+func TestZonesHomeHolds(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		c := baseSim(40, 128)
+		c.zones, c.seeded = 4, true
+		homeOfZoneOnly := func(w *simWorld) bool {
+			s, k := w.nodes[c.nodes-1].s, sha256Of(w.images[0].digest)
+			return s.roster.homes(k, s.self.Zone, true)[0].Name == s.self.Name &&
+				!slices.Contains(namesOf(s.roster.homes(k, "", false)), s.self.Name)
+		}
+		w := c.world(t)
+		for ; !homeOfZoneOnly(w); w = c.world(t) {
+			c.seed++
+		}
+		r := w.play(t)
+		crossed := w.crossed()
+		t.Log(r, crossed)
+		if crossed > 6 || len(r.failed) > 0 || r.requests > 0 || r.slowest.Seconds() > 4*r.bound.Seconds() {
+			t.Errorf("%.2f copies crossed; %v %v", crossed, r, r.failed)
+		}
+	})
+}
+
 // TestDownloadLimit: nodes that may take a piece in eight seconds from others wait for that,
 // and nobody takes the others for gone, or turns to the registry.
 func TestDownloadLimit(t *testing.T) {
