@@ -246,8 +246,13 @@ func (b *blob) sign(pieces []int) error {
 	return nil
 }
 
+// hashPiece fails with errWrongBlob where the file is cut short: a digest of what is left of a
+// piece would have those who know it ban whoever gives the right bytes.
 func (b *blob) hashPiece(r io.ReaderAt, i int, w io.Writer) error {
-	_, err := io.Copy(w, io.NewSectionReader(r, int64(i)*b.pieceSize, int64(b.pieceLen(i))))
+	n, err := io.Copy(w, io.NewSectionReader(r, int64(i)*b.pieceSize, int64(b.pieceLen(i))))
+	if err == nil && n < int64(b.pieceLen(i)) {
+		return fmt.Errorf("%w: %w in piece %d", errWrongBlob, errShortRead, i)
+	}
 	return err
 }
 
@@ -342,6 +347,9 @@ func (b *blob) signWhole(h *handle) error {
 	t := b.newLinks(whole)
 	for i := range b.n {
 		if err := b.hashInto(h, i, whole, t); err != nil {
+			if errors.Is(err, errWrongBlob) {
+				b.withdraw()
+			}
 			return err
 		}
 		if len(t.pieces) < maxBatch && i < b.n-1 {

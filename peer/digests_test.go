@@ -2,6 +2,8 @@ package peer
 
 import (
 	"encoding/binary"
+	"errors"
+	"io"
 	"slices"
 	"testing"
 	"time"
@@ -106,5 +108,36 @@ func TestOwnReadingCounts(t *testing.T) {
 		if ts := b.batchesLocked(i); len(ts) != 1 || ts[0].signer != n.s.self.Name {
 			t.Errorf("piece %d is given by the word of %s", i, ts[0].signer)
 		}
+	}
+}
+
+// cutBlob is a blob whose file ends too early.
+type cutBlob struct {
+	*memBlob
+	end int64
+}
+
+func (b cutBlob) ReadAt(p []byte, off int64) (int, error) {
+	if off >= b.end {
+		return 0, io.EOF
+	}
+	return b.memBlob.ReadAt(p[:min(int64(len(p)), b.end-off)], off)
+}
+
+// TestCutShort: what is left of a piece is not signed as the piece. Who knows the digest of it
+// would ban those that give the right bytes.
+func TestCutShort(t *testing.T) {
+	w := newTestWorld()
+	n := w.node(t, "node-0")
+	d := w.add(1<<20, 1)
+	n.give(d)
+	b := n.s.blob(blobID{key: sha256Of(d)})
+	b.setSize(1 << 20)
+	b.src = &handle{StoredBlob: cutBlob{n.blobs[d], b.pieceSize * 3 / 2}, refs: 1}
+	if err := b.sign([]int{0}); err != nil {
+		t.Error(err)
+	}
+	if err := b.sign([]int{1}); !errors.Is(err, errWrongBlob) {
+		t.Errorf("half a piece is signed: %v", err)
 	}
 }
