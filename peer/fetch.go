@@ -584,8 +584,7 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) bool {
 	if err == nil || x.merelyLate(err, m.Name, x.rejoined) {
 		return true
 	}
-	x.s.log.Debug("home did not help", "digest", x.w.Digest, "peer", m.Node, "err", err)
-	x.tried[m.Name] = true
+	x.passOver(m, err)
 	return false
 }
 
