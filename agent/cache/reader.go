@@ -111,9 +111,9 @@ func (r *Reader) Err() error {
 	return r.fill.failure()
 }
 
-// ForPart tells that somebody reads a part of the blob which does not begin at its
-// first byte. Who pulls lazily begins with a table at the end: were the last piece held
-// back, that would wait for the whole blob. It is shown while bytes before it are missing.
+// ForPart tells that somebody reads a part of the blob. Who pulls lazily begins with a
+// table at the end: were the last piece held back, that would wait for the whole blob. It
+// is shown while bytes before it are missing.
 func (r *Reader) ForPart() {
 	if r.view == viewWhole {
 		r.view = viewPart

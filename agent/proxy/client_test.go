@@ -172,7 +172,7 @@ func TestLazyPull(t *testing.T) {
 	for i, path := range []string{blobPath(img.Layers[0].Digest), pathBlob(img.Layers[1].Digest)} {
 		d := img.Layers[i].Digest
 		want := bytesOf(t, img, d)
-		for _, header := range []string{"bytes=-51", "bytes=-1000,30000000-30000050"} {
+		for _, header := range []string{"bytes=-51", "bytes=-1000,30000000-30000050", "bytes=0-50,30000000-30000050,-51"} {
 			begin := time.Now()
 			a := n.get(path, "Range", header)
 			if a.status != 206 || a.err != nil || !bytes.Contains(a.body, want[len(want)-51:]) {

@@ -57,10 +57,13 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 	return off, ok
 }
 
-// namesEnd reports whether each range of a Range header says where it ends: "a-b" or "-n", as
-// lazy pulls have it. Who goes on with a whole blob, or fetches it in chunks as containerd
-// does, asks for "a-".
+// namesEnd reports whether there is a Range header each of whose ranges says where it ends:
+// "a-b" or "-n", as lazy pulls have it. Who goes on with a whole blob, or fetches it in chunks
+// as containerd does, asks for "a-".
 func namesEnd(header string) bool {
+	if header == "" {
+		return false
+	}
 	for spec := range strings.SplitSeq(header, ",") {
 		if strings.HasSuffix(strings.TrimSpace(spec), "-") {
 			return false
