@@ -202,6 +202,23 @@ func TestWrongBytesInParts(t *testing.T) {
 	checkOCIError(t, n.get(blobPath(d), "Range", "bytes=-51"), 503, "UNAVAILABLE")
 }
 
+// TestWrongBytesInPathParts: a path-encoded client that got a blob in parts is sent to
+// the registry when the bytes were wrong, like one whose body was cut.
+func TestWrongBytesInPathParts(t *testing.T) {
+	n := startNode(t, nil)
+	d := n.image(6_000_000).Layers[0].Digest
+	n.registry.SetRate(0, 6_000_000)
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.CorruptAt(10))
+	if a := n.get(pathManifest("v1")); a.status != 200 {
+		t.Fatalf("status %d", a.status)
+	}
+	if a := n.get(pathBlob(d), "Range", "bytes=-51"); a.status != 206 || a.err != nil {
+		t.Fatalf("status %d, %v", a.status, a.err)
+	}
+	await(t, "the digest", func() bool { return n.cache.Mismatches(d) > 0 })
+	checkOCIError(t, n.get(pathManifest("v1")), 404, "MANIFEST_UNKNOWN")
+}
+
 // slowWriter is a client that stops reading: a write waits until the deadline.
 type slowWriter struct {
 	http.ResponseWriter

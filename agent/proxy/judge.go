@@ -60,8 +60,8 @@ func wrongEnd(size int64) failure {
 // refuses reports whether the client is to take what it asks for from the registry.
 func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	f, failed := p.failed.get(key)
-	if !failed && p.cache.Mismatches(key.digest) > 0 { // who read parts of it has seen no body cut
-		f, failed = p.parts.get(key)
+	if !failed {
+		f, failed = p.readWrong(key)
 	}
 	switch {
 	case !failed || p.cache.Has(key.digest):
@@ -73,6 +73,22 @@ func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	}
 	off, ok := firstOffset(x.r, f.size, etag(key.digest))
 	return !ok || off >= f.from
+}
+
+// readWrong says what is refused of a blob of wrong bytes to who read parts of it, and so
+// has seen no body cut.
+func (p *Proxy) readWrong(key blobKey) (failure, bool) {
+	if p.cache.Mismatches(key.digest) == 0 {
+		return failure{}, false
+	}
+	return p.parts.get(key)
+}
+
+// undeliverable reports whether a path-encoded client got the blob short or wrong a moment
+// ago.
+func (p *Proxy) undeliverable(key blobKey) bool {
+	_, wrong := p.readWrong(key)
+	return wrong || p.undelivered.has(key)
 }
 
 // judge remembers how the blob went, unless the client or this agent's end

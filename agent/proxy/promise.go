@@ -60,7 +60,7 @@ func (p *Proxy) promiseChild(ctx context.Context, t upstream.Target, child ocisp
 	if err != nil {
 		return nil // not ours, and cached under a media type of its own
 	}
-	failed := func(blob ocispec.Descriptor) bool { return p.undelivered.has(keyOf(t, blob.Digest)) }
+	failed := func(blob ocispec.Descriptor) bool { return p.undeliverable(keyOf(t, blob.Digest)) }
 	if slices.ContainsFunc(o.children(), failed) {
 		return errUndeliverable
 	}
@@ -80,7 +80,7 @@ func (p *Proxy) has(t upstream.Target, d digest.Digest) bool {
 func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.Descriptor) error {
 	key := keyOf(t, blob.Digest)
 	switch {
-	case p.undelivered.has(key):
+	case p.undeliverable(key):
 		return errUndeliverable
 	case p.has(t, blob.Digest), p.deliverable.has(key):
 		return nil
