@@ -6,12 +6,10 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/upstream"
@@ -80,61 +78,33 @@ func (x *exchange) query() (query url.Values, raw string, err error) {
 	return query, raw, nil
 }
 
-// serveReferrers relays one page of what refers to a digest; where the registry
-// has no such API, the index under the fallback tag says it.
+// serveReferrers relays one page of what refers to a digest. A registry without this API
+// answers 404, and clients read the tag sha256-<hex> instead (distribution spec, "Referrers
+// Tag Schema"). They are told so of every digest, in an outage too: one that got a list once
+// does not look for tags any more.
 func (p *Proxy) serveReferrers(x *exchange) error {
-	query, raw, err := x.query()
+	_, raw, err := x.query()
 	if err != nil {
 		return err
 	}
-	t, d, artifactType := x.access.target, x.route.digest, query.Get("artifactType")
-	page, err := p.page(x, x.pageKey(raw), func(ctx context.Context) (upstream.Page, error) {
-		page, err := p.upstream.Referrers(ctx, t, d, raw)
+	key := x.pageKey(raw)
+	page, err := p.page(x, key, func(ctx context.Context) (upstream.Page, error) {
+		page, err := p.upstream.Referrers(ctx, x.access.target, x.route.digest, raw)
 		if upstream.IsNotFound(err) {
-			return p.fallbackReferrers(ctx, t, d, artifactType, err)
+			p.pages.put(key, upstream.Page{}, pageMemory)
 		}
 		return page, err
 	})
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if page.ContentType == "" {
+	case page.Body == nil:
+		return errNoReferrers
+	case page.ContentType == "":
 		page.ContentType = ocispec.MediaTypeImageIndex
 	}
 	p.sendPage(x, page)
 	return nil
-}
-
-// fallbackReferrers reads the index that pushers keep under sha256-<hex> for
-// registries without the API (distribution spec, "Referrers Tag Schema").
-// Without one the registry's 404 stands, and clients look for the tag themselves.
-func (p *Proxy) fallbackReferrers(ctx context.Context, t upstream.Target, d digest.Digest, artifactType string, notFound error) (upstream.Page, error) {
-	tag := d.Algorithm().String() + "-" + d.Encoded()[:min(len(d.Encoded()), 64)]
-	_, body, err := p.upstream.Manifest(ctx, t, tag, []string{ocispec.MediaTypeImageIndex})
-	if upstream.IsNotFound(err) {
-		return upstream.Page{}, notFound
-	}
-	if err != nil {
-		return upstream.Page{}, err
-	}
-	return filterReferrers(body, artifactType)
-}
-
-func filterReferrers(body []byte, artifactType string) (upstream.Page, error) {
-	var index ocispec.Index
-	if err := json.Unmarshal(body, &index); err != nil {
-		return upstream.Page{}, &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "the referrers tag is no index"}
-	}
-	page := upstream.Page{ContentType: ocispec.MediaTypeImageIndex}
-	out := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
-	out.Manifests = append(out.Manifests, index.Manifests...)
-	if artifactType != "" {
-		page.FiltersApplied = "artifactType"
-		out.Manifests = slices.DeleteFunc(out.Manifests, func(m ocispec.Descriptor) bool { return m.ArtifactType != artifactType })
-	}
-	var err error
-	page.Body, err = json.Marshal(out)
-	return page, err
 }
 
 func (x *exchange) pageKey(query string) pageKey {

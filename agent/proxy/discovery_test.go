@@ -108,45 +108,51 @@ func TestTagsWithUpstreamDown(t *testing.T) {
 	checkOCIError(t, n.get("/v2/other/tags/list?ns="+host), 503, "UNAVAILABLE")
 }
 
-// TestReferrers asks registries with and without the API the same.
+// TestReferrers is about registries with the API.
 func TestReferrers(t *testing.T) {
-	for _, without := range []bool{false, true} {
-		n := startNode(t, func(s *setup) { s.registry.NoReferrers = without })
-		img := n.image(10)
-		sbom := registrytest.Artifact(img.Descriptor, "application/vnd.example.sbom", 1)
-		signature := registrytest.Artifact(img.Descriptor, "application/vnd.example.signature", 2)
-		n.registry.Put(repo, sbom, "sbom")
-		n.registry.Put(repo, signature, "signature")
-		path := "/v2/" + repo + "/referrers/" + img.Digest.String() + "?ns=" + host
-		if got := referrersOf(t, n.get(path)); len(got) != 2 {
-			t.Errorf("without API %v: %v", without, got)
-		}
-		filtered := n.get(path + "&artifactType=application/vnd.example.sbom")
-		if got := referrersOf(t, filtered); len(got) != 1 || got[0].Digest != sbom.Digest || filtered.header.Get("OCI-Filters-Applied") != "artifactType" {
-			t.Errorf("without API %v, filtered: %v %v", without, got, filtered.header)
-		}
-		nobody := n.get("/v2/" + repo + "/referrers/" + sbom.Digest.String() + "?ns=" + host)
-		if without {
-			checkOCIError(t, nobody, 404, "MANIFEST_UNKNOWN")
-		} else if got := referrersOf(t, nobody); len(got) != 0 {
-			t.Errorf("of an artifact: %v", got)
-		}
+	n := startNode(t, nil)
+	img := n.image(10)
+	sbom := registrytest.Artifact(img.Descriptor, "application/vnd.example.sbom", 1)
+	signature := registrytest.Artifact(img.Descriptor, "application/vnd.example.signature", 2)
+	n.registry.Put(repo, sbom, "sbom")
+	n.registry.Put(repo, signature, "signature")
+	if got := referrersOf(t, n.get(referrersPath(img.Digest))); len(got) != 2 {
+		t.Error(got)
+	}
+	filtered := n.get(referrersPath(img.Digest) + "&artifactType=application/vnd.example.sbom")
+	if got := referrersOf(t, filtered); len(got) != 1 || got[0].Digest != sbom.Digest || filtered.header.Get("OCI-Filters-Applied") != "artifactType" {
+		t.Errorf("filtered: %v %v", got, filtered.header)
+	}
+	if got := referrersOf(t, n.get(referrersPath(sbom.Digest))); len(got) != 0 {
+		t.Errorf("of an artifact: %v", got)
 	}
 }
 
-// TestReferrersTagOfSHA512: of a digest the tag has 64 characters (distribution spec,
-// "Referrers Tag Schema"), whatever the algorithm.
-func TestReferrersTagOfSHA512(t *testing.T) {
+// TestNoReferrers: where the registry has no such API, clients are told so of every digest,
+// and look for the tag: one that once got a list looks no more. That holds in an outage, too.
+func TestNoReferrers(t *testing.T) {
 	n := startNode(t, func(s *setup) { s.registry.NoReferrers = true })
-	n.image(10)
-	d := digest.SHA512.FromString("subject")
-	index := `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` +
-		`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"` + digest.FromString("sbom").String() + `","size":4}]}`
-	n.registry.PutManifest(repo, ocispec.MediaTypeImageIndex, []byte(index), "sha512-"+d.Encoded()[:64])
-	a := n.get("/v2/" + repo + "/referrers/" + d.String() + "?ns=" + host)
-	if a.status != 200 || len(referrersOf(t, a)) != 1 {
-		t.Errorf("status %d: %s", a.status, a.body)
+	img := n.image(10)
+	sbom := registrytest.Artifact(img.Descriptor, "application/vnd.example.sbom", 1)
+	n.registry.Put(repo, sbom, "sbom")
+	index := `{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[` +
+		`{"mediaType":"` + ocispec.MediaTypeImageManifest + `","digest":"` + sbom.Digest.String() + `","size":4}]}`
+	tag := "sha256-" + img.Digest.Encoded()
+	n.registry.PutManifest(repo, ocispec.MediaTypeImageIndex, []byte(index), tag)
+	for _, when := range []string{"", "down"} {
+		for _, d := range []digest.Digest{img.Digest, sbom.Digest} {
+			checkOCIError(t, n.get(referrersPath(d)), 404, "MANIFEST_UNKNOWN")
+		}
+		if got := referrersOf(t, n.get(manifestPath(tag), "Accept", ocispec.MediaTypeImageIndex)); len(got) != 1 || got[0].Digest != sbom.Digest {
+			t.Errorf("%s: %v", when, got)
+		}
+		n.registry.Down()
 	}
+	checkOCIError(t, n.get("/v2/other/referrers/"+img.Digest.String()+"?ns="+host), 503, "UNAVAILABLE")
+}
+
+func referrersPath(d digest.Digest) string {
+	return "/v2/" + repo + "/referrers/" + d.String() + "?ns=" + host
 }
 
 func referrersOf(t *testing.T, a answer) []ocispec.Descriptor {
