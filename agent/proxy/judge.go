@@ -22,6 +22,9 @@ const (
 	// wrongMemory is the same for a blob whose bytes were wrong, and may be again:
 	// longer than kubelet backs off.
 	wrongMemory = 10 * time.Minute
+	// partMemory is for a fill to find out that its bytes are wrong, for who has read
+	// parts of it meanwhile.
+	partMemory = 6 * time.Hour
 	// undeliverableMemory is how long manifests that list a blob which could not be
 	// delivered to a path-encoded client answer 404.
 	undeliverableMemory = 5 * time.Minute
