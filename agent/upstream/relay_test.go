@@ -168,58 +168,44 @@ func TestTargetPrintsNoCredential(t *testing.T) {
 	}
 }
 
-// TestTokenServiceFailsAlone: a token service that is down does not keep a client
-// with a token of its own from the registry, and is left alone for a while itself.
+// TestTokenServiceFailsAlone: a token service that is down, or says 429, does not keep a
+// client with a token of its own from the registry, and is left alone for a while itself: at
+// 429 for as long as it wants, by all that need a token of it.
 func TestTokenServiceFailsAlone(t *testing.T) {
-	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
-	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
-	c := newClient(t, withCredential("ann", "secret"), registryOf(reg))
-	own := Target{Registry: "test", Repository: repo}
-	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
-		t.Fatal(err)
-	}
-	sent := reg.Seen(registrytest.Match{Kind: registrytest.Manifest, Status: 200})
-	f := reg.Inject(tokens, registrytest.Status(503))
-	for i := range 10 {
-		other := Target{Registry: "test", Repository: fmt.Sprintf("other/%d", i)} // each needs a token
-		if _, err := c.Resolve(t.Context(), other, "v1", nil); !IsUnavailable(err) {
-			t.Fatalf("without a token: %v", err)
-		}
-	}
-	if got := f.Hits(); got > 2*breakAfter {
-		t.Errorf("the token service was asked %d times", got)
-	}
-	own.Authorization = sent[len(sent)-1]
-	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
-		t.Errorf("with a token: %v", err)
-	}
-}
-
-// TestThrottledTokenServiceIsLeftAlone: a token service that says 429 is not asked again
-// for each repository, for as long as it wants; who needs no token of it is answered.
-func TestThrottledTokenServiceIsLeftAlone(t *testing.T) {
-	reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
-	reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
-	c := newClient(t, withCredential("ann", "secret"), registryOf(reg))
-	own := Target{Registry: "test", Repository: repo}
-	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
-		t.Fatal(err)
-	}
-	sent := reg.Seen(registrytest.Match{Kind: registrytest.Manifest, Status: 200})
-	f := reg.Inject(tokens, registrytest.TooManyRequests(time.Minute))
-	for i := range 10 {
-		other := Target{Registry: "test", Repository: fmt.Sprintf("other/%d", i)} // each needs a token
-		_, err := c.Resolve(t.Context(), other, "v1", nil)
-		e, ok := errors.AsType[*Error](err)
-		if !ok || !IsUnavailable(err) || e.Status != 429 || e.RetryAfter < 50*time.Second {
-			t.Fatalf("without a token: %v", err)
-		}
-	}
-	if got := f.Hits(); got != 1 {
-		t.Errorf("the token service was asked %d times", got)
-	}
-	own.Authorization = sent[len(sent)-1]
-	if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
-		t.Errorf("with a token: %v", err)
+	for name, tt := range map[string]struct {
+		answer registrytest.Effect
+		asked  int // at most
+		status int
+		again  time.Duration // at least
+	}{
+		"down":      {registrytest.Status(503), 2 * breakAfter, 0, 0},
+		"throttled": {registrytest.TooManyRequests(time.Minute), 1, 429, 50 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			reg := registrytest.Start(t, registrytest.Options{Auth: registrytest.Auth{Scheme: registrytest.Bearer, Users: map[string]string{"ann": "secret"}}})
+			reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+			c := newClient(t, withCredential("ann", "secret"), registryOf(reg))
+			own := Target{Registry: "test", Repository: repo}
+			if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+				t.Fatal(err)
+			}
+			sent := reg.Seen(registrytest.Match{Kind: registrytest.Manifest, Status: 200})
+			f := reg.Inject(tokens, tt.answer)
+			for i := range 10 {
+				other := Target{Registry: "test", Repository: fmt.Sprintf("other/%d", i)} // each needs a token
+				_, err := c.Resolve(t.Context(), other, "v1", nil)
+				e, ok := errors.AsType[*Error](err)
+				if !ok || !IsUnavailable(err) || tt.status != 0 && e.Status != tt.status || e.RetryAfter < tt.again {
+					t.Fatalf("without a token: %v", err)
+				}
+			}
+			if got := f.Hits(); got > tt.asked {
+				t.Errorf("the token service was asked %d times", got)
+			}
+			own.Authorization = sent[len(sent)-1]
+			if _, err := c.Resolve(t.Context(), own, "v1", nil); err != nil {
+				t.Errorf("with a token: %v", err)
+			}
+		})
 	}
 }
