@@ -176,6 +176,32 @@ func TestNoWay(t *testing.T) {
 	}
 }
 
+// TestNoWayWhenAskedAgain: a home that has no way to the registry when a lease is renewed is
+// passed over like one that has none at first. It is asked once more only when those it left
+// the blob to have none either.
+func TestNoWayWhenAskedAgain(t *testing.T) {
+	t.Parallel()
+	w := newTestWorld()
+	d := w.add(1<<20, 1)
+	nodes := w.nodes(t, 3)
+	home, others := homeOf(d, nodes)
+	home.tries.Store(1) // in vain
+	for _, n := range nodes {
+		n.cutOff.Store(true) // else the home finds a way, and this node stands in for it
+	}
+	s, name := others[0].s, home.s.self.Name
+	x := &fetch{s: s, b: s.blob(blobID{key: sha256Of(d)}), w: Want{Digest: d, Registry: "registry.test"}, tried: make(map[string]bool), joined: name}
+	if x.rejoin(t.Context(), false) {
+		t.Fatal("it is home although it has no way")
+	}
+	if m := x.next(x.tried); m == nil || m.Name == name {
+		t.Errorf("the next home is %v", m)
+	}
+	if m := x.lastLeft(); m == nil || m.Name != name {
+		t.Errorf("the blob was left to others by %v", m)
+	}
+}
+
 // TestWaysAreBounded: registries and members come from outside.
 func TestWaysAreBounded(t *testing.T) {
 	n := newTestWorld().node(t, "a")
