@@ -24,7 +24,7 @@ func (r banReason) lasts() time.Duration {
 const maxBans = 4096
 
 // bans is who was slow with a blob, of which it is not asked for pieces for a while
-// (neighbour.busy), and whom this node does not link with, by node name: a restart does
+// (blob.slow), and whom this node does not link with, by node name: a restart does
 // not wash a bad disk clean. Who is slow is not cut off: it may be the blob's home, and
 // everybody who turned to the next one would send that upstream too.
 type bans struct {

@@ -77,6 +77,7 @@ type blob struct {
 
 	// Who else takes part, and what is asked of them.
 	nbrs   map[string]*neighbour // by member name
+	slow   map[string]time.Time  // nodes that were slow with the blob, until when they are not asked
 	avail  []uint16              // neighbours that have a piece
 	wants  map[int][]*request    // by piece
 	flying int                   // requests under way
@@ -304,7 +305,7 @@ func (b *blob) meetLocked(l *link) *neighbour {
 	if old, ok := b.nbrs[l.peer]; ok {
 		b.partLocked(old)
 	}
-	nb := &neighbour{l: l}
+	nb := &neighbour{l: l, busy: b.slow[l.node]}
 	b.nbrs[l.peer] = nb
 	b.tellLocked(nb)
 	l.touch()

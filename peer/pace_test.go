@@ -156,6 +156,28 @@ func TestSlowIsNotCutOff(t *testing.T) {
 	})
 }
 
+// TestSlowOnAnotherLink: who was slow is not asked before its time because the link was made
+// anew, or its node has started again.
+func TestSlowOnAnotherLink(t *testing.T) {
+	exchanging(t, func(x exchange) {
+		slow, other := x.neighbour("slow", 0), x.neighbour("other", 0)
+		x.ask(slow, 0)
+		x.gives(other, 400*time.Millisecond, 1, 2, 3, 4, 5, 6)
+		x.s.tendBlob(x.b, time.Now(), keepBlob)
+		x.b.left(slow.l)
+		l := fuzzLink(x.s, nil)
+		l.peer, l.node = "its next start", "slow"
+		x.b.opened(l, open{blob: x.b.id, size: x.b.size, pieceSize: x.b.pieceSize, have: slow.have})
+		if x.asked() != 1 || x.b.idle[0] != other {
+			t.Error("it is asked at once")
+		}
+		time.Sleep(banSlow.lasts() + time.Second) // of the bubble
+		if x.asked() != 2 {
+			t.Error("it is not asked again")
+		}
+	})
+}
+
 // TestBansAdd: who was wrong is not let in again because it was slow as well.
 func TestBansAdd(t *testing.T) {
 	exchanging(t, func(x exchange) {

@@ -2,6 +2,7 @@ package peer
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 )
@@ -244,6 +245,7 @@ func (b *blob) expire(now time.Time) (slow []string) {
 			until := now.Add(limit)
 			if r.nb.last.Before(r.sent) && now.Sub(b.progress) < limit/2 {
 				until = now.Add(banSlow.lasts())
+				b.slowLocked(r.nb.l.node, now, until)
 				if !slices.Contains(slow, r.nb.l.node) {
 					slow = append(slow, r.nb.l.node)
 				}
@@ -253,4 +255,13 @@ func (b *blob) expire(now time.Time) (slow []string) {
 		}
 	}
 	return slow
+}
+
+// slowLocked has a neighbour of this node, on whatever link, not asked before until.
+func (b *blob) slowLocked(node string, now, until time.Time) {
+	if b.slow == nil {
+		b.slow = make(map[string]time.Time)
+	}
+	maps.DeleteFunc(b.slow, func(_ string, until time.Time) bool { return now.After(until) })
+	b.slow[node] = until
 }
