@@ -165,12 +165,11 @@ func (s *Swarm) answer(ctx context.Context, l *link, c call) ([]byte, error) {
 		}
 		return b, err
 	case methodDelta:
-		q := cursor{b: c.body}
-		seq, from := q.u32(), q.u64()
-		if err := q.done(); err != nil {
+		q, err := parseDeltaAsk(c.body)
+		if err != nil {
 			return nil, err
 		}
-		return s.index.delta(seq, from).append(nil), nil
+		return s.index.delta(q).append(nil), nil
 	case methodSnapshot:
 		q, err := parsePageAsk(c.body)
 		if err != nil {

@@ -94,9 +94,25 @@ func (x *index) chase(now time.Time) {
 	}
 }
 
-// delta is a member's answer to a number: its operations from there on, or with
-// whole set everything it announced, from the given position of its sorted
-// blobs.
+// deltaAsk asks a member for its operations from seq on, or for what follows a page of
+// everything it announced (delta.whole): from is that page's next, else 0.
+type deltaAsk struct {
+	seq  uint32
+	from uint64
+}
+
+func (q deltaAsk) append(b []byte) []byte {
+	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(b, q.seq), q.from)
+}
+
+func parseDeltaAsk(p []byte) (deltaAsk, error) {
+	c := cursor{b: p}
+	q := deltaAsk{seq: c.u32(), from: c.u64()}
+	return q, c.done()
+}
+
+// delta is the answer: operations from the number on that was asked for, or with whole set
+// everything the member announced, from the given position of its sorted blobs.
 type delta struct {
 	whole bool
 	more  bool
@@ -129,19 +145,19 @@ func parseDelta(p []byte) (delta, error) {
 }
 
 // delta answers from the log, or with everything when the log is too short.
-func (x *index) delta(seq uint32, from uint64) delta {
+func (x *index) delta(q deltaAsk) delta {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
 	o := &x.own
 	oldest := o.seq - uint32(len(o.log))
-	if from == 0 && seq >= oldest && seq <= o.seq {
-		ops := o.log[seq-oldest:]
+	if q.from == 0 && q.seq >= oldest && q.seq <= o.seq {
+		ops := o.log[q.seq-oldest:]
 		n := min(len(ops), opsPerPage)
-		return delta{more: n < len(ops), seq: seq + uint32(n), ops: slices.Clone(ops[:n])}
+		return delta{more: n < len(ops), seq: q.seq + uint32(n), ops: slices.Clone(ops[:n])}
 	}
 	var all []uint64
 	for p, h := range o.held {
-		if h.announced && p >= from {
+		if h.announced && p >= q.from {
 			all = append(all, p)
 		}
 	}
@@ -176,9 +192,8 @@ func (x *index) catchUp(ctx context.Context, name string) error {
 		if !ok {
 			return nil
 		}
-		q := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, seq), from)
 		var d delta
-		err := l.call(ctx, methodDelta, q, func(c call) (err error) {
+		err := l.call(ctx, methodDelta, deltaAsk{seq, from}.append(nil), func(c call) (err error) {
 			if c.method != statusOK {
 				return ErrBusy
 			}

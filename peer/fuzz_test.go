@@ -45,6 +45,10 @@ func lossy(t frameType) bool {
 
 func roundTrip(t frameType, p []byte) []byte {
 	switch t {
+	case framePing:
+		if len(p) == 0 {
+			return appendPing(nil)
+		}
 	case frameHello:
 		if v, err := parseHello(p); err == nil {
 			return v.append(nil)
@@ -144,7 +148,7 @@ func FuzzQuestions(f *testing.F) {
 	f.Add(methodMay, marshal(Reference{Registry: "r", Repository: "a", Tag: held.String(), Blob: true, Node: true}))
 	f.Add(methodKeep, marshal(Copy{Want: Want{Digest: missed, Registry: "r", Repository: "a", Size: 7}, Idle: time.Hour}))
 	f.Add(methodKeep, marshal(Copy{Want: Want{Registry: "r", Repository: "a"}, Tag: "v1", Stands: Descriptor{Digest: held}}))
-	f.Add(methodDelta, make([]byte, 12))
+	f.Add(methodDelta, deltaAsk{}.append(nil))
 	f.Add(methodSnapshot, pageAsk{pageMembers, 0}.append(nil))
 	f.Add(methodSnapshot, pageAsk{pageShards, 3}.append(nil))
 	ctx, cancel := context.WithCancel(context.Background())

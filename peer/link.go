@@ -492,6 +492,6 @@ func (l *link) tend(now time.Time, idle time.Duration) {
 	quiet := now.Sub(l.lastTx) >= pingEvery && len(l.out) == 0
 	l.mu.Unlock()
 	if quiet {
-		l.send(func(b []byte) []byte { return appendFrame(b, framePing, func(b []byte) []byte { return b }) })
+		l.send(appendPing)
 	}
 }

@@ -167,7 +167,8 @@ type hello struct {
 	zone    string
 }
 
-// wireVersion grows with every change that an older node would not understand.
+// wireVersion grows, from the first release on, with every change that an older node would
+// not understand (see TestWireIsAsItWas, which has each message as it is now).
 // Nodes of two versions do not link, and nobody is banned for it: while a cluster
 // is upgraded, the old and the new are a swarm each, and each costs the registry
 // a copy.
@@ -344,6 +345,10 @@ func parseAnswer(p []byte) (answer, error) {
 	c := cursor{b: p}
 	a := answer{id: c.u32(), delay: c.u32(), hint: c.u32()}
 	return a, c.done()
+}
+
+func appendPing(b []byte) []byte {
+	return appendFrame(b, framePing, func(b []byte) []byte { return b })
 }
 
 func appendClose(b []byte, id blobID) []byte { return appendFrame(b, frameClose, id.append) }
