@@ -31,16 +31,14 @@ const (
 
 // own is what this node holds and what it said of it.
 type own struct {
-	mu      sync.Mutex // guards the following
-	held    map[uint64]*holding
+	mu      sync.Mutex      // guards the following
+	held    map[uint64]bool // by prefix: whether it was announced
 	due     []waiting
 	pending []op // announced, not yet in a message
 	log     []op // the last operations, ending before seq
 	seq     uint32
 	looked  time.Time
 }
-
-type holding struct{ announced bool }
 
 type waiting struct {
 	at     time.Time
@@ -79,10 +77,10 @@ func (s *Swarm) Announce(d digest.Digest) {
 func (x *index) hold(p uint64) {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	if x.own.held[p] != nil || len(x.own.held) >= maxOwn {
+	if _, known := x.own.held[p]; known || len(x.own.held) >= maxOwn {
 		return
 	}
-	x.own.held[p] = &holding{}
+	x.own.held[p] = false
 	x.own.due = append(x.own.due, x.wait(time.Now(), p))
 }
 
@@ -103,9 +101,9 @@ func (s *Swarm) Withdraw(d digest.Digest) {
 func (x *index) drop(p uint64) {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	h := x.own.held[p]
+	announced := x.own.held[p]
 	delete(x.own.held, p)
-	if h != nil && h.announced {
+	if announced {
 		x.own.sayLocked(op{prefix: p})
 	}
 }
@@ -114,7 +112,8 @@ func (x *index) drop(p uint64) {
 func (x *index) holds(p uint64) bool {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	return x.own.held[p] != nil
+	_, held := x.own.held[p]
+	return held
 }
 
 // sayLocked numbers an operation and queues it for the next message.
@@ -178,8 +177,8 @@ func (x *index) ripen(now time.Time) {
 	x.own.due = due
 	if now.Sub(x.own.looked) > lookOver {
 		x.own.looked = now
-		for p, h := range x.own.held {
-			if !h.announced {
+		for p, announced := range x.own.held {
+			if !announced {
 				x.own.due = append(x.own.due, waiting{now.Add(rand.N(lookOver)), lookOver, p})
 			}
 		}
@@ -195,8 +194,8 @@ func (x *index) ripen(now time.Time) {
 func (x *index) say(p uint64) {
 	x.own.mu.Lock()
 	defer x.own.mu.Unlock()
-	if h := x.own.held[p]; h != nil && !h.announced {
-		h.announced = true
+	if announced, held := x.own.held[p]; held && !announced {
+		x.own.held[p] = true
 		x.own.sayLocked(op{add: true, prefix: p})
 	}
 }

@@ -125,7 +125,6 @@ type neighbour struct {
 	pieceSize int64
 	have      bitmap
 	n         int
-	told      bool // it has our bitmap
 	flying    int
 	busy      time.Time // turned away, ask again then
 	load      byte
@@ -240,7 +239,6 @@ func (b *blob) setSizeLocked(size int64) bool {
 	b.sums, b.given, b.avail = make([]*batch, n), make([]uint16, n), make([]uint16, n)
 	for _, nb := range b.nbrs {
 		b.countLocked(nb, +1)
-		nb.told = false
 		b.tellLocked(nb)
 	}
 	close(b.sizedCh)
@@ -283,7 +281,6 @@ func (b *blob) countLocked(nb *neighbour, by int) {
 
 // tellLocked sends the neighbour what is here.
 func (b *blob) tellLocked(nb *neighbour) {
-	nb.told = true
 	o := open{blob: b.id, size: b.size, pieceSize: b.pieceSize, pass: b.pass, have: b.have}
 	nb.l.send(o.append)
 }

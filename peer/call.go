@@ -39,7 +39,7 @@ type Refusal struct {
 
 // short bounds what goes over the wire.
 func (r *Refusal) short() Refusal {
-	out := Refusal{Status: r.Status, Text: truncate(r.Text, maxStatusLen)}
+	out := Refusal{Status: r.Status, Text: truncate(r.Text)}
 	for _, c := range r.Challenge[:min(len(r.Challenge), maxChallenges)] {
 		if len(c) <= maxChallengeLen { // half a challenge is none
 			out.Challenge = append(out.Challenge, c)
@@ -49,6 +49,7 @@ func (r *Refusal) short() Refusal {
 }
 
 const (
+	maxStatusLen    = 256 // bytes of text for people
 	maxChallenges   = 4
 	maxChallengeLen = 2 << 10
 )
@@ -83,7 +84,7 @@ func (m call) into(a any, node string) error {
 		}
 		return refusal
 	}
-	return &remoteError{fmt.Sprintf("peer %s: %s", node, truncate(string(m.body), maxStatusLen))}
+	return &remoteError{fmt.Sprintf("peer %s: %s", node, truncate(string(m.body)))}
 }
 
 // askMember links with a member and asks it. Two nodes that dial each other at
@@ -136,7 +137,7 @@ func outcome(body []byte, err error) (byte, []byte) {
 	case refused:
 		return statusRefused, marshal(refusal.short())
 	case err != nil:
-		return statusFailed, []byte(truncate(err.Error(), maxStatusLen))
+		return statusFailed, []byte(truncate(err.Error()))
 	case len(body) > maxPayload-64:
 		return statusFailed, []byte("answer too long")
 	}
@@ -201,4 +202,5 @@ func decode[T any](body []byte) (T, error) {
 	return v, nil
 }
 
-func truncate(s string, n int) string { return s[:min(len(s), n)] }
+// truncate bounds text for people that goes over the wire, or came from there.
+func truncate(s string) string { return s[:min(len(s), maxStatusLen)] }

@@ -156,8 +156,8 @@ func (x *index) delta(q deltaAsk) delta {
 		return delta{more: n < len(ops), seq: q.seq + uint32(n), ops: slices.Clone(ops[:n])}
 	}
 	var all []uint64
-	for p, h := range o.held {
-		if h.announced && p >= q.from {
+	for p, announced := range o.held {
+		if announced && p >= q.from {
 			all = append(all, p)
 		}
 	}

@@ -378,7 +378,7 @@ func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 	if err != nil {
 		return err
 	}
-	if err := x.accept(ctx, m, l, reply); err != nil {
+	if err := x.accept(m, l, reply); err != nil {
 		return err
 	}
 	if x.w.Ahead == 0 {
@@ -422,7 +422,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 }
 
 // accept follows a home's answer.
-func (x *fetch) accept(ctx context.Context, m *Member, l *link, reply joinReply) error {
+func (x *fetch) accept(m *Member, l *link, reply joinReply) error {
 	if reply.Size != 0 {
 		if reply.Size < 0 || reply.Size > maxBlobSize {
 			x.s.ban(l, banProtocol)

@@ -221,7 +221,7 @@ func FuzzAnswers(f *testing.F) {
 		m := &Member{Name: l.peer, Node: l.node}
 		x := &fetch{s: s, b: newBlob(s, blobID{key: k}, s.newRandLocked()), w: Want{Registry: "r"}, f: fill}
 		x.takePass(m, reply.Pass)
-		err := x.accept(t.Context(), m, l, reply)
+		err := x.accept(m, l, reply)
 		if fill.wrong {
 			t.Errorf("%q brought wrong bytes", body)
 		}

@@ -12,27 +12,25 @@ import (
 )
 
 const (
-	lease        = 30 * time.Second
-	maxLeases    = 20000                  // of one blob
-	introduce    = 10                     // neighbours named to one that joins; links count for both sides
-	homeDegree   = 24                     // neighbours a home keeps for itself
-	sizeWait     = 300 * time.Millisecond // an answer waits so long for the size
-	inlineMax    = 16 << 10               // blobs up to this ride in the answer
-	permitsMax   = 1                      // upstream fetches beside the home's own, per blob and home
-	failMemory   = 3 * time.Second
-	resumeWait   = 150 * time.Millisecond // a new home listens for what the swarm has
-	maxStatusLen = 256
+	lease      = 30 * time.Second
+	maxLeases  = 20000                  // of one blob
+	introduce  = 10                     // neighbours named to one that joins; links count for both sides
+	homeDegree = 24                     // neighbours a home keeps for itself
+	sizeWait   = 300 * time.Millisecond // an answer waits so long for the size
+	inlineMax  = 16 << 10               // blobs up to this ride in the answer
+	failMemory = 3 * time.Second
+	resumeWait = 150 * time.Millisecond // a new home listens for what the swarm has
 )
 
 // meeting is what a node keeps of a blob as its home: who takes part. It stands
 // in for a tracker.
 type meeting struct {
-	mu      sync.Mutex // guards the following
-	members map[string]*attendee
-	names   []string // of members, in no order
-	permits []time.Time
-	doubted time.Time            // when somebody last came with pieces: another home was here before, and is likely gone
-	idle    map[string]time.Time // homes that somebody waited for in vain, and when he said so
+	mu        sync.Mutex // guards the following
+	members   map[string]*attendee
+	names     []string             // of members, in no order
+	permitted time.Time            // when somebody was last let fetch from upstream beside this node
+	doubted   time.Time            // when somebody last came with pieces: another home was here before, and is likely gone
+	idle      map[string]time.Time // homes that somebody waited for in vain, and when he said so
 }
 
 type attendee struct {
@@ -146,11 +144,10 @@ func (m *meeting) expire(now time.Time) int {
 func (m *meeting) permit(now time.Time) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.permits = slices.DeleteFunc(m.permits, func(t time.Time) bool { return now.Sub(t) > lease })
-	if len(m.permits) >= permitsMax {
+	if now.Sub(m.permitted) <= lease {
 		return false
 	}
-	m.permits = append(m.permits, now)
+	m.permitted = now
 	return true
 }
 
@@ -214,10 +211,10 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		return joinReply{}, err
 	}
 	if err := s.cfg.Origin.Admit(ctx, ask.want(b)); err != nil {
-		return joinReply{Refused: truncate(err.Error(), maxStatusLen)}, nil
+		return joinReply{Refused: truncate(err.Error())}, nil
 	}
 	if err := s.supersede(ctx, id); err != nil {
-		return joinReply{Refused: truncate(err.Error(), maxStatusLen)}, nil
+		return joinReply{Refused: truncate(err.Error())}, nil
 	}
 	if b.isVoid() {
 		return b.over(), nil
@@ -235,7 +232,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		if errors.Is(err, errForeign) || errors.Is(err, errUnreached) {
 			b.home.forget(l.peer) // nothing for it meets here
 		}
-		reply.Refused, reply.CutOff = truncate(err.Error(), maxStatusLen), errors.Is(err, errUnreached)
+		reply.Refused, reply.CutOff = truncate(err.Error()), errors.Is(err, errUnreached)
 		if reply.CutOff {
 			reply.Ways = s.listed(ask.Registry)
 		}
@@ -243,7 +240,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	}
 	reply.Meet = append(append(reply.Meet, holders...), s.abroad(b, l)...)
 	reply.Vouch = append(reply.Vouch, holders...)
-	b.awaitSize(ctx, sizeWait)
+	b.awaitSize(ctx)
 	if b.active() || b.offered() > 0 {
 		// The size of a file that is still to be checked is no more than a guess.
 		reply.Size = b.sized()
@@ -421,8 +418,8 @@ func (b *blob) inline() []byte {
 
 // awaitSize waits for the size to be known; for a blob that fits into the
 // answer also for its bytes.
-func (b *blob) awaitSize(ctx context.Context, atMost time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, atMost)
+func (b *blob) awaitSize(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, sizeWait)
 	defer cancel()
 	select {
 	case <-b.sizedCh:

@@ -72,7 +72,7 @@ func (s said) end() uint32 { return s.first + uint32(len(s.ops)) }
 
 func newIndex(s *Swarm) *index {
 	now := time.Now()
-	return &index{s: s, byID: make(map[uint64]uint16), begun: now, own: own{held: make(map[uint64]*holding), looked: now}}
+	return &index{s: s, byID: make(map[uint64]uint16), begun: now, own: own{held: make(map[uint64]bool), looked: now}}
 }
 
 func prefixOf(k key) uint64 { return binary.BigEndian.Uint64(k[:]) }

@@ -378,7 +378,7 @@ func knowsHolders(n *testNode, pullers []*testNode, held []uint64) bool {
 func (o *own) announced(p uint64) (yes, pending bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.held[p].announced, slices.ContainsFunc(o.due, func(w waiting) bool { return w.prefix == p })
+	return o.held[p], slices.ContainsFunc(o.due, func(w waiting) bool { return w.prefix == p })
 }
 
 func (c *crowd) memory() {

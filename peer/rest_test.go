@@ -590,7 +590,7 @@ func TestBodyWithoutSize(t *testing.T) {
 	f := newMemBlob(d)
 	l := fuzzLink(n.s, nil)
 	x := &fetch{s: n.s, b: n.s.blob(blobID{key: sha256Of(d)}), f: f, w: Want{Digest: d}, tried: make(map[string]bool)}
-	if err := x.accept(t.Context(), &Member{Name: l.peer, Node: l.node}, l, joinReply{Body: world.bytes(d)}); err != nil {
+	if err := x.accept(&Member{Name: l.peer, Node: l.node}, l, joinReply{Body: world.bytes(d)}); err != nil {
 		t.Error(err)
 	}
 	if !x.whole() || f.verify() != nil {

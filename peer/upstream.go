@@ -100,7 +100,7 @@ func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []stri
 	for range homes {
 		select {
 		case a := <-answers:
-			if a.err == nil && x.accept(ctx, a.m, a.l, a.reply) == nil {
+			if a.err == nil && x.accept(a.m, a.l, a.reply) == nil {
 				source = source || a.reply.Source
 				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
 			}
