@@ -12,6 +12,10 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// What this node says of itself to everybody: hold and drop note it, ripen decides what is worth
+// saying, messages pack it, and heard takes in what others say so. A member's operations are
+// numbered from 0 since its start, and applied in that order.
+
 const (
 	announceMost  = 30 * time.Second      // the longest random delay before an announcement
 	announceNode  = 10 * time.Millisecond // of it per member

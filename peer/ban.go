@@ -34,10 +34,12 @@ type bans struct {
 }
 
 type ban struct {
-	time.Time
-	slow bool
+	time.Time      // its end
+	slow      bool // it is no more than that: links go on
 }
 
+// add bans a node, or bans it for longer. Who is slow while there is to be no link with him gets
+// none until both are over.
 func (b *bans) add(node string, why banReason) {
 	now := time.Now()
 	b.mu.Lock()
@@ -68,6 +70,7 @@ func (b *bans) has(node string) bool {
 	return ok && !t.slow
 }
 
+// list is until when each node is banned, slow ones included.
 func (b *bans) list() map[string]time.Time {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -30,17 +30,18 @@ var (
 // neighbours or leases need it, and some minutes longer for its piece digests.
 //
 // mu is never held across I/O or a call into the node. It may be held while
-// taking a link's mu, never the other way round.
+// taking a link's mu, never the other way round (I7). Methods that end in Locked, and those of
+// picker.go, run with it held.
 type blob struct {
 	s  *Swarm
 	id blobID
 	k  key // of id
 	d  digest.Digest
 
-	home    meeting // this node as the blob's home
-	served  float64 // guarded by uploads.mu
-	turn    uint64  // uploads.starts at its last upload; guarded by uploads.mu
-	wake    chan struct{}
+	home    meeting       // this node as the blob's home
+	served  float64       // guarded by uploads.mu
+	turn    uint64        // uploads.starts at its last upload; guarded by uploads.mu
+	wake    chan struct{} // for exchange: there may be something to ask for, see poke
 	sizedCh chan struct{} // closed once the size is known
 
 	mu sync.Mutex // guards the following
@@ -62,8 +63,8 @@ type blob struct {
 	signers  map[string]bool // whose batches count, see I2
 	scanning bool            // a goroutine hashes the blob in the store
 	rotten   bool            // and found that it is not what it should be
-	src      *handle
-	lastUse  time.Time
+	src      *handle         // of the store, see acquire; nil = not open
+	lastUse  time.Time       // somebody fetched it, asked for it or joined; see tendBlob
 
 	// What is given.
 	given    []uint16          // how often, by piece
@@ -196,6 +197,7 @@ func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	}
 }
 
+// poke has exchange look what it may ask for. It may be called with or without the lock.
 func (b *blob) poke() {
 	select {
 	case b.wake <- struct{}{}:
@@ -296,7 +298,9 @@ func (b *blob) meetLocked(l *link) *neighbour {
 	if nb, ok := b.nbrs[l.peer]; ok && nb.l == l {
 		return nb
 	}
-	if len(b.nbrs) >= maxNeighbours || l.over() { // the end of a link is told once, before which it must be here
+	// serve tells of a link's end once, by left, under this lock. Who came after that with a
+	// link that is over would stay for ever; who comes before is seen by it.
+	if len(b.nbrs) >= maxNeighbours || l.over() {
 		return nil
 	}
 	if old, ok := b.nbrs[l.peer]; ok {
@@ -408,7 +412,8 @@ func (b *blob) partLocked(nb *neighbour) {
 	}
 }
 
-// giveUpLocked stops waiting for a request.
+// giveUpLocked stops waiting for a request; again, and it does nothing. The buffer is left to the
+// collector: the link's reader may be in the middle of reading into it.
 func (b *blob) giveUpLocked(r *request) {
 	if r.gaveUp {
 		return
@@ -431,8 +436,8 @@ func (b *blob) giveUpLocked(r *request) {
 	}
 }
 
-// failed is told by the link that a request will not be answered: the neighbour said that
-// the piece is gone, or has other things to do, or has gone itself.
+// failed is told by the link, which has forgotten the request, that it will not be answered: the
+// neighbour said that the piece is gone, or has other things to do, or has gone itself.
 func (b *blob) failed(r *request, gone bool) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
@@ -479,7 +484,7 @@ func (b *blob) received(r *request) {
 	b.mu.Lock()
 	by, known := b.proofLocked(r.piece)
 	f, done := b.fill, b.here.has(r.piece)
-	b.writing++
+	b.writing++ // overtaken must not take the fill for untouched
 	b.mu.Unlock()
 	defer b.wrote()
 	switch {
@@ -508,6 +513,7 @@ func (b *blob) received(r *request) {
 	b.poke()
 }
 
+// wrote ends what received began: no byte of the piece is written any more.
 func (b *blob) wrote() {
 	b.mu.Lock()
 	b.writing--

@@ -8,6 +8,9 @@ import (
 	"time"
 )
 
+// Questions between members, and their answers. Join, permit, resolve, may, keep and way are JSON,
+// so that a field may be added; delta and snapshot are binary. The numbers are on the wire.
+
 // Methods of calls.
 const (
 	methodJoin byte = iota + 1
@@ -87,7 +90,8 @@ func (m call) into(a any, node string) error {
 	return &remoteError{fmt.Sprintf("peer %s: %s", node, truncate(string(m.body)))}
 }
 
-// askMember links with a member and asks it. Two nodes that dial each other at
+// askMember links with a member and asks it; l is the link that was asked over last, if there was
+// one. Two nodes that dial each other at
 // once lose one of the links, perhaps the one asked over; the other is there a
 // moment later.
 func (s *Swarm) askMember(ctx context.Context, m *Member, method byte, q, a any) (l *link, err error) {
@@ -109,7 +113,8 @@ const (
 	askPause = 20 * time.Millisecond
 )
 
-// called starts the answer to a question. The reader goes on meanwhile.
+// called starts the answer to a question. The reader goes on meanwhile. The answer's context
+// ends with the answer or with Run, but not with the link: others may wait for the same.
 func (s *Swarm) called(l *link, c call) {
 	if l.asked.Add(1) > maxCalls {
 		l.asked.Add(-1)

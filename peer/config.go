@@ -46,9 +46,11 @@ type Config struct {
 	MaxUploads                int
 	MaxUploadBytesPerSecond   int64
 	MaxDownloadBytesPerSecond int64
-	// TagTTL is how long a home answers Resolve from memory.
+	// TagTTL is how long a home answers Resolve from memory; to who asks with a credential
+	// for a minute at most. With 0 only those share an answer who ask at the same time.
 	TagTTL time.Duration
 
+	// Both are called by many goroutines, and never with a lock of the swarm held (I7).
 	Store  Store
 	Origin Origin
 
@@ -69,7 +71,9 @@ type Config struct {
 }
 
 // Network is where links run. The package lays mutual TLS over what it returns
-// if there are Keys.
+// if there are Keys. DialContext is called up to three times at once for one link
+// (see dialAnew); its ctx may end as soon as it has returned. Close of a connection has to end
+// reads and writes of it that are under way.
 type Network interface {
 	Listen(addr string) (net.Listener, error)
 	DialContext(ctx context.Context, addr string) (net.Conn, error)
@@ -125,7 +129,8 @@ type Store interface {
 	Gives(d digest.Digest, registry string) bool
 }
 
-// StoredBlob is a Blob that must be closed.
+// StoredBlob is a Blob that must be closed. It is closed once, after the last call of
+// its other methods has returned.
 type StoredBlob interface {
 	Blob
 	io.Closer
@@ -204,6 +209,7 @@ type Origin interface {
 	// Fill starts, or joins, the node's fill of the blob and returns without
 	// waiting for it. That fill calls Swarm.Fetch, which finds that this node is
 	// the home. An error (no room, denied) makes the asker try the next home.
+	// ctx ends when the asker has his answer, which the fill has to outlive.
 	Fill(ctx context.Context, w Want) error
 	// Resolve asks upstream what a tag stands for, or says what this node knows
 	// of it (Stale) if upstream cannot be asked. It, and May, ask nobody for a
@@ -214,7 +220,7 @@ type Origin interface {
 	// operator gave it to everybody. Other errors mean that nobody knows now.
 	May(ctx context.Context, r Reference) (age time.Duration, err error)
 	// Admit is May for another node that wants a blob from this one as its home.
-	// It should not take longer than a second.
+	// It should not take longer than a second: the asker waits two for all of the answer.
 	Admit(ctx context.Context, w Want) error
 	// Reaches reports, at once, whether the node gets connections to a registry, as far
 	// as it tried lately. A home that does not leaves it to the next one to try.
@@ -228,7 +234,8 @@ type Origin interface {
 
 // Sink takes a blob from upstream. It is the fill seen through the swarm:
 // Missing leaves out what peers are about to deliver, so that a new home
-// fetches only what the swarm has lost.
+// fetches only what the swarm has lost. What is Missing changes at any time, in both
+// directions. Methods may be called by several goroutines.
 type Sink interface {
 	// Asked says that upstream has a request for the blob and is yet to answer.
 	Asked()
@@ -239,7 +246,9 @@ type Sink interface {
 	WriteAt(p []byte, off int64) (int, error)
 }
 
-// Upstream fetches into the sink from the registry until nothing is Missing.
+// Upstream fetches into the sink from the registry until nothing is Missing, or ctx ends.
+// It returns only when it will not touch the sink any more. Calls of one Fetch come one
+// after the other; there is another one if more is Missing later.
 type Upstream func(ctx context.Context, into Sink) error
 
 var (

@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// How links come and go: dial or welcome make one, by a handshake in which each side proves who it
+// is (I1), attach makes it the one link with its peer, serve runs it and cleans up after it.
+
 // dialing is a link that several may wait for.
 type dialing struct {
 	done chan struct{} // closed once l or err is set
@@ -144,7 +147,8 @@ func readHello(c net.Conn) (hello, error) {
 	return parseHello(b[:n])
 }
 
-// connect returns the link to a member, dialing if there is none.
+// connect returns the link to a member, dialing if there is none. A dial goes on when ctx ends:
+// others may wait for it, and whether the member can be reached is worth knowing.
 func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
 	l, d, err := s.linkOrDial(m)
 	if l != nil || err != nil {
@@ -261,8 +265,8 @@ func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {
 	close(d.done)
 }
 
-// reach dials, proves who it is, and checks whom it reached. It does not wait
-// for the other side's hello: the certificate says enough.
+// reach dials, proves who it is, and checks whom it reached. The other side says no hello: its
+// certificate says enough. Without a key, on loopback, nobody checks.
 func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 	tctx, cancel := context.WithTimeout(ctx, connectTime)
 	raw, err := dialAnew(tctx, s.cfg.Network, m.Addr)
@@ -292,7 +296,16 @@ func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 }
 
 // attach makes l the link to its peer. Two nodes that dial each other at once
-// keep the link that the smaller name dialed.
+// keep the link that the smaller name dialed:
+//
+//  1. a and b dial each other, and each attaches what it dialed; blobs meet over both.
+//  2. Each accepts the other's. a, the smaller, turns that away (errReplaced). b puts it in
+//     the place of its own, which it closes with errReplaced.
+//  3. If b accepted before it had attached its own, attach turns that away, and dial
+//     takes the one that is there.
+//  4. What b's own link was needed for goes on over the other: serve hands blobs to the heir,
+//     askMember asks again. b may see the end of its own before a's has come: mute waits
+//     for that.
 func (s *Swarm) attach(l *link) error {
 	s.mu.Lock()
 	old, err := s.attachLocked(l)

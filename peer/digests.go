@@ -12,6 +12,10 @@ import (
 	"time"
 )
 
+// Piece digests: how they are made of what is read back from the store (sign, signWhole) or of
+// what the fill's own digest has passed (link), and whose count (learn). See "Piece digests" in
+// DESIGN.md.
+
 // verifyFirst is the size up to which a node that holds a whole blob, but not
 // its piece digests, hashes all of it before it signs the first one. Larger
 // blobs are signed as they are read, or the first piece would come seconds
@@ -19,6 +23,8 @@ import (
 // follows upon wrong bytes, has no such haste.
 const verifyFirst = 512 << 20
 
+// maxSigners bounds members whose batches count by a home's word, of one blob. Homes, and who
+// signed a batch that was taken, come on top.
 const maxSigners = 32
 
 // proof is what a piece is checked by: where SHA-256 has to arrive. It sets out

@@ -4,7 +4,8 @@
 // The promise: N nodes that start the same blob together cost the registry one
 // copy of each byte, every node ends close to the physical bound, and no byte
 // is written to a node's cache before it matched a digest signed by the blob's
-// home. If the swarm cannot deliver, [Swarm.Fetch] fails within seconds and the
+// home, or by a member that the home vouched for. If the swarm cannot deliver,
+// [Swarm.Fetch] fails, after 20 s without bytes or a home's word at the latest, and the
 // caller goes to the registry as if there were no swarm.
 //
 // The protocol, its invariants (I1 and up, cited in the code) and the

@@ -10,6 +10,12 @@ import (
 	"time"
 )
 
+// One fetch, from Fetch to its end. Three goroutines work at it, and all are gone when fetch
+// returns: run, here and in upstream.go, finds a home, or is one, and looks every lookAgain
+// whether that still gets on; watch tells the blob what changed in the fill; exchange asks
+// neighbours for pieces (picker.go). What neighbours send is written by the readers of their
+// links (blob.received), and the three hear of it through blob.grown and blob.wake.
+
 const (
 	renewEvery  = lease / 3
 	lookAgain   = 100 * time.Millisecond // how often a fetch looks at its own progress
@@ -23,10 +29,12 @@ const (
 // nobody in the swarm has the blob, it fetches it with up; else up is called
 // only when neither peers nor homes make progress and a home permits it.
 //
-// It returns when every byte is in the fill (the caller then checks the whole
-// digest), when ctx ends, or with an error; then the caller should fetch what
-// is missing from upstream by itself. A second Fetch of the same blob at the
-// same time is an error.
+// It returns nil when every byte is in the fill (the caller then checks the whole
+// digest), or else an error: why ctx ended; ErrNotRunning; ErrUnsupported; ErrDistrusted,
+// ErrRefused, ErrStalled or what up returned, after which the caller should fetch what
+// is missing from upstream by itself (I3); or ErrVoid, after which that would be in vain.
+// A second Fetch of the same blob at the same time is an error. When it returns nothing
+// writes into the fill any more, but one piece per link that was under way.
 func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	k, err := parseKey(w.Digest.String())
 	if err != nil {
@@ -82,7 +90,8 @@ func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream)
 	return nil
 }
 
-// begin makes f the fill of the blob.
+// begin makes f the fill of the blob, and forgets what an earlier fetch left but for who
+// signed what and what was given. errBehind: the attempt is void.
 func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -174,7 +183,8 @@ func hasAll(src Blob, n int) bool {
 	return n > 0
 }
 
-// watch brings what changes in the fill to the blob.
+// watch brings what changes in the fill to the blob. Changed is asked for before the look:
+// a piece may come in between.
 func (b *blob) watch(ctx context.Context, f Fill) {
 	for {
 		changed := f.Changed()
@@ -479,7 +489,8 @@ func (x *fetch) meet(ctx context.Context, name string) {
 	}
 }
 
-// inline takes a small blob that came with the answer.
+// inline takes a small blob that came with the answer (inlineMax). It needs no signature:
+// its digest is its own.
 func (x *fetch) inline(l *link, body []byte) error {
 	l.traffic.received.Add(int64(len(body)))
 	if key(sha256.Sum256(body)) != x.b.k {

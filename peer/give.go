@@ -2,6 +2,10 @@ package peer
 
 import "time"
 
+// Whether a piece is given to who asks for it, and what that counts for. given[i] is how often
+// piece i was given, at the time of the request; what comes to nothing (refused, cancelled, cut) is
+// taken back, so that I6 holds of what has left this node.
+
 // hintTime is how long a hint keeps others from the same one.
 const hintTime = 30 * time.Millisecond
 

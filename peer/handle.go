@@ -5,7 +5,11 @@ import (
 	"errors"
 )
 
-// handle takes one frame. An error ends the link.
+// What a peer says is taken up here, on the reader of its link: who makes that wait holds back
+// its own frames and nobody else's. Questions are answered on goroutines of their own (called).
+
+// handle takes one frame, whose payload p is the reader's to use again afterwards. An error
+// ends the link, and errWire bans the peer.
 func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 	switch t {
 	case framePing, frameHello:
@@ -40,6 +44,7 @@ func handleAs[T any](parse func([]byte) (T, error), p []byte, f func(T)) error {
 	return err
 }
 
+// ifBlob calls f, without a lock, if the blob is known: what is said of others leaves no trace.
 func (s *Swarm) ifBlob(id blobID, f func(*blob)) {
 	if b := s.knownBlob(id); b != nil {
 		f(b)

@@ -1,12 +1,14 @@
 package peer
 
-// handle is an open blob of the store, shared by uploads.
+// handle is an open blob of the store, shared by uploads and by who hashes it.
 type handle struct {
 	StoredBlob
-	refs int
+	refs int // guarded by blob.mu; it is closed with the last one
 }
 
-// acquire opens the blob in the store for an upload.
+// acquire opens the blob in the store; whoever does calls release. The blob keeps a reference
+// of its own, so that the next piece opens nothing, until letGo. errNotHere: the store does
+// not have it, or what it has is of another attempt.
 func (b *blob) acquire() (*handle, error) {
 	b.mu.Lock()
 	if b.void { // what the store has now may be of the next attempt

@@ -11,6 +11,10 @@ import (
 	"time"
 )
 
+// Being a home: who asks to join is let in, told whom to meet, and the blob is brought on its
+// way if it is not (gather), by the node's own fill, which ends up in asHome of upstream.go.
+// Nothing here waits for bytes, but for the few of a blob that fits into the answer.
+
 const (
 	lease      = 30 * time.Second
 	maxLeases  = 20000                  // of one blob
@@ -23,7 +27,7 @@ const (
 )
 
 // meeting is what a node keeps of a blob as its home: who takes part. It stands
-// in for a tracker.
+// in for a tracker. Its lock is never taken under blob.mu, nor the other way round.
 type meeting struct {
 	mu        sync.Mutex // guards the following
 	members   map[string]*attendee
@@ -34,9 +38,9 @@ type meeting struct {
 }
 
 type attendee struct {
-	until time.Time
-	at    int // index in names
-	named int // how often it was introduced to others
+	until time.Time // its lease
+	at    int       // index in names
+	named int       // how often it was introduced to others
 	zone  string
 }
 
@@ -139,8 +143,7 @@ func (m *meeting) expire(now time.Time) int {
 	return len(m.names)
 }
 
-// permit allows one more fetch from upstream for the blob, if there were not
-// too many lately.
+// permit allows one more fetch from upstream for the blob, if there was none within lease.
 func (m *meeting) permit(now time.Time) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -200,7 +203,9 @@ func (a joinAsk) want(b *blob) Want {
 	return w
 }
 
-// joined answers a node that misses a blob.
+// joined answers a node that misses a blob. The order counts: leave first, for nothing may be
+// told to who has none (I9), then the attempt (I10), and the pass before gather, so that
+// it is had even from a home that cannot help.
 func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, error) {
 	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {
@@ -510,6 +515,8 @@ type permitAsk struct {
 
 type permitReply struct{ Granted bool }
 
+// permitted answers who wants to go upstream beside this node (I4). Its digests count from
+// then on.
 func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
 	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {

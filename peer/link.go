@@ -27,7 +27,14 @@ const (
 
 // link is the one connection between two nodes, whoever dialed. Control frames
 // overtake piece bytes at the next chunk; there is one reader and one writer
-// goroutine, and nobody else touches the connection.
+// goroutine, and nobody else touches the connection but to close it.
+//
+// mu may be taken under any other lock, and none is taken under it (I7). So send, request,
+// start, forget and close, which only leave word, may be called with locks held.
+//
+// A link ends in this order, each step once: close, from anywhere, wakes reader and writer;
+// run waits for both; settle fails what the link still owed; serve tells uploads and blobs.
+// Until then blobs may hold a link that is over, and what they leave with it is dropped.
 type link struct {
 	s       *Swarm
 	peer    string // member name
@@ -36,7 +43,7 @@ type link struct {
 	dialed  bool
 	conn    net.Conn
 	records *recordConn  // under conn; nil without TLS
-	heard   moment       // last bytes from the peer
+	heard   moment       // last bytes from the peer, of whatever frame
 	spoke   atomic.Bool  // there were any
 	used    moment       // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
@@ -44,15 +51,15 @@ type link struct {
 	wake    chan struct{} // for the writer: there may be something to write
 	traffic *traffic      // with the node, over all links
 
-	mu     sync.Mutex // guards the following
-	out    []byte     // control frames
-	spare  []byte
-	bulk   []*upload // granted by uploads, sent in order
-	calls  map[uint32]chan call
-	wants  map[uint32]*request
-	nextID uint32
-	lastTx time.Time
-	closed error
+	mu     sync.Mutex           // guards the following
+	out    []byte               // control frames
+	spare  []byte               // for the next out
+	bulk   []*upload            // granted by uploads, sent in order
+	calls  map[uint32]chan call // by id; a place for the answer in each
+	wants  map[uint32]*request  // by id: pieces that are to come
+	nextID uint32               // of requests and calls, by this end
+	lastTx time.Time            // when the writer took something
+	closed error                // why; nil while it lives
 }
 
 var (
@@ -140,7 +147,7 @@ func (l *link) poke() {
 	}
 }
 
-// close ends the link, once. The reader then tells everyone.
+// close ends the link, once. It never blocks. The reader's goroutine then tells everyone.
 func (l *link) close(why error) {
 	l.mu.Lock()
 	first := l.closed == nil
@@ -261,7 +268,8 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 	return nil
 }
 
-// forget takes a request off the link; nil if it is not there any more.
+// forget takes a request off the link; nil if it is not there any more. So of reader, blob and
+// settle, who may all want to end it, one does.
 func (l *link) forget(id uint32) *request {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -270,7 +278,7 @@ func (l *link) forget(id uint32) *request {
 	return r
 }
 
-// request asks the peer for a piece.
+// request asks the peer for a piece; false if the link has ended.
 func (l *link) request(r *request, w want) bool {
 	l.mu.Lock()
 	if l.closed != nil {
@@ -437,7 +445,8 @@ func (l *link) start(u *upload) bool {
 	return true
 }
 
-// call asks the peer and waits for the answer, which is given to got.
+// call asks the peer and waits for the answer, which is given to got; errLinkClosed if the link
+// ends first. Who does not wait until then is answered in vain.
 func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
 	answer := make(chan call, 1)
 	l.mu.Lock()

@@ -18,13 +18,13 @@ import (
 
 // Member is one start of one node, as it told about itself.
 type Member struct {
-	Name  string // node name and start id; unique
+	Name  string // Node~Epoch, see startName; unique
 	Node  string // survives restarts
 	Zone  string
-	Addr  string // of the data port
-	Epoch uint64 // grows with each start of a node
-	Home  bool   // may be a home
-	Key   ed25519.PublicKey
+	Addr  string            // of the data port, host:port
+	Epoch uint64            // of this start: its time by the node's clock, milliseconds since 1970
+	Home  bool              // may be a home
+	Key   ed25519.PublicKey // for its signatures and its certificate, made anew with each start
 
 	rank uint64 // hash of Node
 }
@@ -62,7 +62,7 @@ func parseMember(name string, ip netip.Addr, meta []byte) (Member, error) {
 }
 
 // startName separates two starts of one node: a name that memberlist has seen
-// die under another address stays unusable for a while.
+// die under another address stays unusable for a while. The epoch has 11 hexadecimal digits.
 func startName(node string, epoch uint64) string {
 	return fmt.Sprintf("%s~%011x", node, epoch)
 }
@@ -76,7 +76,8 @@ func cutStart(name string) (node string, epoch uint64, ok bool) {
 	return name[:i], epoch, err == nil
 }
 
-// roster is the live members. Reads take no lock.
+// roster is the live members. Reads of view take no lock; who is down is under mu, beneath which
+// no other lock is taken.
 type roster struct {
 	self string // this node's name
 	view atomic.Pointer[view]

@@ -2,6 +2,7 @@ package peer
 
 import "github.com/prometheus/client_golang/prometheus"
 
+// metrics of a Swarm. The gauges are set by who knows: gossip.settle, and index.gauge each batchEvery.
 type metrics struct {
 	members  prometheus.Gauge
 	bans     *prometheus.CounterVec

@@ -13,7 +13,7 @@ const (
 	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
 	urgentN    = 2  // first missing pieces: may be asked twice
 	perPeer    = 4  // requests under way at one neighbour
-	leastFly   = 10
+	leastFly   = 10 // requests under way in all, however slow pieces come
 	mostFly    = 32
 	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
@@ -173,7 +173,8 @@ func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 }
 
 // ask asks the neighbour for a piece, unless the node has as much under way as it has
-// memory for, or may take no more now.
+// memory for, or may take no more now, or the neighbour's link has ended. There is always
+// memory for one piece of a blob, so that none starves.
 func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 	size := b.pieceLen(piece)
 	if b.flying > 0 && b.s.flying.Load()+int64(size) > maxFlyByte {
@@ -206,7 +207,7 @@ func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 func (b *blob) cost(nb *neighbour, now time.Time) float64 {
 	took := nb.takes(now).Seconds()
 	if took == 0 {
-		took = 0.02
+		took = 0.02 // seconds: nobody is passed over because nothing is known of him
 	}
 	c := (1 + float64(nb.flying) + float64(nb.load)/4) * (took + 0.005)
 	if nb.l.zone != b.s.cfg.Zone {

@@ -16,7 +16,8 @@ type Status struct {
 	Members []Member // this node included, by name
 	Links   []LinkStatus
 	Blobs   []BlobStatus // being fetched or given, and those that members meet for here
-	Banned  map[string]time.Time
+	// Banned is until when, by node: no link with it, or (slow) a blob is not asked of it.
+	Banned map[string]time.Time
 	// Unreachable are members, by Name, that this node could not reach a moment ago. It
 	// asks nobody of them for some seconds, or longer where it reached nobody at all.
 	Unreachable map[string]bool
@@ -36,7 +37,8 @@ type LinkStatus struct {
 // Traffic is bytes of pieces that went to and came from one node.
 type Traffic struct{ Sent, Received int64 }
 
-// BlobStatus is this node's part in one blob.
+// BlobStatus is this node's part in one blob; in one attempt at it (I10), so a digest may
+// be there twice.
 type BlobStatus struct {
 	Digest       digest.Digest
 	Size         int64 // 0 while unknown
@@ -44,8 +46,8 @@ type BlobStatus struct {
 	Fetching     bool
 	Neighbours   int
 	InFlight     int
-	Rate         float64          // bytes per second from peers, lately
-	From         map[string]int64 // bytes by node
+	Rate         float64          // bytes per second from peers, while some came
+	From         map[string]int64 // bytes of pieces by node, of this fetch or the last one
 	Members      int              // that meet here, if this node is the home
 }
 

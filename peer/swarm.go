@@ -37,7 +37,7 @@ type Swarm struct {
 	ways     *ways
 	bans     *bans
 	uploads  *uploads
-	awaited  atomic.Bool // others wait for a blob that this node gets from upstream
+	awaited  atomic.Bool // others wait for a blob that this node gets from upstream; set by tendBlobs
 	index    *index
 	traffic  traffics
 	gossip   *gossip // nil without a gossip address
@@ -47,27 +47,29 @@ type Swarm struct {
 	budget   *budget       // nil = none
 	buffers  buffers
 	chunks   sync.Pool
-	chunk    int          // piece bytes in one frame
-	flying   atomic.Int64 // bytes of pieces asked for
+	chunk    int          // piece bytes in one frame: chunkSize, less in simulations
+	flying   atomic.Int64 // bytes of pieces asked for, of all blobs; bounded by maxFlyByte
 
 	resolver *net.Resolver // of the names in Config.Join
 
-	strangers  chan struct{} // a place each
-	hashers    chan struct{} // likewise
-	bigHashers chan struct{}
+	// Semaphores: who holds a place has put something in.
+	strangers  chan struct{} // connections in their handshake, see maxStrangers
+	hashers    chan struct{} // blobs that are read to be hashed, see hashersAtOnce
+	bigHashers chan struct{} // likewise, of those above verifyFirst
 
 	tasks sync.WaitGroup // every goroutine but Run's own
 
-	mu      sync.Mutex // guards the following
-	run     context.Context
-	links   map[string]*link // by member name
-	dialing map[string]*dialing
-	blobs   map[blobID]*blob
+	mu      sync.Mutex          // guards the following; for its order with other locks see I7
+	run     context.Context     // Run's; nil before it and after it
+	links   map[string]*link    // by member name, from attach until serve ends; some may be over
+	dialing map[string]*dialing // likewise
+	blobs   map[blobID]*blob    // bounded by maxBlobs, but for what this node itself fetches or finds void
 	rng     *rand.Rand
 }
 
 // New makes a swarm and binds its ports, so that errors of the configuration show
-// at once; nothing runs before Run.
+// at once; nothing runs before Run. The caller ends it by Run, or by Close if it does
+// not get that far.
 func New(cfg Config) (*Swarm, error) {
 	cfg = cfg.withDefaults()
 	if err := checkKeys(cfg); err != nil {
@@ -156,7 +158,8 @@ func (s *Swarm) identify() error {
 }
 
 // Run serves peers until ctx ends, and returns when every goroutine of the
-// swarm, those of Fetch included, is gone.
+// swarm, those of Fetch included, is gone and what New bound is released. It is
+// called once. It fails only if gossip does not start.
 func (s *Swarm) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -200,7 +203,8 @@ func (s *Swarm) Close() error {
 	return s.listener.Close()
 }
 
-// enter joins a caller's context with Run's.
+// enter joins a caller's context with Run's, which waits until the function returned
+// is called.
 func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -213,7 +217,8 @@ func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
 	return ctx, func() { stop(); cancel(); s.tasks.Done() }, nil
 }
 
-// spawn runs f until Run ends; it does nothing when Run has ended.
+// spawn runs f on a goroutine that Run waits for, with Run's context; it does nothing
+// when Run has ended. So whoever waits for what f does must wait for a context too.
 func (s *Swarm) spawn(f func(context.Context)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -288,8 +293,9 @@ func (s *Swarm) allLinks() []*link {
 	return slices.AppendSeq(make([]*link, 0, len(s.links)), maps.Values(s.links))
 }
 
-// mayBeHome reports whether a member is among the blob's homes, of any zone it
-// may be in, as this node sees the members.
+// mayBeHome reports whether a member is among the blob's homes, of the cluster or of this
+// node's zone, as this node sees the members. Whether it can be reached now does not
+// matter: what it signed counts all the same (I2).
 func (s *Swarm) mayBeHome(k key, name string) bool {
 	v := s.roster.view.Load()
 	homes := append(v.homes(k, "", false, nil), v.homes(k, s.cfg.Zone, true, nil)...)
@@ -309,6 +315,7 @@ func (s *Swarm) holders(k key, zone string, far bool) []string {
 	})
 }
 
+// parseKey is the key of a digest; ErrUnsupported if that is no SHA-256.
 func parseKey(d string) (key, error) {
 	enc, ok := strings.CutPrefix(d, "sha256:")
 	b, err := hex.DecodeString(enc)
@@ -343,6 +350,7 @@ func (p *buffers) put(b []byte) {
 	}
 }
 
+// marshal is the JSON of a message.
 func marshal(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil {

@@ -5,6 +5,8 @@ import (
 	"time"
 )
 
+// tendEvery is how often links, blobs and uploads are looked after: what is decided by the clock
+// (a silent peer, a slow request, a lease) is late by as much.
 const tendEvery = 100 * time.Millisecond
 
 // tend does what has to be done by the clock.

@@ -24,10 +24,13 @@ type uploads struct {
 	mu     sync.Mutex // guards the following
 	queue  []*upload
 	active []*upload
-	lost   []*upload // of links that had ended when it was their turn; drop is about to come
-	vtime  float64   // of the blob served last
-	starts uint64    // uploads that were started
-	pace   pace      // while busy
+	// lost are of links that had ended when it was their turn. They count as given until
+	// notGiven, which takes blob.mu and so has to wait for drop (I7). That comes, and none
+	// after it: only a link's reader adds, and drop comes after its end.
+	lost   []*upload
+	vtime  float64 // of the blob served last
+	starts uint64  // uploads that were started
+	pace   pace    // while busy
 }
 
 const (
@@ -62,7 +65,7 @@ type upload struct {
 	gone    atomic.Bool // cancelled
 	batches []*batch    // digests to send ahead
 	src     *handle
-	off     int
+	off     int // bytes sent
 }
 
 // next reads the upload's next bytes into p.
@@ -85,7 +88,8 @@ func (u *upload) next(p []byte) (int, error) {
 	return 0, cmp.Or(err, errShortRead)
 }
 
-// add queues an upload, or says in how long to ask again.
+// add queues an upload, or says in how long to ask again. It may put another one out, which is
+// then refused. Called by the reader of u's link.
 func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	q.mu.Lock()
 	u.asked = time.Now()
@@ -174,7 +178,7 @@ func (u *upload) refuse(wait time.Duration) {
 	})
 }
 
-// load is what haves tell: how many uploads wait here.
+// load is what haves tell: how many uploads wait here or are being sent, 255 if more.
 func (q *uploads) load() byte {
 	q.mu.Lock()
 	defer q.mu.Unlock()

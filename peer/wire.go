@@ -34,9 +34,9 @@ const (
 	frameHave              // blob, load, runs of pieces that are newly here
 	frameClose             // blob: no longer takes part
 	frameRequest           // request id, blob, piece, flags
-	frameCancel            // request id
-	frameBusy              // request id, milliseconds after which to ask again
-	frameGone              // request id: not here (any more)
+	frameCancel            // an answer: nobody waits for the request any more
+	frameBusy              // an answer: not now
+	frameGone              // an answer: not here (any more)
 	frameDigests           // signed batch of piece digests
 	frameData              // request id, offset in the piece, bytes
 	frameCall              // call id, method, body
@@ -236,7 +236,7 @@ func parseOpen(p []byte) (open, error) {
 }
 
 // have lists pieces that the sender can now give, as runs, and how many uploads
-// wait at the sender.
+// wait at the sender or are being sent, 255 if more.
 type have struct {
 	blob blobID
 	load byte
@@ -289,7 +289,7 @@ func runsOf(pieces []int) []run {
 // want asks for one piece. needDigest asks for the signed batch that holds its
 // digest, to be sent ahead of the bytes. Who is passing gives it to nobody else.
 type want struct {
-	id         uint32
+	id         uint32 // of the request, by the link; answers and data name it
 	blob       blobID
 	piece      uint32
 	needDigest bool
@@ -323,8 +323,8 @@ func flag(on bool, bit byte) byte {
 	return 0
 }
 
-// answer is the payload of frameCancel, frameGone and frameBusy. Only the last
-// has a delay, and perhaps a hint: a piece that the sender would give at once.
+// answer is the payload of frameCancel, frameGone and frameBusy, all of 12 bytes. Only in the
+// last do the delay and the hint mean anything: a piece that the sender would give at once.
 type answer struct {
 	id    uint32
 	delay uint32 // milliseconds
@@ -443,6 +443,8 @@ func (t *batch) proof(piece int) (p proof, ok bool) {
 // dataHead precedes the bytes of a frameData.
 const dataHead = 8
 
+// putDataHead writes the header of a frameData of n bytes at off of a piece to the first
+// frameHeader+dataHead bytes of b.
 func putDataHead(b []byte, id, off uint32, n int) {
 	p := dataHead + n
 	b[0], b[1], b[2], b[3] = byte(frameData), byte(p>>16), byte(p>>8), byte(p)
