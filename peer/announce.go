@@ -38,12 +38,13 @@ type own struct {
 	mu      sync.Mutex      // guards the following
 	held    map[uint64]bool // by prefix: whether it was announced
 	due     []waiting
-	pending []op // announced, not yet in a message
-	log     []op // the last operations, ending before seq
-	seq     uint32
-	looked  time.Time
+	pending []op      // announced, not yet in a message
+	log     []op      // the last operations, ending before seq; at least logSize of them, if there were so many
+	seq     uint32    // of the next operation
+	looked  time.Time // when what was not worth announcing was last made due again, see lookOver
 }
 
+// waiting is an announcement that is due then.
 type waiting struct {
 	at     time.Time
 	most   time.Duration // that it could have had to wait

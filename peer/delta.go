@@ -256,7 +256,7 @@ func (x *index) merge(name string, d delta, first bool) {
 	}
 }
 
-// voidLocked drops a member's postings.
+// voidLocked drops a member's postings. It looks at every posting there is.
 func (x *index) voidLocked(i uint16) {
 	x.slots[i].posts = 0
 	for _, sh := range x.shards {

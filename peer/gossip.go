@@ -17,6 +17,10 @@ import (
 	"github.com/hashicorp/memberlist"
 )
 
+// Who the members are. memberlist does the work; what it tells goes by note and inbox to serve, and
+// from there to the roster and the index, in the order in which it came: what somebody says
+// counts only once it is known who he is. join.go is how the first others are found.
+
 const (
 	gossipLabel   = "larder/1"       // separates this protocol from other users of memberlist
 	reclaimAfter  = 30 * time.Second // a dead member's name may come back from another address

@@ -35,10 +35,10 @@ const (
 
 // helper is the member that helps this node, which is the home.
 type helper struct {
-	name   string
-	since  time.Time
-	seen   time.Time
-	before float64 // bytes per second, of this node alone
+	name   string    // of the member; "" = nobody helps
+	since  time.Time // when it was appointed
+	seen   time.Time // when it asked last; it does at least each renewEvery
+	before float64   // bytes per second, of this node alone
 	// What this node had from upstream then, and the helper as helper.
 	ours, theirs int64
 }
@@ -144,8 +144,8 @@ func (v *vain) has(registry string, now time.Time) bool {
 // helping is what a node does as helper.
 type helping struct {
 	stop  context.CancelFunc
-	done  chan struct{}
-	bytes atomic.Int64 // from upstream
+	done  chan struct{} // closed when its goroutine touches the fill no more
+	bytes atomic.Int64  // from upstream
 	// enough: the run under way is the last one. Half of it would be an island.
 	enough atomic.Bool
 }

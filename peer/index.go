@@ -24,7 +24,11 @@ const (
 )
 
 // index knows who holds which whole blobs: the first eight bytes of a digest
-// lead to the numbers of the members that announced it.
+// lead to the numbers of the members that announced it. What this node itself holds is not
+// among them, but in own, which has a lock of its own; nobody takes both.
+//
+// It is fed by gossip (announce.go), by deltas of members of which something was missed
+// (delta.go), and by a snapshot where much was (snapshot.go). run does all that takes time.
 //
 // A posting is two bytes. A member's death is one mark on its slot, which
 // lookups honour at once; its postings are swept later, and only then is the
@@ -39,7 +43,7 @@ type index struct {
 	blobs    int
 	postings int
 	slots    []slot
-	free     []uint16
+	free     []uint16          // slots whose numbers no posting has any more
 	byID     map[uint64]uint16 // member id to slot
 	sweep    int               // next shard to sweep
 	sweeping map[uint16]bool   // whose postings the sweep under way drops
@@ -54,12 +58,12 @@ type slot struct {
 	id    uint64 // hash of the member's name
 	name  string // empty while not a member
 	zone  string
-	seq   uint32 // next operation expected of it
-	known uint32 // the highest heard of; larger than seq means a gap
-	posts int32  // postings, with those that a sweep under way has dropped
-	ahead []said // what came before that which it follows
-	fell  time.Time
-	asked time.Time // last delta fetch
+	seq   uint32    // next operation expected of it
+	known uint32    // the highest heard of; larger than seq means a gap
+	posts int32     // postings, with those that a sweep under way has dropped
+	ahead []said    // what came before that which it follows
+	fell  time.Time // when its member died, while name is empty
+	asked time.Time // last delta fetch, or when the gap was first seen; zero = none
 }
 
 // said is a run of a member's operations.
@@ -75,6 +79,8 @@ func newIndex(s *Swarm) *index {
 	return &index{s: s, byID: make(map[uint64]uint16), begun: now, own: own{held: make(map[uint64]bool), looked: now}}
 }
 
+// prefixOf is what the index knows a digest by. Two that share it are taken for one: who asks
+// a holder of the other loses a moment.
 func prefixOf(k key) uint64 { return binary.BigEndian.Uint64(k[:]) }
 
 func shardOf(p uint64) int { return int(p >> 52) }
@@ -83,7 +89,8 @@ func shardOf(p uint64) int { return int(p >> 52) }
 // restart voids what the node said before (a new epoch).
 func memberID(name string) uint64 { return hash64(name) }
 
-// joined makes room for members.
+// joined makes room for members; what they say before is dropped (applyLocked), and made up for
+// by a delta.
 func (x *index) joined(ms []Member) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -224,7 +231,7 @@ func (x *index) sweepSome(now time.Time, shards int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	dead := x.deadLocked(now)
-	if len(dead) == 0 {
+	if len(dead) == 0 { // or all of them are back, see joinedLocked
 		x.sweep = 0
 		return
 	}

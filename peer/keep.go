@@ -58,7 +58,8 @@ var ErrBusy = errors.New("peer is busy")
 // ErrNobody means that no other member may be asked.
 var ErrNobody = errors.New("no other node may be a home")
 
-// Others counts the members beside this one that, by the index, have what c names.
+// Others counts the members beside this one that, by the index, have what c names; with ZoneScope
+// those of this zone.
 func (s *Swarm) Others(c Copy) int { return len(s.others(c)) }
 
 func (s *Swarm) others(c Copy) (names []string) {

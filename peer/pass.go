@@ -16,6 +16,7 @@ type pass struct {
 	sig      [ed25519.SignatureSize]byte
 }
 
+// signed is what the signer signs: that member may have of blob k what the registry gives.
 func (p pass) signed(k key, member string) []byte {
 	b := append([]byte("larder pass 1\x00"), k[:]...)
 	return appendStr(appendStr(b, p.registry), member)

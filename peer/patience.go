@@ -151,7 +151,7 @@ func (b *blob) moves(now time.Time) bool {
 		now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
 }
 
-// heed begins to believe a home.
+// heed begins to believe a home, for as long as if bytes had just come.
 func (b *blob) heed() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

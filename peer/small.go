@@ -190,14 +190,16 @@ func (s *Swarm) put(ctx context.Context, m *Member, method byte, r Reference) ([
 // answers remembers what upstream said, and makes those who ask at the same
 // time wait for one question.
 type answers struct {
-	mu    sync.Mutex // guards byKey
-	byKey map[key]*remembered
+	mu    sync.Mutex          // guards byKey
+	byKey map[key]*remembered // by subject; at most maxAnswers, but for those that are being found
 }
 
+// remembered is an answer, or one that is yet to be found. The rest is set before done is closed,
+// by who claimed it, and constant from then on.
 type remembered struct {
 	done  chan struct{}
-	until time.Time // set before done is closed
-	body  []byte
+	until time.Time // that it counts
+	body  []byte    // JSON of a Descriptor or of a leave
 	err   error
 }
 

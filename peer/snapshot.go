@@ -10,7 +10,7 @@ import (
 const (
 	manyLate     = 16              // members missed: one snapshot is cheaper than so many deltas
 	snapshotIdle = 2 * time.Minute // between snapshots
-	pageBytes    = 48 << 10
+	pageBytes    = 48 << 10        // about; a page has to fit into one frame
 	memberEntry  = 2 + 8 + 4
 )
 
@@ -125,7 +125,8 @@ func parseShardsPage(p []byte) (next uint16, ps []posting, err error) {
 	return next, ps, c.done()
 }
 
-// adopt fetches the index of another member.
+// adopt fetches the index of another member: whom its numbers stand for and how far it knows
+// them, then all postings. That this node knows them as far is noted at the end, when it does.
 func (x *index) adopt(ctx context.Context, name string) error {
 	m, ok := x.s.roster.get(name)
 	if !ok {

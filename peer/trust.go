@@ -25,9 +25,9 @@ const serverName = "peer.larder"
 // trust is what follows from the cluster keys (I1): a CA for each, one leaf
 // under the first, and the gossip keys.
 type trust struct {
-	leaf   tls.Certificate
-	roots  *x509.CertPool
-	gossip [][]byte // the first encrypts
+	leaf   tls.Certificate // this start's, under the first key's CA
+	roots  *x509.CertPool  // the CAs of all keys, so that a key can be rolled
+	gossip [][]byte        // the first encrypts, all decrypt
 }
 
 // newTrust derives a node's credentials. The signing key is fresh with each
@@ -58,6 +58,8 @@ func newTrust(keys [][]byte, name string, signer ed25519.PrivateKey) (*trust, er
 	return t, nil
 }
 
+// derive is a key of 32 bytes for one purpose. The number in its name grows if what is made of the
+// key changes.
 func derive(key []byte, what string) ([]byte, error) {
 	return hkdf.Key(sha256.New, key, nil, what, 32)
 }

@@ -204,6 +204,8 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 	return nil
 }
 
+// permit asks for leave to go upstream beside the home: the first home that answers decides; if none
+// does, this node may.
 func (x *fetch) permit(ctx context.Context) bool {
 	if x.w.Held || x.w.Ahead > 0 {
 		return false

@@ -44,8 +44,8 @@ type ways struct {
 	cut    map[access]time.Time // other members without a way, until when
 	sure   map[string]bool      // registries that this node reached when it tried, and did not fail to reach since
 	ours   map[string]time.Time // those of which it has told others, and when one of them asked last
-	sought map[string]seeking
-	told   map[string]hearsay
+	sought map[string]seeking   // by registry
+	told   map[string]hearsay   // by registry
 }
 
 // hearsay is who has a way to a registry, as a member said that has none.
@@ -54,6 +54,7 @@ type hearsay struct {
 	until time.Time // that counts
 }
 
+// access is a member's to a registry; it is the member's name.
 type access struct{ member, registry string }
 
 // seeking is when this node may look again for a way to a registry.
