@@ -71,7 +71,8 @@ func (c *cursor) op() op { return op{add: c.u8()&1 != 0, prefix: c.u64()} }
 
 // Announce says that this node holds the blob: in its cache, or in its
 // runtime's store. Others hear of it after a random delay, and only if not many
-// holders are known by then.
+// holders are known by then. It blocks on nothing; what is
+// announced before Run is told when it runs.
 func (s *Swarm) Announce(d digest.Digest) {
 	if k, err := parseKey(d.String()); err == nil {
 		s.index.hold(prefixOf(k))
@@ -89,8 +90,10 @@ func (x *index) hold(p uint64) {
 	x.own.due = append(x.own.due, x.wait(time.Now(), p))
 }
 
-// Withdraw says that this node is about to lose the blob. It returns once no
-// new upload of it can start; call it before the file is unlinked.
+// Withdraw says that this node is about to lose the blob, or has lost it. It blocks on
+// nothing. When it returns neighbours were told, and no request for a piece is granted unless
+// the store still has the blob and somebody asks for it anew. What was granted before is
+// sent if the store can open it, and else refused as gone.
 func (s *Swarm) Withdraw(d digest.Digest) {
 	k, err := parseKey(d.String())
 	if err != nil {

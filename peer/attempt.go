@@ -52,7 +52,7 @@ func (id blobID) earlier() (out []blobID) {
 
 // Void says that all bytes of a blob were here and did not match its digest, for
 // so many fills one after the other: so many attempts are void. This node gives
-// nothing more of them.
+// nothing more of them. It blocks on nothing.
 func (s *Swarm) Void(d digest.Digest, attempts int) {
 	k, err := parseKey(d.String())
 	if err != nil {

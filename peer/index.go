@@ -277,8 +277,8 @@ func (x *index) freeLocked(dead map[uint16]bool) {
 	}
 }
 
-// Holders names the nodes that say they hold a blob, as far as this one knows;
-// itself is not among them.
+// Holders names the nodes that say they hold a blob, as far as this one knows, those of its zone
+// first; itself is not among them. None are known of what is no SHA-256.
 func (s *Swarm) Holders(d digest.Digest) []string {
 	k, err := parseKey(d.String())
 	if err != nil {

@@ -76,8 +76,9 @@ func (s *Swarm) others(c Copy) (names []string) {
 }
 
 // Keep asks members, one after the other, to keep what this node has, until others that
-// have it are as many as wanted. It returns how many are then, and why not more. What is
-// asked of a member that is still fetching after two minutes counts as kept.
+// have it are as many as wanted. It returns how many are then, and why not more: ErrNobody,
+// ctx's error, ErrNotRunning, or what the member asked last said. It blocks for up to keepTime
+// for each of at most maxAsked members; one that is still fetching then counts as one that keeps it.
 func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err error) {
 	ctx, stop, err := s.enter(ctx)
 	if err != nil {

@@ -24,7 +24,8 @@ const (
 // last seconds, or a home said that it gets them, or waits for the registry's answer.
 // Who waits for a byte of it does better to go on waiting than to ask the registry too.
 // A home that is believed no longer was heard of a moment ago, and the next one may
-// need as long to begin. Ours means that this node gets it from upstream for others.
+// need as long to begin. ours means that this node gets it from upstream for others. It
+// blocks on nothing.
 func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	k, err := parseKey(d.String())
 	if err != nil {

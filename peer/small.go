@@ -31,8 +31,9 @@ const (
 
 // Resolve asks the tag's homes what it stands for, until one has it from
 // upstream; else it returns what one of them knows (Stale). It fails when no
-// home knows anything, or with upstream's own refusal; the caller may then ask
-// upstream itself.
+// home knows anything, or with upstream's own *Refusal; the caller may then ask
+// upstream itself. Each home may take questionTime. What a home was asked goes on
+// there when ctx ends: others may wait for the same.
 func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 	var best Descriptor
 	err := s.consult(ctx, methodResolve, r, func(b []byte) (enough bool, err error) {
@@ -50,7 +51,8 @@ func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 
 // May asks the repository's homes whether upstream lets somebody read what r
 // names, until one knows: nil is yes, ErrImported too, for that alone, and a *Refusal no.
-// age is how long ago upstream said yes.
+// Other errors mean that nobody knows now. age is how long ago upstream said yes. It takes
+// as long as Resolve.
 func (s *Swarm) May(ctx context.Context, r Reference) (age time.Duration, err error) {
 	var l leave
 	err = s.consult(ctx, methodMay, r, func(b []byte) (enough bool, err error) {

@@ -205,7 +205,7 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 }
 
 // permit asks for leave to go upstream beside the home: the first home that answers decides; if none
-// does, this node may.
+// does, this node may. A fetch that keeps nothing, or wants what others have only, never may.
 func (x *fetch) permit(ctx context.Context) bool {
 	if x.w.Held || x.w.Ahead > 0 {
 		return false
