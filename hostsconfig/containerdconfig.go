@@ -15,19 +15,27 @@ import (
 
 // distribution is a place where containerd's configuration may be.
 type distribution struct {
-	name, config string
-	// generated: the file is rewritten at every start; the fix goes elsewhere.
+	config string
+	// generated says where the fix goes if config is rewritten at every start.
 	generated string
 	restart   string
 }
 
+// packaged is containerd by itself: as its own packages, kubeadm's and the clouds' nodes have it.
+var packaged = distribution{"/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"}
+
+// generatedImports are imports that k0s (before 1.36) and Talos write at every start.
+var generatedImports = []string{"/run/k0s/containerd-cri.toml", "/etc/cri/conf.d/cri.toml"}
+
+// distributions are looked through in this order. Talos has a second containerd, for itself
+// and without CRI, at the place of packaged.
 var distributions = []distribution{
-	{"k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
-	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
-	{"MicroK8s", "/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
-	{"k0s", "/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
-	{"Talos", "/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
-	{"containerd", "/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"},
+	{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
+	{"/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
+	{"/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
+	{"/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
+	{"/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
+	packaged,
 }
 
 // release is a containerd release; versions is what is known of the one that
@@ -108,19 +116,32 @@ func (d *doctor) loadConfig() *criConfig {
 	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
 		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
 	}
-	err := d.mergeAll(c, c.dist.config)
+	file, importer, err := d.mergeAll(c)
+	if err == nil {
+		return c
+	}
 	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
 		return d.configUnseen()
 	}
-	if err != nil {
-		d.add(Finding{
-			ID: "containerd-config-unreadable", Severity: Broken, Runtime: containerd, Where: lineOfError(c.dist.config, err),
-			What: fmt.Sprintf("containerd's configuration cannot be read: %v.", err),
-			Fix:  "containerd config dump    # says where; correct the file, then: " + c.dist.restart,
-		})
-		return nil
+	f := Finding{
+		ID: "containerd-config-unreadable", Severity: Broken, Runtime: containerd, Where: lineOfError(file, err),
+		What: fmt.Sprintf("containerd's configuration cannot be read: %v.", err),
+		Fix:  fmt.Sprintf("containerd --config %s config dump    # says where; correct the file, then: %s", c.dist.config, c.dist.restart),
 	}
-	return c
+	switch {
+	case errors.Is(err, fs.ErrPermission): // a path that only root may walk
+		f.Severity, f.Fix = Degraded, "sudo larder doctor"
+	case errors.Is(err, fs.ErrNotExist) && importer != "":
+		// `containerd config dump` of 2.x takes this for having no configuration.
+		f.Where = d.whereIn([]string{importer}, importsLine)
+		f.What = fmt.Sprintf("%s imports %s, which is not there: containerd does not start.", importer, file)
+		f.Fix = fmt.Sprintf("touch %s    # or take it out of imports in %s\n# then: %s", file, importer, c.dist.restart)
+		if slices.Contains(generatedImports, file) {
+			f.Fix = c.dist.restart + "; it makes the file"
+		}
+	}
+	d.add(f)
+	return nil
 }
 
 // configUnseen is what is known of a containerd without its configuration.
@@ -134,7 +155,7 @@ func (d *doctor) configUnseen() *criConfig {
 		Fix: "larder doctor    # on the node itself, as root", Docs: docsSetup,
 	})
 	return &criConfig{
-		plugins: map[string]any{}, dist: distributions[len(distributions)-1],
+		plugins: map[string]any{}, dist: packaged,
 		versions: knownVersions(d.opts.Facts.ContainerdVersion, 0),
 	}
 }
@@ -148,28 +169,28 @@ func (d *doctor) places() []distribution {
 			return []distribution{dist}
 		}
 	}
-	last := distributions[len(distributions)-1]
-	last.config = d.opts.Config
-	return []distribution{last}
+	return []distribution{{d.opts.Config, packaged.generated, packaged.restart}}
 }
 
-// mergeAll adds a file and what it imports, in containerd's order: what an import imports
-// comes after all imports of the file above it.
-func (d *doctor) mergeAll(c *criConfig, name string) error {
-	seen := map[string]bool{}
-	for pending := []string{name}; len(pending) > 0; {
-		name, pending = pending[0], pending[1:]
-		if seen[name] {
-			continue
-		}
-		seen[name] = true
-		imports, err := d.merge(c, name)
+// mergeAll adds all files, in containerd's order: what an import imports comes after all
+// imports of the file above it. With an error it returns the file that cannot be read, and
+// the one that imports that, "" for none.
+func (d *doctor) mergeAll(c *criConfig) (file, importer string, err error) {
+	importers := map[string]string{c.dist.config: ""}
+	for pending := []string{c.dist.config}; len(pending) > 0; {
+		file, pending = pending[0], pending[1:]
+		imports, err := d.merge(c, file)
 		if err != nil {
-			return err
+			return file, importers[file], err
 		}
-		pending = append(pending, imports...)
+		for _, name := range imports {
+			if _, known := importers[name]; !known {
+				importers[name] = file
+				pending = append(pending, name)
+			}
+		}
 	}
-	return nil
+	return "", "", nil
 }
 
 // merge adds one file and returns its imports. containerd 1.x replaces the section of

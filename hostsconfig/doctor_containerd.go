@@ -22,6 +22,7 @@ const (
 var (
 	configPathLine = regexp.MustCompile(`(?m)^[^#\n]*\bconfig_path\s*=`)
 	mirrorsLine    = regexp.MustCompile(`(?m)^[^#\n]*\bregistry['"]?\.mirrors|^\s*mirrors\s*=`)
+	importsLine    = regexp.MustCompile(`(?m)^\s*imports\s*=`)
 	tlsLine        = regexp.MustCompile(`(?m)^[^#\n]*\.tls['"]?\s*\]`)
 )
 
@@ -102,7 +103,7 @@ func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
 			what = "registry.mirrors is set beside config_path: containerd's CRI plugin refuses to load, and the node can start no pod after the next restart."
 		}
 		d.add(Finding{
-			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c, mirrorsLine),
+			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c.files, mirrorsLine),
 			What: what, Fix: c.mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
 		})
 	}
@@ -121,7 +122,7 @@ func (c *criConfig) tlsHosts() []string {
 // over it.
 func (d *doctor) checkTLS(c *criConfig, host, configPath string) {
 	f := Finding{
-		ID: "containerd-configs-tls", Severity: Degraded, Runtime: containerd, Where: d.whereIn(c, tlsLine), Docs: docsCRI,
+		ID: "containerd-configs-tls", Severity: Degraded, Runtime: containerd, Where: d.whereIn(c.files, tlsLine), Docs: docsCRI,
 		What: fmt.Sprintf("registry.configs.%q.tls has to go before config_path is set: beside it containerd 1.x does not load its CRI plugin, and 2.x passes it over.", host),
 		Fix: fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\n[host.%s]\n%s",
 			c.rootOr(configPath), host, tomlString("https://"+host), c.tlsLines(host)),
@@ -157,14 +158,14 @@ func (c *criConfig) tlsLines(host string) string {
 	return b.String()
 }
 
-// whereIn finds the line of a setting in the files that were merged.
-func (d *doctor) whereIn(c *criConfig, re *regexp.Regexp) string {
-	for _, name := range slices.Backward(c.files) {
+// whereIn finds the line of a setting in the last of files that has it.
+func (d *doctor) whereIn(files []string, re *regexp.Regexp) string {
+	for _, name := range slices.Backward(files) {
 		if doc, err := d.node.read(name); err == nil && re.Match(doc) {
 			return lineOf(name, doc, re)
 		}
 	}
-	return c.dist.config
+	return files[0]
 }
 
 func (c *criConfig) rootOr(configPath string) string {
