@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"math"
 	"path"
 	"slices"
 	"strings"
@@ -59,6 +60,21 @@ func (v versions) String() string {
 	return fmt.Sprintf("containerd %d.%d or later", v.low.major, v.low.minor)
 }
 
+// newestConfig is the last version of the configuration file that it reads: ConfigVersion in
+// containerd's version/version.go, and ValidateV2 in services/server/config of 1.x. Of
+// releases to come nothing is known.
+func (v versions) newestConfig() int {
+	switch {
+	case !v.maybe(2, 0):
+		return 2
+	case !v.maybe(2, 3):
+		return 3
+	case v.surely(2, 5):
+		return math.MaxInt
+	}
+	return 4
+}
+
 // knownVersions combines the version, when known, with the version of the
 // configuration file, which a release refuses when it is newer than itself.
 func knownVersions(containerdVersion string, configVersion int) versions {
@@ -88,6 +104,12 @@ type criConfig struct {
 	// of the CRI plugin under the name that it has since then.
 	versioned, long bool
 	moved           bool // registry settings of the old section are in force in 2.x
+	// newest is the highest version that a file states, and newestIn that file.
+	newest   int
+	newestIn string
+	// oldIn is a file of version 3 with registry settings in the old section, "" for
+	// none: 2.3 and later migrate it, 2.0 to 2.2, whose own version that is, do not.
+	oldIn string
 	// where is file:line of the config_path in force.
 	where string
 	// last is the import that has the last word on config_path, "" if none has, and table
@@ -214,6 +236,12 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 	}
 	c.files = append(c.files, name)
 	c.versioned = c.versioned || f.Version >= 2
+	if f.Version > c.newest {
+		c.newest, c.newestIn = f.Version, name
+	}
+	if table(f.Plugins[pluginOld])["registry"] != nil && f.Version >= 3 && c.versions.maybe(2, 0) && !c.versions.surely(2, 3) {
+		c.oldIn = name
+	}
 	c.long = c.long || f.Plugins[pluginOld] != nil
 	if short, ok := f.Plugins["cri"]; ok && f.Version < 2 {
 		f.Plugins[pluginOld] = short
@@ -315,7 +343,7 @@ func table(v any, keys ...string) map[string]any {
 // with a table of runtimes beside them (migrateConfig in plugins/cri/images).
 func (c *criConfig) migrate(version int, files map[string]any) {
 	current := 3
-	if c.versions.surely(2, 3) {
+	if c.versions.maybe(2, 3) {
 		current = 4
 	}
 	old := table(files[pluginOld])

@@ -22,6 +22,8 @@ const (
 var (
 	configPathLine = regexp.MustCompile(`(?m)^[^#\n]*\bconfig_path\s*=`)
 	mirrorsLine    = regexp.MustCompile(`(?m)^[^#\n]*\bregistry['"]?\.mirrors|^\s*mirrors\s*=`)
+	versionLine    = regexp.MustCompile(`(?m)^\s*version\s*=`)
+	oldSectionLine = regexp.MustCompile(`(?m)^[^#\n]*` + regexp.QuoteMeta(pluginOld) + `['"]?\.registry`)
 	importsLine    = regexp.MustCompile(`(?m)^\s*imports\s*=`)
 	tlsLine        = regexp.MustCompile(`(?m)^[^#\n]*\.tls['"]?\s*\]`)
 )
@@ -34,6 +36,8 @@ func (d *doctor) checkContainerd() {
 	registry := c.registry()
 	if c.found || !d.opts.SeenOnly {
 		d.checkVersion(c)
+		d.checkNewest(c)
+		d.checkOldSection(c)
 		d.checkLegacy(c, registry)
 		d.checkRoots(c, registry)
 		d.checkNotImported(c)
@@ -45,7 +49,7 @@ func (c *criConfig) section() string {
 	if c.found && c.unversioned() && !c.long {
 		return "[plugins.cri.registry]" // of version 1; 2.x loses one of two that have both names
 	}
-	if !c.moved && (c.version >= 3 || c.version == 0 && c.versions.surely(2, 0)) {
+	if c.oldIn != "" || !c.moved && c.versions.maybe(2, 0) && (c.version >= 3 || c.version == 0 && c.versions.surely(2, 0)) {
 		return "[plugins.'" + pluginNew + "'.registry]"
 	}
 	return "[plugins.\"" + pluginOld + "\".registry]"
@@ -58,7 +62,7 @@ func (c *criConfig) fixPath(dir string) string {
 		place = c.dist.generated
 	}
 	if c.unversioned() && (c.long || !c.found) {
-		place += versionLine
+		place += versionTwo
 	}
 	if c.last != "" && c.dist.generated == "" {
 		place, heading = c.last+", which has the last word", c.table
@@ -75,7 +79,7 @@ func (c *criConfig) fixPath(dir string) string {
 // reads both.
 func (c *criConfig) unversioned() bool { return !c.versioned && !c.versions.surely(2, 0) }
 
-const versionLine = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
+const versionTwo = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
 
 // checkVersion reports settings that containerd 1.x passes over.
 func (d *doctor) checkVersion(c *criConfig) {
@@ -85,11 +89,56 @@ func (d *doctor) checkVersion(c *criConfig) {
 	f := Finding{
 		ID: "containerd-config-version-missing", Severity: Broken, Runtime: containerd, Where: c.dist.config,
 		What: fmt.Sprintf("The file states no version, so %s takes it for version 1, which has no plugin %s, and reads none of its settings.", c.versions, pluginOld),
-		Fix:  "# in " + c.dist.config + versionLine + "\n# then: " + c.dist.restart, Docs: docsSetup,
+		Fix:  "# in " + c.dist.config + versionTwo + "\n# then: " + c.dist.restart, Docs: docsSetup,
 	}
 	if c.versions.maybe(2, 0) {
 		f.Severity = Degraded
 		f.What = fmt.Sprintf("The file states no version: containerd 1.x takes it for version 1, which has no plugin %s, and reads none of its settings. Which containerd runs here is not known.", pluginOld)
+	}
+	d.add(f)
+}
+
+// checkNewest reports a file of a version that containerd does not start with.
+func (d *doctor) checkNewest(c *criConfig) {
+	limit, who, hint := c.versions.newestConfig(), c.versions.String(), ", with plugins named as `containerd config default` names them"
+	switch {
+	case c.newest > limit:
+		if c.versions.low != c.versions.high {
+			who = "containerd up to 2.4"
+		}
+		who += fmt.Sprintf(" reads versions up to %d", limit)
+		if limit == 2 {
+			who += " (1.6 before 1.6.33 and 1.7 before 1.7.17 take it for 2)"
+		}
+	case c.newest > c.version && c.version > 0 && c.versions.surely(2, 3) && !c.versions.maybe(2, 4):
+		// LoadConfigWithPlugins in cmd/containerd/server/config, taken back for 2.4.
+		limit, hint = c.version, ""
+		who += fmt.Sprintf(" imports no file of a later version than %s has, %d", c.dist.config, limit)
+	default:
+		return
+	}
+	d.add(Finding{
+		ID: "containerd-config-version-unsupported", Severity: Broken, Runtime: containerd, Where: d.whereIn([]string{c.newestIn}, versionLine),
+		What: fmt.Sprintf("The file is of version %d: %s, and does not start with it.", c.newest, who),
+		Fix:  fmt.Sprintf("# in %s%s\nversion = %d\n# then: %s", c.newestIn, hint, limit, c.dist.restart), Docs: docsSetup,
+	})
+}
+
+// checkOldSection reports registry settings that depend on the release: see criConfig.oldIn.
+func (d *doctor) checkOldSection(c *criConfig) {
+	if c.oldIn == "" {
+		return
+	}
+	f := Finding{
+		ID: "containerd-old-section", Severity: Broken, Runtime: containerd, Where: d.whereIn([]string{c.oldIn}, oldSectionLine),
+		What: fmt.Sprintf("%s does not read the registry settings of %s in a file of version 3; from 2.3 on it does.", c.versions, pluginOld),
+		Fix:  fmt.Sprintf("# in %s, in place of [plugins.%q.registry]\n[plugins.'%s'.registry]\n# then: %s", c.oldIn, pluginOld, pluginNew, c.dist.restart), Docs: docsSetup,
+	}
+	if c.versions.maybe(2, 3) {
+		f.What = fmt.Sprintf("containerd 2.0 to 2.2 do not read the registry settings of %s in a file of version 3; 2.3 and later do. Which containerd runs here is not known.", pluginOld)
+	}
+	if c.versions.maybe(2, 3) || c.registry() != nil {
+		f.Severity = Degraded
 	}
 	d.add(f)
 }
@@ -226,7 +275,7 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 		configPath = "/etc/containerd/certs.d:" + secondRoot
 	}
 	if configPath == "" {
-		if len(table(registry, "mirrors")) == 0 {
+		if len(table(registry, "mirrors")) == 0 && (c.oldIn == "" || registry != nil) { // else checkOldSection has said so
 			d.pathUnset(c)
 		}
 		return
