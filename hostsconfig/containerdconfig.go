@@ -31,12 +31,14 @@ var generatedImports = []string{"/run/k0s/containerd-cri.toml", "/etc/cri/conf.d
 // distributions are looked through in this order. Talos has a second containerd, for itself
 // and without CRI, at the place of packaged.
 var distributions = []distribution{
-	{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart k3s    # or k3s-agent"},
-	{"/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x)", "systemctl restart rke2-agent    # or rke2-server"},
+	{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x; a new one begins with {{ template \"base\" . }})", "systemctl restart k3s    # or k3s-agent"},
+	{"/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x; a new one begins with {{ template \"base\" . }})", "systemctl restart rke2-agent    # or rke2-server"},
 	{"/var/snap/microk8s/current/args/containerd.toml", "/var/snap/microk8s/current/args/containerd-template.toml", "snap restart microk8s.daemon-containerd"},
 	{"/etc/k0s/containerd.toml", "", "systemctl restart k0sworker    # or k0scontroller"},
 	{"/etc/cri/containerd.toml", "a machine configuration patch that writes /etc/cri/conf.d/20-customization.part", "reboot the node with the new machine configuration"},
 	packaged,
+	// Flatcar, whose unit names the file in an environment variable.
+	{"/usr/share/containerd/config.toml", "/etc/containerd/config.toml, as a copy of /usr/share/containerd/config.toml", "systemctl edit containerd    # [Service] Environment=CONTAINERD_CONFIG=/etc/containerd/config.toml\nsystemctl restart containerd"},
 }
 
 // release is a containerd release; versions is what is known of the one that
@@ -99,6 +101,7 @@ type criConfig struct {
 	version  int
 	plugins  map[string]any
 	files    []string
+	main     []byte // the first of files
 	versions versions
 	// versioned: a file says that it is of version 2 or later. long: one has settings
 	// of the CRI plugin under the name that it has since then.
@@ -231,7 +234,7 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	if len(c.files) == 0 {
-		c.version = f.Version
+		c.main, c.version = doc, f.Version
 		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
 	}
 	c.files = append(c.files, name)
@@ -274,7 +277,7 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 // settle takes note of an import that sets config_path, or, in 1.x, replaces the section
 // that it is in.
 func (c *criConfig) settle(name string, version int, plugins map[string]any) {
-	if name == c.dist.config {
+	if name == c.dist.config || slices.Contains(generatedImports, name) {
 		return
 	}
 	plugin := pluginNew

@@ -58,13 +58,16 @@ func (c *criConfig) section() string {
 // fixPath is the text that sets config_path to one directory.
 func (c *criConfig) fixPath(dir string) string {
 	place, heading := c.dist.config, c.section()+"\n"
+	if line := headingLine(c.main, c.section()); line > 0 { // two tables of one name are an error
+		place += fmt.Sprintf(", where line %d is this heading; replace config_path if it is there", line)
+	}
 	if c.dist.generated != "" {
 		place = c.dist.generated
 	}
 	if c.unversioned() && (c.long || !c.found) {
 		place += versionTwo
 	}
-	if c.last != "" && c.dist.generated == "" {
+	if c.last != "" {
 		place, heading = c.last+", which has the last word", c.table
 	}
 	before := ""
@@ -72,6 +75,19 @@ func (c *criConfig) fixPath(dir string) string {
 		before = fmt.Sprintf("# only when registry.configs.*.tls (%s) is gone, as said there\n", strings.Join(hosts, ", "))
 	}
 	return fmt.Sprintf("%s# in %s\n%s  config_path = %s\n# then: %s", before, place, heading, tomlString(dir), c.dist.restart)
+}
+
+// headingLine is the line of a table's heading in doc, however it is quoted; 0 for none.
+func headingLine(doc []byte, heading string) int {
+	bare := strings.NewReplacer("'", "", `"`, "", " ", "", "\t", "")
+	n := 0
+	for line := range strings.Lines(string(doc)) {
+		n++
+		if name, _, ok := strings.Cut(line, "]"); ok && bare.Replace(name)+"]" == bare.Replace(heading) {
+			return n
+		}
+	}
+	return 0
 }
 
 // unversioned: containerd 1.x takes a file that states no version for one of
@@ -259,7 +275,11 @@ func (d *doctor) checkNotImported(c *criConfig) {
 		if err != nil || slices.Contains(c.files, name) || !configPathLine.Match(doc) {
 			continue
 		}
-		fix := fmt.Sprintf("# in %s, before the first table\nimports = [%s]\n# then: %s", c.dist.config, tomlString(pattern), c.dist.restart)
+		place := c.dist.config + ", before the first table"
+		if importsLine.Match(c.main) {
+			place = lineOf(c.dist.config, c.main, importsLine) + ", beside what is in that list"
+		}
+		fix := fmt.Sprintf("# in %s\nimports = [%s]\n# then: %s", place, tomlString(pattern), c.dist.restart)
 		d.add(Finding{
 			ID: "containerd-drop-in-not-imported", Severity: Degraded, Runtime: containerd, Where: lineOf(name, doc, configPathLine),
 			What: fmt.Sprintf("containerd does not read this file, because %s does not import it.", c.dist.config), Fix: fix, Docs: docsSetup,
