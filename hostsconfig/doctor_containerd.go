@@ -2,6 +2,7 @@ package hostsconfig
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -169,7 +170,7 @@ func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
 		}
 		d.add(Finding{
 			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c.files, mirrorsLine),
-			What: what, Fix: c.mirrorsToHosts(mirrors, c.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(c.rootOr(configPath)), Docs: docsCRI,
+			What: what, Fix: c.mirrorsToHosts(mirrors, d.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(d.rootOr(configPath)), Docs: docsCRI,
 		})
 	}
 	for _, host := range c.tlsHosts() {
@@ -190,7 +191,7 @@ func (d *doctor) checkTLS(c *criConfig, host, configPath string) {
 		ID: "containerd-configs-tls", Severity: Degraded, Runtime: containerd, Where: d.whereIn(c.files, tlsLine), Docs: docsCRI,
 		What: fmt.Sprintf("registry.configs.%q.tls has to go before config_path is set: beside it containerd 1.x does not load its CRI plugin, and 2.x passes it over.", host),
 		Fix: fmt.Sprintf("# remove the tls table; in %s/%s/hosts.toml instead:\n[host.%s]\n%s",
-			c.rootOr(configPath), host, tomlString("https://"+host), c.tlsLines(host)),
+			d.rootOr(configPath), host, tomlString("https://"+host), c.tlsLines(host)),
 	}
 	switch {
 	case configPath == "":
@@ -233,11 +234,11 @@ func (d *doctor) whereIn(files []string, re *regexp.Regexp) string {
 	return files[0]
 }
 
-func (c *criConfig) rootOr(configPath string) string {
-	if configPath != "" {
-		return strings.Split(configPath, ":")[0]
-	}
-	return "/etc/containerd/certs.d"
+// rootOr is the directory for the hosts.toml that a fix has written: the first of config_path,
+// which "" leaves to us.
+func (d *doctor) rootOr(configPath string) string {
+	first, _, _ := strings.Cut(configPath, ":")
+	return cmp.Or(first, path.Clean(d.opts.Containerd))
 }
 
 // mirrorsToHosts is the shell text that says the same in hosts.toml.
