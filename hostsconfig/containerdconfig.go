@@ -78,7 +78,8 @@ func (v versions) newestConfig() int {
 }
 
 // knownVersions combines the version, when known, with the version of the
-// configuration file, which a release refuses when it is newer than itself.
+// configuration file, which a release refuses when it is newer than itself (1.6 since
+// 1.6.33, 1.7 since 1.7.17: before, they take a later one for 2).
 func knownVersions(containerdVersion string, configVersion int) versions {
 	var r release
 	if _, err := fmt.Sscanf(strings.TrimPrefix(containerdVersion, "v"), "%d.%d", &r.major, &r.minor); err == nil {
@@ -110,9 +111,11 @@ type criConfig struct {
 	// newest is the highest version that a file states, and newestIn that file.
 	newest   int
 	newestIn string
-	// oldIn is a file of version 3 with registry settings in the old section, "" for
-	// none: 2.3 and later migrate it, 2.0 to 2.2, whose own version that is, do not.
+	// oldIn is a file with registry settings in the old section that 2.0 to 2.2 do not
+	// migrate, and so do not read, "" for none; see migrate.
 	oldIn string
+	// merged is the version that 2.0 to 2.2 take all files together for.
+	merged int
 	// where is file:line of the config_path in force.
 	where string
 	// last is the import that has the last word on config_path, "" if none has, and table
@@ -128,7 +131,7 @@ const (
 
 // loadConfig finds and merges the configuration; nil when it cannot be read.
 func (d *doctor) loadConfig() *criConfig {
-	c := &criConfig{plugins: map[string]any{}}
+	c := &criConfig{plugins: map[string]any{}, merged: 3}
 	for _, dist := range d.places() {
 		if d.node.exists(dist.config) {
 			c.dist, c.found = dist, true
@@ -143,6 +146,9 @@ func (d *doctor) loadConfig() *criConfig {
 	}
 	file, importer, err := d.mergeAll(c)
 	if err == nil {
+		if !c.versions.maybe(2, 3) {
+			c.migrate(c.merged, c.plugins)
+		}
 		return c
 	}
 	if d.opts.SeenOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)) { // an import
@@ -242,14 +248,20 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 	if f.Version > c.newest {
 		c.newest, c.newestIn = f.Version, name
 	}
-	if table(f.Plugins[pluginOld])["registry"] != nil && f.Version >= 3 && c.versions.maybe(2, 0) && !c.versions.surely(2, 3) {
-		c.oldIn = name
+	if f.Version >= 2 {
+		c.merged = f.Version
 	}
 	c.long = c.long || f.Plugins[pluginOld] != nil
 	if short, ok := f.Plugins["cri"]; ok && f.Version < 2 {
 		f.Plugins[pluginOld] = short
 	}
-	c.migrate(f.Version, f.Plugins)
+	old := table(f.Plugins[pluginOld])["registry"] != nil
+	if old && (f.Version >= 3 || !c.versions.maybe(2, 3)) && c.versions.maybe(2, 0) && !c.versions.surely(2, 3) {
+		c.oldIn = name
+	}
+	if c.versions.maybe(2, 3) {
+		c.migrate(f.Version, f.Plugins)
+	}
 	for plugin, section := range f.Plugins {
 		if c.versions.maybe(2, 0) {
 			c.plugins[plugin] = deepMerge(c.plugins[plugin], section)
@@ -280,15 +292,13 @@ func (c *criConfig) settle(name string, version int, plugins map[string]any) {
 	if name == c.dist.config || slices.Contains(generatedImports, name) {
 		return
 	}
-	plugin := pluginNew
-	if !c.versions.maybe(2, 0) {
-		plugin = pluginOld
-	}
-	if _, set := table(plugins[plugin], "registry")["config_path"]; set {
+	_, old := table(plugins[pluginOld], "registry")["config_path"]
+	_, recent := table(plugins[pluginNew], "registry")["config_path"]
+	if old || recent && c.versions.maybe(2, 0) {
 		c.last, c.table = name, ""
 		return
 	}
-	if plugin == pluginNew || plugins[plugin] == nil {
+	if c.versions.maybe(2, 0) || plugins[pluginOld] == nil {
 		return
 	}
 	c.last, c.table = name, "[plugins.\""+pluginOld+"\".registry]\n"
@@ -341,9 +351,13 @@ func table(v any, keys ...string) map[string]any {
 	return t
 }
 
-// migrate does what 2.x does to a file of an earlier version: the image service's
+// migrate does what 2.x does to plugins of an earlier version: the image service's
 // settings move, those of the old section before those of the new one, and some only
 // with a table of runtimes beside them (migrateConfig in plugins/cri/images).
+//
+// 2.3 and later do so to each file (LoadConfigWithPlugins in cmd/containerd/server/config).
+// 2.0 to 2.2 do it to what they have merged (New in cmd/containerd/server), if the last
+// version that a file states is 2; without one they take it for 3.
 func (c *criConfig) migrate(version int, files map[string]any) {
 	current := 3
 	if c.versions.maybe(2, 3) {
@@ -370,6 +384,9 @@ func (c *criConfig) migrate(version int, files map[string]any) {
 	}
 	files[pluginNew] = recent
 	c.moved = c.moved || old["registry"] != nil
+	if !c.versions.maybe(2, 3) {
+		c.oldIn = ""
+	}
 }
 
 // registry is the registry section in force: 1.x knows the old one alone, and 2.x

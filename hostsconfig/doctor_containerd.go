@@ -92,8 +92,8 @@ func headingLine(doc []byte, heading string) int {
 }
 
 // unversioned: containerd 1.x takes a file that states no version for one of
-// version 1, in which plugins have short names, and passes over all others. 2.x
-// reads both.
+// version 1, in which plugins have short names, and passes over all others. 2.3 and
+// later read both, 2.0 to 2.2 neither; see criConfig.oldIn.
 func (c *criConfig) unversioned() bool { return !c.versioned && !c.versions.surely(2, 0) }
 
 const versionTwo = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
@@ -148,8 +148,8 @@ func (d *doctor) checkOldSection(c *criConfig) {
 	}
 	f := Finding{
 		ID: "containerd-old-section", Severity: Broken, Runtime: containerd, Where: d.whereIn([]string{c.oldIn}, oldSectionLine),
-		What: fmt.Sprintf("%s does not read the registry settings of %s in a file of version 3; from 2.3 on it does.", c.versions, pluginOld),
-		Fix:  fmt.Sprintf("# in %s, in place of [plugins.%q.registry]\n[plugins.'%s'.registry]\n# then: %s", c.oldIn, pluginOld, pluginNew, c.dist.restart), Docs: docsSetup,
+		What: fmt.Sprintf("%s does not read these registry settings of containerd 1.x: the last version that a file states is 3, or none does. From 2.3 on it reads them.", c.versions),
+		Fix:  fmt.Sprintf("# in %s, in place of [plugins.%q.registry] or [plugins.cri.registry]\n[plugins.'%s'.registry]\n# then: %s", c.oldIn, pluginOld, pluginNew, c.dist.restart), Docs: docsSetup,
 	}
 	if c.versions.maybe(2, 3) {
 		f.What = fmt.Sprintf("containerd 2.0 to 2.2 do not read the registry settings of %s in a file of version 3; 2.3 and later do. Which containerd runs here is not known.", pluginOld)
