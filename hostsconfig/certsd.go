@@ -101,7 +101,8 @@ func (m *managed) isUsers(name string) (bool, error) {
 }
 
 // listCerts finds what containerd would load from a host directory without
-// hosts.toml. Names are prefixed with prefix.
+// hosts.toml (loadCertFiles in core/remotes/docker/config/hosts.go). Names are prefixed
+// with prefix; certificates without a key beside them have Key "".
 func listCerts(dir, prefix string) (certFiles, error) {
 	var c certFiles
 	entries, err := os.ReadDir(dir)
@@ -127,7 +128,8 @@ func listCerts(dir, prefix string) (certFiles, error) {
 }
 
 // inForce returns the directory that containerd would use for host without us,
-// "" for none.
+// "" for none: the first root with any of the names (hostDirFromRoots of its CRI
+// plugin, hostPaths in remotes/docker/config; of its transfer service, see colonlink.go).
 func (c *certsDir) inForce(host string) string {
 	for _, r := range c.roots {
 		for _, name := range append(dirSpellings(host), defaultDir) {

@@ -63,7 +63,8 @@ type DoctorOptions struct {
 	Containerd, CRIO string
 	// Config is the runtime's own containerd configuration file as the node
 	// names it; "" looks in the places of the known distributions.
-	Config     string
+	Config string
+	// As in [Options].
 	Registries []string
 	ProxyAddr  string
 	ColonLink  bool

@@ -100,7 +100,8 @@ type Change struct {
 	Action  Action `json:"action"`
 	// Reason is set for Skip: why the file is left alone and what to do.
 	Reason string `json:"reason,omitempty"`
-	// Diff is a unified diff from what is there to what will be; "" for Skip.
+	// Diff is a unified diff from what is there to what will be; "" for Skip, and where
+	// only the colon link goes.
 	Diff string `json:"diff,omitempty"`
 	// ReloadNeeded: the runtime does not read this file by itself. CRI-O does so
 	// only on SIGHUP, or at once with auto_reload_registries = true.
@@ -133,7 +134,8 @@ type Hosts struct {
 	applied bool
 }
 
-// New checks the options. It touches no file and starts nothing.
+// New checks the options. It touches no file and starts nothing. It panics if Registerer
+// has the metrics of another Hosts.
 func New(opts Options) (*Hosts, error) {
 	addr, err := proxyAddr(opts.ProxyAddr)
 	if err != nil {

@@ -161,6 +161,8 @@ func (t hostTable) setRewrite(e *Endpoint) {
 	e.Renames = true
 }
 
+// setCapabilities: without any a host has all; of an unknown one containerd makes an
+// error for the whole file. "referrers" is one before 2.2, which only doctor minds.
 func (t hostTable) setCapabilities(e *Endpoint) error {
 	if len(t.Capabilities) == 0 {
 		e.Pull, e.Resolve = true, true

@@ -21,7 +21,8 @@ type Imported struct {
 	// Endpoints in the order the runtime would try them. The last one is the
 	// registry itself (Source) unless Blocked.
 	Endpoints []Endpoint
-	// Path is the file this was read from.
+	// Path is the file this was read from, or containerd's host directory where that has
+	// certificates alone.
 	Path string
 }
 
@@ -37,6 +38,7 @@ type Endpoint struct {
 	Pull    bool
 	Resolve bool
 
+	// Paths as this process sees them, absolute; they may not be there.
 	CAFiles     []string
 	ClientPairs []ClientPair
 	SkipVerify  bool

@@ -23,6 +23,8 @@ type step struct {
 // Apply brings the host configuration in place and returns what it changed;
 // a second Apply changes nothing. Files that cannot be understood are left
 // alone and reported as Skip. An error for one file does not stop the others.
+// It waits for another method to end, and for the disk. Once ctx is over no further
+// file is begun; the changes made until then are returned with the error.
 func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -33,7 +35,8 @@ func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 
 // Remove takes everything back and returns what it changed. It needs only the
 // directories: options that Apply had and Remove has not do not matter. Beside
-// a Run of the same Hosts it does not last: end that Run instead.
+// a Run of the same Hosts it does not last: end that Run instead. It waits, and
+// obeys ctx, like Apply; what is left then, another Remove finds.
 func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -42,7 +45,8 @@ func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 	return changes, err
 }
 
-// Plan returns what Apply would change, and changes nothing.
+// Plan returns what Apply would change, and changes nothing. It takes no lock on the
+// directories: beside another process it may see a change half made.
 func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
 	return h.foresee(func(m *managed) ([]Change, error) {
 		steps, err := h.plan(ctx, m)
@@ -538,7 +542,7 @@ func (m *managed) staleFiles() ([]string, error) {
 
 // Upstreams returns what the runtimes were configured to use before us, in
 // the order of their precedence. It reads the files and may be called before
-// Apply.
+// Apply. What cannot be read is in the log, and left out.
 func (h *Hosts) Upstreams() []Imported {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -53,7 +53,8 @@ func (r rule) mirrors() []rule {
 }
 
 // parseRegistries reads a registries.conf or drop-in and fails on everything
-// that makes containers-image refuse it, which would break every pull.
+// that makes containers-image refuse it, which would break every pull
+// (loadConfigFile and postProcessRegistries in its pkg/sysregistriesv2).
 func parseRegistries(doc []byte) ([]rule, error) {
 	var f struct {
 		Registry   []map[string]any `toml:"registry"`
@@ -95,6 +96,7 @@ func parseRegistries(doc []byte) ([]rule, error) {
 	return out, conflicts(out)
 }
 
+// versionOne converts the lists of the format's version 1 to a rule for each location.
 func versionOne(blocked, insecure []string) []rule {
 	byLocation := map[string]rule{}
 	get := func(location string) rule {
@@ -202,6 +204,7 @@ func conflicts(rules []rule) error {
 	return nil
 }
 
+// place is where a rule without mirrors leads: its prefix, if it names no location.
 func place(r rule) string {
 	if l := r.str("location"); l != "" {
 		return l

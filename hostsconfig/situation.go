@@ -239,6 +239,8 @@ func (s situation) reverts() bool {
 	return s.rewritten || s.ours || s.current == nil && s.original != nil
 }
 
+// giveBack puts the original of s in place, or nothing where there was none. The journal
+// still names it: a crash before restore's save finds the user's file.
 func (m *managed) giveBack(s situation, e *entry) error {
 	switch {
 	case !s.reverts():
