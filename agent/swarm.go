@@ -57,8 +57,9 @@ func (a *Agent) openSwarm() error {
 		Keys: keys, Gossip: c.Gossip, Data: c.Data, Advertise: c.Advertise, Join: c.Join,
 		MaxUploads: c.MaxUploads, MaxUploadBytesPerSecond: int64(c.MaxUploadBytesPerSecond),
 		MaxDownloadBytesPerSecond: int64(c.MaxDownloadBytesPerSecond),
-		TagTTL:                    a.config.Upstream.TagTTL, PieceSize: cache.PieceSize,
-		Store: swarmStore{a}, Origin: swarmOrigin{s}, Logger: a.log, Registerer: a.registry,
+		TagTTL:                    func(registry string) time.Duration { return a.upstream.Policy(registry).TTL(a.config.Upstream.TagTTL) },
+		PieceSize:                 cache.PieceSize,
+		Store:                     swarmStore{a}, Origin: swarmOrigin{s}, Logger: a.log, Registerer: a.registry,
 	})
 	if err != nil {
 		return fmt.Errorf("peer: %w", err)

@@ -294,6 +294,25 @@ func TestNewNodesKnowOldTags(t *testing.T) {
 	}
 }
 
+// TestTagTTLOfARegistry holds that its own tag_ttl is what a home goes by, too.
+func TestTagTTLOfARegistry(t *testing.T) {
+	var c Config
+	reg, img := startRegistry(t, &c)
+	c.Registries[0].TagTTL = new(upstream.Duration) // always asked
+	next := clusterConfigs(t, c.Registries...)
+	nodes := startCluster(t, 2, func() Config {
+		c := next()
+		c.Upstream.TagTTL = time.Hour
+		return c
+	})
+	for _, want := range []*registrytest.Image{img, registrytest.OCIImage(registrytest.ImageSpec{Seed: 8, Layers: []int64{10 << 10}})} {
+		reg.Put("team/app", want, "v1")
+		for _, n := range nodes {
+			n.sameAs(t, "team/app", want.Descriptor)
+		}
+	}
+}
+
 // TestReadyWithoutOthers holds that a node is not ready before it tried to join
 // the others, and is once it did, whatever came of it: a lone node must serve.
 func TestReadyWithoutOthers(t *testing.T) {

@@ -635,11 +635,14 @@ func TestOtherFamily(t *testing.T) {
 	}
 }
 
-// TestVerdictIsNoTag: however long tags are believed, what upstream said of one to a
-// credential is not believed of the credential for as long.
+// TestVerdictIsNoTag: however long a registry's tags are believed, what upstream said of
+// one is not believed for as long of the credential that asked, nor of everybody.
 func TestVerdictIsNoTag(t *testing.T) {
 	n := &testNode{world: newTestWorld()}
-	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", TagTTL: time.Hour, Store: n, Origin: n})
+	tagTTL := func(registry string) time.Duration {
+		return map[string]time.Duration{"r": 24 * time.Hour, "short": time.Second}[registry]
+	}
+	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", TagTTL: tagTTL, Store: n, Origin: n})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -648,11 +651,13 @@ func TestVerdictIsNoTag(t *testing.T) {
 		who  Reference
 		want time.Duration
 	}{
-		{Reference{}, time.Hour},
-		{Reference{Authorization: "Basic eDp5"}, grantMemory},
-		{Reference{Node: true}, grantMemory},
+		{Reference{Registry: "r"}, publicMemory},
+		{Reference{Registry: "r", Authorization: "Basic eDp5"}, grantMemory},
+		{Reference{Registry: "r", Node: true}, grantMemory},
+		{Reference{Registry: "short"}, time.Second},
+		{Reference{Registry: "none", Node: true}, 0},
 	} {
-		tt.who.Registry, tt.who.Repository, tt.who.Tag = "r", "app", "v1"
+		tt.who.Repository, tt.who.Tag = "app", "v1"
 		if _, ttl, err := s.askUpstream(t.Context(), methodResolve, tt.who); err != nil || ttl != tt.want {
 			t.Errorf("%+v: remembered for %s, %v; want %s", tt.who, ttl, err, tt.want)
 		}

@@ -46,9 +46,11 @@ type Config struct {
 	MaxUploads                int
 	MaxUploadBytesPerSecond   int64
 	MaxDownloadBytesPerSecond int64
-	// TagTTL is how long a home answers Resolve from memory; to who asks with a credential
-	// for a minute at most. With 0 only those share an answer who ask at the same time.
-	TagTTL time.Duration
+	// TagTTL is how long a home answers Resolve for a registry's tags from memory, at most:
+	// the answer is a verdict on who asked, which ends after a minute for a credential
+	// and after ten for anyone. With 0, or without TagTTL, only those share an answer
+	// who ask at the same time.
+	TagTTL func(registry string) time.Duration
 
 	// Both are called by many goroutines, and never with a lock of the swarm held (I7).
 	Store  Store
@@ -289,6 +291,9 @@ func PieceSize(size int64) int64 {
 func (c Config) withDefaults() Config {
 	c.Data = cmp.Or(c.Data, "127.0.0.1:0")
 	c.MaxUploads = cmp.Or(c.MaxUploads, 64)
+	if c.TagTTL == nil {
+		c.TagTTL = func(string) time.Duration { return 0 }
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

@@ -116,7 +116,7 @@ func FuzzLink(f *testing.F) {
 // fuzzNode is a node that does not run, with a registry that is down.
 func fuzzNode(f *testing.F) (*testNode, *Swarm) {
 	n := &testNode{world: newTestWorld(), blobs: make(map[digest.Digest]*memBlob), refuse: errRegistryDown}
-	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", TagTTL: time.Minute, Store: n, Origin: n})
+	s, err := New(Config{Name: "x", Data: "127.0.0.1:0", Store: n, Origin: n})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -287,7 +287,7 @@ var testKey = bytes.Repeat([]byte{7}, keySize)
 
 func (w *testWorld) node(t *testing.T, name string, change ...func(*Config)) *testNode {
 	n := &testNode{t: t, world: w, blobs: make(map[digest.Digest]*memBlob), fills: make(map[digest.Digest]*testFill), wrong: make(map[digest.Digest]int), gone: make(chan struct{})}
-	cfg := Config{Name: name, Home: true, Keys: [][]byte{testKey}, Data: "127.0.0.1:0", Store: n, Origin: n, TagTTL: time.Minute}
+	cfg := Config{Name: name, Home: true, Keys: [][]byte{testKey}, Data: "127.0.0.1:0", Store: n, Origin: n, TagTTL: func(string) time.Duration { return time.Minute }}
 	for _, f := range change {
 		f(&cfg)
 	}

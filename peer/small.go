@@ -20,12 +20,13 @@ import (
 // everybody, and remembers the answer.
 
 const (
-	questionTime = 4 * time.Second // a home may take so long; then the next one is asked
-	originTime   = 2 * time.Second // of it upstream may take for anyone's question, if somebody may remember the answer
-	betterTime   = time.Second     // other homes may take, once one has said what it remembers
-	witnessMost  = 3               // members that are asked what they remember
-	errorMemory  = time.Second     // a failure, a verdict or what is stale is told to those who ask at the same time
-	grantMemory  = time.Minute     // what a tag stands for, said to a credential, is a verdict on that
+	questionTime = 4 * time.Second  // a home may take so long; then the next one is asked
+	originTime   = 2 * time.Second  // of it upstream may take for anyone's question, if somebody may remember the answer
+	betterTime   = time.Second      // other homes may take, once one has said what it remembers
+	witnessMost  = 3                // members that are asked what they remember
+	errorMemory  = time.Second      // a failure, a verdict or what is stale is told to those who ask at the same time
+	grantMemory  = time.Minute      // what a tag stands for, said to a credential, is a verdict on that
+	publicMemory = 10 * time.Minute // said to anyone, it is one on the repository
 	maxAnswers   = 16384
 )
 
@@ -295,13 +296,14 @@ func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]by
 	if err != nil {
 		return nil, errorMemory, err
 	}
-	if d.Stale {
-		return marshal(d), min(errorMemory, s.cfg.TagTTL), nil
+	keep := publicMemory
+	switch {
+	case d.Stale:
+		keep = errorMemory
+	case r.Authorization != "" || r.Node:
+		keep = grantMemory
 	}
-	if r.Authorization != "" || r.Node {
-		return marshal(d), min(s.cfg.TagTTL, grantMemory), nil
-	}
-	return marshal(d), s.cfg.TagTTL, nil
+	return marshal(d), min(keep, s.cfg.TagTTL(r.Registry)), nil
 }
 
 // claim returns the answer to a subject, and whether the caller has to find it.
