@@ -373,14 +373,11 @@ func (f *fill) open(ctx context.Context, joined bool) (*Reader, error) {
 	select {
 	case <-f.sized:
 		r := newReader(f.digest, f.Size(), f, nil)
-		r.ctx = ctx
+		r.ctx, r.joined = ctx, joined
 		f.enter(r)
 		return r, nil
 	case <-f.broken:
-		err = f.failure()
-		if fe, ok := errors.AsType[*FillError](err); ok && joined {
-			err = &FillError{Digest: fe.Digest, Err: fe.Err, Joined: true}
-		}
+		err = toldTo(joined, f.failure())
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}

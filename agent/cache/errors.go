@@ -39,10 +39,18 @@ var (
 type FillError struct {
 	Digest digest.Digest
 	Err    error
-	// Joined says, when Open returns it, that the fill was somebody else's:
-	// the caller's own source, with its own credentials, was not asked, so
+	// Joined says, when Open or a Reader from there returns it, that the fill was somebody
+	// else's: the caller's own source, with its own credentials, was not asked, so
 	// that one more Open may fare better.
 	Joined bool
+}
+
+// toldTo returns the error of a fill as who joined it is to see it.
+func toldTo(joined bool, err error) error {
+	if fe, ok := errors.AsType[*FillError](err); ok && joined {
+		return &FillError{Digest: fe.Digest, Err: fe.Err, Joined: true}
+	}
+	return err
 }
 
 func (e *FillError) Error() string { return fmt.Sprintf("fill %s: %v", e.Digest, e.Err) }

@@ -26,6 +26,7 @@ type Reader struct {
 	size   int64
 	ctx    context.Context // nil: never wait
 	fill   *fill           // nil: the blob was whole at Open
+	joined bool            // fill was somebody else's; see FillError.Joined
 	shared *os.File        // the fill's file, for reads at an offset
 	own    *os.File        // this reader's own open file; for a fill, from the first Extent on
 	pos    int64
@@ -130,7 +131,7 @@ func (r *Reader) Ready(ctx context.Context, off int64) error {
 	if r.fill == nil || off >= r.size {
 		return nil
 	}
-	return r.fill.await(ctx, off, r.view)
+	return toldTo(r.joined, r.fill.await(ctx, off, r.view))
 }
 
 // Extent returns a file and the number n of bytes that can be read from it at
@@ -153,7 +154,7 @@ func (r *Reader) Extent(off int64) (file *os.File, n int64, err error) {
 	}
 	r.report(off)
 	n, err = r.fill.visible(off, r.size-off, r.view)
-	return r.own, n, err
+	return r.own, n, toldTo(r.joined, err)
 }
 
 // reopen gives the reader an open file of its own, whose offset it shares with
@@ -230,13 +231,13 @@ func (r *Reader) waitSome(off, want int64) (int64, error) {
 	for {
 		n, err := r.fill.visible(off, want, r.view)
 		if n > 0 || err != nil {
-			return n, err
+			return n, toldTo(r.joined, err)
 		}
 		if r.ctx == nil {
 			return 0, ErrMissing
 		}
 		if err := r.fill.await(r.ctx, off, r.view); err != nil {
-			return 0, err
+			return 0, toldTo(r.joined, err)
 		}
 	}
 }

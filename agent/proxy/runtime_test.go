@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -109,26 +111,48 @@ func (fn givenFunc) Fetch(ctx context.Context, f *cache.Fill) error { return fn(
 func (fn givenFunc) Giver() string                                  { return host }
 
 // TestJoinedFillOfAnotherRepository: who joined a fill that failed for another
-// repository's sake is asked for by its own.
+// repository's sake is asked for by its own, and does not see what its registry asked
+// the other for.
 func TestJoinedFillOfAnotherRepository(t *testing.T) {
-	n := startNode(t, nil)
-	img := n.image(1_000_000)
-	d := img.Layers[0].Digest
-	n.get(manifestPath("v1"))
-	started, fail := make(chan struct{}), make(chan struct{})
-	go func() {
-		_, _ = n.cache.Open(context.Background(), d, givenFunc(func(context.Context, *cache.Fill) error {
-			close(started)
-			<-fail
-			return errBadDigest
-		}))
-	}()
-	<-started
-	got := make(chan answer, 1)
-	go func() { got <- n.get(blobPath(d)) }()
-	await(t, "the request to join", func() bool { return len(n.proxy.Pulls()) == 1 })
-	close(fail)
-	if a := <-got; a.status != 200 || !bytes.Equal(a.body, bytesOf(t, img, d)) {
-		t.Errorf("status %d: %s", a.status, a.body)
+	const half = 600_000
+	for name, comes := range map[string]int{"before the size": -1, "before the first byte": 0, "in the body": half} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t, nil)
+			img := n.image(1_000_000)
+			d := img.Layers[0].Digest
+			whole := bytesOf(t, img, d)
+			n.get(manifestPath("v1"))
+			started, fail := make(chan struct{}), make(chan struct{})
+			go func() {
+				r, err := n.cache.Open(context.Background(), d, givenFunc(func(_ context.Context, f *cache.Fill) error {
+					if w := f.Writer(cache.Origin{Kind: cache.FromUpstream}); comes >= 0 {
+						if err := w.SetSize(int64(len(whole))); err != nil {
+							return err
+						}
+						if _, err := w.WriteAt(whole[:comes], 0); err != nil {
+							return err
+						}
+					}
+					close(started)
+					<-fail
+					return &upstream.Error{Status: http.StatusUnauthorized, Challenge: []string{`Bearer realm="https://auth.test",scope="repository:secret:pull"`}}
+				}))
+				if err == nil {
+					<-fail
+					_ = r.Close()
+				}
+			}()
+			<-started
+			got := make(chan answer, 1)
+			go func() { got <- n.get(blobPath(d)) }()
+			await(t, "the request to join", func() bool {
+				pulls, fills := n.proxy.Pulls(), n.cache.Fills()
+				return len(pulls) == 1 && (comes < 0 || fills[0].Readers == 2) && pulls[0].Offset >= int64(comes)
+			})
+			close(fail)
+			if a := <-got; a.status != 200 || !bytes.Equal(a.body, whole) {
+				t.Errorf("status %d, %d bytes, asked for %q", a.status, len(a.body), a.header.Get("WWW-Authenticate"))
+			}
+		})
 	}
 }
