@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
@@ -110,6 +112,38 @@ func TestRememberedInANewDirectory(t *testing.T) {
 	restart()
 	p.want("after the restart", ann, repoA, 2)
 	p.want("after the restart", guesser, repoA, 503)
+}
+
+// TestRememberedInAMountedDirectory: where a directory of another time, with a key of its
+// own, takes the place of the cache's, who is let in then is remembered as well.
+func TestRememberedInAMountedDirectory(t *testing.T) {
+	p := newPrivate(t, registrytest.Basic, 0, nil)
+	restart := p.lone()
+	dir, meta := p.nodes[0].config.Cache.Dir, func() *cache.Meta { return p.nodes[0].cache.Meta() }
+	p.pull(0, ann, repoA)
+	if err := p.nodes[0].stop(t); err != nil {
+		t.Fatal(err)
+	}
+	move := func(from, to string) {
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move(dir, dir+".other")
+	p.nodes[0] = start(t, p.nodes[0].config)
+	move(dir, dir+".hidden")
+	move(dir+".other", dir)
+	eventually(t, "what the mounted directory knows", func() error {
+		if _, ok := meta().Tag(cache.Repository{Registry: testRegistry, Name: repoA}, "v1"); !ok {
+			return errors.New("the tag is not known")
+		}
+		return nil
+	})
+	p.pull(0, bob, repoB)
+	p.reg.Down()
+	restart()
+	p.want("after the restart", bob, repoB, 2)
+	p.want("after the restart", ann, repoA, 2)
 }
 
 // want asks node 0 for all content of a repository. class is a status, or 2 for

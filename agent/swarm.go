@@ -375,12 +375,13 @@ func (a *Agent) cacheMismatched(d digest.Digest, times int) {
 }
 
 // factsLost is called when the cache's metadata was deleted, most often with all that is
-// beside it.
+// beside it, or is another directory's.
 func (a *Agent) factsLost() {
-	a.keepVerdictKey()
-	if a.proxy != nil { // not yet, while the cache is opened
-		a.proxy.ForgetFacts()
+	if a.proxy == nil { // not yet, while the cache is opened
+		return
 	}
+	a.keepVerdictKey()
+	a.proxy.ForgetFacts(a.verdictKey)
 }
 
 func (a *Agent) cacheRemoves(d digest.Digest) {

@@ -38,16 +38,22 @@ func verdictKey(dir string) ([]byte, error) {
 }
 
 // keepVerdictKey puts the key back where somebody has deleted it: else what is
-// remembered from now on would be noise after a restart.
+// remembered from now on would be noise after a restart. Where the directory is another
+// one, with a key of its own, that is used from now on: under it the facts there are kept,
+// and a refusal has to find the yes that it ends.
 func (a *Agent) keepVerdictKey() {
-	if a.verdictKey == nil {
-		return
-	}
 	path := filepath.Join(a.config.Cache.Dir, verdictKeyFile)
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+	key, err := readVerdictKey(path)
+	switch {
+	case err == nil:
+		a.verdictKey = key
 		return
+	case a.verdictKey == nil:
+		return
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNoVerdictKey):
+		err = writeVerdictKey(path, a.verdictKey)
 	}
-	if err := writeVerdictKey(path, a.verdictKey); err != nil {
+	if err != nil {
 		a.log.Warn("nobody will be remembered over a restart", "err", err)
 	}
 }

@@ -129,16 +129,14 @@ func newAuthorizer(opts Options, b *background) *authorizer {
 		silent:   newRecent[verdictKey, struct{}](maxRemembered),
 		asks:     newFlights[askKey, struct{}](b), homeAsks: newFlights[askKey, struct{}](b),
 	}
-	if opts.VerdictKey != nil {
-		a.lasting.keys = newKeyed(opts.VerdictKey)
-	}
+	a.lasting.use(opts.VerdictKey)
 	return a
 }
 
 // fingerprint names a credential, the same after a restart if there is a key for that.
 func (a *authorizer) fingerprint(authorization string) string {
-	if a.lasting.keys != nil {
-		return a.lasting.keys.fingerprint(authorization)
+	if keys := a.lasting.keys.Load(); keys != nil {
+		return keys.fingerprint(authorization)
 	}
 	return a.secret.fingerprint(authorization)
 }

@@ -211,8 +211,10 @@ func (o *Options) setDefaults() {
 }
 
 // ForgetFacts drops what is remembered of facts in the cache's metadata, which were lost: what
-// spares a second write of them would keep them from being written again.
-func (p *Proxy) ForgetFacts() {
+// spares a second write of them would keep them from being written again. Other metadata
+// may have taken their place, with a verdictKey of its own; nil leaves the one there was.
+func (p *Proxy) ForgetFacts(verdictKey []byte) {
+	p.auth.lasting.use(verdictKey)
 	p.fresh.clear()
 	p.learned.clear()
 	p.auth.verdicts.clear()

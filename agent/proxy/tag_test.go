@@ -264,7 +264,7 @@ func TestLostMetadataIsWrittenAgain(t *testing.T) {
 	var n *node
 	n = startNode(t, func(s *setup) {
 		s.cache.Dir, s.proxy.TagTTL = dir, time.Minute
-		s.cache.Events.Renewed = func() { n.proxy.ForgetFacts() }
+		s.cache.Events.Renewed = func() { n.proxy.ForgetFacts(nil) }
 	})
 	img := n.image()
 	pull := func() {

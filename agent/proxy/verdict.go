@@ -11,6 +11,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
@@ -101,18 +102,27 @@ func (k *keyed) fingerprint(credential string) string {
 // node, HMACs for credentials. Without a key it forgets.
 type lasting struct {
 	meta *cache.Meta
-	keys *keyed // nil: nothing is kept
+	keys atomic.Pointer[keyed] // nil: nothing is kept
+}
+
+// use makes key the one under which credentials are kept, as they are in meta; nil
+// changes nothing.
+func (m *lasting) use(key []byte) {
+	if key != nil {
+		m.keys.Store(newKeyed(key))
+	}
 }
 
 // name is under which somebody is kept, "" if not at all.
 func (m *lasting) name(a *access) string {
+	keys := m.keys.Load()
 	switch {
-	case m.keys == nil || a.who == anyone:
+	case keys == nil || a.who == anyone:
 		return ""
 	case a.who == theNode:
 		return "node"
 	}
-	sum := m.keys.sum("verdict\x00" + a.target.Authorization)
+	sum := keys.sum("verdict\x00" + a.target.Authorization)
 	return hex.EncodeToString(sum[:])
 }
 

@@ -262,7 +262,8 @@ func TestRememberedFromTheFuture(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	memory := lasting{meta: c.Meta(), keys: newKeyed(newSecret())}
+	memory := lasting{meta: c.Meta()}
+	memory.use(newSecret())
 	acc := access{target: upstream.Target{Registry: host, Repository: repo, Authorization: "Basic eDp5"}, who: caller{2}}
 	memory.put(&acc)
 	if !memory.has(&acc) {
