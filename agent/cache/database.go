@@ -29,7 +29,6 @@ const (
 	bucketTags      bucket = "tags"
 	bucketManifests bucket = "manifests"
 	bucketMembers   bucket = "members"
-	bucketSizes     bucket = "sizes"
 	bucketFetched   bucket = "fetched"
 	bucketUsed      bucket = "used"
 	bucketState     bucket = "state"
@@ -46,7 +45,7 @@ const (
 // capacity bounds each bucket: what registries and clients make us remember
 // must not grow without end. 200,000 members are about 40 MB of file.
 var capacity = map[bucket]int{
-	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000, bucketSizes: 200_000,
+	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
 	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
 	bucketImports: 20_000, bucketImported: 200_000,

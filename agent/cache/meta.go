@@ -170,15 +170,12 @@ func (m *Meta) SetManifest(d digest.Digest, man Manifest) {
 	m.db.put(bucketManifests, key(string(d)), []byte(man.MediaType))
 }
 
-// AddMembers remembers that children, with their sizes, belong to repository
+// AddMembers remembers that children belong to repository
 // because its manifest parent lists them. A parent of "" is for what upstream
 // served under the repository by digest, manifests among it.
 func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispec.Descriptor) {
 	for _, child := range children {
 		m.db.put(bucketMembers, key(r.Registry, r.Name, string(child.Digest)), []byte(parent))
-		if child.Size > 0 {
-			m.db.put(bucketSizes, key(string(child.Digest)), binary.BigEndian.AppendUint64(nil, uint64(child.Size)))
-		}
 	}
 }
 
@@ -339,16 +336,6 @@ func (m *Meta) SetChallenge(r Repository, challenge []string) {
 func (m *Meta) Challenge(r Repository) (challenge []string) {
 	m.decode(bucketChallenge, key(r.Registry, r.Name), &challenge)
 	return challenge
-}
-
-// Size returns the size that a manifest gave for d. It is a hint: nobody has
-// verified it.
-func (m *Meta) Size(d digest.Digest) (int64, bool) {
-	v, ok := m.db.get(bucketSizes, key(string(d)))
-	if !ok || len(v) != 8 {
-		return 0, false
-	}
-	return int64(binary.BigEndian.Uint64(v)), true
 }
 
 // origin is an entry of Fetched as it is stored: JSON has no struct keys.
