@@ -77,7 +77,8 @@ type Events struct {
 	Removing func(d digest.Digest)
 	// Renewed is called when another metadata file, most often an empty one, takes the
 	// place of what was open: facts that were written have to be written again, and what
-	// was beside that in the directory may be gone too.
+	// was beside that in the directory may be gone too. Until it returns Meta knows nothing
+	// that is in the file, and no other file takes its place.
 	Renewed func()
 }
 
