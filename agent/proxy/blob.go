@@ -69,6 +69,7 @@ func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
 		if b.part = namesEnd(x.r.Header.Get("Range")) && !p.cache.Has(x.route.digest); b.part {
 			p.parts.put(keyOf(x.access.target, x.route.digest), wrongEnd(size), partMemory)
 		}
+		b.chunk = p.inChunks(x, off)
 		if err := b.readyAt(off, then); err != nil {
 			return err
 		}
@@ -76,6 +77,22 @@ func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
 	http.ServeContent(x, x.r, "", time.Time{}, b)
 	return b.failure()
 }
+
+// inChunks reports whether the answer to x, which begins at off, is a chunk after the
+// first that containerd fetches at the same time (concurrent_layer_fetch_buffer). It asks
+// for the first by "bytes=0-", goes to another host on an error status to that alone,
+// and goes on elsewhere from any chunk that ends short.
+func (p *Proxy) inChunks(x *exchange, off int64) bool {
+	key := keyOf(x.access.target, x.route.digest)
+	if x.route.pathEncoded || !p.chunked.has(key) && x.r.Header.Get("Range") != "bytes=0-" {
+		return false
+	}
+	p.chunked.put(key, struct{}{}, chunkedMemory)
+	return off > 0
+}
+
+// chunkedMemory is how long after a chunk the next may be asked for.
+const chunkedMemory = 5 * time.Minute
 
 const (
 	// swarmPatience is how long a body may wait for a byte that is on its way from

@@ -26,9 +26,11 @@ type body struct {
 	mu   sync.Mutex // guards the fields below: a multi-range answer reads from a goroutine that outlives ServeContent
 	at   content
 	off  int64
-	part bool  // the client wants a part, and does not wait for the whole digest
-	late bool  // the headers go out before the first byte is there
-	err  error // why bytes could not be had
+	part bool // the client wants a part, and does not wait for the whole digest
+	// chunk: the client fetches the blob in chunks, and this is not the first; see inChunks.
+	chunk bool
+	late  bool  // the headers go out before the first byte is there
+	err   error // why bytes could not be had
 }
 
 func (b *body) Seek(offset int64, whence int) (int64, error) {
@@ -129,18 +131,19 @@ func (b *body) note(err error) error {
 // readyAt waits until then for the first byte of an answer and says where it comes
 // from. A byte that is on its way from another node by then is taken for granted: a
 // client that got an error instead would ask the registry, from which that node gets
-// it already, and so would every node's.
+// it already, and so would every node's. So is the byte of a chunk.
 func (b *body) readyAt(off int64, then time.Time) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.off = off
-	ours := false
+	coming, ours := false, false
 	err := b.until(func() error {
 		err := b.readyWithin(time.Until(then), errBudget)
 		if !errors.Is(err, errBudget) {
 			return err
 		}
-		if b.late, ours = b.coming(); b.late {
+		coming, ours = b.coming()
+		if b.late = coming || b.chunk; b.late {
 			return nil
 		}
 		b.x.cancel(err)
@@ -153,7 +156,7 @@ func (b *body) readyAt(off int64, then time.Time) error {
 	switch {
 	case ours:
 		from = sourceUpstream
-	case b.late:
+	case coming:
 		from = sourcePeer
 	}
 	b.x.describe(from, b.at.size(), off)

@@ -163,6 +163,27 @@ func TestContainerdInChunks(t *testing.T) {
 	}
 }
 
+// TestContainerdInChunksWaits: containerd takes an error status to a chunk after the first
+// for the end of its pull (core/remotes/docker/fetcher.go, dockerFetcher.open), so a
+// registry that says nothing for longer than the budget must not bring one.
+func TestContainerdInChunksWaits(t *testing.T) {
+	const budget = 300 * time.Millisecond
+	n := startNode(t, func(s *setup) {
+		s.proxy.FirstByteBudget, s.proxy.StallTimeout, s.upstream.StreamsPerBlob = budget, 10*time.Second, 1
+	})
+	d := n.image(6_000_000).Layers[0].Digest
+	f := n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.Times(1), registrytest.StallAfter(1_500_000))
+	go func() {
+		<-f.Held()
+		time.AfterFunc(3*budget, f.Release)
+	}()
+	c := n.containerd()
+	c.ChunkSize = 1 << 20
+	if _, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestLazyPull: a client that pulls lazily reads the table at the end of a layer first,
 // and does not wait for all of it.
 func TestLazyPull(t *testing.T) {

@@ -135,6 +135,7 @@ type Proxy struct {
 	fresh       *recent[tagKey, resolved]       // tags that need not be asked for yet
 	failed      *recent[blobKey, failure]       // ended short; see I4
 	parts       *recent[blobKey, failure]       // read in part before the digest was known; see I4
+	chunked     *recent[blobKey, struct{}]      // fetched in chunks
 	undelivered *recent[blobKey, struct{}]      // of path-encoded clients; see I5
 	deliverable *recent[blobKey, struct{}]      // upstream said it has them
 	learned     *recent[blobKey, struct{}]      // manifests whose children are recorded
@@ -179,6 +180,7 @@ func New(opts Options) (*Proxy, error) {
 		fresh:       newRecent[tagKey, resolved](maxRemembered),
 		failed:      newRecent[blobKey, failure](maxRemembered),
 		parts:       newRecent[blobKey, failure](maxRemembered),
+		chunked:     newRecent[blobKey, struct{}](maxRemembered),
 		undelivered: newRecent[blobKey, struct{}](maxRemembered),
 		deliverable: newRecent[blobKey, struct{}](maxRemembered),
 		learned:     newRecent[blobKey, struct{}](maxRemembered),
