@@ -17,7 +17,6 @@ import (
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -287,38 +286,6 @@ func TestExplainPlatforms(t *testing.T) {
 		if code != want.code || !strings.Contains(body, want.text) {
 			t.Errorf("%s: %d %s", platform, code, body)
 		}
-	}
-}
-
-// TestExplainIndexesOfIndexes: each of 64 indexes lists the one below twice, which
-// makes 2^64 ways down. Every part is told once.
-func TestExplainIndexesOfIndexes(t *testing.T) {
-	a := start(t, testConfig(t))
-	body := []byte(`{"schemaVersion":2,"config":{"digest":"` + digest.FromString("config").String() + `","size":6}}`)
-	for depth := range 65 {
-		d := digest.FromBytes(body)
-		if err := a.cache.Put(t.Context(), d, cache.Origin{Kind: cache.FromUpstream, Name: testRegistry}, body); err != nil {
-			t.Fatal(err)
-		}
-		if depth < 64 {
-			body = fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q,"size":%d},{"digest":%q,"size":%d}]}`, d, len(body), d, len(body))
-		}
-	}
-	explained := make(chan Explanation, 1)
-	go func() {
-		e, err := a.Explain(Image{Registry: testRegistry, Repository: "team/app", Reference: digest.FromBytes(body).String()}, "all")
-		if err != nil {
-			t.Error(err)
-		}
-		explained <- e
-	}()
-	select {
-	case e := <-explained:
-		if len(e.Parts) != 66 { // and the config
-			t.Errorf("%d parts, want 66", len(e.Parts))
-		}
-	case <-time.After(30 * time.Second):
-		t.Fatal("it does not end")
 	}
 }
 

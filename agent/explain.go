@@ -31,11 +31,15 @@ func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
 		e.used[i.Digest] = i.Used
 		return true
 	})
-	if err := e.root(); err != nil {
-		return Explanation{}, err
+	err := e.root()
+	if err == nil {
+		err = walkImage(ocispec.Descriptor{Digest: e.out.Digest}, platform, e.read, e.visit)
 	}
-	if err := e.manifest(ocispec.Descriptor{Digest: e.out.Digest, Size: -1}); err != nil {
-		return Explanation{}, err
+	if _, foreign := errors.AsType[*platformError](err); foreign {
+		err = fmt.Errorf("%w; try --platform all", err)
+	}
+	if err != nil {
+		return Explanation{}, fmt.Errorf("%s: %w", image, err)
 	}
 	for _, p := range e.out.Parts {
 		e.out.Bytes += max(0, p.Size)
@@ -67,9 +71,9 @@ func (e *explainer) root() error {
 	pinned, ok := e.agent.pins.pinned(repo, e.image.Reference) // also when its registry has it no more
 	if !ok {
 		if why := e.trouble(); why != "" {
-			return fmt.Errorf("%s: %w: its last pull failed: %s", e.image, errUnknownImage, why)
+			return fmt.Errorf("%w: its last pull failed: %s", errUnknownImage, why)
 		}
-		return fmt.Errorf("%s: %w: nobody pulled this tag through it; try `larder warm %s`", e.image, errUnknownImage, e.image)
+		return fmt.Errorf("%w: nobody pulled this tag through it; try `larder warm %s`", errUnknownImage, e.image)
 	}
 	e.out.Digest = pinned.Digest
 	return nil
@@ -80,47 +84,32 @@ func (e *explainer) trouble() string {
 	return e.agent.recent.trouble(e.image, e.image.Reference)
 }
 
-// manifest adds a manifest or index and what is below it, each once: indexes of
-// indexes could name one another more often than could ever be told.
-func (e *explainer) manifest(d ocispec.Descriptor) error {
-	if e.has(d.Digest) {
-		return nil
-	}
+// read returns a manifest that is on this node. The root must be; another may be of a
+// platform that nobody pulled here.
+func (e *explainer) read(d ocispec.Descriptor) ([]byte, error) {
 	body, err := e.agent.readManifest(d.Digest)
-	if err != nil {
-		if why := e.trouble(); len(e.out.Parts) == 0 && why != "" {
-			return fmt.Errorf("%s: the manifest %s is %w: its last pull failed: %s", e.image, d.Digest, errUnknownImage, why)
-		}
-		if len(e.out.Parts) == 0 {
-			return fmt.Errorf("%s: the manifest %s is %w; try `larder warm %s`", e.image, d.Digest, errUnknownImage, e.image)
-		}
-		e.add("manifest", d) // of a platform nobody pulled here
-		return nil
+	if err == nil {
+		return body, nil
 	}
-	m, err := parseManifest(body)
-	if err != nil {
-		return fmt.Errorf("%s: manifest %s: %w", e.image, d.Digest, err)
-	}
-	d.Size = int64(len(body))
-	if !m.isIndex() {
+	if len(e.out.Parts) > 0 {
 		e.add("manifest", d)
-		for _, b := range m.blobs() {
-			e.add(b.kind, b.Descriptor)
-		}
-		return nil
+		return nil, errNotBelow
 	}
-	e.add("index", d)
-	chosen, err := m.choose(e.out.Platform)
-	if _, foreign := errors.AsType[*platformError](err); foreign {
-		return fmt.Errorf("%s: %w; try --platform all", e.image, err)
+	if why := e.trouble(); why != "" {
+		return nil, fmt.Errorf("the manifest %s is %w: its last pull failed: %s", d.Digest, errUnknownImage, why)
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", e.image, err)
+	return nil, fmt.Errorf("the manifest %s is %w; try `larder warm %s`", d.Digest, errUnknownImage, e.image)
+}
+
+// visit adds a manifest or index and its blobs.
+func (e *explainer) visit(d ocispec.Descriptor, m manifest, blobs []blob) error {
+	kind := "manifest"
+	if m.isIndex() {
+		kind = "index"
 	}
-	for _, child := range chosen {
-		if err := e.manifest(child); err != nil {
-			return err
-		}
+	e.add(kind, d)
+	for _, b := range blobs {
+		e.add(b.kind, b.Descriptor)
 	}
 	return nil
 }
@@ -138,14 +127,7 @@ func (a *Agent) readManifest(d digest.Digest) ([]byte, error) {
 	return io.ReadAll(r)
 }
 
-func (e *explainer) has(d digest.Digest) bool {
-	return slices.ContainsFunc(e.out.Parts, func(p Part) bool { return p.Digest == d })
-}
-
 func (e *explainer) add(kind string, d ocispec.Descriptor) {
-	if e.has(d.Digest) {
-		return // shared by two platforms
-	}
 	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}, Used: e.used[d.Digest]}
 	if d.Platform != nil {
 		p.Platform = platforms.Format(*d.Platform)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -61,38 +60,22 @@ func (p Puller) plan(ctx context.Context, image Image) (*exported, error) {
 	if err != nil {
 		return nil, err
 	}
-	return e, e.add(ctx, root)
+	read := func(d ocispec.Descriptor) ([]byte, error) {
+		body, header, err := e.readManifest(ctx, d.Digest)
+		if err != nil {
+			return nil, err
+		}
+		desc := ocispec.Descriptor{MediaType: header.Get("Content-Type"), Digest: d.Digest, Size: int64(len(body))}
+		e.parts = append(e.parts, blob{desc, "manifest"})
+		return body, nil
+	}
+	return e, walkImage(ocispec.Descriptor{Digest: root}, p.Platform, read, e.add)
 }
 
-// add plans a manifest and what is below it.
-func (e *exported) add(ctx context.Context, d digest.Digest) error {
-	if !e.first(d) {
-		return nil
-	}
-	body, header, err := e.readManifest(ctx, d)
-	if err != nil {
-		return err
-	}
-	m, err := parseManifest(body)
-	if err != nil {
-		return fmt.Errorf("manifest %s: %w", d, err)
-	}
-	desc := ocispec.Descriptor{MediaType: header.Get("Content-Type"), Digest: d, Size: int64(len(body))}
-	e.parts = append(e.parts, blob{desc, "manifest"})
-	if !m.isIndex() {
-		e.parts = slices.Concat(e.parts, m.blobs())
-		e.simple(m)
-		return nil
-	}
-	chosen, err := m.choose(e.Platform)
-	if err != nil {
-		return err
-	}
-	for _, child := range chosen {
-		if err := e.add(ctx, child.Digest); err != nil {
-			return err
-		}
-	}
+// add plans what a manifest lists.
+func (e *exported) add(_ ocispec.Descriptor, m manifest, blobs []blob) error {
+	e.parts = append(e.parts, blobs...)
+	e.simple(m)
 	return nil
 }
 

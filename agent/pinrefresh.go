@@ -350,36 +350,16 @@ type listedPart struct {
 // on this node; all says whether they are.
 func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPart, all bool) {
 	parts = map[digest.Digest]listedPart{}
-	for todo := []digest.Digest{root}; len(todo) > 0; todo = todo[1:] {
-		if parts[todo[0]].manifest {
-			continue
-		}
-		body, err := a.readManifest(todo[0])
-		if err != nil {
-			return parts, false
-		}
-		m, err := parseManifest(body)
-		if err != nil || len(parts) > maxPinnedParts {
-			return parts, false
-		}
-		parts[todo[0]] = listedPart{int64(len(body)), true}
-		if m.isIndex() {
-			chosen, err := m.choose("")
-			if err != nil {
-				return parts, false
-			}
-			for _, child := range chosen {
-				todo = append(todo, child.Digest)
-			}
-			continue
-		}
-		for _, b := range m.blobs() {
-			if !parts[b.Digest].manifest {
+	err := walkImage(ocispec.Descriptor{Digest: root}, "",
+		func(d ocispec.Descriptor) ([]byte, error) { return a.readManifest(d.Digest) },
+		func(d ocispec.Descriptor, _ manifest, blobs []blob) error {
+			parts[d.Digest] = listedPart{d.Size, true}
+			for _, b := range blobs {
 				parts[b.Digest] = listedPart{size: partSize(b.Descriptor)}
 			}
-		}
-	}
-	return parts, true
+			return nil
+		})
+	return parts, err == nil
 }
 
 // explainTag makes of an error about what a tag stands for what the user should know

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -14,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/larder-cache/larder/agent/archive"
 	"github.com/larder-cache/larder/agent/proxy"
@@ -106,17 +104,19 @@ func (p Puller) Resolve(ctx context.Context, image Image) (digest.Digest, error)
 
 func (p Puller) begin(image Image) *pull {
 	p.Client = cmp.Or(p.Client, http.DefaultClient)
-	return &pull{Puller: p, image: image, seen: make(map[digest.Digest]bool)}
+	return &pull{Puller: p, image: image}
 }
 
 // Pull reads the whole image and says where each part came from.
 func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 	run := p.begin(image)
 	d, err := run.resolve(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("pull %s: %w", image, err)
+	if err == nil {
+		err = walkImage(ocispec.Descriptor{Digest: d}, p.Platform,
+			func(d ocispec.Descriptor) ([]byte, error) { return run.manifest(ctx, d.Digest) },
+			func(_ ocispec.Descriptor, _ manifest, blobs []blob) error { return run.blobs(ctx, blobs) })
 	}
-	if err := run.manifest(ctx, d); err != nil {
+	if err != nil {
 		return run.got, fmt.Errorf("pull %s: %w", image, err)
 	}
 	return run.got, nil
@@ -126,7 +126,6 @@ func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 type pull struct {
 	Puller
 	image Image
-	seen  map[digest.Digest]bool // manifests and blobs that were asked for; only manifest and children use it
 
 	mu  sync.Mutex // guards got
 	got []Pulled
@@ -211,28 +210,20 @@ func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
 	return d, nil
 }
 
-// manifest pulls a manifest or index and everything below it, each part once:
-// platforms share layers, and indexes of indexes could name one another without end.
-func (p *pull) manifest(ctx context.Context, d digest.Digest) error {
-	if !p.first(d) {
-		return nil
-	}
+// manifest pulls a manifest or index.
+func (p *pull) manifest(ctx context.Context, d digest.Digest) ([]byte, error) {
 	if p.Manifest != nil {
 		if err := p.Manifest(d); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	started := time.Now()
 	body, header, err := p.readManifest(ctx, d)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	p.record(Pulled{Kind: "manifest", Digest: d, Source: header.Get("X-Larder-Source"), Bytes: int64(len(body)), Took: time.Since(started)})
-	m, err := parseManifest(body)
-	if err != nil {
-		return fmt.Errorf("manifest %s: %w", d, err)
-	}
-	return p.children(ctx, m)
+	return body, nil
 }
 
 // readManifest returns the bytes of a manifest or index, which have digest d, and the
@@ -253,36 +244,23 @@ func (p *pull) readManifest(ctx context.Context, d digest.Digest) ([]byte, http.
 	return body, resp.Header, nil
 }
 
-func (p *pull) children(ctx context.Context, m manifest) error {
-	if m.isIndex() {
-		chosen, err := m.choose(p.Platform)
-		if err != nil {
-			return err
-		}
-		for _, child := range chosen {
-			if err := p.manifest(ctx, child.Digest); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	blobs, err := p.choose(m.blobs())
+// blobs pulls what a manifest lists, several at a time.
+func (p *pull) blobs(ctx context.Context, blobs []blob) error {
+	blobs, err := p.choose(blobs)
 	if err != nil {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(pullStreams)
 	for _, b := range blobs {
-		if p.first(b.Digest) {
-			group.Go(func() error { return p.blob(ctx, b) })
-		}
+		group.Go(func() error { return p.blob(ctx, b) })
 	}
 	return group.Wait()
 }
 
 // choose leaves out what Choose does.
 func (p *pull) choose(blobs []blob) ([]blob, error) {
-	if p.Choose == nil {
+	if p.Choose == nil || len(blobs) == 0 {
 		return blobs, nil
 	}
 	all := make([]ocispec.Descriptor, len(blobs))
@@ -293,12 +271,6 @@ func (p *pull) choose(blobs []blob) ([]blob, error) {
 	return slices.DeleteFunc(blobs, func(b blob) bool {
 		return !slices.ContainsFunc(chosen, func(d ocispec.Descriptor) bool { return d.Digest == b.Digest })
 	}), err
-}
-
-func (p *pull) first(d digest.Digest) bool {
-	first := !p.seen[d]
-	p.seen[d] = true
-	return first
 }
 
 func (p *pull) blob(ctx context.Context, b blob) error {
@@ -343,99 +315,4 @@ func (w *progressWriter) Write(b []byte) (int, error) {
 		w.pull.Progress(w.d, w.done, w.total)
 	}
 	return n, err
-}
-
-// manifest is what Larder reads of an image manifest or index, OCI or Docker
-// schema 2; the fields have the same names in all four.
-type manifest struct {
-	MediaType string               `json:"mediaType"`
-	Manifests []ocispec.Descriptor `json:"manifests"`
-	Config    ocispec.Descriptor   `json:"config"`
-	Layers    []ocispec.Descriptor `json:"layers"`
-}
-
-// blob is a descriptor and its place in the manifest: config or layer.
-type blob struct {
-	ocispec.Descriptor
-	kind string
-}
-
-func parseManifest(body []byte) (manifest, error) {
-	var m manifest
-	if err := json.Unmarshal(body, &m); err != nil {
-		return m, fmt.Errorf("not a manifest: %w", err)
-	}
-	for _, d := range slices.Concat(m.Manifests, m.Layers) {
-		if err := d.Digest.Validate(); err != nil {
-			return m, fmt.Errorf("names %q: %w", d.Digest, err)
-		}
-	}
-	if m.Config.Digest != "" {
-		if err := m.Config.Digest.Validate(); err != nil {
-			return m, fmt.Errorf("names config %q: %w", m.Config.Digest, err)
-		}
-	}
-	return m, nil
-}
-
-func (m manifest) isIndex() bool { return len(m.Manifests) > 0 }
-
-// blobs lists config and layers, each digest once.
-func (m manifest) blobs() []blob {
-	var out []blob
-	add := func(d ocispec.Descriptor, kind string) {
-		known := slices.ContainsFunc(out, func(b blob) bool { return b.Digest == d.Digest })
-		if d.Digest != "" && len(d.URLs) == 0 && !known { // with URLs: foreign layers, not in the registry
-			out = append(out, blob{d, kind})
-		}
-	}
-	add(m.Config, "config")
-	for _, l := range m.Layers {
-		add(l, "layer")
-	}
-	return out
-}
-
-// platformError is an image that is made for others.
-type platformError struct{ want string }
-
-func (e *platformError) Error() string { return "the image has no manifest for " + e.want }
-
-var errNoPlatform = errors.New("not a platform")
-
-// choose picks the manifests of an index: "all", one platform, or this
-// machine's. Attestations (platform unknown/unknown) are in "all" only.
-func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
-	if platform == "all" {
-		return m.Manifests, nil
-	}
-	want := platforms.DefaultSpec()
-	if platform != "" {
-		var err error
-		if want, err = platforms.Parse(platform); err != nil {
-			return nil, fmt.Errorf("%w: %q: write os/arch, such as linux/arm64, or all", errNoPlatform, platform)
-		}
-	}
-	matcher := platforms.Only(want)
-	var fits []ocispec.Descriptor
-	for _, d := range m.Manifests {
-		if d.Platform == nil || matcher.Match(*d.Platform) {
-			fits = append(fits, d)
-		}
-	}
-	if len(fits) == 0 {
-		return nil, &platformError{platforms.Format(want)}
-	}
-	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
-		switch {
-		case a.Platform == nil || b.Platform == nil:
-			return 0
-		case matcher.Less(*a.Platform, *b.Platform):
-			return -1
-		case matcher.Less(*b.Platform, *a.Platform):
-			return 1
-		}
-		return 0
-	})
-	return fits[:1], nil
 }

@@ -1,15 +1,11 @@
 package agent
 
 import (
-	"context"
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"net/http/httptest"
-	"path"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/larder-cache/larder/test/registrytest"
 	"github.com/opencontainers/go-digest"
@@ -85,62 +81,5 @@ func TestPullVerifies(t *testing.T) {
 			t.Errorf("%s: pulled %v", name, parts)
 		}
 		server.Close()
-	}
-}
-
-// FuzzManifest feeds foreign bytes to the reader of manifests: whatever it
-// accepts names valid digests only.
-func FuzzManifest(f *testing.F) {
-	f.Add([]byte(`{"mediaType":"x","config":{"digest":"sha256:` + strings.Repeat("a", 64) + `"},"layers":[{"digest":"sha256:` + strings.Repeat("b", 64) + `","urls":["x"]}]}`))
-	f.Add([]byte(`{"manifests":[{"digest":"sha256:` + strings.Repeat("a", 64) + `","platform":{"os":"linux","architecture":"arm64","variant":"v8"}}]}`))
-	f.Add([]byte(`{"manifests":[{"digest":"../../etc"}]}`))
-	f.Fuzz(func(t *testing.T, body []byte) {
-		m, err := parseManifest(body)
-		if err != nil {
-			return
-		}
-		for _, b := range m.blobs() {
-			if b.Digest.Validate() != nil {
-				t.Errorf("names %q", b.Digest)
-			}
-		}
-		for _, platform := range []string{"", "all", "linux/arm64"} {
-			chosen, err := m.choose(platform)
-			if err == nil && platform != "all" && m.isIndex() && len(chosen) != 1 {
-				t.Errorf("%q chooses %d", platform, len(chosen))
-			}
-			for _, d := range chosen {
-				if d.Digest.Validate() != nil {
-					t.Errorf("chooses %q", d.Digest)
-				}
-			}
-		}
-	})
-}
-
-// TestWarmIndexesOfIndexes: what 64 indexes list twice each is pulled once.
-func TestWarmIndexesOfIndexes(t *testing.T) {
-	bodies := map[string][]byte{"v1": nil}
-	put := func(body []byte) digest.Digest {
-		d := digest.FromBytes(body)
-		bodies[d.String()], bodies["v1"] = body, body
-		return d
-	}
-	config := put([]byte("{}"))
-	d := put(fmt.Appendf(nil, `{"schemaVersion":2,"config":{"digest":%q,"size":2}}`, config))
-	for range 64 {
-		d = put(fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q,"size":1},{"digest":%q,"size":1}]}`, d, d))
-	}
-	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body := bodies[path.Base(r.URL.Path)]
-		w.Header().Set("Docker-Content-Digest", digest.FromBytes(body).String())
-		_, _ = w.Write(body) // the client says what it lacks
-	}))
-	defer registry.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	got, err := Puller{Proxy: registry.URL, Platform: "all"}.Pull(ctx, Image{Registry: testRegistry, Repository: "team/app", Reference: "v1"})
-	if err != nil || len(got) != 66 {
-		t.Errorf("%d parts, want 66; %v", len(got), err)
 	}
 }

@@ -1,0 +1,173 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// maxManifests bounds the manifests and indexes of one image. Images for all platforms have
+// some dozens, attestations included; without a bound a registry could go on for ever.
+const maxManifests = 1000
+
+// errNotBelow is what the reader of walkImage returns to have what is below a manifest
+// left out.
+var errNotBelow = errors.New("not below this manifest")
+
+// walkImage goes through an image for one platform as choose understands it: first the
+// root, then what each index chooses, depth first. No digest comes twice, for platforms
+// share layers, and indexes of indexes could name one another without end. More than
+// maxManifests are an error.
+//
+// read returns the bytes of a manifest, whose digest and length (archive.MaxManifest) it
+// has seen to. visit is told what they say: the descriptor with its true size, the
+// manifest, and those of its blobs that none before it listed; an index has none. An
+// error of either ends the walk, and comes back as it is.
+func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descriptor) ([]byte, error), visit func(ocispec.Descriptor, manifest, []blob) error) error {
+	seen, manifests := map[digest.Digest]bool{}, 0
+	first := func(d digest.Digest) bool {
+		known := seen[d]
+		seen[d] = true
+		return !known
+	}
+	var walk func(ocispec.Descriptor) error
+	walk = func(d ocispec.Descriptor) error {
+		if !first(d.Digest) {
+			return nil
+		}
+		if manifests++; manifests > maxManifests {
+			return fmt.Errorf("the image has more than %d manifests", maxManifests)
+		}
+		body, err := read(d)
+		if errors.Is(err, errNotBelow) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		m, err := parseManifest(body)
+		if err != nil {
+			return fmt.Errorf("manifest %s: %w", d.Digest, err)
+		}
+		d.Size = int64(len(body))
+		if !m.isIndex() {
+			return visit(d, m, slices.DeleteFunc(m.blobs(), func(b blob) bool { return !first(b.Digest) }))
+		}
+		if err := visit(d, m, nil); err != nil {
+			return err
+		}
+		chosen, err := m.choose(platform)
+		if err != nil {
+			return err
+		}
+		for _, child := range chosen {
+			if err := walk(child); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return walk(root)
+}
+
+// manifest is what Larder reads of an image manifest or index, OCI or Docker
+// schema 2; the fields have the same names in all four. It is for what the proxy gave or
+// the cache holds. Two others read by rules of their own: proxy.outline decides who may
+// have what, so it refuses whatever can be read in two ways, and archive.document is of an
+// image that may lack platforms, and of which an import keeps all that it lists.
+type manifest struct {
+	Manifests []ocispec.Descriptor `json:"manifests"`
+	Config    ocispec.Descriptor   `json:"config"`
+	Layers    []ocispec.Descriptor `json:"layers"`
+}
+
+// blob is a descriptor and what it is of: config or layer; in an export, manifest too.
+type blob struct {
+	ocispec.Descriptor
+	kind string
+}
+
+// parseManifest fails on what is no JSON object, or lists a digest that is none.
+func parseManifest(body []byte) (manifest, error) {
+	var m manifest
+	if err := json.Unmarshal(body, &m); err != nil {
+		return m, fmt.Errorf("not a manifest: %w", err)
+	}
+	for _, d := range slices.Concat(m.Manifests, m.Layers) {
+		if err := d.Digest.Validate(); err != nil {
+			return m, fmt.Errorf("names %q: %w", d.Digest, err)
+		}
+	}
+	if m.Config.Digest != "" {
+		if err := m.Config.Digest.Validate(); err != nil {
+			return m, fmt.Errorf("names config %q: %w", m.Config.Digest, err)
+		}
+	}
+	return m, nil
+}
+
+func (m manifest) isIndex() bool { return len(m.Manifests) > 0 }
+
+// blobs lists config and layers, a digest as often as the manifest does.
+func (m manifest) blobs() []blob {
+	var out []blob
+	add := func(d ocispec.Descriptor, kind string) {
+		if d.Digest != "" && len(d.URLs) == 0 { // with URLs: foreign layers, not in the registry
+			out = append(out, blob{d, kind})
+		}
+	}
+	add(m.Config, "config")
+	for _, l := range m.Layers {
+		add(l, "layer")
+	}
+	return out
+}
+
+// platformError is an image that is made for others.
+type platformError struct{ want string }
+
+func (e *platformError) Error() string { return "the image has no manifest for " + e.want }
+
+var errNoPlatform = errors.New("not a platform")
+
+// choose picks the manifests of an index: "all", one platform, or this
+// machine's. Attestations (platform unknown/unknown) are in "all" only.
+func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
+	if platform == "all" {
+		return m.Manifests, nil
+	}
+	want := platforms.DefaultSpec()
+	if platform != "" {
+		var err error
+		if want, err = platforms.Parse(platform); err != nil {
+			return nil, fmt.Errorf("%w: %q: write os/arch, such as linux/arm64, or all", errNoPlatform, platform)
+		}
+	}
+	matcher := platforms.Only(want)
+	var fits []ocispec.Descriptor
+	for _, d := range m.Manifests {
+		if d.Platform == nil || matcher.Match(*d.Platform) {
+			fits = append(fits, d)
+		}
+	}
+	if len(fits) == 0 {
+		return nil, &platformError{platforms.Format(want)}
+	}
+	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
+		switch {
+		case a.Platform == nil || b.Platform == nil:
+			return 0
+		case matcher.Less(*a.Platform, *b.Platform):
+			return -1
+		case matcher.Less(*b.Platform, *a.Platform):
+			return 1
+		}
+		return 0
+	})
+	return fits[:1], nil
+}

@@ -1,0 +1,90 @@
+package agent
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// TestWalkImage: indexes that list the one below twice make 2^n ways down. Each part
+// comes once all the same, the root first, and there is an end to how many.
+func TestWalkImage(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		indexes int
+		hidden  int // depth of a manifest that is left out; 0 = none
+		visits  int
+		blobs   int
+		want    string // of the error
+	}{
+		{"deep", 64, 0, 65, 1, ""},
+		{"as many as there may be", maxManifests - 1, 0, maxManifests, 1, ""},
+		{"one more", maxManifests, 0, maxManifests, 0, fmt.Sprintf("more than %d manifests", maxManifests)},
+		{"left out below", 64, 10, 10, 0, ""},
+	} {
+		config := digest.FromString("config")
+		body := fmt.Appendf(nil, `{"config":{"digest":%q,"size":2},"layers":[{"digest":%q,"size":2}]}`, config, config)
+		store := map[digest.Digest][]byte{}
+		var order []digest.Digest // the root last
+		for range tt.indexes + 1 {
+			d := digest.FromBytes(body)
+			store[d], order = body, append(order, d)
+			body = fmt.Appendf(nil, `{"manifests":[{"digest":%q,"size":1},{"digest":%q,"size":1}]}`, d, d)
+		}
+		slices.Reverse(order)
+		var visited []digest.Digest
+		listed := 0
+		err := walkImage(ocispec.Descriptor{Digest: order[0]}, "all", func(d ocispec.Descriptor) ([]byte, error) {
+			if tt.hidden > 0 && d.Digest == order[tt.hidden] {
+				return nil, errNotBelow
+			}
+			return store[d.Digest], nil
+		}, func(d ocispec.Descriptor, m manifest, blobs []blob) error {
+			if d.Size != int64(len(store[d.Digest])) || m.isIndex() && len(blobs) > 0 {
+				t.Errorf("%s: %+v lists %d blobs", tt.name, d, len(blobs))
+			}
+			visited, listed = append(visited, d.Digest), listed+len(blobs)
+			return nil
+		})
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+		if !slices.Equal(visited, order[:tt.visits]) || listed != tt.blobs {
+			t.Errorf("%s: %d manifests and %d blobs, want %d and %d", tt.name, len(visited), listed, tt.visits, tt.blobs)
+		}
+	}
+}
+
+// FuzzManifest feeds foreign bytes to the reader of manifests: whatever it
+// accepts names valid digests only.
+func FuzzManifest(f *testing.F) {
+	f.Add([]byte(`{"mediaType":"x","config":{"digest":"sha256:` + strings.Repeat("a", 64) + `"},"layers":[{"digest":"sha256:` + strings.Repeat("b", 64) + `","urls":["x"]}]}`))
+	f.Add([]byte(`{"manifests":[{"digest":"sha256:` + strings.Repeat("a", 64) + `","platform":{"os":"linux","architecture":"arm64","variant":"v8"}}]}`))
+	f.Add([]byte(`{"manifests":[{"digest":"../../etc"}]}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		m, err := parseManifest(body)
+		if err != nil {
+			return
+		}
+		for _, b := range m.blobs() {
+			if b.Digest.Validate() != nil {
+				t.Errorf("names %q", b.Digest)
+			}
+		}
+		for _, platform := range []string{"", "all", "linux/arm64"} {
+			chosen, err := m.choose(platform)
+			if err == nil && platform != "all" && m.isIndex() && len(chosen) != 1 {
+				t.Errorf("%q chooses %d", platform, len(chosen))
+			}
+			for _, d := range chosen {
+				if d.Digest.Validate() != nil {
+					t.Errorf("chooses %q", d.Digest)
+				}
+			}
+		}
+	})
+}
