@@ -12,14 +12,16 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// document is what is read of a manifest or index, of any kind.
+// document is what is read of a manifest or index, of any kind. Its digests are looked at
+// one by one, see has: an image may lack what it lists, and only what is here counts.
 type document struct {
-	SchemaVersion int                  `json:"schemaVersion"`
-	MediaType     string               `json:"mediaType"`
-	Config        *ocispec.Descriptor  `json:"config"`
-	Layers        []ocispec.Descriptor `json:"layers"`
-	Manifests     []ocispec.Descriptor `json:"manifests"`
-	Blobs         []ocispec.Descriptor `json:"blobs"` // of an early draft of artifacts
+	MediaType string               `json:"mediaType"`
+	Config    *ocispec.Descriptor  `json:"config"`
+	Layers    []ocispec.Descriptor `json:"layers"`
+	Manifests []ocispec.Descriptor `json:"manifests"`
+	// Blobs are of application/vnd.oci.artifact.manifest.v1+json, of release candidates
+	// of image-spec 1.1 alone; runtimes do not pull these, but archives hold them.
+	Blobs []ocispec.Descriptor `json:"blobs"`
 }
 
 // blobs are those that a registry has too: layers with URLs of their own are elsewhere.
