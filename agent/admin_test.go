@@ -99,11 +99,21 @@ func TestNoPeersNoMembers(t *testing.T) {
 	}
 }
 
-// TestBytesAddUp holds that what the metrics count is what was pulled.
+// TestBytesAddUp holds that what the metrics count is what was pulled: served are the bytes
+// of clients, and not of what the agent pulls for itself; fetched are those of both.
 func TestBytesAddUp(t *testing.T) {
 	c := testConfig(t)
-	startRegistry(t, &c)
+	reg, _ := startRegistry(t, &c)
+	for seed, repository := range []string{"team/warmed", "team/pinned"} {
+		reg.Put(repository, registrytest.Platforms(registrytest.ImageSpec{Seed: uint64(20 + seed), Layers: []int64{1000}}, false), "v1")
+	}
 	a := start(t, c)
+	for path, repository := range map[string]string{"/api/v1/warm": "team/warmed", "/api/v1/pins": "team/pinned"} {
+		code, answer := a.admin(t, "POST", path, `{"images":["`+testRegistry+"/"+repository+`:v1"]}`, "Content-Type", "application/json")
+		if code != 200 || strings.Contains(answer, `"error"`) {
+			t.Fatalf("%s: %d %s", path, code, answer)
+		}
+	}
 	pulled := sources(a.pull(t))
 	for source, n := range sources(a.pull(t)) {
 		pulled[source] += n

@@ -247,6 +247,6 @@ func (a *Agent) sample() Sample {
 		Uploaded: counted["larder_uploaded_bytes_total"][""],
 	}
 	maps.Copy(s.Served, counted["larder_served_bytes_total"]) // which is not there before the first byte
-	delete(s.Served, "none")                                  // error bodies and pings
+	delete(s.Served, "none")                                  // runtimes' pings
 	return s
 }

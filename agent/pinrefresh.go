@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -52,7 +53,7 @@ func (s *pins) puller() Puller {
 }
 
 // pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
-const pinUserAgent = "larder-pin"
+const pinUserAgent = proxy.OwnAgent + "pin"
 
 // resolve finds what p's name stands for.
 func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {

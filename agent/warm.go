@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/larder-cache/larder/agent/proxy"
 )
 
 // warm pulls one image through this node's own proxy and reports to out; what
 // it returns is the image's last event.
 func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *eventStream) WarmEvent {
-	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform}
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform, UserAgent: proxy.OwnAgent + "warm"}
 	out.follow(&puller, name)
 	parts, err := puller.Pull(ctx, image)
 	if err != nil {

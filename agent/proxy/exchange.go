@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -56,6 +57,7 @@ type exchange struct {
 	cancel context.CancelCauseFunc
 	route  route
 	access access // from begin on
+	own    bool   // see OwnAgent
 	start  time.Time
 	// The next four are used by the handler's goroutine alone.
 	status    int
@@ -78,7 +80,7 @@ func (p *Proxy) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	return &exchange{
 		ResponseWriter: w, proxy: p, r: r, ctx: ctx, cancel: cancel, start: time.Now(),
-		route: route{kind: KindOther}, source: sourceNone,
+		route: route{kind: KindOther}, source: sourceNone, own: strings.HasPrefix(r.UserAgent(), OwnAgent),
 	}
 }
 
@@ -142,11 +144,11 @@ func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
 	return n, err
 }
 
-// count adds n bytes of the body to the metrics as soon as they are sent. At the end
-// of the body would be too late for a chart: a layer can take minutes.
+// count adds n bytes of the body to the metrics as soon as they are sent, if they go to a
+// runtime. At the end of the body would be too late for a chart: a layer can take minutes.
 func (x *exchange) count(n int64) {
 	x.sent.Add(n)
-	if n <= 0 || x.status >= http.StatusMultipleChoices {
+	if n <= 0 || x.own || x.status >= http.StatusMultipleChoices {
 		return
 	}
 	if x.served == nil {

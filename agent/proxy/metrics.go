@@ -23,7 +23,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "larder_requests_total", Help: "Requests answered on the proxy's port.",
 		}, []string{"kind", "source", "code"}),
 		served: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "larder_served_bytes_total", Help: "Body bytes sent to runtimes.",
+			Name: "larder_served_bytes_total", Help: "Body bytes sent to runtimes; what this agent pulls for itself is not among them.",
 		}, []string{"source"}),
 		firstByte: f.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "larder_first_byte_seconds", Help: "Time from a request to its headers.",
@@ -35,6 +35,12 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		decisions: newDecisions(f),
 	}
 }
+
+// OwnAgent begins the User-Agent of requests that the agent makes of its own proxy: to
+// warm the cache, for a pin, or as its watchdog. They are answered and audited as any, but
+// what is sent to them is not served to a runtime: who pulls the image later has its bytes
+// counted.
+const OwnAgent = "larder-"
 
 // ServedBytes is the counter larder_served_bytes_total, whoever registered it.
 func (p *Proxy) ServedBytes() prometheus.Collector { return p.metrics.served }
