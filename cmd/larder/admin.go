@@ -34,6 +34,8 @@ func (f *adminFlags) bind(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.admin, "admin", "", "the agent's admin API (default: LARDER_ADMIN, else admin.listen of the configuration, else http://127.0.0.1:5053)")
 }
 
+// api finds the agent: by --admin, LARDER_ADMIN, or the admin.listen of a configuration,
+// which need not be right otherwise. It connects to nobody.
 func (f *adminFlags) api() (adminAPI, error) {
 	base := cmp.Or(f.admin, os.Getenv("LARDER_ADMIN"), f.listen)
 	if base == "" {

@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -69,9 +67,7 @@ func openDemo(spec demoSpec) (*demo, error) {
 		return d, fmt.Errorf("demo: %w", err)
 	}
 	d.key = filepath.Join(d.dir, "cluster.key")
-	key := make([]byte, keyBytes)
-	rand.Read(key) // never fails
-	if err := os.WriteFile(d.key, []byte(base64.StdEncoding.EncodeToString(key)), 0o600); err != nil {
+	if err := os.WriteFile(d.key, []byte(newKey()), 0o600); err != nil {
 		return d, fmt.Errorf("demo: %w", err)
 	}
 	if d.meeting, err = freeLoopback(); err != nil {

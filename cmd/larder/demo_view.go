@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -65,15 +66,7 @@ func (v *demoBars) node(name string) demoNodeView {
 	return &demoBar{bar: b, last: map[digest.Digest]int64{}}
 }
 
-// close takes unfinished bars down; mpb would wait for them for ever.
-func (v *demoBars) close() {
-	for _, b := range v.bars {
-		if !b.Completed() {
-			b.Abort(false)
-		}
-	}
-	v.progress.Wait()
-}
+func (v *demoBars) close() { closeBars(v.progress, slices.Values(v.bars)) }
 
 type demoBar struct {
 	bar *mpb.Bar

@@ -59,6 +59,8 @@ no manifest, so their digest is a new one.`,
 	return cmd
 }
 
+// importFile sends one file, - being standard input, and shows what the agent makes of it.
+// The length of a pipe is not known, so that the agent cannot refuse it beforehand.
 func importFile(cmd *cobra.Command, api adminAPI, file, name string) error {
 	in, length := cmd.InOrStdin(), int64(-1)
 	if file != "-" {

@@ -51,7 +51,8 @@ func untilSignal() context.Context {
 // in `larder agent 2>&1 | tee log` on Ctrl-C, or when journald is started anew.
 func outliveReader() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
-// run executes one command line and returns its exit code.
+// run executes one command line and returns its exit code. Errors go to stderr, a line
+// each, with "larder: " before it; ctx ends the command.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root, out := newRoot(), &output{w: stdout}
 	root.SetArgs(args)

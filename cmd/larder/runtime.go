@@ -50,6 +50,8 @@ const criTimeout = 5 * time.Second
 // errNoCRI: a containerd whose CRI plugin is not there.
 var errNoCRI = errors.New("offers no CRI")
 
+// dialRuntime connects to a CRI socket and asks who is there; errNoCRI is a containerd that no
+// kubelet can use. The caller closes what it returns.
 func dialRuntime(ctx context.Context, socket string) (*criRuntime, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {

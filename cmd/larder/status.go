@@ -178,7 +178,7 @@ func printPulls(w io.Writer, pulls []proxy.Pull, now time.Time) {
 	t.print(w)
 }
 
-const barWidth = 10
+const barWidth = 10 // columns
 
 // printFills shows what this node fetches.
 func printFills(w io.Writer, fills []agent.FillStatus, now time.Time) {

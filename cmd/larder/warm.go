@@ -6,8 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
+	"maps"
 	"net/http"
-	"time"
 
 	"github.com/larder-cache/larder/agent"
 	"github.com/opencontainers/go-digest"
@@ -59,11 +60,12 @@ func warm(ctx context.Context, api adminAPI, out io.Writer, req agent.WarmReques
 	return showWarm(out, resp.Body, len(req.Images))
 }
 
-// warmView shows the events of one warm request.
+// warmView shows the events of one warm request, or what else moves blobs. event is called
+// by one goroutine at a time.
 type warmView interface {
 	event(agent.WarmEvent)
 	say(format string, args ...any) // a line
-	close()
+	close()                         // after the last event, finished or not
 }
 
 // newWarmView draws bars on a terminal, and writes lines elsewhere.
@@ -71,7 +73,7 @@ func newWarmView(w io.Writer) warmView {
 	if width, ok := terminal(w); ok {
 		return &warmBars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(min(width, 64))), bars: map[digest.Digest]*mpb.Bar{}}
 	}
-	return &warmLines{w: w, images: map[string]*warmTotal{}}
+	return &warmLines{w: w, images: map[string]map[string]int64{}}
 }
 
 // showWarm reads events until every image is done.
@@ -106,27 +108,22 @@ func showWarm(w io.Writer, events io.Reader, images int) error {
 // warmLines prints one line per blob and image: for pipes and logs.
 type warmLines struct {
 	w      io.Writer
-	images map[string]*warmTotal
-}
-
-type warmTotal struct {
-	started time.Time
-	bytes   map[string]int64
+	images map[string]map[string]int64 // bytes, by image and source
 }
 
 func (v *warmLines) event(e agent.WarmEvent) {
-	total := v.images[e.Image]
-	if total == nil {
-		total = &warmTotal{started: time.Now(), bytes: map[string]int64{}}
-		v.images[e.Image] = total
+	bytes := v.images[e.Image]
+	if bytes == nil {
+		bytes = map[string]int64{}
+		v.images[e.Image] = bytes
 	}
 	switch {
 	case e.Error != "":
 		fmt.Fprintf(v.w, "%s: failed: %s\n", e.Image, e.Error)
 	case e.Done:
-		fmt.Fprintf(v.w, "%s: done: %s\n", e.Image, bySource(total.bytes))
+		fmt.Fprintf(v.w, "%s: done: %s\n", e.Image, bySource(bytes))
 	case e.Source != "":
-		total.bytes[e.Source] += e.Bytes
+		bytes[e.Source] += e.Bytes
 		image := ""
 		if e.Image != "" {
 			image = e.Image + ": "
@@ -169,12 +166,14 @@ func (v *warmBars) event(e agent.WarmEvent) {
 
 func (v *warmBars) say(format string, args ...any) { fmt.Fprintf(v.progress, format+"\n", args...) }
 
-// close takes unfinished bars down; mpb would wait for them for ever.
-func (v *warmBars) close() {
-	for _, b := range v.bars {
+func (v *warmBars) close() { closeBars(v.progress, maps.Values(v.bars)) }
+
+// closeBars takes unfinished bars down; mpb would wait for them for ever.
+func closeBars(p *mpb.Progress, bars iter.Seq[*mpb.Bar]) {
+	for b := range bars {
 		if !b.Completed() {
 			b.Abort(false)
 		}
 	}
-	v.progress.Wait()
+	p.Wait()
 }
