@@ -53,7 +53,9 @@ func newMetricsServer(h http.Handler) *http.Server {
 
 const (
 	// metricsTimeout is longer than scrapes are waited for.
-	metricsTimeout     = 30 * time.Second
+	metricsTimeout = 30 * time.Second
+	// adminHeaderTimeout is for a client to say what it wants; bodies have no bound, see
+	// clientPatience.
 	adminHeaderTimeout = 5 * time.Second
 	// adminGrace lets a scrape or a status call under way finish.
 	adminGrace = time.Second

@@ -90,8 +90,9 @@ func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
 func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedge = f } }
 
 // New validates the configuration, opens the listeners and the cache, and
-// starts nothing. When it fails it takes back host configuration that an
-// earlier agent left behind: nobody will serve it now.
+// starts nothing. It reads the disk, for as long as that takes. When it fails it
+// leaves nothing open, and takes back host configuration that an earlier agent left
+// behind: nobody will serve it now. The error joins each [Problem], if there are any.
 func New(c Config, opts ...Option) (*Agent, error) {
 	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay, look: replicaInterval, patience: clientPatience}
 	for _, opt := range opts {
@@ -266,15 +267,18 @@ func (a *Agent) pulled(e proxy.Event) {
 	}
 }
 
-// ProxyAddr is the address the pull API listens on.
+// ProxyAddr is the address the pull API listens on, host:port: the port that was given
+// where proxy.listen asks for port 0.
 func (a *Agent) ProxyAddr() string { return a.listeners.proxy.Addr().String() }
 
-// AdminAddr is the address the admin API listens on.
+// AdminAddr is the address the admin API listens on, as ProxyAddr.
 func (a *Agent) AdminAddr() string { return a.listeners.admin.Addr().String() }
 
 // Run serves until ctx ends or a part fails, then stops everything in order:
 // host configuration first, so that no runtime asks any more, then the proxy
-// after a drain, then what the proxy used. It returns nil after ctx ended.
+// after a drain, then what the proxy used. It closes the agent. It returns nil if
+// ctx has ended and every part stopped in time; one that hangs is left, and reported,
+// after proxy.drain_timeout and stopSlack.
 func (a *Agent) Run(ctx context.Context) error {
 	p := newParts(a.log, a.config.Proxy.DrainTimeout+stopSlack)
 	p.start("admin", a.serveAdmin)
@@ -317,7 +321,7 @@ func (a *Agent) Run(ctx context.Context) error {
 // hangs must not keep the process from ending and starting anew.
 const stopSlack = 15 * time.Second
 
-// Close releases what New opened. Run does it by itself.
+// Close releases what New opened. Run does it by itself; it must not run meanwhile.
 func (a *Agent) Close() error {
 	var errs []error
 	for _, l := range []net.Listener{a.listeners.proxy, a.listeners.admin, a.listeners.metrics} {

@@ -21,7 +21,7 @@ type Status struct {
 	Build
 	Node    string    `json:"node"`
 	Started time.Time `json:"started"`
-	Proxy   string    `json:"proxy"`
+	Proxy   string    `json:"proxy"` // host:port of the pull API
 	Ready   bool      `json:"ready"`
 	Checks  []Check   `json:"checks"`
 
@@ -29,7 +29,7 @@ type Status struct {
 	Pins  PinsStatus  `json:"pins"`
 	// Replicas is about what would be lost with this node.
 	Replicas ReplicasStatus `json:"replicas"`
-	Pulls    []proxy.Pull   `json:"pulls"` // on their way to a runtime, oldest first
+	Pulls    []proxy.Pull   `json:"pulls"` // on their way to a client of the proxy, oldest first
 	Fills    []FillStatus   `json:"fills"` // on their way to this node's disk, oldest first
 	// Served are bytes to runtimes by X-Larder-Source, Fetched are bytes by
 	// where they came from ("upstream", "peer"); both since the start.
@@ -38,7 +38,7 @@ type Status struct {
 	Uploaded int64            `json:"uploaded_bytes"` // to other nodes
 
 	Upstreams []upstream.Health `json:"upstreams"`
-	Peers     string            `json:"peers"`   // "alone", or how many members
+	Peers     string            `json:"peers"`   // a line for people: alone and why, or how many members
 	Members   []Member          `json:"members"` // by zone, then name; this node included
 	Zones     []ZoneStatus      `json:"zones"`   // by name; of the members
 	Index     IndexStatus       `json:"index"`
@@ -70,11 +70,11 @@ type CacheStatus struct {
 // FillStatus is one blob that is being fetched.
 type FillStatus struct {
 	Digest  digest.Digest `json:"digest"`
-	Size    int64         `json:"size"` // -1 while unknown
-	Present int64         `json:"present"`
+	Size    int64         `json:"size"`    // -1 while unknown
+	Present int64         `json:"present"` // bytes on disk
 	Readers int           `json:"readers"`
 	Started time.Time     `json:"started"`
-	Origins []Origin      `json:"origins"`
+	Origins []Origin      `json:"origins"` // of what this process fetched, without their When
 }
 
 // Origin is bytes of a blob that came from one place.
@@ -82,13 +82,13 @@ type Origin struct {
 	Kind  string    `json:"kind"`           // upstream, peer, runtime or import
 	Name  string    `json:"name,omitempty"` // registry host or peer name
 	Bytes int64     `json:"bytes"`
-	When  time.Time `json:"when,omitzero"`
+	When  time.Time `json:"when,omitzero"` // when the blob was whole, or its fill began
 }
 
 // Member is one node of the cluster as this one sees it.
 type Member struct {
 	Name    string `json:"name"`
-	Address string `json:"address"`
+	Address string `json:"address"` // ip:port for pieces
 	Zone    string `json:"zone,omitempty"`
 	State   string `json:"state"` // StateAlive...
 	Self    bool   `json:"self,omitempty"`
@@ -133,15 +133,16 @@ type ZoneStatus struct {
 	Received int64  `json:"received_bytes"`
 }
 
-// RecentPull is what a runtime asked for of one repository in one go: an
-// image. Pulls since the agent's start are remembered, the last 20 of them.
+// RecentPull is what the proxy was asked for of one repository in one go: an image.
+// Runtimes ask, and so do warm, pin and export. Pulls since the agent's start are
+// remembered, the last 20 of them.
 type RecentPull struct {
 	Registry   string    `json:"registry"`
 	Repository string    `json:"repository"`
 	Reference  string    `json:"reference"` // tag or digest; "" if no manifest was asked for
 	Started    time.Time `json:"started"`
 	Ended      time.Time `json:"ended"`                // the last answer so far
-	UserAgent  string    `json:"user_agent,omitempty"` // of the runtime, shortened
+	UserAgent  string    `json:"user_agent,omitempty"` // of who asked, shortened
 	// Served are its bytes by X-Larder-Source.
 	Served map[string]int64 `json:"served_bytes"`
 	Failed int              `json:"failed"` // answers that were an error, or ended short
@@ -214,7 +215,7 @@ type Explanation struct {
 	Parts    []Part        `json:"parts"`              // manifests, configs, layers, in the order of a pull
 	Bytes    int64         `json:"bytes"`              // of all parts whose size is known
 	Here     int64         `json:"bytes_here"`         // of which on this node
-	Platform string        `json:"platform,omitempty"` // the one that parts were limited to
+	Platform string        `json:"platform,omitempty"` // as asked for; "" = this node's
 }
 
 // Part is one blob of an image.
@@ -242,10 +243,10 @@ type WarmRequest struct {
 type WarmEvent struct {
 	Image  string        `json:"image"`
 	Digest digest.Digest `json:"digest,omitempty"`
-	Kind   string        `json:"kind,omitempty"`
-	Bytes  int64         `json:"bytes,omitempty"`
-	Total  int64         `json:"total,omitempty"`
-	Source string        `json:"source,omitempty"` // set when the blob is complete
+	Kind   string        `json:"kind,omitempty"`   // manifest, config or layer; set with Source
+	Bytes  int64         `json:"bytes,omitempty"`  // that have come
+	Total  int64         `json:"total,omitempty"`  // its size, -1 while unknown
+	Source string        `json:"source,omitempty"` // X-Larder-Source; set when the blob is complete
 	Done   bool          `json:"done,omitempty"`
 	Error  string        `json:"error,omitempty"`
 }
@@ -273,12 +274,14 @@ type Pin struct {
 	// whole, what is being fetched; Next is a newer version on its way.
 	Digest  digest.Digest `json:"digest,omitempty"`
 	Next    digest.Digest `json:"next_digest,omitempty"`
-	Public  bool          `json:"public"`           // the registry showed Digest to everybody: it is served here also when it refuses that later
-	Bytes   int64         `json:"bytes"`            // of Digest
-	Present int64         `json:"present"`          // of which here
-	Since   time.Time     `json:"since"`            // when it was pinned
-	Checked time.Time     `json:"checked,omitzero"` // when the registry said last what it stands for
-	Retry   time.Time     `json:"retry,omitzero"`   // the next try after an Error
+	Public  bool          `json:"public"`  // the registry showed Digest to everybody: it is served here also when it refuses that later
+	Bytes   int64         `json:"bytes"`   // of Digest
+	Present int64         `json:"present"` // of which here
+	Since   time.Time     `json:"since"`   // when it was pinned
+	// Checked is when the registry said last what it stands for; of a digest, and where
+	// the registry is never asked, when this node looked last.
+	Checked time.Time `json:"checked,omitzero"`
+	Retry   time.Time `json:"retry,omitzero"` // the next try after an Error
 }
 
 // What a Pin's State can be.
@@ -294,10 +297,10 @@ var pinStates = []string{PinHeld, PinStale, PinFetching, PinMissing}
 // PinsStatus sums up the pins; /api/v1/pins lists them.
 type PinsStatus struct {
 	Images  int            `json:"images"`
-	Bytes   int64          `json:"bytes"`
+	Bytes   int64          `json:"bytes"` // these three as in PinList
 	Limit   int64          `json:"limit_bytes"`
-	States  map[string]int `json:"states"`
 	Problem string         `json:"problem,omitempty"`
+	States  map[string]int `json:"states"`  // how many are PinHeld..., each of these
 	Trouble []Pin          `json:"trouble"` // those with an Error, at most 20
 }
 
@@ -315,9 +318,9 @@ type ReplicasStatus struct {
 // served, or cannot be. Done ends the answer, with Error if anything failed.
 type ImportEvent struct {
 	Digest digest.Digest `json:"digest,omitempty"` // of a blob
-	Bytes  int64         `json:"bytes,omitempty"`
-	Total  int64         `json:"total,omitempty"`
-	There  bool          `json:"there,omitempty"` // it was in the cache before
+	Bytes  int64         `json:"bytes,omitempty"`  // that were read
+	Total  int64         `json:"total,omitempty"`  // its size
+	There  bool          `json:"there,omitempty"`  // it was in the cache before
 	Whole  bool          `json:"whole,omitempty"`
 
 	Image *ImportedImage `json:"image,omitempty"`
@@ -341,7 +344,7 @@ type ImportedImage struct {
 // image with this nonce reached the proxy.
 type Canary struct {
 	Seen      bool      `json:"seen"`
-	At        time.Time `json:"at,omitzero"`
-	Registry  string    `json:"registry,omitempty"`
+	At        time.Time `json:"at,omitzero"`        // of the last such request
+	Registry  string    `json:"registry,omitempty"` // that it named
 	UserAgent string    `json:"user_agent,omitempty"`
 }

@@ -17,7 +17,7 @@ import (
 
 const (
 	// auditBytes is where the file is rotated, auditKeep how many old ones stay
-	// (FILE.1 is the youngest).
+	// (FILE.1 is the youngest): 320 MiB in all.
 	auditBytes = 64 << 20
 	auditKeep  = 4
 	// auditQueue is how many lines may wait for the disk. A disk that is slower
@@ -176,6 +176,8 @@ func (l *auditLog) append(line []byte) error {
 	return nil
 }
 
+// open reads too, for endLine. What is no regular file, such as /dev/stdout, is written to as
+// it is.
 func (l *auditLog) open() error {
 	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	if err != nil {

@@ -12,7 +12,8 @@ const (
 	// doctorPatience is how long host files may take to be written at the start
 	// before the node is looked at all the same.
 	doctorPatience = 30 * time.Second
-	doctorEvery    = 10 * time.Minute
+	// doctorEvery is for what somebody edits by hand; it reads some dozen files.
+	doctorEvery = 10 * time.Minute
 	// doctorLook is how often something is looked for that makes a new
 	// examination worth while; it costs nothing.
 	doctorLook = time.Second

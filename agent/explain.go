@@ -19,8 +19,8 @@ import (
 var errUnknownImage = errors.New("not known on this node")
 
 // Explain says where each part of an image is and came from, for one platform
-// ("" = this node's) or "all". It asks no registry: what never passed this
-// node is an error.
+// ("" = this node's) or "all". It asks no registry and no other node: what never passed
+// this one is an error.
 func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
 	e := explainer{agent: a, image: image, fills: map[digest.Digest]cache.Progress{}, used: map[digest.Digest]time.Time{}}
 	e.out = Explanation{Image: image.String(), Platform: platform}
@@ -127,6 +127,7 @@ func (a *Agent) readManifest(d digest.Digest) ([]byte, error) {
 	return io.ReadAll(r)
 }
 
+// add says where a part is: of several places the nearest.
 func (e *explainer) add(kind string, d ocispec.Descriptor) {
 	p := Part{Kind: kind, Digest: d.Digest, Size: d.Size, Where: "upstream", Origins: []Origin{}, Used: e.used[d.Digest]}
 	if d.Platform != nil {

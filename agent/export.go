@@ -16,7 +16,8 @@ import (
 // Export pulls images and writes them to w as an OCI image layout in a tar, each under
 // its full name and its own bytes, what they share once. An index is written as it is,
 // with the content of p.Platform alone. The same images make the same bytes. What w got
-// before an error is of no use.
+// before an error is of no use. It does not close w, and keeps manifests in memory alone.
+// p.Manifest and p.Choose are not called.
 func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 	var plans []*exported
 	for _, image := range images {
@@ -96,6 +97,7 @@ func (e *exported) simple(m manifest) {
 	e.root.Config, e.root.Layers = m.Config.Digest, layers
 }
 
+// dockerConfig is OCI's application/vnd.oci.image.config.v1+json as Docker names it.
 const dockerConfig = "application/vnd.docker.container.image.v1+json"
 
 // write pulls the parts, one after the other as a tar wants them.
@@ -111,6 +113,8 @@ func (e *exported) write(ctx context.Context, out *archive.Writer) error {
 	return nil
 }
 
+// writePart pulls a part into the archive. The size that its header needs is the manifest's
+// word; out refuses bytes of another.
 func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer) error {
 	kind := "blobs"
 	if part.kind == "manifest" {

@@ -44,7 +44,7 @@ func (a *Agent) importsChanged(now []hostsconfig.Imported) {
 }
 
 // HostsOptions are what hostsconfig is told by the configuration: also what
-// `larder hosts` works with, so that both mean the same files.
+// `larder hosts` works with, so that both mean the same files. reg may be nil.
 func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.Registerer) hostsconfig.Options {
 	return hostsconfig.Options{
 		Containerd:   c.Hosts.Containerd,
@@ -60,6 +60,8 @@ func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.R
 	}
 }
 
+// hostsRetryMin doubles up to hostsRetryMax: an agent that is replaced by this one lets go
+// of the directory within its drain, a missing mount is no hurry.
 const (
 	hostsRetryMin = time.Second
 	hostsRetryMax = 30 * time.Second

@@ -216,6 +216,7 @@ func (in *importer) adopt(i archive.Image) ImportedImage {
 	return report
 }
 
+// serve hands an image to the proxy, if it may have its name and all of it is still here.
 func (in *importer) serve(i archive.Image, report *ImportedImage) error {
 	image, err := in.target(i.Name)
 	if err != nil {
@@ -278,6 +279,7 @@ func (in *importer) Put(d digest.Digest, size int64, r io.Reader) error {
 	return nil
 }
 
+// put keeps a blob of the archive, or holds it against the one that is here or on its way.
 func (in *importer) put(d digest.Digest, size int64, r io.Reader) error {
 	origin := cache.Origin{Kind: cache.FromImport}
 	err := in.agent.cache.PutStream(in.ctx, d, origin, size, r)
@@ -296,7 +298,8 @@ func (in *importer) put(d digest.Digest, size int64, r io.Reader) error {
 	return in.putFile(d, origin, io.NewSectionReader(spool, 0, size))
 }
 
-// putFile tries again where a fetch that was under way failed.
+// putFile tries again where a fetch that was under way failed; by the third time that is
+// no coincidence.
 func (in *importer) putFile(d digest.Digest, origin cache.Origin, content *io.SectionReader) error {
 	var err error
 	for range 3 {
@@ -308,6 +311,7 @@ func (in *importer) putFile(d digest.Digest, origin cache.Origin, content *io.Se
 	return err
 }
 
+// compare reads size bytes of r, which are to have digest d.
 func compare(d digest.Digest, size int64, r io.Reader) error {
 	v := d.Verifier()
 	if _, err := io.CopyN(v, r, size); err != nil {

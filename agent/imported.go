@@ -111,6 +111,7 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 	return r, ""
 }
 
+// addEndpoint makes an endpoint an upstream of r, or says why it cannot be.
 func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 	base := e.Base
 	if base == "" {

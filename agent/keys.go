@@ -202,7 +202,8 @@ func Nearest(word string, candidates []string) string {
 }
 
 // nearest returns the candidate with the smallest edit distance to word, if
-// one is close enough to be what the user meant.
+// one is close enough to be what the user meant: three edits away, which is two letters
+// swapped and one more, or of a long word a third of it.
 func nearest(word string, candidates []string) (string, int) {
 	best, bestDistance := "", max(3, len(word)/3)+1
 	for _, c := range candidates {

@@ -82,7 +82,7 @@ func (f *flagValue) Set(text string) error {
 }
 
 // Load puts a Config together and validates it. The error joins every
-// [Problem] found.
+// [Problem] found; the Config then has what could be read, and defaults for the rest.
 func Load(s Sources) (Config, error) {
 	l := loader{config: Default(), from: map[string]string{}}
 	l.keys = keysOf(&l.config)
@@ -139,6 +139,7 @@ func (l *loader) file(name string, environ []string) {
 	l.toml(name, body)
 }
 
+// configEnv names the file where --config does not.
 const configEnv = envPrefix + "CONFIG"
 
 // environ applies LARDER_* variables. Unknown ones are ignored, because

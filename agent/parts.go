@@ -11,7 +11,7 @@ import (
 
 // parts are the running pieces of an agent, in the order in which they were
 // started. They stop in reverse order, one after the other: whoever uses a
-// part is gone before the part is.
+// part is gone before the part is. One goroutine starts and stops them.
 type parts struct {
 	log     *slog.Logger
 	timeout time.Duration // for each part to stop

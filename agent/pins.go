@@ -52,17 +52,17 @@ type pins struct {
 type pin struct {
 	name    string // Image.String()
 	image   Image
-	config  bool // named by cache.pins
-	command bool // asked for by somebody
-	since   time.Time
+	config  bool      // named by cache.pins
+	command bool      // asked for by somebody
+	since   time.Time // when it was pinned
 
-	held    *version // the last that was whole; nil while there is none
-	whole   bool     // all of held is here
-	next    *version // what is being fetched in its place
-	checked time.Time
-	failure error // of the last try
-	tries   int   // in vain, since the last success
-	due     time.Time
+	held    *version  // the last that was whole; nil while there is none
+	whole   bool      // all of held is here
+	next    *version  // what is being fetched in its place
+	checked time.Time // see Pin.Checked
+	failure error     // of the last try
+	tries   int       // in vain, since the last success
+	due     time.Time // when it is looked after next
 
 	stop context.CancelFunc // not nil while somebody looks after it
 	idle chan struct{}      // closed when he has
@@ -83,8 +83,8 @@ type version struct {
 
 // pinnedPart is a blob that versions have in common.
 type pinnedPart struct {
-	size     int64
-	versions int
+	size     int64 // bytes, as listed until it is here
+	versions int   // that hold it
 }
 
 func newVersion(d digest.Digest) *version {

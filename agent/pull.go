@@ -22,7 +22,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Image is an image reference taken apart as the pull API needs it.
+// Image is an image reference taken apart as the pull API needs it. Its String, in
+// full, is the name that pins, tags and archives have it under; ParseImage reads it.
 type Image struct {
 	Registry   string // "docker.io", "reg.example.com:5000": as upstream.CanonicalHost spells it
 	Repository string // "library/nginx"
@@ -65,35 +66,38 @@ type Pulled struct {
 	Digest digest.Digest
 	Source string // X-Larder-Source
 	Bytes  int64
-	Took   time.Duration
+	Took   time.Duration // from the request to the last byte
 }
 
 // Puller pulls images through a proxy the way containerd does: HEAD and GET
 // the manifest, then the blobs, three at a time, verifying digests. It keeps
-// nothing of what it reads.
+// nothing of what it reads. A Puller that is used by several goroutines needs functions
+// that may be. Contexts reach every request and body; nothing else bounds the time.
 type Puller struct {
-	Proxy  string // "http://127.0.0.1:5050"
-	Client *http.Client
+	Proxy  string       // "http://127.0.0.1:5050"
+	Client *http.Client // nil = http.DefaultClient
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
 	Platform  string
 	UserAgent string // "" for Go's own
 	// NoStale makes Resolve ask the registry, of a digest too, and fail when that cannot
 	// be asked, or shows it no more, though the proxy knows what it stood for.
 	NoStale bool
-	// Manifest, if set, is told of each manifest and index before it is pulled. Its error
+	// Manifest, if set, is told of each manifest and index before Pull pulls it. Its error
 	// ends the pull.
 	Manifest func(digest.Digest) error
-	// Choose, if set, is told what a manifest lists (its config and layers) before any
-	// of that is pulled, and returns what is to be. Its error ends the pull.
+	// Choose, if set, is told what a manifest lists (its config and layers, without those
+	// of manifests before it) before Pull pulls any of that, and returns what is to be.
+	// Its error ends the pull.
 	Choose func([]ocispec.Descriptor) ([]ocispec.Descriptor, error)
 	// Progress, if set, is called from several goroutines as bytes of a blob
-	// arrive; total is its size.
+	// arrive; total is its size, -1 while unknown.
 	Progress func(d digest.Digest, done, total int64)
 	// Done, if set, is called from several goroutines when a part is complete.
 	Done func(Pulled)
 }
 
-// Resolve asks what an image's reference stands for.
+// Resolve asks what an image's reference stands for. A digest stands for itself, and
+// nobody is asked, but with NoStale.
 func (p Puller) Resolve(ctx context.Context, image Image) (digest.Digest, error) {
 	d, err := p.begin(image).resolve(ctx)
 	if err != nil {
@@ -107,7 +111,8 @@ func (p Puller) begin(image Image) *pull {
 	return &pull{Puller: p, image: image}
 }
 
-// Pull reads the whole image and says where each part came from.
+// Pull reads the whole image and says where each part came from, in the order in which
+// they were complete; with an error, what was complete before it.
 func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 	run := p.begin(image)
 	d, err := run.resolve(ctx)
@@ -140,6 +145,8 @@ func (p *pull) record(one Pulled) {
 	}
 }
 
+// request asks the proxy. The caller closes the body of an answer, which is 200; any other
+// is an *answerError.
 func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Response, error) {
 	u := fmt.Sprintf("%s/v2/%s/%s/%s?ns=%s", p.Proxy, p.image.Repository, kind, ref, url.QueryEscape(p.image.Registry))
 	req, err := http.NewRequestWithContext(ctx, method, u, nil)
@@ -183,7 +190,8 @@ func privateHint(status int) string {
 	return "; the image is private: give the node credentials of its own (auth = \"node\"), or let a pod pull it"
 }
 
-// ociMessage is what an OCI error body says, with a separator before it.
+// ociMessage is what an OCI error body says (distribution specification, "Error Codes"),
+// with a separator before it. What is longer than 64 KiB is none.
 func ociMessage(r io.Reader) string {
 	var body struct {
 		Errors []struct{ Code, Message string }
@@ -194,6 +202,7 @@ func ociMessage(r io.Reader) string {
 	return fmt.Sprintf(" (%s: %s)", body.Errors[0].Code, body.Errors[0].Message)
 }
 
+// resolve is Resolve, of which errors name the image.
 func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
 	if d, err := digest.Parse(p.image.Reference); err == nil && !p.NoStale {
 		return d, nil
@@ -273,6 +282,7 @@ func (p *pull) choose(blobs []blob) ([]blob, error) {
 	}), err
 }
 
+// blob reads a blob to its end, and believes its digest alone and no size.
 func (p *pull) blob(ctx context.Context, b blob) error {
 	started := time.Now()
 	resp, err := p.request(ctx, http.MethodGet, "blobs", b.Digest.String())

@@ -17,11 +17,13 @@ import (
 )
 
 const (
-	maxRecent      = 20
+	maxRecent      = 20  // what fits on a screen
 	maxRecentParts = 100 // few images have more; with maxRecent, 2 MB at the very most
 	// pullGap is for how long a repository may be left alone within one pull:
 	// longer than a runtime unpacks between two layers.
-	pullGap      = 30 * time.Second
+	pullGap = 30 * time.Second
+	// maxErrorText and maxUserAgent, in bytes, keep what clients and registries write
+	// within the bound above, and on a line.
 	maxErrorText = 500
 	maxUserAgent = 80
 )
@@ -223,6 +225,7 @@ func (p *RecentPull) add(e proxy.Event) {
 	}
 }
 
+// hungUp is what failure says of a client that went away, see RecentPull.Trouble.
 const hungUp = "the runtime hung up"
 
 // failure says what went wrong with an exchange.

@@ -28,6 +28,7 @@ const (
 	// restarting, and comes back with it. Else a new version of the agent, rolled out node
 	// by node, would have each copy everything that the one before it holds.
 	replicaFresh = 2 * time.Minute
+	// replicaGrace is how long the node with that may take; a reboot takes less.
 	replicaGrace = 10 * time.Minute
 	// replicaRound is how long copies are made until the node looks again: what is new
 	// goes before what is left of a large loss.
@@ -61,11 +62,11 @@ type replicas struct {
 
 // lone is what too few nodes have.
 type lone struct {
-	peer.Copy // without a Repository while none is known
-	due       time.Time
-	tries     int // in vain
-	places    int // repositories that others may have it from; 1 until that was looked up
-	problem   error
+	peer.Copy           // without a Repository while none is known
+	due       time.Time // when others are asked
+	tries     int       // in vain
+	places    int       // repositories that others may have it from; 1 until that was looked up
+	problem   error     // of the last try
 }
 
 // refusal is the registry's no to other nodes for the content of a repository.
@@ -129,7 +130,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// calm waits until this node's runtime pulls nothing, which goes before copies.
+// calm waits until nothing is pulled through this node, which goes before copies.
 func (r *replicas) calm(ctx context.Context) bool {
 	for len(r.agent.proxy.Pulls()) > 0 {
 		if !pause(ctx, time.Second) {
@@ -311,7 +312,8 @@ var errNoReplicas = errors.New("cache.replicas has this node keep no copies for 
 const keepTime = time.Hour
 
 // keep fetches what another node asks this one to keep, if that costs nothing that was
-// used later. It goes on after ctx has ended: the asker's patience does.
+// used later. It goes on after ctx has ended: the asker's patience does. peer.ErrBusy says
+// that it may be asked again soon.
 func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	a := r.agent
 	if r.others < 1 {

@@ -12,7 +12,8 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// Status describes this node at this moment.
+// Status describes this node at this moment. It asks the file system for its room, and
+// may be called at any time from any goroutine.
 func (a *Agent) Status() Status {
 	checks := a.checks()
 	totals := a.sample()

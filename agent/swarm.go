@@ -126,6 +126,9 @@ func (s *swarm) FetchHeld(ctx context.Context, t upstream.Target, kind proxy.Kin
 	return s.fetch(ctx, t, kind, f, true, func(context.Context, peer.Sink) error { return errHeld })
 }
 
+// fetch fills f from other nodes, or by up where this node is the one to ask the registry;
+// held keeps all of them from it. A blob that the swarm has found to be wrong as a whole is
+// cache.ErrDigestMismatch, as if it had come whole.
 func (s *swarm) fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f *cache.Fill, held bool, up peer.Upstream) error {
 	want := peer.Want{
 		Digest: f.Digest(), Registry: t.Registry, Repository: t.Repository,
@@ -425,6 +428,7 @@ func (s *swarm) status() peer.Status {
 // and name; none when it is alone.
 func (a *Agent) Members() []Member { return membersOf(a.swarm.status()) }
 
+// membersOf is Members, of a status.
 func membersOf(st peer.Status) []Member {
 	links := make(map[string]bool, len(st.Links))
 	for _, l := range st.Links {
@@ -507,7 +511,7 @@ func (s *swarm) describe(p PeerConfig, st peer.Status) string {
 }
 
 const (
-	keyLength = 32
+	keyLength = 32 // bytes, as `larder keygen` makes them
 	// maxKeys is one more than a roll needs: the new key, the old, and one that a
 	// node was forgotten with.
 	maxKeys = 3

@@ -74,6 +74,7 @@ func (v *validator) notNegative(key string, d time.Duration) {
 	}
 }
 
+// within checks bounds that only a slip of the pen is beyond.
 func (v *validator) within(key string, n, low, high int) {
 	if n < low || n > high {
 		v.bad(key, strconv.Itoa(n), "want %d to %d", low, high)
@@ -106,7 +107,7 @@ func (v *validator) logs(c LogConfig) {
 	v.oneOf("log.format", c.Format, "text", "json")
 }
 
-// slowest first-byte budget: containerd 2.3 gives a mirror 30 s for headers.
+// maxFirstByteBudget is what containerd 2.3 gives a mirror for headers.
 const maxFirstByteBudget = 30 * time.Second
 
 func (v *validator) proxy(c ProxyConfig) {
@@ -201,6 +202,7 @@ type hostPort struct {
 	port int
 }
 
+// parseListen takes "address:port" or ":port" apart; port 0 is one that the system chooses.
 func parseListen(s string) (hostPort, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {

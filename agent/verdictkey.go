@@ -13,6 +13,7 @@ const (
 	// verdictKeyFile, in the cache directory, holds the key under which the
 	// metadata keeps who was let read what. Without it those facts are noise.
 	verdictKeyFile = "verdicts.key"
+	// verdictKeySize is in bytes, as many as HMAC-SHA-256 makes use of.
 	verdictKeySize = 32
 )
 
@@ -58,6 +59,8 @@ func (a *Agent) keepVerdictKey() {
 	}
 }
 
+// readVerdictKey takes what writeVerdictKey makes: a regular file of that size, which nobody
+// else may read.
 func readVerdictKey(path string) ([]byte, error) {
 	info, err := os.Lstat(path)
 	if err != nil {

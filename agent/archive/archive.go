@@ -37,7 +37,7 @@ const (
 	maxImages    = 4096
 	maxDocuments = 64 << 20
 	maxListed    = 1 << 20
-	// maxDepth bounds indexes of indexes.
+	// maxDepth bounds indexes of indexes; tools write one index, of platforms.
 	maxDepth = 4
 	// maxWindow bounds the memory that a zstd stream asks for; --ultra has 128 MiB.
 	maxWindow = 128 << 20

@@ -13,6 +13,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// dockerManifest is the file in which `docker save` names its images (Docker Image
+// Specification v1.2, "Combined Image JSON + Filesystem Changeset Format").
 const dockerManifest = "manifest.json"
 
 // dockerImage is an entry of the manifest.json of `docker save`: names of files in the
@@ -129,7 +131,8 @@ func layerType(magic string) string {
 }
 
 // resolve finds a file by its name, through links: docker wrote a layer that several
-// images share once. A link is a name in this tar and nothing else.
+// images share once. A link is a name in this tar and nothing else; a chain of more than
+// eight, where docker makes one, goes in a circle.
 func (in *reader) resolve(name string) (file, error) {
 	at := path.Clean(name)
 	for range 8 {

@@ -13,7 +13,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Store takes the content of an archive. Errors end the reading, and come back wrapped.
+// Store takes the content of an archive. Read makes one call at a time. Errors end the
+// reading, and come back wrapped.
 type Store interface {
 	// Put keeps size bytes of r, which are to have digest d. It reads all of them, or
 	// fails.
@@ -28,7 +29,8 @@ type Store interface {
 }
 
 // Read hands the content of an archive to s, and returns the images that it names once
-// all of it has been read. The bytes of r beyond the end of the tar are left.
+// all of it has been read. The bytes of r beyond the end of the tar are left. An error is
+// ErrInvalid, or one of r or s; what is wrong with one image alone is in its Err.
 func Read(r io.Reader, s Store) ([]Image, error) {
 	plain, done, err := decompress(r)
 	if err != nil {
@@ -175,6 +177,7 @@ func (s *sniffer) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// readIndex reads index.json, and has the store say at once whether it wants what that names.
 func (in *reader) readIndex(h *tar.Header) error {
 	if in.index != nil {
 		return invalid("index.json is in it twice")

@@ -22,7 +22,8 @@ type Root struct {
 	Layers []digest.Digest
 }
 
-// Writer writes an OCI image layout as a tar. The same calls make the same bytes.
+// Writer writes an OCI image layout as a tar. The same calls make the same bytes. It is for
+// one goroutine.
 type Writer struct {
 	tar *tar.Writer
 	has map[digest.Digest]bool

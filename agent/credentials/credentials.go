@@ -25,8 +25,8 @@ type Options struct {
 	// --image-credential-provider-bin-dir. Like kubelet, New reads them once.
 	ProviderConfig string
 	ProviderBinDir string
-	Logger         *slog.Logger
-	Registerer     prometheus.Registerer
+	Logger         *slog.Logger          // nil = silent
+	Registerer     prometheus.Registerer // nil = metrics are for nobody
 }
 
 // Request says for what a credential is wanted.
@@ -53,7 +53,7 @@ type Keychain struct {
 }
 
 // New reads the configuration of the plugins and runs none of them. The error
-// joins every problem.
+// joins every problem. Who has a Keychain must Close it.
 func New(o Options) (*Keychain, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -67,7 +67,8 @@ func New(o Options) (*Keychain, error) {
 	return k, err
 }
 
-// Close ends the programs under way and waits for them. Find fails from then on.
+// Close ends the programs under way and waits for them. From then on Find runs none, and
+// lists what files and kept answers have.
 func (k *Keychain) Close() { k.programs.close() }
 
 // Find lists the credentials for r in the order in which to try them: those of

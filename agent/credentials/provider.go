@@ -207,6 +207,7 @@ func (p *provider) serves(name string) bool {
 // Keys under which a plugin's answers are kept; a name has no blank.
 func (p *provider) keyOf(scope string) string { return "provider " + p.Name + " " + scope }
 
+// globalScope is that of an answer for all images (cacheKeyType Global).
 const globalScope = ""
 
 // question is what to ask the plugin for an image. Questions for a registry wait
