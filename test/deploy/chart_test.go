@@ -283,6 +283,43 @@ func checkSelection(t *testing.T, o *objects, d *appsv1.DaemonSet) {
 	}
 }
 
+// TestEveryRootIsSeen holds that the pods see every directory from which containerd of a
+// distribution reads hosts.toml: one that they do not see costs the nodes _default, or
+// the registries in it their certificates.
+func TestEveryRootIsSeen(t *testing.T) {
+	const both = "/etc/containerd/certs.d:/etc/docker/certs.d"
+	configPaths := map[string]string{ // of the distribution's containerd
+		"aks":        "/etc/containerd/certs.d",
+		"containerd": "/etc/containerd/certs.d",
+		"crio":       "",
+		"eks":        both,
+		"gke":        "/etc/containerd/hosts.d",
+		"k0s":        "/etc/k0s/containerd.d/certs.d",
+		"k3s":        "/var/lib/rancher/k3s/agent/etc/containerd/certs.d",
+		"kind":       both, // containerd's own default, which counts as discard_unpacked_layers is set
+		"rke2":       "/var/lib/rancher/rke2/agent/etc/containerd/certs.d",
+		"talos":      "/etc/cri/conf.d/hosts",
+	}
+	for name, file := range presets(t) {
+		configPath, known := configPaths[name]
+		if !known {
+			t.Errorf("%s: which config_path has it?", name)
+		}
+		o := parse(t, render(t, "-f", file))
+		roots := filepath.SplitList(configPath)
+		if dir := loadConfig(t, o, o.daemonSets[0]).Hosts.Containerd; len(roots) > 0 && dir != roots[0] {
+			t.Errorf("%s: manages %s, and containerd reads %s first", name, dir, roots[0])
+		}
+		for _, root := range roots {
+			if !slices.ContainsFunc(agentOf(o.daemonSets[0]).VolumeMounts, func(m corev1.VolumeMount) bool {
+				return m.MountPath == root || m.MountPath == path.Dir(root)
+			}) {
+				t.Errorf("%s: containerd reads %s, which the pod does not see", name, root)
+			}
+		}
+	}
+}
+
 // restoreGrace is what the agent may need beside the drain to restore the
 // node's files.
 const restoreGrace = 20
