@@ -289,16 +289,17 @@ func checkSelection(t *testing.T, o *objects, d *appsv1.DaemonSet) {
 func TestEveryRootIsSeen(t *testing.T) {
 	const both = "/etc/containerd/certs.d:/etc/docker/certs.d"
 	configPaths := map[string]string{ // of the distribution's containerd
-		"aks":        "/etc/containerd/certs.d",
-		"containerd": "/etc/containerd/certs.d",
-		"crio":       "",
-		"eks":        both,
-		"gke":        "/etc/containerd/hosts.d",
-		"k0s":        "/etc/k0s/containerd.d/certs.d",
-		"k3s":        "/var/lib/rancher/k3s/agent/etc/containerd/certs.d",
-		"kind":       both, // containerd's own default, which counts as discard_unpacked_layers is set
-		"rke2":       "/var/lib/rancher/rke2/agent/etc/containerd/certs.d",
-		"talos":      "/etc/cri/conf.d/hosts",
+		"aks":          "/etc/containerd/certs.d",
+		"bottlerocket": "/etc/containerd/certs.d",
+		"containerd":   "/etc/containerd/certs.d",
+		"crio":         "",
+		"eks":          both,
+		"gke":          "/etc/containerd/hosts.d",
+		"k0s":          "/etc/k0s/containerd.d/certs.d",
+		"k3s":          "/var/lib/rancher/k3s/agent/etc/containerd/certs.d",
+		"kind":         both, // containerd's own default, which counts as discard_unpacked_layers is set
+		"rke2":         "/var/lib/rancher/rke2/agent/etc/containerd/certs.d",
+		"talos":        "/etc/cri/conf.d/hosts",
 	}
 	for name, file := range presets(t) {
 		configPath, known := configPaths[name]
