@@ -359,7 +359,7 @@ func TestKeyOfItsOwn(t *testing.T) {
 // TestFilesArriveWhole holds that the PrometheusRule is the rule file, and that
 // Grafana gets the dashboard.
 func TestFilesArriveWhole(t *testing.T) {
-	o := parse(t, render(t, "--set", "metrics.prometheusRule.enabled=true,metrics.dashboard.enabled=true"))
+	o := parse(t, render(t, "--set", "metrics.enabled=true,metrics.prometheusRule.enabled=true,metrics.dashboard.enabled=true"))
 	dashboard, err := os.ReadFile(chartDir + "/files/dashboard.json")
 	if err != nil {
 		t.Fatal(err)

@@ -242,8 +242,12 @@ spec:
 {{- if not (or .Values.containerd.enabled .Values.crio.enabled) -}}
 {{- fail "no runtime to point at Larder: set containerd.enabled or crio.enabled" -}}
 {{- end -}}
-{{- if and (or .Values.metrics.serviceMonitor.enabled .Values.metrics.podMonitor.enabled) (not .Values.metrics.enabled) -}}
-{{- fail "Prometheus cannot reach a loopback address: set metrics.enabled, which opens ports.metrics on the node, or no monitor" -}}
+{{- if not .Values.metrics.enabled -}}
+{{- range list "serviceMonitor" "podMonitor" "prometheusRule" -}}
+{{- if (get $.Values.metrics .).enabled -}}
+{{- fail (printf "metrics.%s needs metrics.enabled, which opens ports.metrics on the node: without it Prometheus cannot reach the agents" .) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.containerd.colonLink (eq .Values.containerd.mount "directory") -}}
 {{- fail "containerd.colonLink makes a link beside certsDir: set containerd.mount to parent" -}}
