@@ -340,7 +340,7 @@ func checkStop(t *testing.T, d *appsv1.DaemonSet, c agent.Config) {
 func TestKeyOfItsOwn(t *testing.T) {
 	seen := map[string]bool{}
 	for range 2 {
-		o := parse(t, render(t))
+		o := parse(t, render(t, "--set", "key.generate=helm"))
 		if len(o.secrets) != 1 {
 			t.Fatalf("%d Secrets", len(o.secrets))
 		}

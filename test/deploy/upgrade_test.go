@@ -73,6 +73,22 @@ func TestKeyIsNotDeleted(t *testing.T) {
 	}
 }
 
+// TestWhoMakesTheKey holds that no rendering makes another key than the one before: a Helm
+// that asks no cluster cannot know what is there.
+func TestWhoMakesTheKey(t *testing.T) {
+	asks := []string{"--dry-run=server", "--disable-openapi-validation", "--kubeconfig", serveSecret(t, nil)}
+	if o := parse(t, render(t, asks...)); len(o.secrets) != 1 || len(o.jobs) != 0 {
+		t.Errorf("with a cluster without a key: %d Secrets and %d Jobs", len(o.secrets), len(o.jobs))
+	}
+	text := render(t)
+	if o := parse(t, text); len(o.secrets) != 0 || len(o.jobs) != 1 {
+		t.Errorf("without a cluster: %d Secrets and %d Jobs", len(o.secrets), len(o.jobs))
+	}
+	if again := render(t); again != text {
+		t.Error("rendered again, it is another text")
+	}
+}
+
 func resources(group string, kinds ...string) metav1.APIResourceList {
 	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{Kind: "APIResourceList", APIVersion: "v1"}, GroupVersion: group}
 	for _, k := range kinds {
@@ -85,10 +101,15 @@ func group(name string) metav1.APIGroup {
 	return metav1.APIGroup{Name: name, Versions: []metav1.GroupVersionForDiscovery{{GroupVersion: name + "/v1", Version: "v1"}}}
 }
 
-// serveSecret is a cluster with one Secret; it returns the path of a kubeconfig.
+// serveSecret is a cluster whose namespace has that Secret or, with nil, none; it returns
+// the path of a kubeconfig.
 func serveSecret(t *testing.T, secret *corev1.Secret) string {
 	t.Helper()
-	secret.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}
+	list := corev1.SecretList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "SecretList"}}
+	if secret != nil {
+		secret.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}
+		list.Items = append(list.Items, *secret)
+	}
 	answers := map[string]any{
 		"/version": version.Info{Major: "1", Minor: "36", GitVersion: "v1.36.0"},
 		"/api":     metav1.APIVersions{TypeMeta: metav1.TypeMeta{Kind: "APIVersions"}, Versions: []string{"v1"}},
@@ -98,7 +119,10 @@ func serveSecret(t *testing.T, secret *corev1.Secret) string {
 		"/apis/apps/v1":                      resources("apps/v1", "DaemonSet"),
 		"/apis/batch/v1":                     resources("batch/v1", "Job"),
 		"/apis/rbac.authorization.k8s.io/v1": resources("rbac.authorization.k8s.io/v1", "Role", "RoleBinding"),
-		"/api/v1/namespaces/larder/secrets/larder": secret,
+		"/api/v1/namespaces/larder/secrets":  list,
+	}
+	if secret != nil {
+		answers["/api/v1/namespaces/larder/secrets/"+secret.Name] = secret
 	}
 	asked := false
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -128,13 +128,29 @@ of these have an answer to every name. */ -}}
 {{- end -}}
 
 {{/*
+Who makes the key: "helm" or "cluster". A Helm that asks the cluster gets a list of the
+namespace's Secrets, if only an empty one, which it may read since it keeps its releases
+there. One that asks nobody (Argo CD, `helm template`) gets nothing at all, and so would
+not find a key that is there.
+*/}}
+{{- define "larder.key.generate" -}}
+{{- if ne .Values.key.generate "auto" -}}
+{{- .Values.key.generate -}}
+{{- else if lookup "v1" "Secret" .Release.Namespace "" -}}
+helm
+{{- else -}}
+cluster
+{{- end -}}
+{{- end -}}
+
+{{/*
 Helm deletes what its release made and the chart has no more. The Secret that it made is
 such a thing once the key comes from elsewhere, but by the same name: the agents would have
 another key after the next restart, each at its time, or none.
 */}}
 {{- define "larder.keepKey" -}}
 {{- $name := include "larder.fullname" . -}}
-{{- $other := or .Values.key.existingSecret (eq .Values.key.generate "cluster") -}}
+{{- $other := or .Values.key.existingSecret (eq (include "larder.key.generate" .) "cluster") -}}
 {{- if and (include "larder.peering" .) $other (eq $name (include "larder.secretName" .)) -}}
 {{- $notes := dig "metadata" "annotations" dict (lookup "v1" "Secret" .Release.Namespace $name) -}}
 {{- if and (eq (get $notes "meta.helm.sh/release-name") .Release.Name) (ne (get $notes "helm.sh/resource-policy") "keep") -}}
