@@ -98,6 +98,8 @@ func TestAlerts(t *testing.T) {
 				larder_fetched_bytes_total{job="l",from="upstream"} 0x60 0+1000000x60`, // of little
 				`larder_served_bytes_total{job="l",source="disk"} 0+` + gib + `x120
 				larder_fetched_bytes_total{job="l",from="peer"} 0x60 0+` + gib + `x60`, // from peers
+				`larder_served_bytes_total{job="l",source="disk"} 0+` + gib + `x120
+				larder_fetched_bytes_total{job="l",from="upstream"} 0x60 0+8` + gib + `x60`, // warmed, many times what runtimes pull
 			},
 		},
 		"LarderCacheNearLimit": {
