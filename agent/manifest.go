@@ -11,9 +11,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxManifests bounds the manifests and indexes of one image. Images for all platforms have
-// some dozens, attestations included; without a bound a registry could go on for ever.
-const maxManifests = 1000
+// maxManifests and maxManifestBytes bound the manifests and indexes of one image: how many,
+// and how long all together. Images for all platforms have some dozens of some KiB,
+// attestations included; without bounds a registry could go on for ever, and what they list,
+// which is kept until the end, could fill the memory.
+const (
+	maxManifests     = 1000
+	maxManifestBytes = 16 << 20
+)
 
 // errNotBelow is what the reader of walkImage returns to have what is below a manifest
 // left out.
@@ -29,7 +34,7 @@ var errNotBelow = errors.New("not below this manifest")
 // manifest, and those of its blobs that none before it listed; an index has none. An
 // error of either ends the walk, and comes back as it is.
 func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descriptor) ([]byte, error), visit func(ocispec.Descriptor, manifest, []blob) error) error {
-	seen, manifests := map[digest.Digest]bool{}, 0
+	seen, manifests, bytes := map[digest.Digest]bool{}, 0, 0
 	first := func(d digest.Digest) bool {
 		known := seen[d]
 		seen[d] = true
@@ -49,6 +54,9 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 		}
 		if err != nil {
 			return err
+		}
+		if bytes += len(body); bytes > maxManifestBytes {
+			return fmt.Errorf("the image has more than %d bytes of manifests", maxManifestBytes)
 		}
 		m, err := parseManifest(body)
 		if err != nil {

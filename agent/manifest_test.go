@@ -17,23 +17,26 @@ func TestWalkImage(t *testing.T) {
 		name    string
 		indexes int
 		hidden  int // depth of a manifest that is left out; 0 = none
+		more    int // bytes of each manifest, beside what it lists
 		visits  int
 		blobs   int
 		want    string // of the error
 	}{
-		{"deep", 64, 0, 65, 1, ""},
-		{"as many as there may be", maxManifests - 1, 0, maxManifests, 1, ""},
-		{"one more", maxManifests, 0, maxManifests, 0, fmt.Sprintf("more than %d manifests", maxManifests)},
-		{"left out below", 64, 10, 10, 0, ""},
+		{"deep", 64, 0, 0, 65, 1, ""},
+		{"as many as there may be", maxManifests - 1, 0, 0, maxManifests, 1, ""},
+		{"one more", maxManifests, 0, 0, maxManifests, 0, fmt.Sprintf("more than %d manifests", maxManifests)},
+		{"large", 10, 0, maxManifestBytes / 8, 7, 0, fmt.Sprintf("more than %d bytes of manifests", maxManifestBytes)},
+		{"left out below", 64, 10, 0, 10, 0, ""},
 	} {
 		config := digest.FromString("config")
-		body := fmt.Appendf(nil, `{"config":{"digest":%q,"size":2},"layers":[{"digest":%q,"size":2}]}`, config, config)
+		more := strings.Repeat("x", tt.more)
+		body := fmt.Appendf(nil, `{"config":{"digest":%q,"size":2},"layers":[{"digest":%q,"size":2}],"x":%q}`, config, config, more)
 		store := map[digest.Digest][]byte{}
 		var order []digest.Digest // the root last
 		for range tt.indexes + 1 {
 			d := digest.FromBytes(body)
 			store[d], order = body, append(order, d)
-			body = fmt.Appendf(nil, `{"manifests":[{"digest":%q,"size":1},{"digest":%q,"size":1}]}`, d, d)
+			body = fmt.Appendf(nil, `{"manifests":[{"digest":%q,"size":1},{"digest":%q,"size":1}],"x":%q}`, d, d, more)
 		}
 		slices.Reverse(order)
 		var visited []digest.Digest
