@@ -9,6 +9,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // body is one blob as http.ServeContent reads it, wherever its bytes are. It
@@ -131,7 +133,8 @@ func (b *body) note(err error) error {
 // readyAt waits until then for the first byte of an answer and says where it comes
 // from. A byte that is on its way from another node by then is taken for granted: a
 // client that got an error instead would ask the registry, from which that node gets
-// it already, and so would every node's. So is the byte of a chunk.
+// it already, and so would every node's. So is the byte of a chunk, also if it cannot be
+// had; but a client that is to bring credentials is told so.
 func (b *body) readyAt(off int64, then time.Time) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -149,7 +152,10 @@ func (b *body) readyAt(off int64, then time.Time) error {
 		b.x.cancel(err)
 		return err
 	}, func() (stop func()) { return b.x.within(time.Until(then), errBudget) })
-	if err != nil {
+	switch {
+	case err != nil && b.chunk && !upstream.IsUnauthorized(err):
+		b.late = true // sendTo meets it again, and ends the body
+	case err != nil:
 		return err
 	}
 	from := b.at.source()

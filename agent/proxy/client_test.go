@@ -184,6 +184,34 @@ func TestContainerdInChunksWaits(t *testing.T) {
 	}
 }
 
+// TestChunkOfAFillThatFails: nor must a download that fails while a chunk waits for it bring
+// one. The body ends short, and who then asks for the rest is sent to the registry.
+func TestChunkOfAFillThatFails(t *testing.T) {
+	n := startNode(t, func(s *setup) {
+		s.proxy.FirstByteBudget, s.proxy.StallTimeout, s.upstream.StreamsPerBlob = 10*time.Second, 10*time.Second, 1
+	})
+	d := n.image(6_000_000).Layers[0].Digest
+	get := registrytest.Match{Reference: d.String(), Method: "GET"}
+	n.registry.Inject(get, registrytest.Times(1), registrytest.CutAfter(1_500_000))
+	gone := n.registry.Inject(get, registrytest.Skip(1), registrytest.Hold(), registrytest.Status(404))
+	var first, second answer
+	var wg sync.WaitGroup
+	wg.Go(func() { first = n.get(blobPath(d), "Range", "bytes=0-") })
+	<-gone.Held()
+	wg.Go(func() { second = n.get(blobPath(d), "Range", "bytes=3000000-") })
+	await(t, "the chunk to wait", func() bool { return n.cache.Fills()[0].Readers == 2 })
+	gone.Release()
+	wg.Wait()
+	for name, a := range map[string]answer{"first": first, "second": second} {
+		if a.status != 206 || a.err == nil {
+			t.Errorf("%s chunk: status %d, %d bytes, %v", name, a.status, len(a.body), a.err)
+		}
+	}
+	if a := n.get(blobPath(d), "Range", "bytes=3000000-"); a.status != 503 {
+		t.Errorf("the rest: status %d, %d bytes", a.status, len(a.body))
+	}
+}
+
 // TestLazyPull: a client that pulls lazily reads the table at the end of a layer first,
 // and does not wait for all of it.
 func TestLazyPull(t *testing.T) {
