@@ -156,3 +156,14 @@ func TestJoinedFillOfAnotherRepository(t *testing.T) {
 		})
 	}
 }
+
+// TestRefusalOfAnother: nor does he see that if the fill that he turns to then is of another
+// repository, too.
+func TestRefusalOfAnother(t *testing.T) {
+	for joined, status := range map[bool]int{false: 401, true: 404} {
+		err := &cache.FillError{Joined: joined, Err: &upstream.Error{Status: http.StatusUnauthorized, Challenge: []string{"Bearer"}}}
+		if e := toAPIError(err, KindBlob, true); e.status != status || (len(e.challenge) > 0) == joined {
+			t.Errorf("joined %v: status %d, asked for %q", joined, e.status, e.challenge)
+		}
+	}
+}
