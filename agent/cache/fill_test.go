@@ -321,6 +321,27 @@ func TestSourceErrors(t *testing.T) {
 		}
 		settle(c, d)
 	})
+	t.Run("of a fill that was joined, in the middle", func(t *testing.T) {
+		body, d := content(11, 3*minPiece)
+		m, f, mine := begin(t, c, d, int64(len(body)))
+		theirs, err := c.Open(t.Context(), d, m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(t, f, body, 0, minPiece)
+		m.end <- broken
+		for r, joined := range map[*Reader]bool{mine: false, theirs: true} {
+			_, read := io.ReadAll(r)
+			_, _, extent := r.Extent(minPiece)
+			for name, err := range map[string]error{"Read": read, "Ready": r.Ready(t.Context(), minPiece), "Extent": extent, "Err": r.Err()} {
+				if fe, ok := errors.AsType[*FillError](err); !ok || fe.Joined != joined || !errors.Is(err, broken) {
+					t.Errorf("%s, joined %v: %#v", name, joined, err)
+				}
+			}
+			_ = r.Close()
+		}
+		settle(c, d)
+	})
 	t.Run("without a size", func(t *testing.T) {
 		_, err := c.Open(t.Context(), d, SourceFunc(func(context.Context, *Fill) error { return nil }))
 		if !errors.Is(err, io.ErrUnexpectedEOF) {

@@ -109,7 +109,7 @@ func (r *Reader) Err() error {
 	if r.fill == nil {
 		return nil
 	}
-	return r.fill.failure()
+	return toldTo(r.joined, r.fill.failure())
 }
 
 // ForPart tells that somebody reads a part of the blob. Who pulls lazily begins with a
