@@ -49,7 +49,7 @@ type Config struct {
 	// TagTTL is how long a home answers Resolve for a registry's tags from memory, at most:
 	// the answer is a verdict on who asked, which ends after a minute for a credential
 	// and after ten for anyone. With 0, or without TagTTL, only those share an answer
-	// who ask at the same time.
+	// who ask at the same time. It is called as Origin is, and must not block.
 	TagTTL func(registry string) time.Duration
 
 	// Both are called by many goroutines, and never with a lock of the swarm held (I7).
