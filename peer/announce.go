@@ -12,9 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What this node says of itself to everybody: hold and drop note it, ripen decides what is worth
-// saying, messages pack it, and heard takes in what others say so. A member's operations are
-// numbered from 0 since its start, and applied in that order.
+// What this node tells everybody about itself: hold and drop note it, ripen decides what is
+// worth saying, messages packs it, and heard takes in what others say. A member's operations are
+// numbered from 0 since its start and applied in that order.
 
 const (
 	announceMost  = 30 * time.Second      // the longest random delay before an announcement
@@ -33,7 +33,7 @@ const (
 	indexMessage  = 1               // type byte; see indexVector
 )
 
-// own is what this node holds and what it said of it.
+// own is what this node holds and what it has said about it.
 type own struct {
 	mu      sync.Mutex      // guards the following
 	held    map[uint64]bool // by prefix: whether it was announced
@@ -69,10 +69,10 @@ func appendOp(b []byte, o op) []byte {
 
 func (c *cursor) op() op { return op{add: c.u8()&1 != 0, prefix: c.u64()} }
 
-// Announce says that this node holds the blob: in its cache, or in its
-// runtime's store. Others hear of it after a random delay, and only if not many
-// holders are known by then. It blocks on nothing; what is
-// announced before Run is told when it runs.
+// Announce says that this node holds the blob, in its cache or in its runtime's
+// store. Others hear of it after a random delay, and only if few holders are
+// known by then. It blocks on nothing; what is announced before Run is told
+// once Run runs.
 func (s *Swarm) Announce(d digest.Digest) {
 	if k, err := parseKey(d.String()); err == nil {
 		s.index.hold(prefixOf(k))
@@ -91,9 +91,9 @@ func (x *index) hold(p uint64) {
 }
 
 // Withdraw says that this node is about to lose the blob, or has lost it. It blocks on
-// nothing. When it returns neighbours were told, and no request for a piece is granted unless
-// the store still has the blob and somebody asks for it anew. What was granted before is
-// sent if the store can open it, and else refused as gone.
+// nothing. When it returns, neighbours have been told, and no request for a piece is granted
+// unless the store still has the blob and somebody asks for it anew. What was granted before
+// is sent if the store can open it, and otherwise refused as gone.
 func (s *Swarm) Withdraw(d digest.Digest) {
 	k, err := parseKey(d.String())
 	if err != nil {
@@ -162,9 +162,9 @@ func (x *index) gauge() {
 	x.s.metrics.holders.Set(float64(x.postings))
 }
 
-// ripen announces what waited long enough and is still worth a message. After a start
-// that can be said when this node has met the others, and knows what they have: else each
-// node that restarts would tell all others of all its blobs.
+// ripen announces what has waited long enough and is still worth a message. After a start
+// that can be judged only when this node has met the others and knows what they have:
+// otherwise each node that restarts would tell all others about all its blobs.
 func (x *index) ripen(now time.Time) {
 	x.mu.Lock()
 	newcomer := !x.settled && x.behind >= manyLate
@@ -272,8 +272,8 @@ func (x *index) heard(p []byte) {
 }
 
 // applyLocked takes operations of a member and reports whether they were news.
-// Those that come too early wait for what they follow: an addition that
-// overtakes its removal would otherwise stay for ever.
+// Those that come too early wait for what they follow: an addition overtaken by
+// its own removal would otherwise stay forever.
 func (x *index) applyLocked(id uint64, first uint32, ops []op) bool {
 	i, ok := x.byID[id]
 	if !ok {

@@ -8,16 +8,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// A blob whose bytes, all here, did not match its digest is fetched once more in
-// common. That second attempt is another blob to the swarm, of the same homes, so
-// that nothing of the first gets into it. A node at which an attempt is void knows
-// that its bytes are wrong: it takes no more part in it, and as home sends those
-// who ask for it to the next.
+// A blob whose bytes are all here but do not match its digest is fetched once more
+// in common. To the swarm, that second attempt is another blob with the same
+// homes, so that nothing of the first gets into it. A node at which an attempt is
+// void knows that its bytes are wrong: it takes no further part in it, and as home
+// sends those who ask for it to the next attempt.
 
 const (
-	// verdictWait is how long somebody who comes with a later attempt waits for the
-	// end of this node's own fill, which is likely about to find out too. The asker
-	// waits for askHomeFor.
+	// verdictWait is how long a node that comes with a later attempt waits for the
+	// end of this node's own fill, which is probably about to find out too. The
+	// asker waits for askHomeFor.
 	verdictWait = time.Second
 	verdictLook = 20 * time.Millisecond
 )
@@ -29,7 +29,7 @@ var (
 	errNoMore = errors.New("the bytes of each attempt were wrong here")
 )
 
-// attempt is the first attempt from least on that is not void here.
+// attempt is the first attempt, from least on, that is not void here.
 func (s *Swarm) attempt(k key, least int) int {
 	for least <= lastAttempt && s.knowsVoid(blobID{k, byte(least)}) {
 		least++
@@ -51,8 +51,8 @@ func (id blobID) earlier() (out []blobID) {
 }
 
 // Void says that all bytes of a blob were here and did not match its digest, for
-// so many fills one after the other: so many attempts are void. This node gives
-// nothing more of them. It blocks on nothing.
+// that many fills in a row: as many attempts are void. This node gives nothing
+// more of them. It blocks on nothing.
 func (s *Swarm) Void(d digest.Digest, attempts int) {
 	k, err := parseKey(d.String())
 	if err != nil {
@@ -64,8 +64,9 @@ func (s *Swarm) Void(d digest.Digest, attempts int) {
 }
 
 // supersede voids the attempts before one that another node was let in to. If this
-// node is in an earlier one itself, that has a moment to end. If it holds the blob,
-// the earlier go on too: what one node got wrong, others may have got right.
+// node is itself in an earlier one, that gets a moment to end. If it holds the
+// blob, the earlier attempts continue too: what one node got wrong, others may have
+// got right.
 func (s *Swarm) supersede(ctx context.Context, id blobID) error {
 	ctx, cancel := context.WithTimeout(ctx, verdictWait)
 	defer cancel()
@@ -87,8 +88,8 @@ func (s *Swarm) supersede(ctx context.Context, id blobID) error {
 	return nil
 }
 
-// undecided reports whether this node fetches the blob, or has got all of it and the
-// store has not said yet that it is right (Announce) or wrong (Void).
+// undecided reports whether this node is fetching the blob, or has all of it and the
+// store has not yet said that it is right (Announce) or wrong (Void).
 func (s *Swarm) undecided(b *blob) bool {
 	b.mu.Lock()
 	fetching, complete := b.keepsLocked(), b.complete && !b.void
@@ -114,9 +115,9 @@ func (b *blob) isVoid() bool {
 }
 
 // overtaken ends this node's fetch in b, if there is one: a home says that the
-// attempt is void, or (home is not set) a member that counts has the blob of
-// a later one. Who has nothing yet begins anew; what else is here is as wrong as the
-// home's, which only a home may say.
+// attempt is void, or (home is not set) a member whose digests count has the blob of
+// a later one. A node that has nothing yet starts over. Otherwise its bytes are as
+// wrong as the home's, which only a home may say.
 func (b *blob) overtaken(home bool) {
 	b.mu.Lock()
 	f, stop := b.fill, b.stop
@@ -150,8 +151,8 @@ func untouched(f Fill) bool {
 	return start == 0 && end == size
 }
 
-// pointOn tells a member that came with an attempt that is void here of the next,
-// if that can be given here.
+// pointOn tells a member that came with an attempt that is void here about the
+// next, if that can be given here.
 func (s *Swarm) pointOn(l *link, o open) {
 	next := blobID{o.blob.key, byte(s.attempt(o.blob.key, int(o.blob.attempt)))}
 	if next.attempt == o.blob.attempt || next.attempt > lastAttempt {

@@ -23,10 +23,11 @@ func (r banReason) lasts() time.Duration {
 
 const maxBans = 4096
 
-// bans is who was slow with a blob, of which it is not asked for pieces for a while
-// (blob.slow), and whom this node does not link with, by node name: a restart does
-// not wash a bad disk clean. Who is slow is not cut off: it may be the blob's home, and
-// everybody who turned to the next one would send that upstream too.
+// bans is the nodes that were slow with a blob and are not asked for its pieces for a
+// while (blob.slow), and those that this node does not link with. It goes by node
+// name: a restart does not wash a bad disk clean. A slow node is not cut off: it may
+// be the blob's home, and nodes that turned to the next one would send that upstream
+// too.
 type bans struct {
 	m     *metrics
 	mu    sync.Mutex // guards until
@@ -38,8 +39,8 @@ type ban struct {
 	slow      bool // it is no more than that: links go on
 }
 
-// add bans a node, or bans it for longer. Who is slow while there is to be no link with him gets
-// none until both are over.
+// add bans a node, or bans it for longer. A node that is slow while it may have no link gets
+// none until both bans are over.
 func (b *bans) add(node string, why banReason) {
 	now := time.Now()
 	b.mu.Lock()

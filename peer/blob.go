@@ -108,7 +108,7 @@ type blob struct {
 	upSince   time.Time // when upstream's first byte came
 	upBytes   int64
 
-	// Signs that it gets on.
+	// Signs of progress.
 	begun      time.Time // the fetch
 	progress   time.Time // last piece that came, or bytes of one, or begun
 	saving     time.Time // when budget last kept this node from asking for a piece while none was under way
@@ -135,7 +135,8 @@ type neighbour struct {
 	last      time.Time     // a piece came
 }
 
-// notBefore lets the neighbour be asked again then, or later if that was so already.
+// notBefore keeps the neighbour from being asked again until then, or until a later
+// time set before.
 func (nb *neighbour) notBefore(t time.Time) {
 	if t.After(nb.busy) {
 		nb.busy = t
@@ -197,7 +198,8 @@ func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	}
 }
 
-// poke has exchange look what it may ask for. It may be called with or without the lock.
+// poke makes exchange look what it may ask for. It may be called with or without the
+// lock.
 func (b *blob) poke() {
 	select {
 	case b.wake <- struct{}{}:
@@ -212,7 +214,7 @@ func (b *blob) grown() <-chan struct{} {
 	return b.grownCh
 }
 
-// newRand is a source of chance of its own, for callers without the lock.
+// newRand is a random source of its own, for callers without the lock.
 func (b *blob) newRand() *rand.Rand {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -247,8 +249,8 @@ func (b *blob) setSizeLocked(size int64) bool {
 	return true
 }
 
-// emptyLocked makes the tables of what is here anew, with nothing in them. What was given
-// and who signed is kept.
+// emptyLocked makes the tables of what is here anew, with nothing in them. What was
+// given, and which members signed, is kept.
 func (b *blob) emptyLocked() {
 	b.here, b.have, b.checked = newBitmap(b.n), newBitmap(b.n), newBitmap(b.n)
 	b.missing, b.haveN, b.fresh, b.cursor = b.n, 0, 0, 0
@@ -269,7 +271,7 @@ func (b *blob) pieceLen(i int) int {
 // fits reports whether a neighbour cuts the blob as this node does.
 func (b *blob) fits(nb *neighbour) bool { return nb.size == b.size && nb.pieceSize == b.pieceSize }
 
-// countLocked adds what a neighbour has to (or takes it from) avail.
+// countLocked adds what a neighbour has to avail, or takes it away.
 func (b *blob) countLocked(nb *neighbour, by int) {
 	if b.size == 0 || !b.fits(nb) {
 		return
@@ -298,8 +300,9 @@ func (b *blob) meetLocked(l *link) *neighbour {
 	if nb, ok := b.nbrs[l.peer]; ok && nb.l == l {
 		return nb
 	}
-	// serve tells of a link's end once, by left, under this lock. Who came after that with a
-	// link that is over would stay for ever; who comes before is seen by it.
+	// serve tells of a link's end once, by left, under this lock. A neighbour that came
+	// after that with a link that is over would stay forever; left sees those that come
+	// before.
 	if len(b.nbrs) >= maxNeighbours || l.over() {
 		return nil
 	}
@@ -331,8 +334,8 @@ func (b *blob) opened(l *link, o open) {
 }
 
 // adopt takes a blob's size from a member that the home vouches for and that
-// gives pieces, when the home does not know it (a fill may not, of a blob whose
-// size an earlier one found out). From anybody else it would be hearsay.
+// gives pieces, when the home does not know it (a fill may not, even if an
+// earlier one of the blob found it out). From anybody else it would be hearsay.
 func (b *blob) adopt(l *link) {
 	b.mu.Lock()
 	f, nb := b.fill, b.nbrs[l.peer]
@@ -355,7 +358,7 @@ func (b *blob) adopt(l *link) {
 	}
 }
 
-// haves takes in what a neighbour got since.
+// haves takes in what a neighbour has got since.
 func (b *blob) haves(l *link, h have) {
 	b.mu.Lock()
 	nb := b.nbrs[l.peer]
@@ -412,8 +415,8 @@ func (b *blob) partLocked(nb *neighbour) {
 	}
 }
 
-// giveUpLocked stops waiting for a request; again, and it does nothing. The buffer is left to the
-// collector: the link's reader may be in the middle of reading into it.
+// giveUpLocked stops waiting for a request; calling it again does nothing. The buffer is left to
+// the collector: the link's reader may be in the middle of reading into it.
 func (b *blob) giveUpLocked(r *request) {
 	if r.gaveUp {
 		return
@@ -436,14 +439,14 @@ func (b *blob) giveUpLocked(r *request) {
 	}
 }
 
-// failed is told by the link, which has forgotten the request, that it will not be answered: the
-// neighbour said that the piece is gone, or has other things to do, or has gone itself.
+// failed is called by the link, which has forgotten the request, when it will not be answered:
+// the neighbour said that the piece is gone, is busy with other things, or has itself gone.
 func (b *blob) failed(r *request, gone bool) {
 	b.s.buffers.put(r.buf)
 	b.mu.Lock()
 	b.giveUpLocked(r)
 	if gone && b.nbrs[r.nb.l.peer] == r.nb && r.nb.have.has(r.piece) && b.fits(r.nb) {
-		// It said it had it. Believe it no more for this piece.
+		// It said it had the piece. Do not believe it again for this one.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--
 		r.nb.n--

@@ -5,15 +5,15 @@ import (
 	"time"
 )
 
-// savings is how much of a budget that was not used is kept: blobs look twice in that time
-// whether there is more.
+// savings is how much unused budget is kept: blobs look twice in that time whether there
+// is more.
 const savings = 2 * tendEvery
 
 // budget bounds what this node takes from others, at the one place where a receiver can
-// without looking slow: what it asks for. Nil bounds nothing.
+// do so without looking slow: what it asks for. Nil bounds nothing.
 //
 // A piece may be asked for as soon as those before it are paid for, however large it is:
-// under a rate.Limiter one of 8 MiB needs a burst of that.
+// a rate.Limiter would need a burst of 8 MiB for a piece of that size.
 type budget struct {
 	rate float64 // bytes per second
 

@@ -9,7 +9,7 @@ import (
 )
 
 // Questions between members, and their answers. Join, permit, resolve, may, keep and way are JSON,
-// so that a field may be added; delta and snapshot are binary. The numbers are on the wire.
+// so that fields can be added; delta and snapshot are binary. The numbers are on the wire.
 
 // Methods of calls.
 const (
@@ -90,10 +90,9 @@ func (m call) into(a any, node string) error {
 	return &remoteError{fmt.Sprintf("peer %s: %s", node, truncate(string(m.body)))}
 }
 
-// askMember links with a member and asks it; l is the link that was asked over last, if there was
-// one. Two nodes that dial each other at
-// once lose one of the links, perhaps the one asked over; the other is there a
-// moment later.
+// askMember links with a member and asks it; l is the link that was last asked over, if there was
+// one. Two nodes that dial each other at once lose one of the links, perhaps the one asked over;
+// the other is there a moment later.
 func (s *Swarm) askMember(ctx context.Context, m *Member, method byte, q, a any) (l *link, err error) {
 	for try := range askTries {
 		wait(ctx, time.Duration(try)*askPause)
@@ -113,7 +112,7 @@ const (
 	askPause = 20 * time.Millisecond
 )
 
-// called starts the answer to a question. The reader goes on meanwhile. The answer's context
+// called starts the answer to a question, while the reader goes on. The answer's context
 // ends with the answer or with Run, but not with the link: others may wait for the same.
 func (s *Swarm) called(l *link, c call) {
 	if l.asked.Add(1) > maxCalls {
@@ -131,7 +130,7 @@ func (s *Swarm) called(l *link, c call) {
 	})
 }
 
-// outcome is how an answer, or why there is none, goes to who asked; call.into reads it.
+// outcome is how an answer, or why there is none, goes to the asker; call.into reads it.
 func outcome(body []byte, err error) (byte, []byte) {
 	refusal, refused := errors.AsType[*Refusal](err)
 	switch {

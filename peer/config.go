@@ -14,11 +14,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Config is what a Swarm is made of. Name, Store and Origin are required; the zero
-// value of the rest is a lone node.
+// Config is what a Swarm is made from. Name, Store and Origin are required; with
+// zero values for the rest it is a lone node.
 type Config struct {
-	// Name is the node's name. It decides which blobs the node is home of, so it
-	// should survive a restart. At most 243 bytes.
+	// Name is the node's name, at most 243 bytes. It decides which blobs the
+	// node is home of, so it should survive a restart.
 	Name string
 	// Zone groups nodes with cheap links between them; at most 29 bytes.
 	Zone string
@@ -32,24 +32,24 @@ type Config struct {
 	// refuses every address that is not loopback.
 	Keys [][]byte
 
-	// Gossip and Data are listen addresses (host:port); with an empty Gossip the
-	// node stays alone, and an empty Data is some port of loopback. Advertise is the
-	// IP address told to others; empty means the one bound, of Gossip or else of Data,
-	// or the first that is not loopback. Join lists hosts, with or without a port;
-	// names are looked up again for as long as Run runs.
+	// Gossip and Data are listen addresses (host:port); with an empty Gossip the node
+	// stays alone, and an empty Data is some port on loopback. Advertise is the IP
+	// address told to others; if empty, it is the one bound, for Gossip or else for
+	// Data, or the first that is not loopback. Join lists hosts, with or without a
+	// port; names are looked up again for as long as Run runs.
 	Gossip, Data, Advertise string
 	Join                    []string
 
-	// MaxUploads bounds pieces being sent or queued, 64 if zero;
-	// MaxUploadBytesPerSecond is a token bucket over all of them, 0 = none.
-	// MaxDownloadBytesPerSecond bounds the pieces that this node asks others for, 0 = none.
+	// MaxUploads bounds pieces being sent or queued, 64 if zero; MaxUploadBytesPerSecond is
+	// a token bucket over all of them, 0 = none. MaxDownloadBytesPerSecond bounds the
+	// pieces that this node asks others for, 0 = none.
 	MaxUploads                int
 	MaxUploadBytesPerSecond   int64
 	MaxDownloadBytesPerSecond int64
-	// TagTTL is how long a home answers Resolve for a registry's tags from memory, at most:
-	// the answer is a verdict on who asked, which ends after a minute for a credential
-	// and after ten for anyone. With 0, or without TagTTL, only those share an answer
-	// who ask at the same time. It is called as Origin is, and must not block.
+	// TagTTL is how long, at most, a home answers Resolve for a registry's tags from
+	// memory: the answer is a verdict on the asker, which ends after a minute for a
+	// credential and after ten for anyone. With 0, or without TagTTL, only those who ask at
+	// the same time share an answer. It is called as Origin is, and must not block.
 	TagTTL func(registry string) time.Duration
 
 	// Both are called by many goroutines, and never with a lock of the swarm held (I7).
@@ -66,23 +66,23 @@ type Config struct {
 	PieceSize func(size int64) int64
 	Seed      uint64
 
-	// probe is how often gossip looks whether a member lives, memberlist's second if
-	// zero. Tests with hundreds of members on a few processors cannot tell who is
-	// dead from who waits for its turn.
+	// probe is how often gossip checks whether a member is alive; memberlist's
+	// second if zero. Tests with hundreds of members on a few processors cannot tell
+	// dead members from those that wait for their turn.
 	probe time.Duration
 }
 
-// Network is where links run. The package lays mutual TLS over what it returns
-// if there are Keys. DialContext is called up to three times at once for one link
-// (see dialAnew); its ctx may end as soon as it has returned. Close of a connection has to end
-// reads and writes of it that are under way.
+// Network is what links run over. The package lays mutual TLS over what it returns if there
+// are Keys. DialContext is called up to three times at once for one link (see dialAnew); its
+// ctx may end as soon as it has returned. Closing a connection must end its reads and writes
+// that are under way.
 type Network interface {
 	Listen(addr string) (net.Listener, error)
 	DialContext(ctx context.Context, addr string) (net.Conn, error)
 }
 
 // Blob is a blob of this node, whole or growing. Every method may be called by
-// several goroutines, none may call back into the Swarm.
+// several goroutines; none may call back into the Swarm.
 type Blob interface {
 	// Size is -1 while unknown.
 	Size() int64
@@ -105,15 +105,15 @@ type Fill interface {
 	// Wanted is the lowest offset a reader waits for, else the slowest reader's
 	// position, else the first missing byte.
 	Wanted() int64
-	// From returns the way in for trusted bytes, by where they came from: a
+	// From returns a writer for trusted bytes, by where they came from: a
 	// member's node name, or "" for upstream.
 	From(node string) io.WriterAt
 	// WritePiece takes all of a piece from a member, if its bytes lead SHA-256 from
-	// one chaining value to another; those of the last piece must lead to the
-	// blob's digest instead. Else it returns an error that is ErrWrongPiece.
+	// one chaining value to the other; those of the last piece must lead to the
+	// blob's digest instead. Otherwise the error is ErrWrongPiece.
 	WritePiece(node string, piece int, p []byte, from, to [sha256.Size]byte) error
-	// Attempt says which attempt the fill is (see Want). It may be a later one than
-	// its Want said, if other nodes have found the bytes of that to be wrong.
+	// Attempt says which attempt the fill is (see Want). It may be later than its
+	// Want said, if other nodes have found the bytes of that one to be wrong.
 	Attempt(n int)
 	// Chain returns the chaining value at the start of a piece, once all bytes
 	// before it are here and hashed. Changed covers it too.
@@ -126,8 +126,8 @@ type Store interface {
 	// and does not count as a reader (it must not move Fill.Wanted).
 	Lookup(d digest.Digest) (StoredBlob, bool)
 	// Gives reports whether a blob, as it is here or on its way, may be given to
-	// those who may have what registry gives: these are its bytes, or anybody's. It
-	// is asked for each piece and must not block.
+	// those who may have what registry gives: its bytes are that registry's, or
+	// anybody's. It is called for each piece and must not block.
 	Gives(d digest.Digest, registry string) bool
 }
 
@@ -138,31 +138,31 @@ type StoredBlob interface {
 	io.Closer
 }
 
-// Want names what a node misses and how upstream knows it.
+// Want names what a node lacks and how upstream knows it.
 type Want struct {
 	Digest     digest.Digest
 	Registry   string // as images name it
 	Repository string
 	Manifest   bool // Digest is a manifest's
-	// Size is the blob's, as the manifest or tag says that led to it; 0 if unknown. Nobody
-	// has verified it: it goes before another member's word, not before upstream's.
+	// Size is the blob's, according to the manifest or tag that led to it; 0 if unknown.
+	// Nobody has verified it: it overrules another member's word, not upstream's.
 	Size int64
 	// Authorization is the client's credential for upstream, "" for none. It is
 	// sent to homes over TLS, kept in memory only, and never logged.
 	Authorization string
-	// Attempt is how many fills of the blob have lately ended, one after the other,
-	// with bytes that did not match its digest. The swarm makes a second attempt
-	// at a blob; after that Fetch returns ErrDistrusted.
+	// Attempt is how many fills of the blob have lately, in a row, ended with bytes
+	// that did not match its digest. The swarm makes a second attempt at a blob;
+	// after that Fetch returns ErrDistrusted.
 	Attempt int
 	// Held: only what other nodes have counts. No home turns to upstream for it.
 	Held bool `json:",omitempty"`
 	// Ahead, if not 0, says that the fill keeps nothing: it takes pieces that begin less than
-	// so many bytes after the one that is wanted. Nobody is given any of it, this node is no
-	// home of it meanwhile, and turns to upstream for none; where others do not deliver,
-	// Fetch fails.
+	// that many bytes after the wanted one. Nobody is given any of it, and meanwhile this
+	// node is no home of the blob and does not turn to upstream for it; where others do not
+	// deliver, Fetch fails.
 	Ahead int64 `json:"-"`
-	// Node: the repository is one that nodes open with credentials of their own.
-	// A home that has none for it must say no.
+	// Node: the repository is one that nodes open with their own credentials. A
+	// home that has none for it must say no.
 	Node bool
 }
 
@@ -173,15 +173,14 @@ func (w Want) String() string { return w.Digest.String() + " of " + w.Registry +
 func (w Want) GoString() string { return w.String() }
 
 // Reference names something in a repository, and on whose behalf it is asked
-// about: of the credential in Authorization, of the nodes' own (Node), or of
-// anyone.
+// about: the credential in Authorization, the nodes' own (Node), or anyone.
 type Reference struct {
 	Registry, Repository string
 	Tag                  string // or a digest
 	Blob                 bool   // Tag is a blob's digest
-	// Known: that it belongs to the repository need not be found out.
+	// Known: no need to find out whether it belongs to the repository.
 	Known bool
-	// Stored: whether upstream has it is what is asked; that it is known to belong to the
+	// Stored: the question is whether upstream has it; that it is known to belong to the
 	// repository is no answer.
 	Stored bool `json:",omitempty"`
 	// Memory: only what this node remembers counts; it is not the one to ask upstream.
@@ -202,44 +201,46 @@ type Descriptor struct {
 	MediaType string
 	Digest    digest.Digest
 	Size      int64
-	// Stale: upstream could not be asked; the tag stood for this when it was asked last.
+	// Stale: upstream could not be asked; the tag stood for this when it was last asked.
 	Stale bool `json:",omitempty"`
 }
 
-// Origin is how a home asks its own node to turn to upstream.
+// Origin is how a home makes its own node turn to upstream.
 type Origin interface {
 	// Fill starts, or joins, the node's fill of the blob and returns without
 	// waiting for it. That fill calls Swarm.Fetch, which finds that this node is
 	// the home. An error (no room, denied) makes the asker try the next home.
-	// ctx ends when the asker has his answer, which the fill has to outlive.
+	// ctx ends when the asker has its answer; the fill must outlive it.
 	Fill(ctx context.Context, w Want) error
-	// Resolve asks upstream what a tag stands for, or says what this node knows
-	// of it (Stale) if upstream cannot be asked. It, and May, ask nobody for a
-	// Reference with Memory, and fail if this node does not know or must not tell.
+	// Resolve asks upstream what a tag stands for or, if upstream cannot be asked,
+	// says what this node knows of it (Stale). For a Reference with Memory,
+	// Resolve and May ask nobody, and fail if this node does not know or must not
+	// tell.
 	Resolve(ctx context.Context, r Reference) (Descriptor, error)
 	// May returns nil if upstream lets the asker read what r names, and how long ago it
-	// said so; a *Refusal if not, and ErrImported if upstream cannot be asked and an
+	// said so; a *Refusal if not; ErrImported if upstream cannot be asked and an
 	// operator gave it to everybody. Other errors mean that nobody knows now.
 	May(ctx context.Context, r Reference) (age time.Duration, err error)
-	// Admit is May for another node that wants a blob from this one as its home.
-	// It should not take longer than a second: the asker waits two for all of the answer.
+	// Admit is May for another node that wants a blob from this one as its home. It
+	// should not take longer than a second: the asker waits two for the whole answer.
 	Admit(ctx context.Context, w Want) error
 	// Reaches reports, at once, whether the node gets connections to a registry, as far
-	// as it tried lately. A home that does not leaves it to the next one to try.
+	// as it tried lately. A home that does not lets the next one try.
 	Reaches(registry string) bool
 	// Connect tries to reach a registry, without any credential; nil if it answered.
 	Connect(ctx context.Context, registry string) error
 	// Keep fetches a copy of what another node has, or may be about to lose, and returns
-	// once it is here. An error makes the asker turn to somebody else.
+	// once it is here. An error makes the asker turn to another node.
 	Keep(ctx context.Context, c Copy) error
 }
 
-// Sink takes a blob from upstream. It is the fill seen through the swarm:
-// Missing leaves out what peers are about to deliver, so that a new home
-// fetches only what the swarm has lost. What is Missing changes at any time, in both
-// directions. Methods may be called by several goroutines.
+// Sink takes a blob from upstream. It is the fill seen through the swarm: Missing
+// leaves out what peers are about to deliver, so that a new home fetches only what
+// the swarm has lost. What is Missing may grow or shrink at any time. Methods may be
+// called by several goroutines.
 type Sink interface {
-	// Asked says that upstream has a request for the blob and is yet to answer.
+	// Asked says that upstream has a request for the blob and has not answered
+	// yet.
 	Asked()
 	SetSize(int64) error
 	Size() int64
@@ -249,31 +250,31 @@ type Sink interface {
 }
 
 // Upstream fetches into the sink from the registry until nothing is Missing, or ctx ends.
-// It returns only when it will not touch the sink any more. Calls of one Fetch come one
-// after the other; there is another one if more is Missing later.
+// It returns only when it will not touch the sink any more. Calls of one Fetch never
+// overlap; there is another one if more is Missing later.
 type Upstream func(ctx context.Context, into Sink) error
 
 var (
-	// ErrImported is leave to read what was asked about, and nothing else of its
-	// repository: an operator gave it, while upstream cannot be asked.
+	// ErrImported is leave to read what was asked about, and nothing else in its
+	// repository: an operator gave it, and upstream cannot be asked.
 	ErrImported = errors.New("imported by an operator")
-	// ErrWrongPiece means that a piece is not what its digest says.
+	// ErrWrongPiece means that a piece does not match its digest.
 	ErrWrongPiece = errors.New("piece does not match its digest")
 	// ErrUnsupported means that the swarm cannot carry this blob.
 	ErrUnsupported = errors.New("blob cannot be swarmed")
-	// ErrDistrusted means that the bytes that the swarm gave under this digest lately
-	// were wrong more than once (see Want.Attempt); fetch it from upstream alone.
+	// ErrDistrusted means that the bytes the swarm lately gave under this digest were
+	// wrong more than once (see Want.Attempt); fetch it from upstream alone.
 	ErrDistrusted = errors.New("swarm is distrusted for this blob")
-	// ErrVoid means that what is in the fill is likely wrong, as were the same bytes
-	// elsewhere: the fill is to fail as one whose digest did not match.
+	// ErrVoid means that what is in the fill is likely wrong, as the same bytes were
+	// elsewhere: the fill should fail as one whose digest did not match.
 	ErrVoid = errors.New("bytes of this blob were found to be wrong elsewhere")
 	// ErrNotRunning means that Run has not started or has ended.
 	ErrNotRunning = errors.New("swarm is not running")
 	// ErrRefused means that no home could get the blob and none permits this node
 	// to try for the swarm.
 	ErrRefused = errors.New("homes cannot get the blob")
-	// ErrStalled means that neither peers nor homes made progress and this node got no
-	// permit to fetch from upstream for the swarm.
+	// ErrStalled means that neither peers nor homes made progress, and this node got
+	// no permit to fetch from upstream for the swarm.
 	ErrStalled = errors.New("swarm made no progress")
 )
 

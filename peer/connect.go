@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// How links come and go: dial or welcome make one, by a handshake in which each side proves who it
-// is (I1), attach makes it the one link with its peer, serve runs it and cleans up after it.
+// How links come and go: dial or welcome makes one, by a handshake in which each side proves who
+// it is (I1); attach makes it the only link with its peer; serve runs it and cleans up after it.
 
-// dialing is a link that several may wait for.
+// dialing is a link that several callers may wait for.
 type dialing struct {
 	done chan struct{} // closed once l or err is set
 	l    *link
@@ -147,8 +147,8 @@ func readHello(c net.Conn) (hello, error) {
 	return parseHello(b[:n])
 }
 
-// connect returns the link to a member, dialing if there is none. A dial goes on when ctx ends:
-// others may wait for it, and whether the member can be reached is worth knowing.
+// connect returns the link to a member, dialing if there is none. A dial continues after ctx
+// ends: others may wait for it, and it is worth knowing whether the member can be reached.
 func (s *Swarm) connect(ctx context.Context, m *Member) (*link, error) {
 	l, d, err := s.linkOrDial(m)
 	if l != nil || err != nil {
@@ -188,7 +188,7 @@ func (s *Swarm) linkOrDial(m *Member) (*link, *dialing, error) {
 const aheadAfter = 500 * time.Millisecond
 
 // ahead links with the members that would be asked after home if home itself cannot be
-// reached by then: whether they can be is known when it matters.
+// reached by then: whether they can be reached is then known when it matters.
 func (s *Swarm) ahead(home *Member, next []*Member) (stop func()) {
 	t := time.AfterFunc(aheadAfter, func() {
 		if home.Name == s.self.Name || s.linkWith(home.Name) != nil {
@@ -219,7 +219,7 @@ func (s *Swarm) heardSince(name string, t time.Time) bool {
 // mute notes that a member has hung up without a word: it speaks another version of the
 // protocol, or bans this node, and others have to be homes in its place. Or both dialed
 // at once, the other side keeps its own link, and that one is here a moment later: two
-// nodes that take each other for unreachable then are both home (seen on a busy
+// nodes that take each other for unreachable would both be home (seen on a busy
 // machine: a blob was fetched twice).
 func (s *Swarm) mute(ctx context.Context, name string) {
 	wait(ctx, muteWait)
@@ -265,8 +265,8 @@ func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {
 	close(d.done)
 }
 
-// reach dials, proves who it is, and checks whom it reached. The other side says no hello: its
-// certificate says enough. Without a key, on loopback, nobody checks.
+// reach dials, proves who it is, and checks whom it reached. The other side sends no hello:
+// its certificate says enough. Without a key, on loopback, nobody checks.
 func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 	tctx, cancel := context.WithTimeout(ctx, connectTime)
 	raw, err := dialAnew(tctx, s.cfg.Network, m.Addr)

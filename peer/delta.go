@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// What gossip did not bring is found out by comparing how far nodes know each member, and
+// What gossip did not bring is found by comparing how far nodes know each member, and
 // fetched from that member itself.
 
 const (
@@ -43,7 +43,8 @@ func (x *index) vector() []byte {
 	return b
 }
 
-// compare notes who is said to have said more than this node heard.
+// compare notes which members are said to have told more than this node has
+// heard.
 func (x *index) compare(p []byte) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -55,8 +56,8 @@ func (x *index) compare(p []byte) {
 	}
 }
 
-// chase fetches deltas from members that this node missed something of. While it
-// is behind many, gossip is in full flow and will close most of the gaps.
+// chase fetches deltas from members of which this node missed something. While
+// it is behind many, gossip is in full flow and will close most of the gaps.
 func (x *index) chase(now time.Time) {
 	x.mu.Lock()
 	var late []string
@@ -111,7 +112,7 @@ func parseDeltaAsk(p []byte) (deltaAsk, error) {
 	return q, c.done()
 }
 
-// delta is the answer: operations from the number on that was asked for, or with whole set
+// delta is the answer: operations from the requested number on, or with whole set
 // everything the member announced, from the given position of its sorted blobs.
 type delta struct {
 	whole bool

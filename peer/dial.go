@@ -8,9 +8,9 @@ import (
 )
 
 // A connection that does not come is tried again beside the first try: the kernel
-// repeats a lost SYN only after a second, and by then the member counts as gone. Of
-// single tries half fail within connectTime where 30 % of packets are lost each way,
-// of three at a time an eighth.
+// repeats a lost SYN only after a second, and by then the member counts as gone.
+// Where 30 % of packets are lost each way, half of single tries fail within
+// connectTime, and an eighth of three at a time.
 const (
 	dialAgain = 150 * time.Millisecond
 	dialTries = 3
@@ -21,8 +21,8 @@ type dialTry struct {
 	err  error
 }
 
-// dialAnew returns what comes first of up to dialTries tries, be it a refusal. It
-// returns when all of them have ended.
+// dialAnew returns the first outcome of up to dialTries tries, even if it is a
+// refusal. It returns when all of them have ended.
 func dialAnew(ctx context.Context, n Network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var tries sync.WaitGroup

@@ -12,24 +12,24 @@ import (
 	"time"
 )
 
-// Piece digests: how they are made of what is read back from the store (sign, signWhole) or of
-// what the fill's own digest has passed (link), and whose count (learn). See "Piece digests" in
-// DESIGN.md.
+// Piece digests: how they are made, from what is read back from the store (sign, signWhole) or
+// what the fill's own digest has passed (link), and whose digests count (learn). See "Piece
+// digests" in DESIGN.md.
 
-// verifyFirst is the size up to which a node that holds a whole blob, but not
-// its piece digests, hashes all of it before it signs the first one. Larger
-// blobs are signed as they are read, or the first piece would come seconds
-// late; the last one waits for the whole digest in any case. A later attempt, which
-// follows upon wrong bytes, has no such haste.
+// verifyFirst is the size up to which a node that holds a whole blob, but not its
+// piece digests, hashes all of it before it signs the first one. Larger blobs are
+// signed as they are read, or the first piece would come seconds late; the last one
+// waits for the whole digest in any case. A later attempt, which follows wrong
+// bytes, is in no such hurry.
 const verifyFirst = 512 << 20
 
-// maxSigners bounds members whose batches count by a home's word, of one blob. Homes, and who
-// signed a batch that was taken, come on top.
+// maxSigners bounds the members whose batches count on a home's word, per blob. Homes, and
+// signers of a batch that was taken, come on top.
 const maxSigners = 32
 
-// proof is what a piece is checked by: where SHA-256 has to arrive. It sets out
-// at the start of the piece from what it carries there from the pieces before
-// (linked), or from nothing.
+// proof is what a piece is checked by: where SHA-256 has to arrive. It starts
+// at the beginning of the piece, from the value carried over from the pieces
+// before (linked) or from nothing.
 type proof struct {
 	linked   bool
 	from, to key
@@ -62,8 +62,8 @@ func (b *blob) proofLocked(i int) (p proof, ok bool) {
 
 var errWrongBlob = errors.New("blob does not match its digest")
 
-// learn takes in a signed batch (I2). Batches that are known, not signed by
-// somebody who counts, or cut otherwise are dropped.
+// learn takes in a signed batch (I2). It drops batches that are known, that are
+// signed by somebody whose digests do not count, or that are cut differently.
 func (b *blob) learn(t *batch) {
 	b.mu.Lock()
 	fresh := b.size != 0 && int64(t.pieceSize) == b.pieceSize && b.newsLocked(t)
@@ -92,9 +92,9 @@ func (b *blob) newsLocked(t *batch) bool {
 	return false
 }
 
-// knowLocked files a batch. What came first stays: two authorities can only
-// differ if one of them is wrong, and then the whole digest decides. But what this node
-// has read itself counts more than what somebody else signed and nothing was checked by.
+// knowLocked files a batch. What came first stays: two authorities can only differ if
+// one of them is wrong, and then the whole digest decides. But what this node has read
+// itself counts more than what somebody else signed and nothing was checked by.
 func (b *blob) knowLocked(t *batch) {
 	own := t.signer == b.s.self.Name
 	for _, p := range t.pieces {
@@ -129,8 +129,8 @@ func (b *blob) vouch(names []string) {
 	}
 }
 
-// scan notes which pieces have come by other roads than neighbours (upstream,
-// or an earlier start), and signs their digests if this node may.
+// scan notes which pieces have come other than from neighbours (from upstream,
+// or at an earlier start), and signs their digests if this node may.
 func (b *blob) scan(f Fill) error {
 	if size := f.Size(); size > 0 {
 		b.setSize(size)
@@ -200,8 +200,8 @@ func (b *blob) toSign() (next, loose []int) {
 	return next, loose
 }
 
-// link makes a batch of those of the pieces, which follow each other and of which
-// none is the last, that the fill's digest has passed; nil if that are none.
+// link makes a batch of those of the pieces that the fill's digest has passed;
+// nil if there are none. The pieces follow each other, and none is the last.
 func (b *blob) link(f Fill, pieces []int) *batch {
 	if len(pieces) == 0 {
 		return nil
@@ -252,8 +252,8 @@ func (b *blob) sign(pieces []int) error {
 	return nil
 }
 
-// hashPiece fails with errWrongBlob where the file is cut short: a digest of what is left of a
-// piece would have those who know it ban whoever gives the right bytes.
+// hashPiece fails with errWrongBlob where the file is cut short: a digest of the rest of a
+// piece would make those who know it ban whoever gives the right bytes.
 func (b *blob) hashPiece(r io.ReaderAt, i int, w io.Writer) error {
 	n, err := io.Copy(w, io.NewSectionReader(r, int64(i)*b.pieceSize, int64(b.pieceLen(i))))
 	if err == nil && n < int64(b.pieceLen(i)) {
@@ -265,8 +265,8 @@ func (b *blob) hashPiece(r io.ReaderAt, i int, w io.Writer) error {
 // seal signs a batch with this node's key.
 func (s *Swarm) seal(t *batch) { copy(t.sig[:], ed25519.Sign(s.signer, t.signed())) }
 
-// seed makes a blob that is whole in the store something neighbours can be
-// given: pieces without a known digest are hashed and signed.
+// seed makes a blob that is whole in the store available to neighbours: pieces
+// without a known digest are hashed and signed.
 func (b *blob) seed() error {
 	h, err := b.acquire()
 	if err != nil {
@@ -284,7 +284,7 @@ func (b *blob) seed() error {
 	return b.signWhole(h)
 }
 
-// unsigned lists the pieces that are for this node to sign.
+// unsigned lists the pieces that this node has to sign.
 func (b *blob) unsigned() (todo []int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -296,17 +296,18 @@ func (b *blob) unsigned() (todo []int) {
 	return todo
 }
 
-// unsignedLocked reports whether a piece's digest is not known, or is somebody else's word
-// about bytes that came here by another road, as from upstream: if he was wrong, this node
-// would be banned for the right bytes.
+// unsignedLocked reports whether a piece's digest is unknown, or is somebody else's word
+// about bytes that came here another way, such as from upstream: if he was wrong, this
+// node would be banned for the right bytes.
 func (b *blob) unsignedLocked(i int) bool {
 	t := b.sums[i]
 	return t == nil || t.signer != b.s.self.Name && !b.checked.has(i)
 }
 
 // batchesLocked are the batches that hold a piece's digest: as they came, and if somebody
-// else signed, once more by this node. Where he does not count, because he has gone, or is
-// no home any more to who came later, this node does as a holder of the whole blob.
+// else signed, once more by this node. Where that signer does not count, because he has
+// left or is no longer home to those who came later, this node does as a holder of the
+// whole blob.
 func (b *blob) batchesLocked(i int) []*batch {
 	t := b.sums[i]
 	if t == nil {
@@ -318,8 +319,8 @@ func (b *blob) batchesLocked(i int) []*batch {
 	return []*batch{t}
 }
 
-// resignLocked signs what another member signed of a piece and of those next to it, as far
-// as they were checked by the same batch when they were written.
+// resignLocked signs again what another member signed of a piece and its neighbours in the
+// batch, as far as they were checked by that batch when they were written.
 func (b *blob) resignLocked(i int) *batch {
 	if b.resigned == nil {
 		b.resigned = make([]*batch, b.n)

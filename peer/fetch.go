@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// One fetch, from Fetch to its end. Three goroutines work at it, and all are gone when fetch
-// returns: run, here and in upstream.go, finds a home, or is one, and looks every lookAgain
-// whether that still gets on; watch tells the blob what changed in the fill; exchange asks
-// neighbours for pieces (picker.go). What neighbours send is written by the readers of their
-// links (blob.received), and the three hear of it through blob.grown and blob.wake.
+// One fetch, from Fetch to its end. Three goroutines work on it, and all are gone when fetch
+// returns: run, here and in upstream.go, finds a home or is one, and checks every lookAgain
+// whether there is still progress; watch tells the blob what changed in the fill; exchange
+// asks neighbours for pieces (picker.go). What neighbours send is written by the readers of
+// their links (blob.received), and the three learn of it through blob.grown and blob.wake.
 
 const (
 	renewEvery  = lease / 3
@@ -25,16 +25,17 @@ const (
 	vouchWait   = 500 * time.Millisecond // between questions whose piece digests count
 )
 
-// Fetch completes a fill from the swarm. If this node is the blob's home, and
-// nobody in the swarm has the blob, it fetches it with up; else up is called
-// only when neither peers nor homes make progress and a home permits it.
+// Fetch completes a fill from the swarm. If this node is the blob's home, and nobody in
+// the swarm has the blob, it fetches it with up; otherwise up is called only when neither
+// peers nor homes make progress and a home permits it.
 //
 // It returns nil when every byte is in the fill (the caller then checks the whole
 // digest), or else an error: why ctx ended; ErrNotRunning; ErrUnsupported; ErrDistrusted,
-// ErrRefused, ErrStalled or what up returned, after which the caller should fetch what
-// is missing from upstream by itself (I3); or ErrVoid, after which that would be in vain.
-// A second Fetch of the same blob at the same time is an error. When it returns nothing
-// writes into the fill any more, but one piece per link that was under way.
+// ErrRefused, ErrStalled or what up returned, after which the caller should fetch what is
+// missing from upstream by itself (I3); or ErrVoid, after which that would be in vain. A
+// second Fetch of the same blob at the same time is an error. Once it has returned,
+// nothing writes into the fill any more except at most one piece per link that was
+// already under way.
 func (s *Swarm) Fetch(ctx context.Context, w Want, f Fill, up Upstream) error {
 	k, err := parseKey(w.Digest.String())
 	if err != nil {
@@ -90,7 +91,7 @@ func (s *Swarm) fetch(ctx context.Context, w Want, b *blob, f Fill, up Upstream)
 	return nil
 }
 
-// begin makes f the fill of the blob, and forgets what an earlier fetch left but for who
+// begin makes f the fill of the blob, and forgets what an earlier fetch left, except who
 // signed what and what was given. errBehind: the attempt is void.
 func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	b.mu.Lock()
@@ -183,8 +184,8 @@ func hasAll(src Blob, n int) bool {
 	return n > 0
 }
 
-// watch brings what changes in the fill to the blob. Changed is asked for before the look:
-// a piece may come in between.
+// watch passes what changes in the fill on to the blob. Changed is asked for before the
+// look: a piece may come in between.
 func (b *blob) watch(ctx context.Context, f Fill) {
 	for {
 		changed := f.Changed()
@@ -213,7 +214,7 @@ func (b *blob) moveCursor(off int64) {
 	b.poke()
 }
 
-// firstMissing is the first missing piece at or after i, or else of all.
+// firstMissing is the first missing piece at or after i, or else of the blob.
 func (b *blob) firstMissing(i int) int {
 	for j := range b.n {
 		if p := (i + j) % b.n; !b.here.has(p) {
@@ -284,7 +285,7 @@ func (x *fetch) run(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// step finds a home, or is one, and exchanges until that has to change.
+// step finds a home, or is one, and exchanges pieces until that has to change.
 func (x *fetch) step(ctx context.Context) error {
 	for _, name := range x.b.home.idlers(time.Now()) {
 		x.tried[name] = true
@@ -338,7 +339,7 @@ func (x *fetch) passOver(m *Member, why error) {
 	x.refused = errors.Join(x.refused, why)
 }
 
-// refusal says that no home can get the blob, and why if one said so.
+// refusal says that no home can get the blob, and why, if one said so.
 func (x *fetch) refusal() error {
 	if x.refused == nil {
 		return ErrRefused
@@ -346,8 +347,8 @@ func (x *fetch) refusal() error {
 	return fmt.Errorf("%w: %w", ErrRefused, x.refused)
 }
 
-// lastLeft is the last home that left the blob to others; nil if none did. All nodes come
-// to the same one.
+// lastLeft is the last home that left the blob to others; nil if none did. All nodes
+// arrive at the same one.
 func (x *fetch) lastLeft() *Member {
 	for _, m := range slices.Backward(x.homes()) {
 		if slices.Contains(x.left, m.Name) {
@@ -357,13 +358,13 @@ func (x *fetch) lastLeft() *Member {
 	return nil
 }
 
-// next is the home to ask now; nil once those that count were asked.
+// next is the home to ask now; nil once those that count have been asked.
 func (x *fetch) next(asked map[string]bool) *Member { return nextOf(x.route(), asked) }
 
-// route lists the homes to ask, in order; this node itself, where it stands in
-// the list, is the one that goes upstream. The homes of the zone come first; a
-// zone's first home goes on to the cluster's (I4). Who is cut off from the registry is
-// left out if somebody else is known to have a way.
+// route lists the homes to ask, in order; this node itself, where it stands in the
+// list, is the one that goes upstream. The homes of the zone come first; a zone's
+// first home goes on to the cluster's (I4). Homes that are cut off from the registry
+// are left out if somebody else is known to have a way.
 func (x *fetch) route() []*Member { return x.s.around(x.homes(), x.b.k, x.w.Registry) }
 
 func (x *fetch) homes() []*Member {
@@ -382,7 +383,7 @@ func (x *fetch) homes() []*Member {
 	return append(zone, r.homes(x.b.k, "", false)...)
 }
 
-// join asks a home, takes what it says, and links with whom it names.
+// join asks a home, takes in what it says, and links with those it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
 	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held, Idle: x.idle})
 	if err != nil {
@@ -464,7 +465,7 @@ func (x *fetch) accept(m *Member, l *link, reply joinReply) error {
 var errOtherSize = errors.New("another size is known")
 
 // fix takes a size that another node told. A fill that knows better keeps its
-// own: a wrong one given to SetSize would end it.
+// own: giving a wrong one to SetSize would end it.
 func (b *blob) fix(f Fill, size int64) error {
 	if known := f.Size(); known >= 0 && known != size {
 		return fmt.Errorf("says %d bytes, not %d: %w", size, known, errOtherSize)
@@ -490,7 +491,7 @@ func (x *fetch) meet(ctx context.Context, name string) {
 }
 
 // inline takes a small blob that came with the answer (inlineMax). It needs no signature:
-// its digest is its own.
+// its digest proves it.
 func (x *fetch) inline(l *link, body []byte) error {
 	l.traffic.received.Add(int64(len(body)))
 	if key(sha256.Sum256(body)) != x.b.k {
@@ -544,8 +545,8 @@ func (x *fetch) takePart(ctx context.Context) error {
 	return nil
 }
 
-// rest keeps the time in which a reader of what is not kept takes nothing, and all that may
-// be asked for is here, from counting as a stall.
+// rest keeps time from counting as a stall when the reader of a fill that is not kept takes
+// nothing and all that may be asked for is here.
 func (b *blob) rest(now time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -577,15 +578,15 @@ func (x *fetch) asksAgain(now time.Time, idle time.Duration, neighbours int) boo
 	return true
 }
 
-// unprovedAfter reports whether pieces came since of somebody whom the home did not vouch
-// for: it may have let him fetch from upstream meanwhile.
+// unprovedAfter reports whether pieces have come since from somebody whom the home did
+// not vouch for: it may have let him fetch from upstream meanwhile.
 func (b *blob) unprovedAfter(t time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.unproved.After(t)
 }
 
-// rejoin renews the lease and asks for more neighbours; false if the home is none any more.
+// rejoin renews the lease and asks for more neighbours; false if the home is one no longer.
 func (x *fetch) rejoin(ctx context.Context, stalled bool) bool {
 	m, ok := x.s.roster.get(x.joined)
 	if !ok {
@@ -599,10 +600,11 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) bool {
 	return false
 }
 
-// merelyLate reports whether a home that was asked then has not answered in time, but is
-// heard of, and pieces come. On a slow link an answer may take longer than askHomeFor; who
-// then turned to the next home might be that, and fetched from upstream as well (in one of
-// ten storms of 20 nodes at 20 Mbit/s, 1.1 to 1.3 copies).
+// merelyLate reports whether a home that was asked then has not answered in time, but has
+// been heard from, and pieces come. On a slow link an answer may take longer than
+// askHomeFor; a node that then turned to the next home might itself be that, and fetch
+// from upstream as well (in one of ten storms of 20 nodes at 20 Mbit/s, 1.1 to 1.3
+// copies).
 func (x *fetch) merelyLate(err error, home string, asked time.Time) bool {
 	idle, _ := x.b.look(time.Now())
 	return errors.Is(err, context.DeadlineExceeded) && idle < stallRejoin && x.s.heardSince(home, asked)

@@ -2,15 +2,16 @@ package peer
 
 import "time"
 
-// Whether a piece is given to who asks for it, and what that counts for. given[i] is how often
-// piece i was given, at the time of the request; what comes to nothing (refused, cancelled, cut) is
-// taken back, so that I6 holds of what has left this node.
+// Whether a piece is given to the node that asks for it, and what that counts for. given[i] is how
+// often piece i had been given at the time of the request; what comes to nothing (refused,
+// cancelled, cut) is taken back, so that I6 is about what has left this node.
 
 // hintTime is how long a hint keeps others from the same one.
 const hintTime = 30 * time.Millisecond
 
 // asked answers a request for a piece: it is queued, or the asker hears at once
-// that it should go elsewhere (I5). Who was not let in gets nothing (I9).
+// that it should go elsewhere (I5). A member that was not let in gets nothing
+// (I9).
 func (b *blob) asked(l *link, w want) {
 	var u *upload
 	if b.lets(l.peer) {
@@ -99,8 +100,8 @@ func (b *blob) notGivenLocked(u *upload) {
 	}
 }
 
-// hintLocked is a piece never given that the asker lacks and that nobody else
-// was just pointed to.
+// hintLocked is a piece never given that the asker lacks and to which nobody
+// else has just been pointed.
 func (b *blob) hintLocked(l *link) uint32 {
 	nb := b.nbrs[l.peer]
 	if nb == nil {

@@ -17,9 +17,9 @@ import (
 	"github.com/hashicorp/memberlist"
 )
 
-// Who the members are. memberlist does the work; what it tells goes by note and inbox to serve, and
-// from there to the roster and the index, in the order in which it came: what somebody says
-// counts only once it is known who he is. join.go is how the first others are found.
+// Who the members are. memberlist does the work; what it reports goes by note and inbox to serve,
+// and from there to the roster and the index, in the order in which it came: what a member says
+// counts only once it is known who it is. join.go is how the first others are found.
 
 const (
 	gossipLabel   = "larder/1"       // separates this protocol from other users of memberlist
@@ -45,7 +45,7 @@ type gossip struct {
 	inbox chan []byte
 	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
-	// abrupt makes the node end without a word, as a killed one does.
+	// abrupt makes the node end without a word, as if it were killed.
 	abrupt bool
 	wake   chan struct{} // for serve: there are notes
 
@@ -70,9 +70,9 @@ func newGossip(s *Swarm) *gossip {
 	return g
 }
 
-// audience is what the number of retransmissions follows from: 2 log10(N+1),
-// rounded up, is 2 among ten nodes, and then each of them misses one message in
-// eight. Small clusters can afford the 8 of a large one.
+// audience determines the number of retransmissions: 2 log10(N+1), rounded up,
+// is 2 among ten nodes, and then each of them misses one message in eight.
+// Small clusters can afford the 8 of a large one.
 func (g *gossip) audience() int { return max(len(g.s.roster.view.Load().all), 1000) }
 
 // bind binds the gossip port.
@@ -257,8 +257,8 @@ func (g *gossip) GetBroadcasts(overhead, limit int) [][]byte {
 // knows each member, 12 bytes each.
 func (g *gossip) LocalState(bool) []byte { return g.s.index.vector() }
 
-// MergeRemoteState implements memberlist.Delegate. The vector takes the same
-// way as messages; the first byte tells them apart.
+// MergeRemoteState implements memberlist.Delegate. The vector goes the same way
+// as messages; the first byte tells them apart.
 func (g *gossip) MergeRemoteState(p []byte, _ bool) { g.NotifyMsg(p) }
 
 // NotifyJoin implements memberlist.EventDelegate.
@@ -292,8 +292,8 @@ func (g *gossip) note(n *memberlist.Node, left bool) {
 	}
 }
 
-// ownAddr is addr, which this node listens on, as others are told it: they get the IP address
-// of gossip, for the one that is listened on may be any.
+// ownAddr is addr, on which this node listens, as others are told it: they get the IP address
+// of gossip, because the one listened on may be any.
 func (g *gossip) ownAddr(addr string) string {
 	if g == nil {
 		return addr

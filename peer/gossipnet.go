@@ -22,10 +22,10 @@ const (
 	maxInbound = 64 << 20 // bytes of all such streams
 )
 
-// gossipNet carries memberlist's packets by UDP and its streams by TCP, on one
-// port. memberlist's own transport reads each packet into 64 KiB of its own,
-// which live for as long as one of up to 1,024 messages of it waits; here a
-// packet is as large as it came. And this one counts what it carries.
+// gossipNet carries memberlist's packets over UDP and its streams over TCP, on
+// one port. memberlist's own transport reads each packet into 64 KiB of its
+// own, which live as long as one of up to 1,024 of its messages waits; here a
+// packet takes as much as arrived. And this one counts what it carries.
 type gossipNet struct {
 	tcp     *net.TCPListener
 	udp     *net.UDPConn
@@ -236,7 +236,7 @@ func (c countedConn) Write(p []byte) (int, error) {
 	return put, err
 }
 
-// strangeConn is a stream that somebody else opened, who may be no member. memberlist
+// strangeConn is a stream that somebody else opened, perhaps not a member. memberlist
 // closes it after at most gossipTimeout.
 type strangeConn struct {
 	countedConn

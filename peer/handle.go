@@ -5,11 +5,12 @@ import (
 	"errors"
 )
 
-// What a peer says is taken up here, on the reader of its link: who makes that wait holds back
-// its own frames and nobody else's. Questions are answered on goroutines of their own (called).
+// What a peer says is handled here, on the reader of its link: a peer that makes it wait holds
+// up its own frames and nobody else's. Questions are answered on goroutines of their own
+// (called).
 
-// handle takes one frame, whose payload p is the reader's to use again afterwards. An error
-// ends the link, and errWire bans the peer.
+// handle takes one frame, whose payload p the reader may reuse afterwards. An error ends
+// the link, and errWire bans the peer.
 func (s *Swarm) handle(l *link, t frameType, p []byte) error {
 	switch t {
 	case framePing, frameHello:
@@ -66,7 +67,7 @@ func (s *Swarm) opened(l *link, o open) {
 	if !s.takesPart(b, l.peer) {
 		// It would ask in vain; let it look elsewhere now. An open that is turned
 		// away gets no open in return: two nodes that have nothing for each other
-		// would go on like that for ever.
+		// would go on like that forever.
 		b.left(l)
 		l.send(func(p []byte) []byte { return appendClose(p, o.blob) })
 		s.pointOn(l, o)
@@ -80,8 +81,8 @@ func (s *Swarm) opened(l *link, o open) {
 }
 
 // blobHere is the blob if this node has to do with it, or could have: its store
-// holds it. Who opens others leaves no trace, or he could fill the table in which
-// a home needs room for those who join.
+// holds it. Opening any other blob leaves no trace, or a peer could fill the
+// table in which a home needs room for those who join.
 func (s *Swarm) blobHere(id blobID) *blob {
 	if b := s.knownBlob(id); b != nil {
 		return b
@@ -168,8 +169,8 @@ func (s *Swarm) seedFromStore(b *blob) error {
 	return nil
 }
 
-// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer
-// may ask for all of them. As many again may be larger than verifyFirst; these take
+// hashersAtOnce bounds how many blobs are read from disk to be hashed: a peer may
+// ask for all of them. As many again may be larger than verifyFirst; these take
 // minutes, and those who wait for the others have no such patience.
 const hashersAtOnce = 2
 

@@ -1,14 +1,14 @@
 package peer
 
-// handle is an open blob of the store, shared by uploads and by who hashes it.
+// handle is an open blob of the store, shared by uploads and hashing.
 type handle struct {
 	StoredBlob
 	refs int // guarded by blob.mu; it is closed with the last one
 }
 
-// acquire opens the blob in the store; whoever does calls release. The blob keeps a reference
-// of its own, so that the next piece opens nothing, until letGo. errNotHere: the store does
-// not have it, or what it has is of another attempt.
+// acquire opens the blob in the store; the caller must call release. The blob keeps a
+// reference of its own, so that the next piece opens nothing, until letGo. errNotHere: the
+// store does not have it, or has it of another attempt.
 func (b *blob) acquire() (*handle, error) {
 	b.mu.Lock()
 	if b.void { // what the store has now may be of the next attempt
@@ -59,9 +59,9 @@ func (b *blob) letGo() {
 	}
 }
 
-// forgetSums forgets the pieces' digests, of which none is here any more. What comes next
-// may be other bytes, if upstream gives wrong ones: those would be taken for the lie of
-// whoever passes them on, or of this node if it does.
+// forgetSums forgets the digests of the pieces, none of which is here any more. The next
+// bytes may differ, if upstream gives wrong ones, and whoever passes them on, this node
+// included, would be taken for a liar.
 func (b *blob) forgetSums() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -8,11 +8,11 @@ import (
 	"time"
 )
 
-// A home whose way to the registry is slow, but steady, sets the pace for everybody, and
-// nothing stalls. It lets another node that takes part, if possible a home of the blob,
-// fetch from the far end, for as long as both together get it faster than it did alone: they do where the
-// way from this node is slow or the registry limits each client, and not where they share
-// an uplink. What they fetch is disjoint but for what is under way where they meet.
+// A home whose way to the registry is slow but steady sets the pace for everybody, and nothing
+// stalls. It lets another node that takes part, if possible a home of the blob, fetch from the far
+// end for as long as both together are faster than it was alone: they are where this node's way is
+// slow or the registry limits each client, and not where they share an uplink. What they fetch is
+// disjoint except for what is under way where they meet.
 
 const (
 	helpAfter  = 3 * time.Second  // of upstream's bytes, before a home knows its pace
@@ -28,8 +28,8 @@ const (
 	helpGain    = 1.25
 	helpShare   = 0.85
 	helpGainFar = 3
-	// helpClose is how much a home gets by itself meanwhile: a helper that has come so
-	// near would fetch what the home has asked for.
+	// helpClose is how much a home gets by itself meanwhile: a helper that has come
+	// this near would fetch what the home has asked for.
 	helpClose = 2 * time.Second
 )
 
@@ -50,10 +50,10 @@ func (h *helper) pays(ours, theirs int64, took time.Duration) bool {
 	return together >= helpGainFar || together >= helpGain && own >= helpShare
 }
 
-// wantsHelp decides whether a member that joins, and has fetched so many bytes as helper
-// before, is to help now. It returns the pace in bytes per second of this node alone if
-// so, and 0 if not. What a home of the blob signs counts everywhere at once; another
-// member is taken where none takes part.
+// wantsHelp decides whether a member that joins, and has fetched that many bytes as
+// helper before, is to help now. If so it returns the pace of this node alone in bytes
+// per second, otherwise 0. What a home of the blob signs counts everywhere at once;
+// another member is taken only where no home takes part.
 func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 	now := time.Now()
 	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.k, member) || !b.homesMeet())
@@ -104,8 +104,8 @@ func (b *blob) appoint(may bool, member string, fetched int64, now time.Time) (r
 	return int64(h.before), false
 }
 
-// upstreamRateLocked is how many bytes a second came from upstream; 0 = it is too early
-// to tell.
+// upstreamRateLocked is how many bytes a second came from upstream; 0 = too early to
+// tell.
 func (b *blob) upstreamRateLocked(now time.Time) float64 {
 	if b.upSince.IsZero() || now.Sub(b.upSince) < helpAfter {
 		return 0
@@ -116,8 +116,8 @@ func (b *blob) upstreamRateLocked(now time.Time) float64 {
 // leftLocked is about how many bytes are missing here.
 func (b *blob) leftLocked() float64 { return float64(b.missing) * float64(b.pieceSize) }
 
-// vain remembers registries of which two nodes get no more than one. The zero value is
-// ready.
+// vain remembers registries from which two nodes get no more than one. The zero value
+// is ready.
 type vain struct {
 	mu sync.Mutex // guards at
 	at map[string]time.Time
@@ -150,8 +150,8 @@ type helping struct {
 	enough atomic.Bool
 }
 
-// help begins to help the home, which gets rate bytes a second by itself, goes on with
-// it, or with 0 ends it.
+// help begins to help the home, which gets rate bytes a second by itself, continues
+// to, or with 0 stops.
 func (x *fetch) help(ctx context.Context, rate int64) {
 	if rate <= 0 || !x.b.caughtUp(float64(rate)*helpClose.Seconds()) {
 		if x.helping != nil {
@@ -185,7 +185,7 @@ func (x *fetch) help(ctx context.Context, rate int64) {
 	}()
 }
 
-// endHelp returns when no byte of the help will come any more.
+// endHelp returns when no more bytes of the help will come.
 func (x *fetch) endHelp() {
 	if x.helping == nil {
 		return
@@ -204,8 +204,8 @@ func (x *fetch) fetched() int64 {
 	return x.helped + x.helping.bytes.Load()
 }
 
-// caughtUp reports whether at most so many bytes are missing here that neighbours have:
-// else it is not the home that sets the pace.
+// caughtUp reports whether at most that many of the bytes missing here are at
+// neighbours: otherwise it is not the home that sets the pace.
 func (b *blob) caughtUp(most float64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -219,7 +219,7 @@ func (b *blob) caughtUp(most float64) bool {
 }
 
 // farSink shows upstream the far end of what nobody has, and when that is there what
-// comes before it, until it is near the home. So the home's stream, when it gets there,
+// comes before it, until it is near the home. So when the home's stream gets there, it
 // is at its end: it would read through an island.
 type farSink struct {
 	sink

@@ -11,9 +11,10 @@ import (
 	"time"
 )
 
-// Being a home: who asks to join is let in, told whom to meet, and the blob is brought on its
-// way if it is not (gather), by the node's own fill, which ends up in asHome of upstream.go.
-// Nothing here waits for bytes, but for the few of a blob that fits into the answer.
+// Being a home: a node that asks to join is let in and told whom to meet, and if the blob is
+// not on its way yet, gather starts it through the node's own fill, which ends up in asHome
+// of upstream.go. Nothing here waits for bytes, except for the few of a blob that fits into
+// the answer.
 
 const (
 	lease      = 30 * time.Second
@@ -26,7 +27,7 @@ const (
 	resumeWait = 150 * time.Millisecond // a new home listens for what the swarm has
 )
 
-// meeting is what a node keeps of a blob as its home: who takes part. It stands
+// meeting is what a node keeps about a blob as its home: who takes part. It stands
 // in for a tracker. Its lock is never taken under blob.mu, nor the other way round.
 type meeting struct {
 	mu        sync.Mutex // guards the following
@@ -72,9 +73,9 @@ func (m *meeting) early(name string) bool {
 	return a != nil && a.at < introduce && len(m.names) > 1
 }
 
-// introduceLocked picks neighbours. Of two drawn by chance the one that was
-// named less is taken, which keeps degrees even although early members are
-// there for all the draws; the same zone is preferred.
+// introduceLocked picks neighbours. Of two drawn at random it takes the one
+// named less often, which keeps degrees even although early members are there
+// for all the draws; the same zone is preferred.
 func (m *meeting) introduceLocked(self, zone string, rng *rand.Rand) (out []string) {
 	now := time.Now()
 	taken := map[string]bool{self: true}
@@ -143,7 +144,8 @@ func (m *meeting) expire(now time.Time) int {
 	return len(m.names)
 }
 
-// permit allows one more fetch from upstream for the blob, if there was none within lease.
+// permit allows one more fetch of the blob from upstream, unless there was one within
+// lease.
 func (m *meeting) permit(now time.Time) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -154,8 +156,8 @@ func (m *meeting) permit(now time.Time) bool {
 	return true
 }
 
-// joinAsk is what a node that misses a blob sends to its home, at first and to
-// renew its lease.
+// joinAsk is what a node that misses a blob sends to its home, first to join
+// and then to renew its lease.
 type joinAsk struct {
 	Digest        string
 	Registry      string `json:",omitempty"`
@@ -171,8 +173,8 @@ type joinAsk struct {
 	Stalled       bool   `json:",omitempty"` // those named so far do not deliver
 	Peek          bool   `json:",omitempty"` // do not turn to upstream for it: from another home, or see Want.Held
 	More          bool   `json:",omitempty"` // there is another home to ask
-	// Idle are homes that said they get the blob, and gave nothing: one that is asked
-	// instead must not wait for them in its turn.
+	// Idle are homes that said they get the blob, and gave nothing: the home that is
+	// asked instead must not wait for them in its turn.
 	Idle []string `json:",omitempty"`
 }
 
@@ -204,8 +206,8 @@ func (a joinAsk) want(b *blob) Want {
 }
 
 // joined answers a node that misses a blob. The order counts: leave first, for nothing may be
-// told to who has none (I9), then the attempt (I10), and the pass before gather, so that
-// it is had even from a home that cannot help.
+// told to a node that has none (I9), then the attempt (I10), and the pass before gather, so
+// that it is obtained even from a home that cannot help.
 func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, error) {
 	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {
@@ -268,9 +270,9 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	return reply, nil
 }
 
-// abroad is whom some of those that meet here are to meet in other zones, where the zone's
+// abroad is whom some of those that meet here should meet in other zones when the zone's
 // home has all of the blob: it asks no home of the cluster, so nothing else links this zone
-// with the others, and each of these would get its copy of this node.
+// with the others, and each of these would get its copy from this node.
 func (s *Swarm) abroad(b *blob, l *link) (names []string) {
 	if s.cfg.ZoneScope || l.zone != s.cfg.Zone || !b.whole() || !b.home.early(l.peer) {
 		return nil
@@ -284,7 +286,7 @@ func (s *Swarm) abroad(b *blob, l *link) (names []string) {
 	return names
 }
 
-// over answers who comes to a home with an attempt that is void there.
+// over answers a node that comes to a home with an attempt that is void there.
 func (b *blob) over() joinReply {
 	if next := b.s.attempt(b.k, int(b.id.attempt)); next <= lastAttempt {
 		return joinReply{Attempt: next}
@@ -292,7 +294,7 @@ func (b *blob) over() joinReply {
 	return joinReply{Refused: errNoMore.Error()}
 }
 
-// note keeps what an asker tells of the swarm's past.
+// note keeps what an asker tells about the swarm's past.
 func (b *blob) note(l *link, ask joinAsk) {
 	b.mu.Lock()
 	b.lastUse = time.Now()
@@ -312,7 +314,7 @@ func (b *blob) note(l *link, ask joinAsk) {
 	}
 }
 
-// idlers are the homes that others lately waited for in vain.
+// idlers are the homes that others have lately waited for in vain.
 func (m *meeting) idlers(now time.Time) (names []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -368,16 +370,16 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	return nil
 }
 
-// source reports whether all of the blob is here, be it still to be hashed, or comes
-// here from upstream.
+// source reports whether all of the blob is here, even if still to be hashed, or is
+// coming here from upstream.
 func (b *blob) source() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.wholeLocked() || b.scanning || b.fill != nil && b.authority
 }
 
-// waits reports whether all this node has of the blob is hope: it goes upstream
-// for none of it and has no piece yet.
+// waits reports whether all this node has of the blob is hope: it fetches none
+// of it from upstream and has no piece yet.
 func (b *blob) waits() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -386,8 +388,8 @@ func (b *blob) waits() bool {
 
 var errNothing = errors.New("nothing of it here")
 
-// stay makes the asker a neighbour of the home while there is room. There is more for
-// other homes of the blob: one may have to help.
+// stay makes the asker a neighbour of the home while there is room. There is more
+// room for other homes of the blob: one may have to help.
 func (b *blob) stay(l *link) bool {
 	room := homeDegree
 	if b.s.mayBeHome(b.k, l.peer) {
@@ -515,8 +517,8 @@ type permitAsk struct {
 
 type permitReply struct{ Granted bool }
 
-// permitted answers who wants to go upstream beside this node (I4). Its digests count from
-// then on.
+// permitted answers a node that wants to go upstream beside this one (I4). Its digests
+// count from then on.
 func (s *Swarm) permitted(l *link, ask permitAsk) (permitReply, error) {
 	id, err := parseBlobID(ask.Digest, ask.Attempt)
 	if err != nil {

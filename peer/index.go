@@ -23,16 +23,17 @@ const (
 	tombstone    = 2 * time.Minute
 )
 
-// index knows who holds which whole blobs: the first eight bytes of a digest
-// lead to the numbers of the members that announced it. What this node itself holds is not
-// among them, but in own, which has a lock of its own; nobody takes both.
+// index knows who holds which whole blobs: the first eight bytes of a digest lead to the
+// numbers of the members that announced it. What this node itself holds is not in it but in
+// own, which has a lock of its own; nobody takes both.
 //
 // It is fed by gossip (announce.go), by deltas of members of which something was missed
-// (delta.go), and by a snapshot where much was (snapshot.go). run does all that takes time.
+// (delta.go), and by a snapshot where much was missed (snapshot.go). run does everything
+// that takes time.
 //
-// A posting is two bytes. A member's death is one mark on its slot, which
-// lookups honour at once; its postings are swept later, and only then is the
-// slot's number used again. Look-ups do no I/O.
+// A posting is two bytes. A member's death is one mark on its slot, which lookups honour at
+// once; its postings are swept later, and only then is the slot's number reused. Lookups do
+// no I/O.
 type index struct {
 	s       *Swarm
 	begun   time.Time // constant
@@ -79,8 +80,8 @@ func newIndex(s *Swarm) *index {
 	return &index{s: s, byID: make(map[uint64]uint16), begun: now, own: own{held: make(map[uint64]bool), looked: now}}
 }
 
-// prefixOf is what the index knows a digest by. Two that share it are taken for one: who asks
-// a holder of the other loses a moment.
+// prefixOf is what the index knows a digest by. Two that share it are taken for one: asking a
+// holder of the other costs a moment.
 func prefixOf(k key) uint64 { return binary.BigEndian.Uint64(k[:]) }
 
 func shardOf(p uint64) int { return int(p >> 52) }
@@ -89,8 +90,8 @@ func shardOf(p uint64) int { return int(p >> 52) }
 // restart voids what the node said before (a new epoch).
 func memberID(name string) uint64 { return hash64(name) }
 
-// joined makes room for members; what they say before is dropped (applyLocked), and made up for
-// by a delta.
+// joined makes room for members; what they said before is dropped (applyLocked), and made up
+// for by a delta.
 func (x *index) joined(ms []Member) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -251,8 +252,8 @@ func (x *index) sweepSome(now time.Time, shards int) {
 	}
 }
 
-// deadLocked is who fell before the sweep under way began, so that each of them
-// is swept from every shard.
+// deadLocked is the members that fell before the sweep under way began, so that
+// each of them is swept from every shard.
 func (x *index) deadLocked(now time.Time) map[uint16]bool {
 	if x.sweep > 0 {
 		return x.sweeping
@@ -278,7 +279,7 @@ func (x *index) freeLocked(dead map[uint16]bool) {
 }
 
 // Holders names the nodes that say they hold a blob, as far as this one knows, those of its zone
-// first; itself is not among them. None are known of what is no SHA-256.
+// first; itself is not among them. For a digest that is not SHA-256, none are known.
 func (s *Swarm) Holders(d digest.Digest) []string {
 	k, err := parseKey(d.String())
 	if err != nil {

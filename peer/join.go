@@ -111,9 +111,9 @@ func (g *gossip) greet() (addrs []string) {
 	return addrs
 }
 
-// unknown is the addresses of each name that no member tells. A member tells one address and
-// a name may have two of it: where all of one family are members', the other family's are
-// theirs too.
+// unknown is the addresses of each name that no member announces. A member announces one
+// address and a name may have two for it: if all of one family belong to members, so do
+// those of the other family.
 func (g *gossip) unknown(names [][]string) (out []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -137,8 +137,8 @@ func (g *gossip) unknown(names [][]string) (out []string) {
 	return out
 }
 
-// resolve turns each name in Join into addresses; err is of one that has none. Names are looked up
-// at the same time: one whose server is dead takes all the time there is.
+// resolve turns each name in Join into addresses; err is about one that has none. Names are looked
+// up at the same time: one whose server is dead takes all the time there is.
 func (s *Swarm) resolve(ctx context.Context) (found [][]string, unresolved error) {
 	_, port, _ := net.SplitHostPort(s.cfg.Gossip)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)

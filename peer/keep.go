@@ -9,23 +9,23 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What one node alone has is lost with that node. So it asks others to have it too:
-// those that would be asked for it, the homes, first.
+// What only one node has is lost with that node. So it asks others to keep it too:
+// first the homes, which would be asked for it.
 
 const (
-	// keepTime is how long a member may take to fetch what it was asked to keep. It
-	// goes on with what takes longer.
+	// keepTime is how long a member may take to fetch what it was asked to keep. If
+	// it takes longer, it goes on.
 	keepTime = 2 * time.Minute
-	// maxIdle bounds what a member says of how long something was not used.
+	// maxIdle bounds what a member says about how long something was not used.
 	maxIdle = 10 * 365 * 24 * time.Hour
 )
 
 // Copy is what a node asks another one to keep: a blob, or what a tag stands for. No
-// client's credential goes with it: whoever keeps it must be let read it himself.
+// client's credential goes with it: the keeper must itself be allowed to read it.
 type Copy struct {
 	Want
-	// Tag is asked for instead of a blob if it is not "", and Stands is what it stood for
-	// when the asker heard of it last.
+	// Tag, if not "", is asked for instead of a blob, and Stands is what it stood for
+	// when the asker last heard of it.
 	Tag    string `json:",omitempty"`
 	Stands Descriptor
 	// Idle is how long ago the asker used it last.
@@ -58,8 +58,8 @@ var ErrBusy = errors.New("peer is busy")
 // ErrNobody means that no other member may be asked.
 var ErrNobody = errors.New("no other node may be a home")
 
-// Others counts the members beside this one that, by the index, have what c names; with ZoneScope
-// those of this zone.
+// Others counts the members beside this one that, by the index, have what c names; with
+// ZoneScope, those of this zone.
 func (s *Swarm) Others(c Copy) int { return len(s.others(c)) }
 
 func (s *Swarm) others(c Copy) (names []string) {
@@ -75,10 +75,10 @@ func (s *Swarm) others(c Copy) (names []string) {
 	return names
 }
 
-// Keep asks members, one after the other, to keep what this node has, until others that
-// have it are as many as wanted. It returns how many are then, and why not more: ErrNobody,
-// ctx's error, ErrNotRunning, or what the member asked last said. It blocks for up to keepTime
-// for each of at most maxAsked members; one that is still fetching then counts as one that keeps it.
+// Keep asks members, one after the other, to keep what this node has, until as many others have it
+// as wanted. It returns how many do then, and why not more: ErrNobody, ctx's error, ErrNotRunning,
+// or what the member asked last said. It blocks for up to keepTime for each of at most maxAsked
+// members; one that is still fetching by then counts as one that keeps it.
 func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err error) {
 	ctx, stop, err := s.enter(ctx)
 	if err != nil {
@@ -122,7 +122,7 @@ func (s *Swarm) Keep(ctx context.Context, c Copy, wanted int) (others int, err e
 	return others, err
 }
 
-// missing reports whether upstream has something no more.
+// missing reports whether upstream no longer has something.
 func missing(err error) bool {
 	r, ok := errors.AsType[*Refusal](err)
 	return ok && r.Status == http.StatusNotFound
@@ -138,7 +138,7 @@ func (s *Swarm) askToKeep(ctx context.Context, m *Member, c Copy) error {
 	return err
 }
 
-// keeps answers who asks this node to keep something.
+// keeps answers a node that asks this one to keep something.
 func (s *Swarm) keeps(ctx context.Context, c Copy) (struct{}, error) {
 	if c.Idle < 0 || c.Idle > maxIdle || c.Size < 0 || c.Size > maxBlobSize {
 		return struct{}{}, errWire

@@ -25,9 +25,9 @@ const (
 	maxCalls    = 64 // questions of one peer being answered
 )
 
-// link is the one connection between two nodes, whoever dialed. Control frames
-// overtake piece bytes at the next chunk; there is one reader and one writer
-// goroutine, and nobody else touches the connection but to close it.
+// link is the one connection between two nodes, whoever dialed. Control frames overtake
+// piece bytes at the next chunk; there is one reader and one writer goroutine, and nobody
+// else touches the connection except to close it.
 //
 // mu may be taken under any other lock, and none is taken under it (I7). So send, request,
 // start, forget and close, which only leave word, may be called with locks held.
@@ -72,7 +72,7 @@ var (
 	errManyLinks  = errors.New("too many links")
 )
 
-// moment is a time that an atomic holds, by the monotonic clock: others set the wall clock,
+// moment is a time held by an atomic, by the monotonic clock: others set the wall clock,
 // and no peer is silent because of that.
 type moment struct{ since atomic.Int64 } // clockStart, nanoseconds
 
@@ -125,7 +125,7 @@ func (l *link) over() bool {
 func (l *link) touch() { l.used.set(time.Now()) }
 
 // send queues control frames; it never blocks. Frames to a closed link are
-// dropped: its end is told to every blob anyway.
+// dropped: every blob is told of its end anyway.
 func (l *link) send(put func([]byte) []byte) {
 	l.mu.Lock()
 	if l.closed == nil {
@@ -231,8 +231,8 @@ func (l *link) read() error {
 	}
 }
 
-// readData puts piece bytes where they were asked for, and drops those nobody
-// waits for any more.
+// readData puts piece bytes where they were asked for, and drops those that
+// nobody waits for any more.
 func (l *link) readData(br *bufio.Reader, n int) error {
 	if n < dataHead {
 		return errWire
@@ -269,7 +269,7 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 }
 
 // forget takes a request off the link; nil if it is not there any more. So of reader, blob and
-// settle, who may all want to end it, one does.
+// settle, which may all want to end it, one does.
 func (l *link) forget(id uint32) *request {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -338,8 +338,8 @@ func (l *link) write() {
 	}
 }
 
-// limit waits for the upload budget, and goes on to send control frames: the peer would
-// take this node for dead.
+// limit waits for the upload budget while control frames go on being sent: otherwise
+// the peer would take this node for dead.
 func (l *link) limit(n int) error {
 	if l.s.limiter == nil {
 		return nil
@@ -365,7 +365,7 @@ func (l *link) limit(n int) error {
 	}
 }
 
-// control takes the control frames that wait, if there are any.
+// control takes the waiting control frames, if there are any.
 func (l *link) control() []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -446,7 +446,7 @@ func (l *link) start(u *upload) bool {
 }
 
 // call asks the peer and waits for the answer, which is given to got; errLinkClosed if the link
-// ends first. Who does not wait until then is answered in vain.
+// ends first. If the caller does not wait that long, the answer is lost.
 func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
 	answer := make(chan call, 1)
 	l.mu.Lock()

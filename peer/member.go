@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// Member is one start of one node, as it told about itself.
+// Member is one start of one node, as it described itself.
 type Member struct {
 	Name  string // Node~Epoch, see startName; unique
 	Node  string // survives restarts
@@ -76,8 +76,8 @@ func cutStart(name string) (node string, epoch uint64, ok bool) {
 	return name[:i], epoch, err == nil
 }
 
-// roster is the live members. Reads of view take no lock; who is down is under mu, beneath which
-// no other lock is taken.
+// roster is the live members. Reads of view take no lock; which members are down is under mu,
+// beneath which no other lock is taken.
 type roster struct {
 	self string // this node's name
 	view atomic.Pointer[view]
@@ -85,9 +85,9 @@ type roster struct {
 	mu     sync.Mutex // serialises writers; guards the following
 	fallen map[string]fallenMember
 	down   map[string]time.Time // members this node could not reach, until when
-	// When it reaches nobody, the fault is likely on its own side (a firewall, packets
-	// of full size that get lost), and to find that out again for every blob would
-	// cost a pull seconds each time. So it counts as alone for a while.
+	// When it reaches nobody, the fault is probably on its own side (a firewall,
+	// full-size packets that get lost), and to find that out again for every blob
+	// would cost a pull seconds each time. So it counts as alone for a while.
 	strikes int           // members not reached in a row
 	struck  time.Time     // the last one
 	alone   time.Time     // until when nobody is asked
@@ -163,7 +163,7 @@ func (v *view) find(name string) (at int, found bool) {
 	return slices.BinarySearchFunc(v.all, name, func(m *Member, name string) int { return cmp.Compare(m.Name, name) })
 }
 
-// put adds or replaces a member of a view that nobody sees yet.
+// put adds or replaces a member of a view that nobody else sees yet.
 func (v *view) put(m *Member) {
 	i, found := v.find(m.Name)
 	if found {
@@ -182,7 +182,8 @@ func (r *roster) get(name string) (*Member, bool) {
 	return v.all[i], true
 }
 
-// key returns the signing key of a member, be it this node, that lives or fell lately.
+// key returns the signing key of a member that is alive or died lately; it may be this
+// node.
 func (r *roster) key(name string) ed25519.PublicKey {
 	if m, ok := r.get(name); ok {
 		return m.Key
@@ -192,9 +193,9 @@ func (r *roster) key(name string) ed25519.PublicKey {
 	return r.fallen[name].Key
 }
 
-// unreachable keeps a member from being chosen as home for a while: the data
-// path does not wait for gossip to notice a death. If that makes this node alone,
-// it returns for how long.
+// unreachable keeps a member from being chosen as home for a while: the data path
+// does not wait for gossip to notice a death. If that makes this node count as
+// alone, it returns for how long.
 func (r *roster) unreachable(name string) (alone time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -248,7 +249,7 @@ func (r *roster) homes(k key, zone string, zoned bool) []*Member {
 
 // elders are the members that were homes before a node of this epoch came. Where
 // several come at once, as an autoscaler brings them, none of a blob's homes may have
-// been there before, while one that was still gets the blob behind a poor uplink.
+// been there before, while a former home still gets the blob behind a poor uplink.
 func (r *roster) elders(k key, zone string, zoned bool, epoch uint64) []*Member {
 	v, without := r.view.Load(), r.downNow()
 	for _, m := range v.all {
@@ -269,7 +270,7 @@ func (r *roster) homeBut(k key, zone string, zoned bool, without map[string]bool
 	return nil
 }
 
-// downNow is who cannot be reached now, as isDown has it.
+// downNow is the members that cannot be reached now, as isDown has it.
 func (r *roster) downNow() map[string]bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -291,7 +292,7 @@ func (r *roster) downNow() map[string]bool {
 	return out
 }
 
-// isGone reports whether a member is no more, or cannot be reached now.
+// isGone reports whether a member no longer exists, or cannot be reached now.
 func (r *roster) isGone(name string) bool {
 	_, live := r.get(name)
 	return !live || r.isDown(name)
@@ -300,7 +301,7 @@ func (r *roster) isGone(name string) bool {
 const (
 	// homesPerBlob is how many homes a blob has at a time.
 	homesPerBlob = 3
-	// maxAsked is how many members a node asks as homes, those among them that turn
+	// maxAsked is how many members a node asks as homes, including those that turn
 	// out to be dead, before it relies on itself.
 	maxAsked = 2 * homesPerBlob
 )

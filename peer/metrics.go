@@ -2,7 +2,8 @@ package peer
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// metrics of a Swarm. The gauges are set by who knows: gossip.settle, and index.gauge each batchEvery.
+// metrics of a Swarm. The gauges are set by those who know: gossip.settle, and index.gauge every
+// batchEvery.
 type metrics struct {
 	members  prometheus.Gauge
 	bans     *prometheus.CounterVec

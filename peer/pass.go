@@ -7,16 +7,16 @@ import (
 )
 
 // pass says that a home let a member have a blob that a registry gives (I9). It
-// names the start of the member and is worth nothing to others. It has no end:
-// who may have the bytes now has them then, and the node that it is for asks its
-// own callers every time.
+// names the start of the member and is worth nothing to others. It does not
+// expire: a member that may have the bytes now keeps them anyway, and the node
+// that it is for checks its own callers every time.
 type pass struct {
 	registry string // as images name it; whose bytes the blob may be
 	signer   string // member; "" = no pass
 	sig      [ed25519.SignatureSize]byte
 }
 
-// signed is what the signer signs: that member may have of blob k what the registry gives.
+// signed is what the signer signs: that member may have what the registry gives of blob k.
 func (p pass) signed(k key, member string) []byte {
 	b := append([]byte("larder pass 1\x00"), k[:]...)
 	return appendStr(appendStr(b, p.registry), member)
@@ -45,7 +45,7 @@ func (s *Swarm) sign(k key, registry, member string) pass {
 	return p
 }
 
-// good reports whether a member shows a pass of its own. Nobody can let
+// good reports whether a member shows a valid pass of its own. Nobody can let
 // himself in.
 func (s *Swarm) good(p pass, k key, member string) bool {
 	if p.signer == "" || p.signer == member {
@@ -56,8 +56,8 @@ func (s *Swarm) good(p pass, k key, member string) bool {
 }
 
 // admit notes that a member may have what registry gives of the blob: this node
-// let it in as home, or it showed a pass, or it is the home that this node let
-// have its own credential.
+// let it in as home, or it showed a pass, or it is the home to which this node
+// gave its own credential.
 func (b *blob) admit(member, registry string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -91,8 +91,8 @@ func (b *blob) turnedAwayBy(l *link) {
 	b.left(l)
 }
 
-// forsaken reports whether somebody closed on us since, and nobody who is left
-// has anything: then the home has to look for another source.
+// forsaken reports whether somebody has closed on us since then, and none of
+// those left has anything: then the home has to look for another source.
 func (b *blob) forsaken(since time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -107,7 +107,7 @@ func (b *blob) forsaken(since time.Time) bool {
 	return true
 }
 
-// show keeps this node's own pass, and tells the neighbours that it has met.
+// show keeps this node's own pass, and tells the neighbours it has already met.
 func (b *blob) show(p pass) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

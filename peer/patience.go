@@ -6,26 +6,27 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Whether a blob gets on: by bytes that came, by what a home said, or by what this node
-// has asked upstream. Who gives up too soon fetches what is on its way to him.
+// Whether a blob makes progress: by bytes that came, by what a home said, or by what
+// this node has asked of upstream. A node that gives up too soon fetches what is
+// already on its way to it.
 
 const (
 	// A home's word that it gets bytes is as good as a byte for wordTime: a slow registry
-	// is not a dead one, and a piece may take long behind a poor uplink. A home that has
+	// is not a dead one, and behind a poor uplink a piece may take long. A home that has
 	// given nothing by then cannot, or does not want to. The next one has to give
-	// something before those who wait here have lost their patience, see Coming.
+	// something before those who wait here lose their patience, see Coming.
 	wordTime = 30 * time.Second
-	// sourceTime is the same for a home that waits for another one which gets the blob
+	// sourceTime is the same for a home that waits for another which gets the blob
 	// already: it has to go upstream before those who wait for it turn to the next.
 	sourceTime = wordTime / 2
 )
 
-// Coming reports whether the blob is on its way here: bytes of it came within the
-// last seconds, or a home said that it gets them, or waits for the registry's answer.
-// Who waits for a byte of it does better to go on waiting than to ask the registry too.
-// A home that is believed no longer was heard of a moment ago, and the next one may
-// need as long to begin. ours means that this node gets it from upstream for others. It
-// blocks on nothing.
+// Coming reports whether the blob is on its way here: bytes of it came within the last
+// seconds, or a home said that it gets them or awaits the registry's answer. A caller
+// that waits for a byte of it does better to go on waiting than to ask the registry
+// too. A home that is no longer believed was heard from a moment ago, and the next one
+// may need as long to begin. ours means that this node gets it from upstream for
+// others. It blocks on nothing.
 func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	k, err := parseKey(d.String())
 	if err != nil {
@@ -40,8 +41,8 @@ func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	return coming, ours
 }
 
-// look reports for how long nothing came, nor a home's word that is to be believed,
-// and how many neighbours there are.
+// look reports for how long neither bytes came nor a home's word that is to be
+// believed, and how many neighbours there are.
 func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -52,14 +53,14 @@ func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
 	return now.Sub(last), len(b.nbrs)
 }
 
-// quiet is for how long no byte came.
+// quiet is how long no byte has come.
 func (b *blob) quiet(now time.Time) time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return now.Sub(b.cameLocked())
 }
 
-// talks reports whether a home goes on to say that it gets bytes, and none comes.
+// talks reports whether a home keeps saying that it gets bytes, and none comes.
 func (b *blob) talks(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -85,8 +86,8 @@ func (b *blob) coming(now time.Time) (coming, ours bool) {
 
 // triesLocked reports whether this node goes upstream with some hope, if the last bytes
 // came then: it has asked, and registries that are caches themselves may take long to
-// answer; or there was a byte, and it tries to go on where an uplink failed for a moment.
-// A registry that cannot be reached in the first place has not been asked.
+// answer; or there was a byte, and it tries to continue where an uplink failed for a
+// moment. A registry that cannot be reached in the first place has not been asked.
 func (b *blob) triesLocked(now, last time.Time) bool {
 	if last.Equal(b.begun) || b.askedAt.After(last) {
 		last = b.askedAt
@@ -94,7 +95,8 @@ func (b *blob) triesLocked(now, last time.Time) bool {
 	return b.authority && now.Sub(last) < wordTime
 }
 
-// cameLocked is when the last bytes came, or would have, but for this node's own limit.
+// cameLocked is when the last bytes came, or would have come but for this node's own
+// limit.
 func (b *blob) cameLocked() time.Time {
 	if b.saving.After(b.progress) {
 		return b.movedLocked(b.saving)
@@ -114,8 +116,8 @@ func (b *blob) movedLocked(last time.Time) time.Time {
 	return last
 }
 
-// believesLocked reports whether a home's word still counts that does for so long, if
-// the last bytes came then.
+// believesLocked reports whether a home's word, which counts for that long, still
+// does, if the last bytes came then.
 func (b *blob) believesLocked(now, last time.Time, long time.Duration) bool {
 	if b.heeded.After(last) {
 		last = b.heeded
@@ -130,7 +132,8 @@ func (b *blob) trusts(now time.Time) bool {
 	return b.believesLocked(now, b.cameLocked(), sourceTime)
 }
 
-// told notes a home's word that it, or the source that it waits for, got bytes then.
+// told notes a home's word that it, or the source that it waits for, got bytes at
+// that time.
 func (b *blob) told(at time.Time, source bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -141,9 +144,9 @@ func (b *blob) told(at time.Time, source bool) {
 }
 
 // moves reports whether bytes of the blob came here lately, or a source said that they
-// come there: a home that came later waits for the one before it, and who asks it has
-// to know. The word of one that is no source goes no further, else two homes that wait
-// for each other would believe each other for ever.
+// come there: a home that came later waits for the one before it, and those who ask it
+// have to know. The word of a home that is no source goes no further, or two homes
+// that wait for each other would believe each other forever.
 func (b *blob) moves(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// What is asked of whom. All of this runs with blob.mu held.
+// Which pieces are asked of whom. All of this runs with blob.mu held.
 
 const (
 	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
@@ -49,12 +49,14 @@ func (b *blob) idleLocked(now time.Time) {
 	}
 }
 
-// askEach goes once through the neighbours, from the one that will likely deliver first,
-// asks each for the rarest candidate that it has, and reports whether any was asked.
+// askEach goes once through the neighbours, starting with the one likely to deliver
+// first, asks each for the rarest candidate that it has, and reports whether any was
+// asked.
 //
-// The neighbour is chosen before the piece. The other way round all ask the few who have
-// the rarest pieces, and most in vain, while others have nothing to send: of 20 nodes at
-// 20 Mbit/s uplinks were used to 83 %, whatever the limits on requests and uploads were.
+// The neighbour is chosen before the piece. The other way round, all ask the few who
+// have the rarest pieces, most of them in vain, while others have nothing to send: of 20
+// nodes at 20 Mbit/s uplinks were used to 83 %, whatever the limits on requests and
+// uploads were.
 func (b *blob) askEach(limit int, now time.Time) (asked bool) {
 	b.idle = slices.DeleteFunc(b.idle, func(nb *neighbour) bool { return nb.flying >= perPeer })
 	if len(b.candidates) == 0 {
@@ -77,10 +79,10 @@ func (b *blob) askEach(limit int, now time.Time) (asked bool) {
 	return asked
 }
 
-// flyLimit is how many requests may be under way: enough for flyFor at the
-// present pace. A home's link brings first what only this node gets: of 20 nodes at 20
-// Mbit/s the home of the largest layer, which asked neighbours for the other two as all
-// did, had a third of its link for the registry, and all waited for that.
+// flyLimit is how many requests may be under way: enough for flyFor at the present
+// pace. A home's link first brings what only this node gets: with 20 nodes at 20
+// Mbit/s, the home of the largest layer, which like all others asked neighbours for the
+// other two, had a third of its link for the registry, and all waited for that.
 func (b *blob) flyLimit() int {
 	n := 2 * leastFly
 	if b.pace.rate > 0 {
@@ -93,8 +95,8 @@ func (b *blob) flyLimit() int {
 	return n
 }
 
-// pumpUrgent asks for the pieces that a reader waits for, and a second time
-// when the first answer takes longer than such answers take.
+// pumpUrgent asks for the pieces that a reader waits for, and asks again when
+// the first answer takes longer than such answers do.
 func (b *blob) pumpUrgent(now time.Time) {
 	for i, n := b.cursor, 0; i < b.n && n < urgentN && b.within(i); i++ { // what lies before the cursor is not urgent
 		if b.here.has(i) {
@@ -111,7 +113,8 @@ func (b *blob) pumpUrgent(now time.Time) {
 	}
 }
 
-// twinWait is after how long a piece asked of a neighbour is asked of another one too.
+// twinWait is how long to wait before a piece asked of a neighbour is asked of another
+// one too.
 func (b *blob) twinWait(nb *neighbour) time.Duration {
 	if b.pieceTook == 0 {
 		return twinFirst
@@ -119,8 +122,8 @@ func (b *blob) twinWait(nb *neighbour) time.Duration {
 	return max(twinTimes*b.usual(nb), twinAfter)
 }
 
-// usual is how long a piece from the neighbour may take by what it and the others took.
-// A node that has its own slow link full waits long for everybody: by each neighbour's time
+// usual is how long a piece from the neighbour may take, by what it and the others took. A
+// node whose own slow link is full waits long for everybody: by each neighbour's time
 // alone, 20 nodes at 20 Mbit/s took others for slow 60 to 140 times in a storm.
 func (b *blob) usual(nb *neighbour) time.Duration { return max(nb.took, b.pieceTook) }
 
@@ -157,8 +160,8 @@ func (b *blob) within(i int) bool {
 	return b.ahead == 0 || i >= b.floor && int64(i-b.floor)*b.pieceSize < b.ahead
 }
 
-// askOne asks the neighbour that will likely deliver the piece first, except
-// one. Chance breaks ties.
+// askOne asks the neighbour likely to deliver the piece first, except one.
+// Chance breaks ties.
 func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 	var best *neighbour
 	for _, nb := range b.idle {
@@ -173,7 +176,7 @@ func (b *blob) askOne(piece int, except *neighbour, now time.Time) bool {
 }
 
 // ask asks the neighbour for a piece, unless the node has as much under way as it has
-// memory for, or may take no more now, or the neighbour's link has ended. There is always
+// memory for, may take no more now, or the neighbour's link has ended. There is always
 // memory for one piece of a blob, so that none starves.
 func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 	size := b.pieceLen(piece)
@@ -202,8 +205,8 @@ func (b *blob) ask(nb *neighbour, piece int, now time.Time) bool {
 	return true
 }
 
-// cost estimates how long a neighbour takes: what is under way there (ours, and
-// by its own word others'), times how long it took before.
+// cost estimates how long a neighbour takes: what is under way there (our
+// requests, and by its own word others'), times how long it took before.
 func (b *blob) cost(nb *neighbour, now time.Time) float64 {
 	took := nb.takes(now).Seconds()
 	if took == 0 {
@@ -216,8 +219,8 @@ func (b *blob) cost(nb *neighbour, now time.Time) float64 {
 	return c * (1 + b.rng.Float64()/2)
 }
 
-// takes is how long a piece takes from the neighbour: as smoothed, or, if that
-// is longer already, what is under way there. 0 = not known.
+// takes is how long a piece takes from the neighbour: the smoothed time or, if
+// longer, the age of what is under way there. 0 = not known.
 func (nb *neighbour) takes(now time.Time) time.Duration {
 	if nb.flying > 0 {
 		return max(nb.took, now.Sub(nb.since))
@@ -226,7 +229,7 @@ func (nb *neighbour) takes(now time.Time) time.Duration {
 }
 
 // queueTime is how long a piece may wait at a neighbour behind as many others
-// as are let in there, if its uplink is like this node's pace.
+// as it lets in, if its uplink is like this node's pace.
 func (b *blob) queueTime(size int) time.Duration {
 	const ahead, slowest = 2 * (uploadSlots + leastQueue), 1 << 20
 	rate := max(b.pace.rate/ahead, slowest)
@@ -235,7 +238,7 @@ func (b *blob) queueTime(size int) time.Duration {
 
 // expire gives up requests that move no bytes, and reports the nodes that kept theirs while
 // others delivered: those are slow, and not asked for a while. If nobody delivered, the
-// fault is likely on this side.
+// fault is probably on this side.
 func (b *blob) expire(now time.Time) (slow []string) {
 	for _, rs := range b.wants {
 		for _, r := range slices.Clone(rs) {
@@ -258,7 +261,7 @@ func (b *blob) expire(now time.Time) (slow []string) {
 	return slow
 }
 
-// slowLocked has a neighbour of this node, on whatever link, not asked before until.
+// slowLocked keeps a node from being asked before until, on whatever link.
 func (b *blob) slowLocked(node string, now, until time.Time) {
 	if b.slow == nil {
 		b.slow = make(map[string]time.Time)

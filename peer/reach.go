@@ -10,7 +10,7 @@ import (
 // A home whose connects to upstream get no answer (a firewall, a missing route) leaves
 // the blob to the next home before those who wait for it lose their patience.
 
-// reachCheck is how often a home looks whether upstream can be reached at all.
+// reachCheck is how often a home checks whether upstream can be reached at all.
 const reachCheck = 250 * time.Millisecond
 
 // errUnreached: another home may have a way to the registry.
@@ -23,8 +23,8 @@ func (e *cutOffError) Error() string { return errUnreached.Error() }
 func (e *cutOffError) Unwrap() error { return errUnreached }
 
 // whileReached returns a context that ends, with errUnreached as its cause, when this
-// node does not reach the registry and leave agrees, which is asked on another goroutine
-// until stop is called, and perhaps once more. The caller calls stop.
+// node does not reach the registry and leave agrees. leave is called on another
+// goroutine until stop is called, and perhaps once more. The caller calls stop.
 func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() bool) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	look := func() {
@@ -51,7 +51,8 @@ func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() 
 // unreached reports whether a context of whileReached ended because of that.
 func unreached(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errUnreached) }
 
-// barren reports whether nothing of the blob is here, nor asked of upstream with hope.
+// barren reports whether nothing of the blob is here, or has been asked of upstream
+// with hope.
 func (b *blob) barren(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -6,12 +6,13 @@ import (
 	"time"
 )
 
-// chunkTime is how long the peer may take to read a chunk. Who reads less than 1 KB/s, be it
-// of a poor uplink that 40 peers share, gets no piece before he asks for it elsewhere.
+// chunkTime is how long the peer may take to read a chunk. A peer that reads less than 1
+// KB/s, even through a poor uplink that 40 peers share, gets no piece before it asks for it
+// elsewhere.
 const chunkTime = time.Minute
 
 // recordConn lies under a TLS connection and gathers the records of one write,
-// which Go makes of 16 KiB each, into one write to the kernel: a chunk of a
+// which Go cuts to 16 KiB each, into one write to the kernel: a chunk of a
 // piece is then one system call and one wake-up instead of five.
 type recordConn struct {
 	net.Conn

@@ -52,8 +52,8 @@ func (b *blob) asks() {
 }
 
 // Missing leaves out pieces that neighbours hold or are sending, unless nothing else is
-// missing and they give none. That is looked at each time: a home whose neighbours paused for
-// a moment would else fetch all the rest itself.
+// missing and they give none. That is checked each time: otherwise a home whose neighbours
+// paused for a moment would fetch all the rest itself.
 func (k *sink) Missing(off int64) (start, end int64, ok bool) {
 	for {
 		start, end, ok = k.x.f.Missing(off)

@@ -30,11 +30,11 @@ const (
 	maxAnswers   = 16384
 )
 
-// Resolve asks the tag's homes what it stands for, until one has it from
-// upstream; else it returns what one of them knows (Stale). It fails when no
-// home knows anything, or with upstream's own *Refusal; the caller may then ask
-// upstream itself. Each home may take questionTime. What a home was asked goes on
-// there when ctx ends: others may wait for the same.
+// Resolve asks the tag's homes what it stands for, until one has the answer from
+// upstream; else it returns what one of them knows (Stale). It fails when no home
+// knows anything, or with upstream's own *Refusal; the caller may then ask
+// upstream itself. Each home may take questionTime. A question put to a home
+// continues there after ctx ends: others may wait for the same.
 func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 	var best Descriptor
 	err := s.consult(ctx, methodResolve, r, func(b []byte) (enough bool, err error) {
@@ -50,10 +50,10 @@ func (s *Swarm) Resolve(ctx context.Context, r Reference) (Descriptor, error) {
 	return best, err
 }
 
-// May asks the repository's homes whether upstream lets somebody read what r
-// names, until one knows: nil is yes, ErrImported too, for that alone, and a *Refusal no.
-// Other errors mean that nobody knows now. age is how long ago upstream said yes. It takes
-// as long as Resolve.
+// May asks the repository's homes whether upstream lets the asker read what r names, until
+// one knows: nil is yes; so is ErrImported, but for that alone; a *Refusal is no. Other
+// errors mean that nobody knows now. age is how long ago upstream said yes. It takes as
+// long as Resolve.
 func (s *Swarm) May(ctx context.Context, r Reference) (age time.Duration, err error) {
 	var l leave
 	err = s.consult(ctx, methodMay, r, func(b []byte) (enough bool, err error) {
@@ -92,13 +92,13 @@ func (r Reference) entry() digest.Digest {
 }
 
 // Remember says that this node knows what a tag stood for: homes ask it while
-// upstream cannot be asked. Like a blob it is told to others by the index.
+// upstream cannot be asked. As with a blob, the index tells others.
 func (s *Swarm) Remember(r Reference) { s.Announce(r.entry()) }
 
 // Forget takes Remember back.
 func (s *Swarm) Forget(r Reference) { s.Withdraw(r.entry()) }
 
-// home is what decides a question's homes: one for all that concerns a
+// home decides a question's homes: the same for everything that concerns a
 // repository, so that the answer that resolved a tag is also the one that lets the
 // asker have its blobs.
 func (r Reference) home() key {
@@ -228,8 +228,8 @@ func (s *Swarm) answerSmall(ctx context.Context, method byte, r Reference) ([]by
 	}
 }
 
-// find asks upstream, and if that cannot be asked those who may remember. It
-// also says how long to remember the answer.
+// find asks upstream and, if upstream cannot be asked, those who may remember.
+// It also says how long to remember the answer.
 func (s *Swarm) find(ctx context.Context, method byte, r Reference) ([]byte, time.Duration, error) {
 	witnesses := s.witnesses(r)
 	octx, cancel := ctx, context.CancelFunc(func() {})

@@ -14,9 +14,9 @@ const (
 	memberEntry  = 2 + 8 + 4
 )
 
-// A snapshot is the index of another node, page by page: first whom its slot
-// numbers stand for and how far it knows them, then shard after shard. Prefixes
-// of digests are random, so compressing it would gain nothing.
+// A snapshot is the index of another node, page by page: first which members
+// its slot numbers stand for and how far it knows them, then shard after shard.
+// Prefixes of digests are random, so compressing it would gain nothing.
 const (
 	pageMembers byte = iota
 	pageShards
@@ -88,7 +88,8 @@ func (x *index) shardPageLocked(b []byte, from int) ([]byte, int) {
 	return b, 0
 }
 
-// indexed is a member of the index, and posting who holds a blob, as pages have them.
+// indexed is a member of the index, and posting says who holds a blob, as pages have
+// them.
 type indexed struct {
 	slot uint16
 	id   uint64
@@ -125,8 +126,9 @@ func parseShardsPage(p []byte) (next uint16, ps []posting, err error) {
 	return next, ps, c.done()
 }
 
-// adopt fetches the index of another member: whom its numbers stand for and how far it knows
-// them, then all postings. That this node knows them as far is noted at the end, when it does.
+// adopt fetches the index of another member: which members its numbers stand for and how far
+// it knows them, then all postings. Only at the end is it noted that this node knows them as
+// far, because only then it does.
 func (x *index) adopt(ctx context.Context, name string) error {
 	m, ok := x.s.roster.get(name)
 	if !ok {

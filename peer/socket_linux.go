@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// notSent is how much the kernel takes of a link before it is sent. More would
-// put haves and requests behind that much of piece bytes, and would count a
-// piece as given long before it has left.
+// notSent is how much unsent data of a link the kernel takes. More would put
+// haves and requests behind that many piece bytes, and would count a piece as
+// given long before it has left.
 const notSent = 128 << 10
 
 // A lost packet is sent again after rtoMin and a round trip, and from then on at least
-// each rtoMax; by itself Linux waits for 200 ms, and twice as long each next time. The
-// ends of thirty links that lost 30 % of packets each way heard nothing for two seconds
-// 77 times in a minute, 40 times with linear timeouts alone, 5 times with all three.
+// every rtoMax; by default Linux waits 200 ms, doubling each time. The ends of thirty
+// links that lost 30 % of packets each way heard nothing for two seconds 77 times in a
+// minute, 40 times with linear timeouts alone, 5 times with all three.
 const rtoMin, rtoMax = 50 * time.Millisecond, time.Second
 
 func setOptions(_, _ string, c syscall.RawConn) error {
@@ -44,7 +44,7 @@ func (tcp) Listen(addr string) (net.Listener, error) {
 }
 
 // listener sets the options of each connection. From its listener a connection
-// inherits the first of them alone.
+// inherits only the first.
 type listener struct{ *net.TCPListener }
 
 func (l listener) Accept() (net.Conn, error) {
@@ -63,8 +63,8 @@ func (tcp) DialContext(ctx context.Context, addr string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", addr)
 }
 
-// gaveUp reports whether who dialed has hung up already. The kernel keeps such
-// connections for accept.
+// gaveUp reports whether the dialing side has hung up already. The kernel keeps
+// such connections for accept.
 func gaveUp(c net.Conn) bool {
 	sc, ok := c.(syscall.Conn)
 	if !ok {

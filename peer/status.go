@@ -16,10 +16,11 @@ type Status struct {
 	Members []Member // this node included, by name
 	Links   []LinkStatus
 	Blobs   []BlobStatus // being fetched or given, and those that members meet for here
-	// Banned is until when, by node: no link with it, or (slow) a blob is not asked of it.
+	// Banned is until when, by node: no link with it or, if merely slow, a blob is not
+	// asked of it.
 	Banned map[string]time.Time
 	// Unreachable are members, by Name, that this node could not reach a moment ago. It
-	// asks nobody of them for some seconds, or longer where it reached nobody at all.
+	// asks them nothing for some seconds, or longer if it reached nobody at all.
 	Unreachable map[string]bool
 	// Alone is why Config.Join led to no other member, while there is none.
 	Alone   error
@@ -37,8 +38,8 @@ type LinkStatus struct {
 // Traffic is bytes of pieces that went to and came from one node.
 type Traffic struct{ Sent, Received int64 }
 
-// BlobStatus is this node's part in one blob; in one attempt at it (I10), so a digest may
-// be there twice.
+// BlobStatus is this node's part in one attempt at one blob (I10), so a digest may appear
+// twice.
 type BlobStatus struct {
 	Digest       digest.Digest
 	Size         int64 // 0 while unknown
@@ -52,7 +53,7 @@ type BlobStatus struct {
 }
 
 // IndexStatus is the size of the index. A tag that a member remembers counts as a
-// blob, see Swarm.Remember: members tell each other of both in the same way.
+// blob (see Swarm.Remember): members announce both in the same way.
 type IndexStatus struct {
 	Blobs, Postings int
 	Held            int // blobs this node said it holds, or will say
@@ -103,8 +104,8 @@ func (x *index) status() IndexStatus {
 	return st
 }
 
-// Joined is closed once the first attempt to join others was made, whatever
-// came of it; a lone node is ready too.
+// Joined is closed once the first attempt to join others was made, whatever its
+// outcome; a lone node is ready too.
 func (s *Swarm) Joined() <-chan struct{} {
 	if s.gossip == nil {
 		done := make(chan struct{})

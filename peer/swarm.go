@@ -52,7 +52,7 @@ type Swarm struct {
 
 	resolver *net.Resolver // of the names in Config.Join
 
-	// Semaphores: who holds a place has put something in.
+	// Semaphores: a holder of a place has put something in.
 	strangers  chan struct{} // connections in their handshake, see maxStrangers
 	hashers    chan struct{} // blobs that are read to be hashed, see hashersAtOnce
 	bigHashers chan struct{} // likewise, of those above verifyFirst
@@ -67,9 +67,9 @@ type Swarm struct {
 	rng     *rand.Rand
 }
 
-// New makes a swarm and binds its ports, so that errors of the configuration show
-// at once; nothing runs before Run. The caller ends it by Run, or by Close if it does
-// not get that far.
+// New makes a swarm and binds its ports, so that configuration errors show at once;
+// nothing runs before Run. The caller ends it with Run, or with Close if it does not
+// get that far.
 func New(cfg Config) (*Swarm, error) {
 	cfg = cfg.withDefaults()
 	if err := checkKeys(cfg); err != nil {
@@ -114,7 +114,7 @@ func New(cfg Config) (*Swarm, error) {
 	return s, nil
 }
 
-// noPort says what to do where the port that a key of the agent's configuration names
+// noPort says what to do when the port that a key of the agent's configuration names
 // cannot be had.
 func noPort(key, addr string, err error) error {
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -157,9 +157,9 @@ func (s *Swarm) identify() error {
 	return nil
 }
 
-// Run serves peers until ctx ends, and returns when every goroutine of the
-// swarm, those of Fetch included, is gone and what New bound is released. It is
-// called once. It fails only if gossip does not start.
+// Run serves peers until ctx ends. It returns when every goroutine of the
+// swarm, including those of Fetch, is gone and what New bound is released. It
+// is called once. It fails only if gossip does not start.
 func (s *Swarm) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -203,7 +203,7 @@ func (s *Swarm) Close() error {
 	return s.listener.Close()
 }
 
-// enter joins a caller's context with Run's, which waits until the function returned
+// enter joins a caller's context with Run's; Run waits until the returned function
 // is called.
 func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
 	s.mu.Lock()
@@ -217,8 +217,9 @@ func (s *Swarm) enter(ctx context.Context) (context.Context, func(), error) {
 	return ctx, func() { stop(); cancel(); s.tasks.Done() }, nil
 }
 
-// spawn runs f on a goroutine that Run waits for, with Run's context; it does nothing
-// when Run has ended. So whoever waits for what f does must wait for a context too.
+// spawn runs f on a goroutine that Run waits for, with Run's context; once Run has
+// ended it does nothing. So a caller that waits for what f does must wait for a
+// context too.
 func (s *Swarm) spawn(f func(context.Context)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -251,8 +252,8 @@ func (s *Swarm) blobLocked(id blobID) *blob {
 	return b
 }
 
-// maxBlobs bounds blobs that other nodes speak of. Each takes 3 KB, and garbage collection as
-// much again.
+// maxBlobs bounds the blobs that other nodes speak of. Each takes 3 KB, and garbage
+// collection as much again.
 const maxBlobs = 4096
 
 var errManyBlobs = errors.New("too many blobs at once")

@@ -5,11 +5,11 @@ import (
 	"time"
 )
 
-// tendEvery is how often links, blobs and uploads are looked after: what is decided by the clock
-// (a silent peer, a slow request, a lease) is late by as much.
+// tendEvery is how often links, blobs and uploads are looked after: what the clock decides (a
+// silent peer, a slow request, a lease) may be late by as much.
 const tendEvery = 100 * time.Millisecond
 
-// tend does what has to be done by the clock.
+// tend does what has to be done on a timer.
 func (s *Swarm) tend(ctx context.Context) {
 	tick := time.NewTicker(tendEvery)
 	defer tick.Stop()
@@ -63,8 +63,8 @@ func idleFor(links int) time.Duration {
 	return idleLink
 }
 
-// keepFor is how long an idle blob is kept: for its piece digests, if there are any, or
-// since it is void. Others may name any number of blobs, and the table is not to fill with names.
+// keepFor is how long an idle blob is kept: for its piece digests, if there are any, or from when
+// it became void. Others may name any number of blobs, and the table must not fill with names.
 func keepFor(blobs int, known bool) time.Duration {
 	switch {
 	case !known && blobs > maxBlobs/2:
@@ -96,8 +96,8 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 	}
 }
 
-// remembers reports whether b is void and a later attempt known: it is not to be
-// forgotten before that.
+// remembers reports whether b is void and a later attempt known: then it must
+// not be forgotten first.
 func (s *Swarm) remembers(b *blob) (later bool) {
 	if b.isVoid() && b.id.attempt < lastAttempt {
 		s.ifBlob(blobID{b.k, b.id.attempt + 1}, func(*blob) { later = true })

@@ -16,7 +16,7 @@ type traffics struct {
 	byNode map[string]*traffic
 }
 
-// maxTraffics is where nodes that are no longer members are forgotten.
+// maxTraffics is when nodes that are no longer members are forgotten.
 const maxTraffics = 2 * maxLinks
 
 // with returns the traffic with a node, which all links with it share.

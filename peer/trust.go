@@ -18,8 +18,8 @@ import (
 // keySize is the size of a cluster key.
 const keySize = 32
 
-// serverName is what links ask for. Who speaks is in the certificate's common
-// name; the name only separates this protocol from others under the same CA.
+// serverName is what links ask for. The speaker is in the certificate's common
+// name; serverName only separates this protocol from others under the same CA.
 const serverName = "peer.larder"
 
 // trust is what follows from the cluster keys (I1): a CA for each, one leaf
@@ -58,8 +58,8 @@ func newTrust(keys [][]byte, name string, signer ed25519.PrivateKey) (*trust, er
 	return t, nil
 }
 
-// derive is a key of 32 bytes for one purpose. The number in its name grows if what is made of the
-// key changes.
+// derive is a key of 32 bytes for one purpose. The number in its name goes up when what is made
+// from the key changes.
 func derive(key []byte, what string) ([]byte, error) {
 	return hkdf.Key(sha256.New, key, nil, what, 32)
 }

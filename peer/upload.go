@@ -13,10 +13,10 @@ import (
 // Few pieces are under way at once (a piece that arrives whole can be passed
 // on; twenty that arrive together come twenty times later), so the rest wait,
 // and once the wait exceeds maxWait the asker is told to go elsewhere (I5). A
-// transfer that drags on gives its place to others, so a slow receiver cannot
-// hold the node's uplink.
+// transfer that drags on yields its place, so a slow receiver cannot hold the
+// node's uplink.
 //
-// Those of its methods that take no lock run with mu held.
+// Methods that take no lock run with mu held.
 type uploads struct {
 	s   *Swarm
 	max int
@@ -24,9 +24,9 @@ type uploads struct {
 	mu     sync.Mutex // guards the following
 	queue  []*upload
 	active []*upload
-	// lost are of links that had ended when it was their turn. They count as given until
-	// notGiven, which takes blob.mu and so has to wait for drop (I7). That comes, and none
-	// after it: only a link's reader adds, and drop comes after its end.
+	// lost are uploads whose links had ended when their turn came. They count as given
+	// until notGiven, which takes blob.mu and so has to wait for drop (I7). drop comes,
+	// and none is added after it: only a link's reader adds, and drop comes after its end.
 	lost   []*upload
 	vtime  float64 // of the blob served last
 	starts uint64  // uploads that were started
@@ -88,8 +88,8 @@ func (u *upload) next(p []byte) (int, error) {
 	return 0, cmp.Or(err, errShortRead)
 }
 
-// add queues an upload, or says in how long to ask again. It may put another one out, which is
-// then refused. Called by the reader of u's link.
+// add queues an upload, or says how long to wait before asking again. It may displace another
+// one, which is then refused. Called by the reader of u's link.
 func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	q.mu.Lock()
 	u.asked = time.Now()
@@ -119,16 +119,16 @@ func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	return 0, true
 }
 
-// due reports whether the blob had none of the last uploads. Its next one is let in
-// like a piece never given: else the last nodes that need a small blob, which all have
-// given, are turned away by all for as long as those have pieces of large ones that they
-// never gave.
+// due reports whether the blob had none of the last uploads. Its next one is let in like
+// a piece never given: otherwise the last nodes that need a small blob, all of whose
+// pieces have been given, are turned away by all for as long as those have pieces of
+// large blobs that they never gave.
 func (q *uploads) due(b *blob) bool {
 	return q.starts-b.turn >= turns && !slices.ContainsFunc(q.queue, func(u *upload) bool { return u.blob == b })
 }
 
-// of counts what waits for a peer or is sent to it. One that reads nothing, and goes on to
-// say that it is there, is not to have all places.
+// of counts what waits for a peer or is being sent to it. A peer that reads nothing, but
+// keeps saying that it is there, must not take all places.
 func (q *uploads) of(l *link) (n int) {
 	for _, us := range [][]*upload{q.queue, q.active} {
 		for _, u := range us {
@@ -145,8 +145,8 @@ func (q *uploads) limit(size int) int {
 	return max(leastQueue, int(q.pace.rate*maxWait.Seconds()/float64(max(size, 1))))
 }
 
-// drain is in how long to ask again: when half of what waits is sent, if all of it is of
-// this size.
+// drain is how long to wait before asking again: until half of what waits is sent, if
+// all of it is of this size.
 func (q *uploads) drain(size int) time.Duration {
 	if q.pace.rate <= 0 {
 		return 4 * leastWait
@@ -311,7 +311,7 @@ func (q *uploads) takeOut(which func(*upload) bool) {
 	}
 }
 
-// tend starts what a place freed by slotTime lets in.
+// tend starts what fits into places freed by slotTime.
 func (q *uploads) tend() {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// How a node goes upstream: as home, after it has looked whether somebody has the blob or
-// gets it already; or beside a home that does not deliver, with leave.
+// How a node goes upstream: as home, after checking whether somebody has the blob or gets
+// it already; or beside a home that does not deliver, by permit.
 
 const (
 	permitWait  = time.Second
@@ -20,7 +20,7 @@ const (
 
 // asHome gets the blob for all who ask this node as its home. Where each zone fetches its own
 // copy, holders in other zones are asked only if upstream fails: the line to them is the one
-// to be spared.
+// to spare.
 func (x *fetch) asHome(ctx context.Context) error {
 	x.s.log.Debug("fetching as home", "digest", x.w.Digest, "peer", x.s.self.Node)
 	if !x.s.cfg.ZoneScope || !x.s.cfg.Origin.Reaches(x.w.Registry) {
@@ -77,8 +77,8 @@ func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	return ctx.Err()
 }
 
-// peek asks the other homes at the same time, and reports whether any of them
-// has the blob or gets it from upstream, and who they say holds it. One that
+// peek asks the other homes at the same time. It reports whether any of them has
+// the blob or gets it from upstream, and which members they say hold it. One that
 // merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
 func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []string) {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
@@ -112,7 +112,7 @@ func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []stri
 }
 
 // otherHomes are the members that are, or lately were, homes of the blob; of all zones if far:
-// a zone of one node has nobody else who could give it a pass.
+// in a zone of one node nobody else could give it a pass.
 func (x *fetch) otherHomes(far bool) (out []*Member) {
 	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
 	if far {
@@ -132,8 +132,8 @@ func (x *fetch) otherHomes(far bool) (out []*Member) {
 }
 
 // upstream fetches until the fill is whole: what no neighbour has, and while neighbours
-// do not deliver what they have, everything. It fails with errUnreached
-// if it could not begin, and there is another home to do it.
+// do not deliver what they have, everything. It fails with errUnreached if it could not
+// begin, and there is another home to do it.
 func (x *fetch) upstream(ctx context.Context) error {
 	x.endHelp()
 	x.b.goesUp(true)
@@ -171,8 +171,8 @@ func (x *fetch) upstream(ctx context.Context) error {
 }
 
 // promised reports whether neighbours hold or send all that is missing, and may still give
-// it: they turn away who asks for the last pieces of a small blob as long as they have
-// pieces of large ones to give that they never gave.
+// it: as long as they have pieces of large blobs that they never gave, they turn away
+// nodes that ask for the last pieces of a small one.
 func (b *blob) promised(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -204,8 +204,8 @@ func (x *fetch) ownFetch(ctx context.Context, idle time.Duration) error {
 	return nil
 }
 
-// permit asks for leave to go upstream beside the home: the first home that answers decides; if none
-// does, this node may. A fetch that keeps nothing, or wants what others have only, never may.
+// permit asks for leave to go upstream beside the home: the first home that answers decides; if
+// none does, this node may. A fetch that keeps nothing, or wants only what others have, never may.
 func (x *fetch) permit(ctx context.Context) bool {
 	if x.w.Held || x.w.Ahead > 0 {
 		return false

@@ -14,14 +14,14 @@ import (
 	"time"
 )
 
-// Where only some members have a way to a registry, none of a blob's homes may. So a
-// member that has none looks for others that have. These say so in the index, like
-// holders of a blob, and stand in for the homes that are cut off: the best of them by
-// rank, so that all nodes turn to the same ones. In a cluster where everybody always
-// had a way nobody asks, and the index knows nothing of it. An entry stays until who made
-// it fails to reach the registry, or was not asked for a day: as long as somebody is cut off
-// and pulls, he goes on to ask one of those that are listed now and then. So the more are
-// cut off, the more stay listed, and the last one stays while anybody is.
+// Where only some members have a way to a registry, none of a blob's homes may have one. So
+// a member without a way looks for others that have one. These say so in the index, like
+// holders of a blob, and stand in for the homes that are cut off: the best of them by rank,
+// so that all nodes turn to the same ones. In a cluster where everybody always had a way
+// nobody asks, and the index knows nothing of it. An entry stays until its node fails to
+// reach the registry, or was not asked for a day: a member that is cut off and pulls keeps
+// asking one of those listed now and then. So the more are cut off, the more stay listed,
+// and the last one stays while anybody is.
 
 const (
 	wayAgain  = 10 * time.Second // a node that is cut off looks for a way no more often,
@@ -38,7 +38,7 @@ const (
 	maxWays   = 256 // registries
 )
 
-// ways is what this node knows of who reaches which registry.
+// ways is what this node knows about who reaches which registry.
 type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
@@ -48,13 +48,13 @@ type ways struct {
 	told   map[string]hearsay   // by registry
 }
 
-// hearsay is who has a way to a registry, as a member said that has none.
+// hearsay is who has a way to a registry, according to a member that has none.
 type hearsay struct {
 	names []string
 	until time.Time // that counts
 }
 
-// access is a member's to a registry; it is the member's name.
+// access is a member's to a registry; member is its name.
 type access struct{ member, registry string }
 
 // seeking is when this node may look again for a way to a registry.
@@ -74,10 +74,10 @@ func wayTo(registry string) uint64 {
 	return prefixOf(sha256.Sum256([]byte("larder way\x00" + registry)))
 }
 
-// reaches reports, at once, whether this node is to try the registry for those who
-// wait. Where others are known to have a way it has to be sure of its own: to find out
-// that an answer does not come takes longer than to ask them. If it is not to try, it
-// looks for a way in the background.
+// reaches reports, at once, whether this node should try the registry for those who
+// wait. Where others are known to have a way, it has to be sure of its own: finding
+// out that an answer does not come takes longer than asking them. If it should not
+// try, it looks for a way in the background.
 func (s *Swarm) reaches(registry string) bool {
 	switch {
 	case !s.cfg.Origin.Reaches(registry):
@@ -89,9 +89,9 @@ func (s *Swarm) reaches(registry string) bool {
 	return false
 }
 
-// doubt has this node look, in the background, whether it reaches a registry, and who
-// does if it does not. Who failed there for whatever reason calls it: a firewall may refuse
-// connections in the registry's name.
+// doubt makes this node check, in the background, whether it reaches a registry, and if
+// not, who does. It is called after any failure there, whatever the reason: a firewall may
+// refuse connections in the registry's name.
 func (s *Swarm) doubt(registry string) {
 	if s.ways.maySeek(registry, time.Now()) {
 		s.spawn(func(ctx context.Context) { s.seekWay(ctx, registry) })
@@ -123,7 +123,7 @@ func (s *Swarm) takeBackLocked(registry string) {
 	}
 }
 
-// tendWays takes back the ways for which nobody has asked for long.
+// tendWays takes back the ways that nobody has asked about for long.
 func (s *Swarm) tendWays(now time.Time) {
 	w := s.ways
 	w.mu.Lock()
@@ -135,8 +135,8 @@ func (s *Swarm) tendWays(now time.Time) {
 	}
 }
 
-// cutOff notes that another member does not reach a registry, and who does by its index:
-// that of a node that has just started does not know yet.
+// cutOff notes that another member does not reach a registry, and who does according to
+// its index: that of a node that has just started does not know yet.
 func (s *Swarm) cutOff(member, registry string, others []string) {
 	w := s.ways
 	w.mu.Lock()
@@ -164,16 +164,16 @@ func (s *Swarm) cutOff(member, registry string, others []string) {
 	}
 }
 
-// listed is who has a way to a registry by the index, and was not found without: named to
-// one who asked this node in vain. Hearsay goes no further, or two could tell it each
-// other for ever.
+// listed is who has a way to a registry by the index, as far as not found to have lost
+// it: named to a node that asked this one in vain. Hearsay goes no further, or two nodes
+// could tell it to each other forever.
 func (s *Swarm) listed(registry string) []string {
 	names := s.index.holders(wayTo(registry), s.cfg.Zone, maxHolders)
 	names = slices.DeleteFunc(names, func(name string) bool { return s.roster.isGone(name) || s.isCut(name, registry) })
 	return names[:min(len(names), homesPerBlob)]
 }
 
-// isCut reports whether a member is not to be asked to try a registry, where another
+// isCut reports whether a member should not be asked to try a registry while another
 // one has a way.
 func (s *Swarm) isCut(member, registry string) bool {
 	if member == s.self.Name {
@@ -184,7 +184,8 @@ func (s *Swarm) isCut(member, registry string) bool {
 	return time.Now().Before(s.ways.cut[access{member, registry}])
 }
 
-// maySeek reports whether it is time to look for a way, and notes that it is done.
+// maySeek reports whether it is time to look for a way, and notes that this is
+// done.
 func (w *ways) maySeek(registry string, now time.Time) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -215,7 +216,7 @@ func (w *ways) found(registry string) {
 }
 
 // mayRenew reports whether it is time to ask a member that is known to have a way, and
-// notes that it is done.
+// notes that this is done.
 func (w *ways) mayRenew(registry string, now time.Time) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -228,8 +229,8 @@ func (w *ways) mayRenew(registry string, now time.Time) bool {
 	return true
 }
 
-// around puts those that have a way to the registry in the place of homes that have
-// none. Where nobody is known to have one, the homes stay.
+// around puts members that have a way to the registry in the place of homes that
+// have none. Where nobody is known to have one, the homes stay.
 func (s *Swarm) around(homes []*Member, k key, registry string) []*Member {
 	stand := s.withWay(k, registry)
 	if len(stand) == 0 {
@@ -274,7 +275,7 @@ func (s *Swarm) withWay(k key, registry string) (out []*Member) {
 	return out[:min(len(out), homesPerBlob)]
 }
 
-// seekWay looks whether this node reaches the registry, and if not, and nobody is
+// seekWay checks whether this node reaches the registry and, if not and nobody is
 // known who does, asks others.
 func (s *Swarm) seekWay(ctx context.Context, registry string) {
 	reached := s.cfg.Origin.Reaches(registry) && s.tryWay(ctx, registry) == nil
@@ -292,8 +293,8 @@ func (s *Swarm) seekWay(ctx context.Context, registry string) {
 	}
 }
 
-// askWay asks others until one has a way to the registry, last those that had none a
-// moment ago. Who has one tells all; see giveWay.
+// askWay asks others until one has a way to the registry, leaving those that had
+// none a moment ago for last. A member that has one tells all; see giveWay.
 func (s *Swarm) askWay(ctx context.Context, registry string) bool {
 	var members, cut []*Member
 	all := s.roster.view.Load().all
@@ -351,8 +352,8 @@ func (s *Swarm) tryWay(ctx context.Context, registry string) error {
 	return nil
 }
 
-// giveWay tries to reach the registry for somebody who does not, and if it does,
-// all may know.
+// giveWay tries to reach the registry for a member that does not; if it
+// succeeds, all may know.
 func (s *Swarm) giveWay(ctx context.Context, registry string) error {
 	if !s.self.Home {
 		return errNothing

@@ -13,7 +13,7 @@ import (
 
 // A frame is one type byte, three length bytes (big endian) and a payload. All
 // integers on the wire are big endian. A reader refuses a frame before it
-// allocates for it.
+// allocates memory for it.
 const (
 	frameHeader = 4
 	chunkSize   = 64 << 10          // piece bytes in one frameData
@@ -58,9 +58,9 @@ func (k key) digest() digest.Digest { return digest.NewDigestFromBytes(digest.SH
 const lastAttempt = 1
 
 // blobID is a blob as nodes speak of it: by its digest and by whose bytes they mean.
-// The attempt is 0 until the bytes that upstream gave did not match the digest; then
-// those of the next have nothing to do with them. On the wire it is one byte after
-// the digest.
+// The attempt is 0 until the bytes that upstream gave did not match the digest;
+// those of the next attempt then have nothing to do with them. On the wire it is one
+// byte after the digest.
 type blobID struct {
 	key     key
 	attempt byte
@@ -158,8 +158,8 @@ func appendStr(b []byte, s string) []byte {
 	return append(append(b, byte(len(s))), s...)
 }
 
-// hello is the first frame of who dialed. On TLS links the certificate decides who
-// speaks; the name must agree with it.
+// hello is the first frame from the dialing side. On TLS links the certificate
+// decides who speaks; the name must agree with it.
 type hello struct {
 	version byte
 	epoch   uint64
@@ -167,11 +167,10 @@ type hello struct {
 	zone    string
 }
 
-// wireVersion grows, from the first release on, with every change that an older node would
-// not understand (see TestWireIsAsItWas, which has each message as it is now).
-// Nodes of two versions do not link, and nobody is banned for it: while a cluster
-// is upgraded, the old and the new are a swarm each, and each costs the registry
-// a copy.
+// wireVersion goes up, from the first release on, with every change that an older node
+// would not understand (see TestWireIsAsItWas, which has each message as it is now). Nodes
+// of two versions do not link, and nobody is banned for it: while a cluster is upgraded,
+// the old and the new nodes are a swarm each, and each costs the registry a copy.
 const wireVersion = 1
 
 func (h hello) append(b []byte) []byte {
@@ -287,7 +286,8 @@ func runsOf(pieces []int) []run {
 }
 
 // want asks for one piece. needDigest asks for the signed batch that holds its
-// digest, to be sent ahead of the bytes. Who is passing gives it to nobody else.
+// digest, to be sent ahead of the bytes. A node that is passing gives the piece
+// to nobody else.
 type want struct {
 	id         uint32 // of the request, by the link; answers and data name it
 	blob       blobID
@@ -323,8 +323,8 @@ func flag(on bool, bit byte) byte {
 	return 0
 }
 
-// answer is the payload of frameCancel, frameGone and frameBusy, all of 12 bytes. Only in the
-// last do the delay and the hint mean anything: a piece that the sender would give at once.
+// answer is the payload of frameCancel, frameGone and frameBusy, all of 12 bytes. The delay
+// and the hint, a piece that the sender would give at once, mean something only in the last.
 type answer struct {
 	id    uint32
 	delay uint32 // milliseconds
@@ -359,16 +359,16 @@ func parseClose(p []byte) (blobID, error) {
 	return id, c.done()
 }
 
-// batch is a list of piece digests that an authority (the blob's home, or a
-// member that holds the whole verified blob) signed. Whoever took a piece by it
-// passes it on as it is, so a relay cannot forge it (I2).
+// batch is a list of piece digests signed by an authority (the blob's home, or
+// a member that holds the whole verified blob). A node that took a piece by it
+// passes it on unchanged, so a relay cannot forge it (I2).
 type batch struct {
 	blob      blobID
 	pieceSize uint32
 	signer    string
 	// linked: the pieces follow each other, and their sums are SHA-256's chaining
-	// values at their ends, on the way from the value from at the first one's start
-	// to the blob's digest. Else each sum is its piece's own SHA-256.
+	// values at their ends, on the way from the value from, at the start of the
+	// first, to the blob's digest. Otherwise each sum is its piece's own SHA-256.
 	linked bool
 	from   key
 	pieces []pieceDigest
