@@ -1,14 +1,15 @@
-// Package cache keeps content-addressed blobs on a node's disk: it serves
-// those it has, lets any number of readers share the one fill of those it has
-// not, and shows bytes while they arrive.
+// Package cache keeps content-addressed blobs on a node's disk: it serves the
+// blobs it has, lets any number of readers share the one fill of a blob it
+// lacks, and shows bytes while they arrive.
 //
 // The promise: a byte that a Reader returns was either part of a blob whose
-// whole digest has matched, or was written by a source that vouched for it,
-// and the last piece of a blob is not shown before the whole digest matched, but
-// to who reads a part (Reader.ForPart) or checks it by itself (LookupPieces).
-// Nothing here is precious. The directory may be deleted, the process killed,
-// the disk filled or torn at any moment: the cache heals, forgets or says
-// ErrNoRoom, and never serves garbage. DESIGN.md states the invariants.
+// whole digest has matched, or was written by a source that vouched for it. The
+// last piece of a blob is not shown before the whole digest matched, except to
+// callers that read a part (Reader.ForPart) or check each piece themselves
+// (LookupPieces). Nothing here is precious. The directory may be deleted, the
+// process killed, the disk filled or torn at any moment: the cache heals,
+// forgets or says ErrNoRoom, and never serves garbage. DESIGN.md states the
+// invariants.
 //
 // It is not a content store: what is in it may vanish at any time.
 package cache
@@ -32,20 +33,20 @@ import (
 
 // Options configure a Cache. Only Dir is required.
 type Options struct {
-	// Dir holds everything; it is made if need be, readable to its owner only.
+	// Dir holds everything; it is made if need be, readable only to its owner.
 	Dir string
 	// MaxBytes bounds blobs and running fills together; the zero Limit does not.
 	MaxBytes Limit
-	// MinFree is what the cache leaves free on Dir's file system, whoever
-	// fills it: rather than be the reason why kubelet evicts pods, it
-	// shrinks to nothing.
+	// MinFree is what the cache leaves free on Dir's file system, whoever fills
+	// it: it shrinks to nothing rather than be the reason why kubelet evicts
+	// pods.
 	MinFree Limit
-	// ScrubInterval is how long one re-hash of everything takes; 0 is never.
+	// ScrubInterval is how long one re-hash of everything takes; 0 means never.
 	ScrubInterval time.Duration
 	// Logger is slog.Default() if nil, Registerer registers nothing if nil.
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// Keep tells how dear a blob is. It is called often, without locks, and
+	// Keep tells how valuable a blob is. It is called often, without locks, and
 	// should not do I/O. Nil means that all are equal.
 	Keep func(digest.Digest) KeepHint
 	// Events are called without locks, in order for each digest.
@@ -55,8 +56,8 @@ type Options struct {
 // KeepHint orders eviction before age does.
 type KeepHint int
 
-// What a blob is worth: one that the runtime holds as well goes first, the
-// last copy in the cluster goes last.
+// What a blob is worth: one that the runtime also holds goes first, the last
+// copy in the cluster goes last.
 const (
 	EvictFirst KeepHint = iota - 1
 	Normal
@@ -64,20 +65,21 @@ const (
 )
 
 // Events tell others what this node can serve. Nil functions are skipped.
-// Removing is called while a pull waits for room, so neither should wait for a
-// network.
+// Removing is called while a pull waits for room, so none of them should wait
+// for a network.
 type Events struct {
-	// Committed is called after a blob became durable.
+	// Committed is called after a blob has become durable.
 	Committed func(d digest.Digest, size int64)
 	// Mismatched is called after a fill ended with bytes that do not match its digest,
-	// the last of so many in a row (see Fill.Mismatches), and before the next begins.
+	// as the latest of that many in a row (see Fill.Mismatches), and before the next
+	// begins.
 	Mismatched func(d digest.Digest, times int)
-	// Removing is called before a blob is unlinked, which waits for its
-	// return: nobody is left believing in a blob that is gone.
+	// Removing is called before a blob is unlinked, and the unlink waits for
+	// its return: nobody is left believing in a blob that is gone.
 	Removing func(d digest.Digest)
 	// Renewed is called when another metadata file, most often an empty one, takes the
-	// place of what was open: facts that were written have to be written again, and what
-	// was beside that in the directory may be gone too. Until it returns Meta knows nothing
+	// place of the open one: facts that were written have to be written again, and whatever
+	// was beside it in the directory may be gone too. Until it returns, Meta knows nothing
 	// that is in the file, and no other file takes its place.
 	Renewed func()
 }
@@ -135,16 +137,17 @@ type blob struct {
 	busy   chan struct{} // not nil while being announced or removed; closed after
 }
 
-// idleIngest is a fill that an earlier process, or a source's failure, left.
+// idleIngest is what is left of a fill after an earlier process ended or a
+// source failed.
 type idleIngest struct {
 	size int64
 	when time.Time
 	gone chan struct{} // not nil while its files are being deleted; closed after
 }
 
-// New opens the cache in opts.Dir and finds out what is there. It starts
-// nothing: hits can be served at once, fills wait for Run. The error says what to
-// do when the directory cannot be used or belongs to another process.
+// New opens the cache in opts.Dir and finds out what is there. It starts nothing:
+// hits can be served at once, fills wait for Run. The error says what to do when
+// the directory cannot be used or belongs to another process.
 func New(opts Options) (*Cache, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.Default()
@@ -172,10 +175,10 @@ func New(opts Options) (*Cache, error) {
 	return c, nil
 }
 
-// Run lets fills run, and evicts, scrubs and writes metadata, until ctx ends;
-// then it ends the running fills with ErrClosed - their pieces stay for the
-// next start - and returns when every goroutine is gone. It ends by itself, with an error,
-// when the directory was deleted in a way that only another process can get over. It runs once.
+// Run lets fills run, and evicts, scrubs and writes metadata, until ctx ends. Then it ends the
+// running fills with ErrClosed (their pieces stay for the next start) and returns when every
+// goroutine is gone. It ends by itself, with an error, when the directory was deleted in a way
+// that only a new process can recover from. It runs once.
 func (c *Cache) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -208,7 +211,7 @@ func (c *Cache) start(ctx context.Context) error {
 	return nil
 }
 
-// Close lets go of the directory. Run must have returned, if it was called.
+// Close releases the directory. Run must have returned, if it was called.
 // Readers stay usable.
 func (c *Cache) Close() error {
 	c.mu.Lock()
@@ -218,14 +221,13 @@ func (c *Cache) Close() error {
 	return c.meta.close()
 }
 
-// Open returns a reader of d. A committed blob is a hit; one that is being
-// filled is joined; otherwise src starts THE fill, which outlives this caller
-// and ends only with Run. Open waits, until ctx ends, for the size to be known.
-// The reader waits for bytes by the same ctx.
+// Open returns a reader of d. A committed blob is a hit; one that is being filled is joined;
+// otherwise src starts THE fill, which outlives this caller and ends only with Run. Open waits,
+// until ctx ends, for the size to be known. The reader waits for bytes by the same ctx.
 //
-// An error satisfies ErrNoRoom when this disk cannot take the blob, or has it
-// from elsewhere (ErrForeign) - pass it through - and ErrClosed when the cache no longer runs (before Run, a fill
-// waits for it). It is a *FillError when the fill failed, and wraps
+// An error satisfies ErrNoRoom when this disk cannot take the blob, or has it from elsewhere
+// (ErrForeign), and the blob has to be passed through; and ErrClosed when the cache no longer runs
+// (before Run, a fill waits for it). It is a *FillError when the fill failed, and wraps
 // fs.ErrNotExist when src is nil and the blob is not here.
 func (c *Cache) Open(ctx context.Context, d digest.Digest, src Source) (*Reader, error) {
 	if err := checkDigest(d); err != nil {
@@ -339,8 +341,8 @@ func (c *Cache) openFile(b *blob) (*os.File, error) {
 }
 
 // startFill starts a fill of d. When somebody else was faster, or what an earlier fill
-// left is still being cleared away - its files must not meet the next one's - it
-// returns over, which is to be waited for before trying again.
+// left is still being cleared away (its files must not meet the next one's), it
+// returns over, to wait for before trying again.
 func (c *Cache) startFill(d digest.Digest, src Source) (f *fill, over <-chan struct{}, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -375,7 +377,7 @@ type mismatches struct {
 }
 
 // mismatchFor is how long a mismatch is remembered: as long as a peer is banned for
-// serving wrong bytes.
+// wrong bytes.
 const mismatchFor = 10 * time.Minute
 
 // mismatched returns how often d failed verification lately. c.mu is held.
@@ -387,9 +389,9 @@ func (c *Cache) mismatched(d digest.Digest) int {
 	return m.count
 }
 
-// Mismatches returns how many fills of d in a row, not longer ago than ten minutes,
-// ended with bytes that did not match it. Whoever has heard so from a reader finds that
-// counted.
+// Mismatches returns how many fills of d in a row, no longer than ten minutes ago,
+// ended with bytes that did not match it. A caller that heard of a mismatch from a
+// reader finds it counted.
 func (c *Cache) Mismatches(d digest.Digest) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -402,7 +404,7 @@ func (c *Cache) Mismatches(d digest.Digest) int {
 // maxMismatches bounds what wrong bytes can make the cache remember.
 const maxMismatches = 1024
 
-// remember keeps that d's bytes were wrong, for the count-th time.
+// remember notes that d's bytes were wrong for the count-th time.
 func (c *Cache) remember(d digest.Digest, count int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -440,9 +442,10 @@ func (c *Cache) Lookup(d digest.Digest) (*Reader, bool) {
 	}
 }
 
-// LookupPieces is Lookup for those who check each piece against a digest of its
-// own, as other nodes do: the last piece is not held back for them. Were it,
-// the end of every blob would have to come from the few nodes that are done.
+// LookupPieces is Lookup for callers that check each piece against a digest of
+// its own, as other nodes do: the last piece is not held back from them. If it
+// were, the end of every blob would have to come from the few nodes that are
+// done.
 func (c *Cache) LookupPieces(d digest.Digest) (*Reader, bool) {
 	r, ok := c.Lookup(d)
 	if ok {
@@ -467,7 +470,7 @@ func (c *Cache) Size(d digest.Digest) int64 {
 }
 
 // Pin keeps d from eviction, now and if it comes later, until as many Unpins.
-// The scrub deletes a bad blob, and Remove any, pinned or not.
+// The scrub deletes a bad blob, and Remove any blob, pinned or not.
 func (c *Cache) Pin(d digest.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -489,7 +492,7 @@ func (c *Cache) Unpin(d digest.Digest) {
 	}
 }
 
-// present is Size. Those bytes may be evicted if d is not pinned. c.mu is held.
+// present is Size; those bytes may be evicted if d is not pinned. c.mu is held.
 func (c *Cache) present(d digest.Digest) int64 {
 	if b := c.blobs[d]; b != nil && b.place != nil {
 		return b.size
@@ -497,8 +500,8 @@ func (c *Cache) present(d digest.Digest) int64 {
 	return 0
 }
 
-// Settled waits until no fill of d runs: what the fill brought is committed, or
-// given up, when it returns nil. It returns why ctx ended otherwise.
+// Settled waits until no fill of d runs. When it returns nil, what the fill
+// brought is committed or given up; otherwise it returns why ctx ended.
 func (c *Cache) Settled(ctx context.Context, d digest.Digest) error {
 	c.mu.Lock()
 	f := c.filling[d]
@@ -510,7 +513,7 @@ func (c *Cache) Settled(ctx context.Context, d digest.Digest) error {
 }
 
 // Remove withdraws and deletes a committed blob, pinned or not; that it is not
-// there is as good. A running fill and open readers go on.
+// there is no error. A running fill and open readers go on.
 func (c *Cache) Remove(d digest.Digest) error {
 	c.mu.Lock()
 	b := c.blobs[d]
@@ -560,8 +563,8 @@ type Progress struct {
 	Origins map[Origin]int64 // bytes that this process fetched, by origin
 }
 
-// Begun reports whether some of d may be here and not all: a fill is under way, or has
-// left what the next one goes on with.
+// Begun reports whether part of d may be here, but not all: a fill is under way, or
+// has left something that the next one can continue from.
 func (c *Cache) Begun(d digest.Digest) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -581,7 +584,7 @@ func (c *Cache) Fills() []Progress {
 	return all
 }
 
-// Stats are the cache's numbers of this moment.
+// Stats are the cache's numbers at one moment.
 type Stats struct {
 	Blobs    int
 	Bytes    int64 // blobs, running fills at full size, and ingests waiting to be resumed
@@ -593,7 +596,7 @@ type Stats struct {
 	Fills    int
 }
 
-// Stats returns the numbers of this moment.
+// Stats returns the current numbers.
 func (c *Cache) Stats() Stats {
 	total, free, err := c.statfs()
 	if err != nil {

@@ -12,11 +12,12 @@ import (
 )
 
 // A blob's SHA-256 is a chain: from one 64-byte block to the next it carries 32
-// bytes, its chaining value. Pieces are whole blocks, so whoever knows the
-// values at a piece's two ends can check the piece alone, with the very pass
-// that the blob's digest takes over it: a chain of links from the initial value
+// bytes, its chaining value. Pieces are whole blocks, so with the values at a
+// piece's two ends the piece can be checked alone, by the very pass that
+// computes the blob's digest over it: a chain of links from the initial value
 // to the digest proves the whole, and nothing is hashed twice. To find other
-// bytes for a link is to find a second preimage of SHA-256's compression.
+// bytes for a link is to find a second preimage of SHA-256's compression
+// function.
 
 // ErrLink is returned for a piece whose bytes do not lead from the one chaining
 // value to the other.
@@ -47,7 +48,8 @@ func chainValue(h hash.Hash) (v [sha256.Size]byte) {
 	return v
 }
 
-// resume is a SHA-256 that took off bytes, whole blocks, and arrived at v.
+// resume is a SHA-256 that has taken off bytes, all in whole blocks, and
+// arrived at v.
 func resume(v [sha256.Size]byte, off int64) hash.Hash {
 	state := append(make([]byte, 0, stateSize), stateMagic...)
 	state = append(append(state, v[:]...), make([]byte, sha256.BlockSize)...)
@@ -60,8 +62,8 @@ func resume(v [sha256.Size]byte, off int64) hash.Hash {
 }
 
 // CheckPiece returns nil if p, all of piece i of a blob of that size, leads SHA-256 from
-// the one chaining value to the other; of the last piece, from the one to the blob's
-// digest. Else the error is ErrLink.
+// one chaining value to the other or, as the last piece, from the first to the blob's
+// digest. Otherwise the error is ErrLink.
 func CheckPiece(d digest.Digest, size int64, i int, p []byte, from, to [sha256.Size]byte) error {
 	off := int64(i) * PieceSize(size)
 	left := size - off
@@ -80,11 +82,11 @@ func CheckPiece(d digest.Digest, size int64, i int, p []byte, from, to [sha256.S
 
 // WritePiece writes all of piece i, which need not be trusted: from and to are
 // SHA-256's chaining values at its start and end (the initial value before the
-// first piece; what to is after the last one, which must lead to the blob's
-// digest, does not matter). Bytes that do not lead from the one to the other are
-// refused with ErrLink. The values themselves are believed only as far as they
-// join up with those of the pieces before; a piece that does not is hashed again
-// when its turn comes. Otherwise it is like WriteAt.
+// first piece; to is ignored for the last one, which must lead to the blob's
+// digest). Bytes that do not lead from the one to the other are refused with
+// ErrLink. The values themselves are believed only as far as they join up with
+// those of the pieces before; a piece whose values do not is hashed again when
+// its turn comes. Otherwise it is like WriteAt.
 func (w *Writer) WritePiece(i int, p []byte, from, to [sha256.Size]byte) error {
 	f := w.fill
 	if f.Pieces() == 0 {
@@ -106,8 +108,8 @@ func (w *Writer) WritePiece(i int, p []byte, from, to [sha256.Size]byte) error {
 }
 
 // Chain returns SHA-256's chaining value at the start of piece i, once every
-// byte before it is on disk and hashed; Changed tells when that may be. With
-// the values at both ends of a piece others can check it alone (see WritePiece).
+// byte before it is on disk and hashed; Changed tells when that may be. With the
+// values at both ends of a piece others can check it alone (see WritePiece).
 func (f *fill) Chain(i int) (v [sha256.Size]byte, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -129,7 +131,7 @@ func (f *fill) prove(v [sha256.Size]byte) {
 }
 
 // prefix is the digest's way along the blob: at the start of a piece that is
-// linked to those before it jumps, everywhere else it reads.
+// linked to those before, it jumps; everywhere else it reads.
 type prefix struct {
 	f      *fill
 	buf    []byte

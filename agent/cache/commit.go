@@ -79,7 +79,7 @@ func (f *fill) makeIngest(n int64) (*os.File, *pieceMap, error) {
 }
 
 // createIngest makes the data file at its full size. Blocks are set aside now,
-// so that a full disk shows before the first byte was promised to a client.
+// so that a full disk shows before a client is promised the first byte.
 func (c *Cache) createIngest(d digest.Digest, n int64) (*os.File, error) {
 	var file *os.File
 	err := c.do(stepCreate, d, func() (err error) {
@@ -108,7 +108,7 @@ func (c *Cache) create(path string) (*os.File, error) {
 	return os.OpenFile(path, flags, ingestMode)
 }
 
-// allocate gives file n bytes of real blocks, or on file systems that cannot
+// allocate gives file n bytes of real blocks or, on file systems that cannot
 // (NFS, ZFS), of holes.
 func allocate(file *os.File, n int64) error {
 	if n == 0 {
@@ -121,8 +121,8 @@ func allocate(file *os.File, n int64) error {
 	return err
 }
 
-// createMap makes the piece map. Without one a fill is only not resumed, so
-// small blobs have none and an error is no more than logged.
+// createMap makes the piece map. A fill without one merely cannot be resumed,
+// so small blobs have none and an error is only logged.
 func (c *Cache) createMap(d digest.Digest, n int64, giver string) *pieceMap {
 	if pieceCount(n) < 2 {
 		return nil
@@ -157,9 +157,8 @@ func (c *Cache) writeFile(f *fill, p []byte, off int64) error {
 }
 
 // resume takes over what an earlier fill of the same blob, from the same giver
-// (I12), left on disk. Its
-// pieces count only after they have been re-read (I6), which does not delay
-// the source.
+// (I12), left on disk. Its pieces count only after they have been re-read (I6),
+// which does not delay the source.
 func (f *fill) resume() {
 	size, ok := f.c.takeIdle(f.digest)
 	if !ok {
@@ -241,7 +240,7 @@ func (f *fill) commit() error {
 	return nil
 }
 
-// rename moves a file into a directory that it makes again if need be (I9).
+// rename moves a file into a directory, which it makes again if need be (I9).
 func (c *Cache) rename(from, to string) error {
 	err := os.Rename(from, to)
 	if errors.Is(err, fs.ErrNotExist) && c.dir.make() == nil {

@@ -42,8 +42,8 @@ const (
 	bucketImported  bucket = "imported"
 )
 
-// capacity bounds each bucket: what registries and clients make us remember
-// must not grow without end. 200,000 members are about 40 MB of file.
+// capacity bounds each bucket: what registries and clients make the cache
+// remember must not grow without end. 200,000 members are about 40 MB of file.
 var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
@@ -53,37 +53,38 @@ var capacity = map[bucket]int{
 }
 
 // ofBlob says which part of a key is the blob that facts of a kind are about. Without
-// them nobody may have what is on this disk while its registry cannot be asked, so those
-// of blobs that are here go last.
+// these facts nobody may have what is on this disk while its registry cannot be asked,
+// so those of blobs that are here go last.
 var ofBlob = map[bucket]int{bucketGivers: 0, bucketShown: 0, bucketManifests: 0, bucketMembers: 2}
 
 const (
-	// maxPending bounds what waits to be written; beyond it facts are dropped, but
-	// no deletion: a fact that no longer holds may be somebody's permission. Nor are
-	// pins, which somebody wants and which are few.
+	// maxPending bounds what waits to be written. Beyond it facts are dropped, but
+	// no deletions, because a fact that no longer holds may be somebody's
+	// permission, and no pins, which somebody wants and which are few.
 	maxPending = 16 << 10
-	// enoughPending asks for a flush before its time.
+	// enoughPending asks for a flush ahead of time.
 	enoughPending = 1 << 10
 	// stampLen is the time that precedes each value, for pruning.
 	stampLen = 8
 )
 
 // database is a bbolt file that may fail: the file can be deleted, torn or
-// truncated at any moment, and then a new one takes its place. Writes collect
-// in memory, so that no pull waits for an fsync; one goroutine at a time flushes.
+// truncated at any moment, and then a new one takes its place. Writes collect in
+// memory, so that no pull waits for an fsync; one goroutine at a time flushes.
 type database struct {
 	path string
 	log  *slog.Logger
 	full chan struct{} // asks the owner to flush; buffered
-	// holds reports whether the owner has a blob; it is called in transactions. Nil has none.
+	// holds reports whether the owner has a blob; it is called in transactions. Nil means
+	// none.
 	holds func(digest.Digest) bool
-	// renewed is called when another file has taken the place of the one that was open.
-	// Nil is not.
+	// renewed is called when another file has taken the place of the open one. Nil is
+	// not called.
 	renewed func()
-	// fault is why a write fails; nil but in tests.
+	// fault is why a write fails; nil except in tests.
 	fault error
-	// replacing makes those take turns who found the file broken or gone, and is the
-	// only lock that is held while it is made anew.
+	// replacing serializes those who found the file broken or gone, and is the only
+	// lock held while it is made anew.
 	replacing sync.Mutex
 
 	mu      sync.Mutex // guards the fields below; not held in transactions
@@ -107,7 +108,8 @@ type flushing struct {
 
 func newFlushing() *flushing { return &flushing{done: make(chan struct{})} }
 
-// errLost is told to those who wait for a flush: something of theirs may be missing.
+// errLost is returned to those who wait for a flush: something of theirs may be
+// missing.
 var errLost = errors.New("facts were lost: too many at once, or the disk took no writes")
 
 // errCorrupt is what bbolt's panics and faults become.
@@ -171,10 +173,11 @@ func (db *database) open() (opened *bolt.DB, err error) {
 }
 
 // keyMarked is the state whose stamp says since when members that are manifests are
-// marked as such: 0 in a file that was made when they were. Versions before did not.
+// marked as such: 0 in a file made by a version that marks them. Earlier versions
+// did not.
 var keyMarked = []byte("marked")
 
-// marks reports whether a member that was stamped then would be marked.
+// marks reports whether a member stamped at that time would be marked.
 func (db *database) marks(stamped []byte) bool {
 	since, ok := db.stamped(bucketState, keyMarked)
 	return ok && stamp(stamped) > stamp(since)
@@ -210,16 +213,16 @@ func makeBuckets(tx *bolt.Tx) error {
 	return tx.Bucket([]byte(bucketState)).Put(keyMarked, make([]byte, stampLen))
 }
 
-// spared reports whether err says nothing against the file: the disk takes no writes
-// now, this process has no descriptors left, or another one has the file.
+// spared reports whether err is no evidence against the file: the disk takes no
+// writes now, this process has no descriptors left, or another one has the file.
 func spared(err error) bool {
 	healthy := []error{unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EMFILE, unix.ENFILE, unix.ENOMEM, bolterrors.ErrTimeout}
 	return slices.ContainsFunc(healthy, func(one error) bool { return errors.Is(err, one) })
 }
 
-// replace starts anew with an empty file, unless the old one is spared. The corrupt one
+// replace starts over with an empty file, unless the old one is spared. The corrupt one
 // is unlinked but not closed: bbolt may have panicked with its locks held, and Close
-// would wait for them for ever. The new file has a lock of its own.
+// would wait for them forever. The new file has a lock of its own.
 func (db *database) replace(why error) *bolt.DB {
 	if spared(why) {
 		db.complain(why, why)
@@ -279,8 +282,9 @@ func (db *database) run(transaction func(*bolt.DB) error) error {
 	return err
 }
 
-// renew replaces broken, and reports false if somebody else has. Where none was open, or
-// another one than what is at the path, that may be good and was only out of reach.
+// renew replaces broken, and reports false if somebody else has. If no file was open, or
+// a different one than is now at the path, that one may be good and was only out of
+// reach.
 func (db *database) renew(broken *bolt.DB, why error) bool {
 	db.replacing.Lock()
 	defer db.replacing.Unlock()
@@ -400,8 +404,9 @@ func (db *database) losses() int {
 	return db.lost
 }
 
-// sync waits until a flush has written what was put before, or ctx ends, and tells of
-// whatever was lost since there were so many losses. Somebody must be there to flush.
+// sync waits until a flush has written what was put before, or ctx ends, and reports
+// whatever was lost since there were that many losses. Somebody must be there to
+// flush.
 func (db *database) sync(ctx context.Context, losses int) error {
 	db.mu.Lock()
 	next := db.next
@@ -426,8 +431,8 @@ func (db *database) enqueueLocked(b bucket, k string, stamped []byte) {
 }
 
 // flush writes what is pending, in one transaction, and heals a file that was
-// deleted. Only one goroutine at a time may call it. Of what cannot be written
-// the new facts are lost, and deletions are tried again by the next flush.
+// deleted. Only one goroutine at a time may call it. If something cannot be
+// written, new facts are lost, and deletions are tried again by the next flush.
 func (db *database) flush() {
 	db.heal()
 	db.mu.Lock()
@@ -533,8 +538,8 @@ func apply(b *bolt.Bucket, facts map[string][]byte) (grown int, err error) {
 // held makes the age of a fact greater than that of any other.
 const held = 1 << 63
 
-// age returns what orders a bucket's facts for pruning: when they were written, those about
-// blobs that are here after all others.
+// age returns what orders a bucket's facts for pruning: when they were written, with those
+// about blobs that are here after all others.
 func (db *database) age(name bucket) func(k, v []byte) uint64 {
 	part, ok := ofBlob[name]
 	if !ok || db.holds == nil {
@@ -581,8 +586,8 @@ func stamp(v []byte) uint64 {
 	return binary.BigEndian.Uint64(v)
 }
 
-// heal opens what the path leads to when that is not the open file any more, or a new one:
-// a disk may have been mounted late, or a directory have been moved away and back.
+// heal opens what the path leads to when that is no longer the open file, or a new file: a
+// disk may have been mounted late, or a directory moved away and back.
 func (db *database) heal() {
 	db.mu.Lock()
 	opened, file := db.bolt, db.file

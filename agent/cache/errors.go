@@ -12,12 +12,12 @@ var (
 	// is full of things that may not be evicted, or the disk is full,
 	// read-only or failing. The caller passes the blob through unkept.
 	ErrNoRoom = errors.New("no room in the cache")
-	// ErrForeign comes with ErrNoRoom: the blob is here, or on its way, from
-	// other givers than the caller's source has. What that source gives may be
+	// ErrForeign comes with ErrNoRoom: the blob is here, or on its way, but
+	// from givers other than the caller's source. What that source gives may be
 	// the same, and has to come from there.
 	ErrForeign = errors.New("given by somebody else")
-	// ErrDigestMismatch says that a blob's bytes were complete and wrong.
-	// They are gone; the next Open starts anew (see Fill.Mismatches).
+	// ErrDigestMismatch says that a blob's bytes were complete and wrong. They
+	// are gone; the next Open starts over (see Fill.Mismatches).
 	ErrDigestMismatch = errors.New("content does not match its digest")
 	// ErrSizeMismatch says that two sources, or a source and its own bytes,
 	// disagree about a blob's size.
@@ -40,12 +40,12 @@ type FillError struct {
 	Digest digest.Digest
 	Err    error
 	// Joined says, when Open or a Reader from there returns it, that the fill was somebody
-	// else's: the caller's own source, with its own credentials, was not asked, so
-	// that one more Open may fare better.
+	// else's: the caller's own source, with its own credentials, was not asked, so another
+	// Open may fare better.
 	Joined bool
 }
 
-// toldTo returns the error of a fill as who joined it is to see it.
+// toldTo returns the error of a fill as a caller that joined it should see it.
 func toldTo(joined bool, err error) error {
 	if fe, ok := errors.AsType[*FillError](err); ok && joined {
 		return &FillError{Digest: fe.Digest, Err: fe.Err, Joined: true}

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reason says why a blob went; it is a metric label.
+// reason says why a blob was removed; it is a metric label.
 type reason string
 
 const (
@@ -39,11 +39,11 @@ func statfs(dir string) (total, free int64, err error) {
 // bounds are what the options and the file system allow at one moment, in bytes.
 type bounds struct{ limit, minFree, free int64 } // limit: 0 is none
 
-// slackOf is what eviction frees beyond need, by a bound of so many bytes: a full cache
-// does not evict for every fill.
+// slackOf is what eviction frees beyond need, for a bound of that many bytes: a full
+// cache does not evict for every fill.
 func slackOf(bound int64) int64 { return bound / 20 }
 
-// shortage is how much too much there is, by either bound.
+// shortage is how many bytes too many there are, by either bound.
 type shortage struct {
 	overMax, overFree   int64 // <= 0 is none
 	slackMax, slackFree int64
@@ -66,7 +66,7 @@ func (c *Cache) bounds() (bounds, error) {
 	return bounds{limit: c.opts.MaxBytes.Of(total), minFree: c.opts.MinFree.Of(total), free: free}, err
 }
 
-// left is how many bytes more there may be within b. c.mu is held.
+// left is how many more bytes there may be within b. c.mu is held.
 func (c *Cache) left(b bounds) int64 {
 	left := b.free - c.unbacked - b.minFree
 	if b.limit > 0 {
@@ -102,8 +102,8 @@ func (c *Cache) admit(n int64) (shortage, error) {
 // evictable is how many bytes may go. c.mu is held.
 func (c *Cache) evictable() int64 { return c.used - c.reserved - c.pinned }
 
-// Room returns how many bytes of new blobs there is room for now, if everything goes
-// that may be evicted.
+// Room returns for how many bytes of new blobs there is room now, if everything that
+// may be evicted goes.
 func (c *Cache) Room() (int64, error) {
 	b, err := c.bounds()
 	if err != nil {
@@ -114,9 +114,9 @@ func (c *Cache) Room() (int64, error) {
 	return max(c.left(b)+c.evictable(), 0), nil
 }
 
-// MakeRoom has n bytes free on the cache's file system, beside what MinFree keeps: it evicts
-// for them if need be, and if that can be enough. They are for a file of the caller's own, and
-// not set aside. An error satisfies ErrNoRoom.
+// MakeRoom frees n bytes on the cache's file system, beside what MinFree keeps, evicting for
+// them if need be and if that can be enough. They are for a file of the caller's own, and not
+// set aside. An error satisfies ErrNoRoom.
 func (c *Cache) MakeRoom(n int64) error {
 	return c.evictFor(n, func() (shortage, error) {
 		b, err := c.bounds()
@@ -126,8 +126,8 @@ func (c *Cache) MakeRoom(n int64) error {
 	})
 }
 
-// Welcome reports whether a blob of n bytes that was last used then would take the place
-// of nothing that was used later, nor of what is hinted to be evicted last.
+// Welcome reports whether a blob of n bytes that was last used then would displace
+// nothing that was used later, and nothing that is hinted to be evicted last.
 func (c *Cache) Welcome(n int64, used time.Time) bool {
 	bounds, err := c.bounds()
 	if err != nil {
@@ -160,8 +160,9 @@ func (c *Cache) Welcome(n int64, used time.Time) bool {
 	return room >= n
 }
 
-// Age makes a blob as old as another node's that it is a copy of: in the order of eviction
-// it takes the place of that, and not the first. It does nothing if the blob is older.
+// Age makes a blob as old as the other node's blob that it is a copy of: it takes that
+// one's place in the order of eviction, not the first. It does nothing if the blob is
+// older.
 func (c *Cache) Age(d digest.Digest, used time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -176,7 +177,7 @@ func (c *Cache) Age(d digest.Digest, used time.Time) {
 	c.meta.recordUse([]use{{b.digest, b.used, b.size}})
 }
 
-// mostEvictions is how often to evict and look again: what readers hold open is not free when
+// mostEvictions is how often to evict and look again: what readers hold open is not free once
 // it is unlinked.
 const mostEvictions = 3
 
@@ -246,9 +247,9 @@ const (
 	freeLooks = 10
 )
 
-// awaitFree returns once the file system has as much free. Who looks too early after deleting
-// finds no room, and evicts the next for it. Some file systems free nothing before they
-// commit, btrfs all of 30 s later, unless they are told to.
+// awaitFree returns once the file system has as much free. Looking too early after deleting
+// finds no room, and evicts the next blob for it. Some file systems free nothing before they
+// commit, unless they are told to; btrfs commits up to 30 s later.
 func (c *Cache) awaitFree(enough int64) {
 	tick := time.NewTicker(freeLook)
 	defer tick.Stop()
@@ -263,7 +264,7 @@ func (c *Cache) awaitFree(enough int64) {
 	}
 }
 
-// syncfs has the file system that holds dir write all that is pending.
+// syncfs makes the file system that holds dir write all that is pending.
 func syncfs(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -303,7 +304,7 @@ func (c *Cache) evict(n int64, why reason) int64 {
 	return freed
 }
 
-// candidates returns what may be evicted, in that order: by hint, then least
+// candidates returns what may be evicted, in order: by hint, then least
 // recently used first.
 func (c *Cache) candidates() []*blob {
 	all := c.oldest(false)
@@ -436,8 +437,8 @@ func (c *Cache) expire(n int64, now time.Time) (freed int64) {
 }
 
 // dropIdle deletes an idle ingest and returns how many bytes that freed. A fill of the
-// same blob has the same files: one that has begun will take them up, and one that comes
-// meanwhile waits until they are gone (see startFill).
+// same blob uses the same files: one that has begun will take them over, and one that
+// comes meanwhile waits until they are gone (see startFill).
 func (c *Cache) dropIdle(d digest.Digest) int64 {
 	c.mu.Lock()
 	i, ok := c.idle[d]

@@ -18,7 +18,8 @@ import (
 // castagnoli has hardware support on amd64 and arm64: about ten times SHA-256.
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// readBlock is the buffer of everything that reads blobs back to hash them.
+// readBlock is the buffer size of everything that reads blobs back to hash
+// them.
 const readBlock = 128 << 10
 
 // fill is the one running fetch of a blob. It belongs to the cache: clients
@@ -200,7 +201,7 @@ func (f *fill) wake(from, to int64) {
 	}
 }
 
-// notify tells those who hold Changed. f.mu is held.
+// notify wakes those who wait on Changed. f.mu is held.
 func (f *fill) notify() {
 	if f.changed != nil {
 		close(f.changed)
@@ -208,9 +209,9 @@ func (f *fill) notify() {
 	}
 }
 
-// Changed returns a channel that is closed at the next change: the size
-// known, a piece complete, a reader blocked or gone on to another piece, the
-// end of the fill. Take it before looking, so that no change is missed.
+// Changed returns a channel that is closed at the next change: the size known,
+// a piece complete, a reader blocked or moved on to another piece, the end of
+// the fill. Take it before looking, so that no change is missed.
 func (f *fill) Changed() <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -224,9 +225,9 @@ func (f *fill) Changed() <-chan struct{} {
 func (f *fill) Digest() digest.Digest { return f.digest }
 
 // SetSize announces the blob's size. The first call decides: room is made on
-// disk, readers get going. It returns an error satisfying ErrNoRoom when the
-// disk cannot take the blob; a size that differs from an earlier one, or 0 for
-// a digest that is not that of nothing, fails the fill with ErrSizeMismatch.
+// disk, and readers get going. It returns an error satisfying ErrNoRoom when
+// the disk cannot take the blob. A size that differs from an earlier one, or 0
+// for any digest but that of no bytes, fails the fill with ErrSizeMismatch.
 // Equal repeats are free.
 func (f *fill) SetSize(n int64) error {
 	// Nothing could be held back of an empty blob (I2).
@@ -313,8 +314,8 @@ func (f *fill) Pieces() int {
 	return f.pieces.count()
 }
 
-// Has reports whether every byte of piece i is on disk. That the last piece
-// is there does not mean that readers see it (I2).
+// Has reports whether every byte of piece i is on disk. Even if the last piece
+// is, readers may not see it yet (I2).
 func (f *fill) Has(i int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -335,10 +336,10 @@ func (f *fill) Missing(off int64) (start, end int64, ok bool) {
 	return f.pieces.missing(off)
 }
 
-// ReadAt reads bytes that are there, those of the last piece included: for a
+// ReadAt reads bytes that are there, including those of the last piece: for a
 // Source that passes pieces on to others, who check each by a digest of its
 // own. It fails with ErrMissing where a byte is not there, and must not be
-// called after Fetch returned.
+// called after Fetch has returned.
 func (f *fill) ReadAt(p []byte, off int64) (int, error) {
 	select {
 	case <-f.sized:
@@ -445,8 +446,8 @@ type grabbed struct {
 	record *pieceMap
 }
 
-// grab waits for its turn at off's piece and takes what of p is not there yet
-// (I11).
+// grab waits for its turn at off's piece and takes the part of p that is not
+// there yet (I11).
 func (f *fill) grab(p []byte, off int64) (grabbed, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -527,17 +528,18 @@ func (f *fill) credit(from Origin, n int64) {
 	f.origins[from] += n
 }
 
-// Mismatches returns how many fills of this digest in a row, not longer ago than ten
-// minutes, ended with bytes that did not match it. Whoever brought those is not
-// to be trusted with it now.
+// Mismatches returns how many fills of this digest in a row, no longer than ten
+// minutes ago, ended with bytes that did not match it. Whoever brought them should
+// not be trusted with it now.
 func (f *fill) Mismatches() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.before
 }
 
-// RaiseMismatches says that at least so many fills of this digest have ended with wrong
-// bytes, here or on other nodes, so that a mismatch of this one counts as the next.
+// RaiseMismatches says that at least that many fills of this digest have ended with
+// wrong bytes, here or on other nodes, so that a mismatch of this one counts as the
+// next.
 func (f *fill) RaiseMismatches(times int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -545,8 +547,8 @@ func (f *fill) RaiseMismatches(times int) {
 }
 
 // verify follows the digest along the contiguous prefix as it grows, reading
-// back what was not checked by links from what is still in the page cache, and
-// returns nil when the whole digest matched.
+// back from the page cache what was not checked by links, and returns nil when
+// the whole digest matched.
 func (f *fill) verify() error {
 	select {
 	case <-f.sized:
@@ -672,8 +674,8 @@ func (f *fill) moved() {
 	f.notify()
 }
 
-// visible returns how many bytes, at most limit, a reader may have from off
-// on: present, and not in the last piece (I2) unless it may see that.
+// visible returns how many bytes, at most limit, a reader may have from off on:
+// those present, and not in the last piece (I2) unless it may see that.
 func (f *fill) visible(off, limit int64, v view) (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -90,8 +90,8 @@ func (l layout) make() error {
 	return nil
 }
 
-// check makes the directories and proves that files can be made in them, but for want of
-// room: that may come, and the cache may have to make it.
+// check makes the directories and proves that files can be made in them. Lack of room is
+// no error: room may come, and the cache may have to make it.
 func (l layout) check() error {
 	err := l.make()
 	if err == nil {
@@ -143,7 +143,7 @@ func diskFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(
 // lost reports whether err says that a file is gone.
 func lost(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
 
-// remove unlinks what is there; that nothing is there is as good.
+// remove unlinks what is there; that nothing is there is no error.
 func remove(path string) error {
 	if err := os.Remove(path); err != nil && !lost(err) {
 		return err

@@ -73,7 +73,7 @@ func (l Limit) String() string {
 	return strconv.FormatInt(l.bytes, 10)
 }
 
-// MarshalText and UnmarshalText let a Limit stand in configuration files.
+// MarshalText and UnmarshalText let a Limit appear in configuration files.
 func (l Limit) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
 
 // UnmarshalText is ParseLimit.

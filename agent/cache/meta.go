@@ -14,12 +14,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Meta is what the cache remembers besides blobs. Losing it loses nothing but
-// warmth: every answer may be "don't know", and no write fails or waits for
-// the disk. What is written is seen at once and durable some seconds later.
+// Meta is what the cache remembers besides blobs. Losing it costs only warmth: every
+// answer may be "don't know", and no write fails or waits for the disk. What is written
+// is seen at once and durable some seconds later.
 //
-// Each kind of fact is bounded; the oldest tenth goes when there are too many, and what
-// decides who may have a blob that is here goes last.
+// Each kind of fact is bounded; the oldest tenth goes when there are too many, and
+// facts that decide who may have a blob that is here go last.
 type Meta struct{ db *database }
 
 // Repository is a repository as images name it: Registry "docker.io", Name
@@ -32,7 +32,7 @@ type Tag struct {
 	Checked    time.Time
 }
 
-// Manifest is what has to be known of a manifest to serve it from its bytes.
+// Manifest is what must be known about a manifest to serve it from its bytes.
 type Manifest struct{ MediaType string }
 
 // Fetched says where a blob's bytes came from when it was filled. Bytes that a
@@ -58,18 +58,19 @@ func openMeta(path string, log *slog.Logger) (*Meta, error) {
 func (m *Meta) close() error { return m.db.close() }
 func (m *Meta) flush()       { m.db.flush() }
 
-// Sync returns once all facts that wait to be written are durable, or with why that
-// failed. It waits, until ctx ends, for Run. Facts that were lost before are Facts' to tell.
+// Sync returns once all facts that wait to be written are durable, or the error that kept
+// them from it. It waits, until ctx ends, for Run. Earlier losses are reported by Facts
+// only.
 func (m *Meta) Sync(ctx context.Context) error { return m.Begin().Sync(ctx) }
 
-// Facts are those that are written from Begin on.
+// Facts are the facts that are written from Begin on.
 type Facts struct {
 	db     *database
 	losses int
 }
 
-// Begin is called before the first of some facts by somebody who has to know that all of
-// them are durable: what is written behind may have failed when he comes to ask.
+// Begin is called before the first of some facts by a caller that has to know that all
+// of them are durable: a write behind may already have failed when it asks.
 func (m *Meta) Begin() Facts { return Facts{m.db, m.db.losses()} }
 
 // Sync returns once all facts that were written before are durable, or with why some may
@@ -81,8 +82,8 @@ func (f Facts) Sync(ctx context.Context) error {
 	return nil
 }
 
-// key joins parts so that different parts make different keys; it is nil,
-// which is never stored nor found, for what no registry would name so.
+// key joins parts so that different parts make different keys. It is nil, which
+// is never stored nor found, for anything no registry would use as a name.
 func key(parts ...string) []byte {
 	joined := strings.Join(parts, "\x00")
 	if strings.Count(joined, "\x00") != len(parts)-1 || len(joined) > 1024 {
@@ -111,8 +112,8 @@ func (m *Meta) DeleteTag(r Repository, tag string) {
 	m.db.delete(bucketTags, key(r.Registry, r.Name, tag))
 }
 
-// WalkTags calls f with every tag that is remembered, until it returns false; what
-// was remembered in the last seconds may be left out. f must not call the Meta.
+// WalkTags calls f with every remembered tag until it returns false; what was
+// remembered in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
 	m.db.walk(bucketTags, func(k []byte) bool {
 		parts := strings.Split(string(k), "\x00")
@@ -123,16 +124,18 @@ func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
 // MaxPins is how many images may be pinned: some 300 bytes each in the file.
 const MaxPins = 1000
 
-// PinnedImage is what outlives a restart of an image that is kept on this node.
+// PinnedImage is what outlives a restart about an image that is kept on this
+// node.
 type PinnedImage struct {
-	// Digest is of the version whose blobs are kept, "" while none is whole.
+	// Digest is that of the version whose blobs are kept, "" while none is
+	// whole.
 	Digest  digest.Digest `json:"digest,omitempty"`
 	Since   time.Time     `json:"since"`
 	Checked time.Time     `json:"checked,omitzero"`
 	// Public says that the registry showed that version to a request without any
-	// credential when it confirmed it last.
+	// credential when it last confirmed it.
 	Public bool `json:"public,omitempty"`
-	// Command says that somebody asked for it, and not the configuration alone.
+	// Command says that somebody asked for it, not only the configuration.
 	Command bool `json:"command,omitempty"`
 }
 
@@ -142,7 +145,8 @@ func (m *Meta) SetPinnedImage(name string, p PinnedImage) { m.encode(bucketPins,
 // DeletePinnedImage forgets it.
 func (m *Meta) DeletePinnedImage(name string) { m.db.delete(bucketPins, key(name)) }
 
-// PinnedImages returns all that were remembered, the last seconds' perhaps left out.
+// PinnedImages returns all that were remembered, perhaps without those of the last
+// seconds.
 func (m *Meta) PinnedImages() map[string]PinnedImage {
 	var names []string
 	m.db.walk(bucketPins, func(k []byte) bool {
@@ -179,11 +183,11 @@ func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispe
 	}
 }
 
-// manifestMember ends the key of what is a member as a manifest.
+// manifestMember ends the key of a member that is a manifest.
 const manifestMember = "manifest"
 
-// AddManifests is AddMembers for what is a manifest by the registry's word: it served
-// them as such, or they are the images of an index. A blob may have the same bytes, and
+// AddManifests is AddMembers for manifests on the registry's word: it served them as
+// such, or they are the images of an index. A blob may have the same bytes, and
 // registries look into no blob.
 func (m *Meta) AddManifests(r Repository, parent digest.Digest, manifests ...ocispec.Descriptor) {
 	m.AddMembers(r, parent, manifests...)
@@ -193,7 +197,7 @@ func (m *Meta) AddManifests(r Repository, parent digest.Digest, manifests ...oci
 }
 
 // MemberManifest reports whether AddManifests was called, or whether d is a manifest and
-// was a member before there was AddManifests: an upgrade must not forget what is cached.
+// was a member before AddManifests existed: an upgrade must not forget what is cached.
 func (m *Meta) MemberManifest(r Repository, d digest.Digest) bool {
 	if _, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d), manifestMember)); ok {
 		return true
@@ -227,8 +231,8 @@ func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok b
 	return digest.Digest(v), ok
 }
 
-// WalkMembers calls f with all that was seen in some repository, until it returns false;
-// what was seen in the last seconds may be left out. f must not call the Meta.
+// WalkMembers calls f with everything that was seen in some repository, until it returns
+// false; what was seen in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkMembers(f func(r Repository, d digest.Digest) bool) {
 	m.db.walk(bucketMembers, func(k []byte) bool {
 		parts := strings.Split(string(k), "\x00")
@@ -267,8 +271,8 @@ func (m *Meta) Shown(d digest.Digest) (r Repository, ok bool) {
 	return r, ok
 }
 
-// Anyone is who of a verdict about everybody. It has room of its own: no
-// number of others makes it be forgotten.
+// Anyone is the who of a verdict about everybody. It has room of its own: no
+// number of other verdicts displaces it.
 const Anyone = ""
 
 func verdictsOf(who string) bucket {
@@ -278,13 +282,14 @@ func verdictsOf(who string) bucket {
 	return bucketVerdicts
 }
 
-// SetVerdict remembers that who, a name or hash of somebody, was let read the
-// repository now.
+// SetVerdict remembers that who, a name or hash of somebody, was allowed to
+// read the repository just now.
 func (m *Meta) SetVerdict(r Repository, who string) {
 	m.db.put(verdictsOf(who), key(r.Registry, r.Name, who), binary.BigEndian.AppendUint64(nil, uint64(time.Now().Unix())))
 }
 
-// Verdict returns when who was last let read the repository, to the second.
+// Verdict returns when who was last allowed to read the repository, to the
+// second.
 func (m *Meta) Verdict(r Repository, who string) (when time.Time, ok bool) {
 	v, ok := m.db.get(verdictsOf(who), key(r.Registry, r.Name, who))
 	if !ok || len(v) != 8 {
@@ -293,12 +298,12 @@ func (m *Meta) Verdict(r Repository, who string) (when time.Time, ok bool) {
 	return time.Unix(int64(binary.BigEndian.Uint64(v)), 0), true
 }
 
-// DeleteVerdict forgets it: who was refused.
+// DeleteVerdict forgets the verdict: who was refused.
 func (m *Meta) DeleteVerdict(r Repository, who string) {
 	m.db.delete(verdictsOf(who), key(r.Registry, r.Name, who))
 }
 
-// SetImported remembers that an operator gave these, tags and digests, of a repository
+// SetImported remembers that an operator gave these tags and digests of a repository
 // for everybody to read.
 func (m *Meta) SetImported(r Repository, references ...string) {
 	repository := key(r.Registry, r.Name)
@@ -323,7 +328,7 @@ func (m *Meta) Imported(r Repository, reference string) bool {
 }
 
 // DeleteImported forgets all that was imported of a repository: what is imported from now
-// on is of another generation.
+// on is another generation.
 func (m *Meta) DeleteImported(r Repository) { m.db.delete(bucketImports, key(r.Registry, r.Name)) }
 
 // SetChallenge remembers how the repository asks for credentials: the values of
@@ -391,7 +396,7 @@ func (m *Meta) lastUse(d digest.Digest) (u use, ok bool) {
 
 func (m *Meta) forgetUse(d digest.Digest) { m.db.delete(bucketUsed, key(string(d))) }
 
-// scrubbed and setScrubbed keep the place of the scrub over a restart.
+// scrubbed and setScrubbed keep the place of the scrub across a restart.
 func (m *Meta) scrubbed() string {
 	v, _ := m.db.get(bucketState, key("scrubbed"))
 	return string(v)

@@ -138,8 +138,8 @@ func (p *pieces) missing(off int64) (start, end int64, ok bool) {
 	return start, end, ok
 }
 
-// nextClaim returns the first claimed piece at or after that of off, going
-// round once.
+// nextClaim returns the first claimed piece at or after that of off, wrapping
+// around once.
 func (p *pieces) nextClaim(off int64) (int, bool) {
 	n := p.count()
 	for k := range n {

@@ -11,16 +11,17 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Put commits small content that is in memory: manifests. It is PutFile of body.
+// Put commits small content that is in memory, such as manifests. It is PutFile
+// of body.
 func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
 	return c.PutFile(ctx, d, origin, io.NewSectionReader(bytes.NewReader(body), 0, int64(len(body))))
 }
 
 // PutFile commits content that can be read more than once. It is checked first;
-// ErrDigestMismatch leaves no trace. If a fill of d runs, the content completes
-// it. PutFile waits, until ctx ends, for Run and for the commit; ErrNoRoom says that
-// the disk did not take it, and a *FillError that a fill under way failed for reasons of
-// its own, so that one more PutFile may fare better.
+// ErrDigestMismatch leaves no trace. If a fill of d runs, the content completes it.
+// PutFile waits, until ctx ends, for Run and for the commit. ErrNoRoom says that the
+// disk did not take it; a *FillError says that a fill under way failed for reasons of
+// its own, so another PutFile may fare better.
 func (c *Cache) PutFile(ctx context.Context, d digest.Digest, origin Origin, content *io.SectionReader) error {
 	if err := checkDigest(d); err != nil {
 		return err
@@ -89,11 +90,12 @@ func copyMissing(w *Writer, content *io.SectionReader) error {
 // ErrPresent says that a blob is in the cache, or on its way there.
 var ErrPresent = errors.New("is here or on its way already")
 
-// PutStream commits size bytes of r, which can be read once only. Nobody sees them
-// before they all match: a wrong stream is ErrDigestMismatch and leaves nothing, one that
-// breaks off neither. If d is here or being filled it returns ErrPresent and has read
-// nothing: bytes that nobody has checked do not go into a fill that others read from.
-// Other errors, and what it waits for, are those of PutFile; the wait for r is r's own.
+// PutStream commits size bytes of r, which can be read only once. Nobody sees them before
+// they all match: a wrong stream is ErrDigestMismatch and leaves nothing, and neither
+// does one that breaks off. If d is here or being filled it returns ErrPresent and has
+// read nothing: bytes that nobody has checked do not go into a fill that others read
+// from. Other errors, and what it waits for, are those of PutFile; waiting for r is up to
+// r.
 func (c *Cache) PutStream(ctx context.Context, d digest.Digest, origin Origin, size int64, r io.Reader) error {
 	if err := checkDigest(d); err != nil {
 		return err
@@ -124,8 +126,8 @@ func (c *Cache) PutStream(ctx context.Context, d digest.Digest, origin Origin, s
 
 var errStream = errors.New("the stream that should fill it failed")
 
-// stream is the Source of a fill that PutStream writes. It has no giver, so whoever
-// comes with one does not join it.
+// stream is the Source of a fill that PutStream writes. It has no giver, so callers
+// that come with one do not join it.
 type stream struct{ fed chan struct{} }
 
 // Fetch waits for the writer.

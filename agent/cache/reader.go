@@ -11,16 +11,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Reader reads one blob, whole or still being filled; it goes on across the
-// commit, an eviction and the loss of the cache directory. It is what
-// http.ServeContent wants. Like an os.File it has one cursor and is for one
-// goroutine at a time; ReadAt, Ready, HasPiece, Changed and Complete may be
-// called from many. It must be closed.
+// Reader reads one blob, whole or still being filled, across the commit, an
+// eviction and the loss of the cache directory. It is what http.ServeContent
+// wants. Like an os.File it has one cursor and is for one goroutine at a time;
+// ReadAt, Ready, HasPiece, Changed and Complete may be called from many. It
+// must be closed.
 //
 // A reader from Open waits for missing bytes until the context given to Open
 // ends; a reader from Lookup returns ErrMissing instead. When the fill fails,
-// bytes that were there can still be read, and then come its *FillError -
-// except after ErrDigestMismatch, which ends every read at once.
+// bytes that were there can still be read, followed by its *FillError, except
+// after ErrDigestMismatch, which ends every read at once.
 type Reader struct {
 	digest digest.Digest
 	size   int64
@@ -95,7 +95,8 @@ func (r *Reader) HasPiece(i int) bool {
 }
 
 // Changed returns a channel that is closed when HasPiece, Complete or Err may
-// answer differently; for a blob that was whole at Open it never is (nil).
+// answer differently; for a blob that was whole at Open it is nil and never
+// closed.
 func (r *Reader) Changed() <-chan struct{} {
 	if r.fill == nil {
 		return nil
@@ -103,8 +104,8 @@ func (r *Reader) Changed() <-chan struct{} {
 	return r.fill.Changed()
 }
 
-// Err returns the *FillError of the fill this reader joined, nil while it
-// runs and after it went well.
+// Err returns the *FillError of the fill this reader joined; nil while it runs
+// and after it succeeded.
 func (r *Reader) Err() error {
 	if r.fill == nil {
 		return nil
@@ -112,18 +113,18 @@ func (r *Reader) Err() error {
 	return toldTo(r.joined, r.fill.failure())
 }
 
-// ForPart tells that somebody reads a part of the blob. Who pulls lazily begins with a
-// table at the end: were the last piece held back, that would wait for the whole blob. It
-// is shown while bytes before it are missing.
+// ForPart says that the caller reads a part of the blob. Lazy pulls begin with a table at
+// the end: if the last piece were held back, they would wait for the whole blob. It is
+// shown while bytes before it are missing.
 func (r *Reader) ForPart() {
 	if r.view == viewWhole {
 		r.view = viewPart
 	}
 }
 
-// Ready blocks until a byte at off can be read, and returns nil; also at once
-// if off is the size. It returns ctx's cause or the fill's error otherwise.
-// The fill learns that off is wanted.
+// Ready blocks until a byte at off can be read, and returns nil; it does so at
+// once if off is the size. Otherwise it returns ctx's cause or the fill's
+// error. The fill learns that off is wanted.
 func (r *Reader) Ready(ctx context.Context, off int64) error {
 	if r.closed.Load() {
 		return os.ErrClosed
@@ -135,10 +136,10 @@ func (r *Reader) Ready(ctx context.Context, off int64) error {
 }
 
 // Extent returns a file and the number n of bytes that can be read from it at
-// off without waiting: for sendfile of a blob that is still being filled.
-// n == 0 means that nothing is there yet (see Ready), or that off is the size.
-// The file is this reader's alone - its offset is the caller's to set - and is
-// closed by Close. The fill learns that the cursor is at off.
+// off without waiting, for sendfile of a blob that is still being filled. n ==
+// 0 means that nothing is there yet (see Ready), or that off is the size. The
+// file belongs to this reader alone, is closed by Close, and its offset is the
+// caller's to set. The fill learns that the cursor is at off.
 func (r *Reader) Extent(off int64) (file *os.File, n int64, err error) {
 	if r.closed.Load() {
 		return nil, 0, os.ErrClosed
@@ -158,7 +159,7 @@ func (r *Reader) Extent(off int64) (file *os.File, n int64, err error) {
 }
 
 // reopen gives the reader an open file of its own, whose offset it shares with
-// nobody. The path through /proc works whatever became of the name.
+// nobody. The path through /proc works whatever happened to the name.
 func (r *Reader) reopen() error {
 	if r.own != nil {
 		return nil
@@ -189,7 +190,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// ReadAt fills p from off on, waiting for what is missing.
+// ReadAt fills p from off, waiting for what is missing.
 func (r *Reader) ReadAt(p []byte, off int64) (int, error) {
 	read := 0
 	for read < len(p) {
@@ -320,8 +321,8 @@ func (r *Reader) send(w io.Writer, file *os.File, n int64) error {
 	return err
 }
 
-// Close lets go of the blob. It does not stop the fill. A second Close
-// returns os.ErrClosed.
+// Close releases the blob. It does not stop the fill. A second Close returns
+// os.ErrClosed.
 func (r *Reader) Close() error {
 	if r.closed.Swap(true) {
 		return os.ErrClosed

@@ -78,7 +78,7 @@ func (c *Cache) recoverBlob(a digest.Algorithm, e fs.DirEntry, now time.Time) *b
 		b.used = info.ModTime().Unix()
 		c.meta.recordUse([]use{{d, b.used, b.size}})
 	}
-	// A time from a clock that ran ahead must not keep a blob for ever.
+	// A time from a clock that ran ahead must not keep a blob forever.
 	b.used = min(b.used, now.Unix())
 	return b
 }

@@ -15,15 +15,15 @@ import (
 )
 
 const (
-	// maxScrubRate bounds what the scrub takes from pulls, minScrubRate how
-	// long it holds a file open.
+	// maxScrubRate bounds what the scrub takes from pulls; minScrubRate bounds
+	// how long it holds a file open.
 	maxScrubRate = 50 << 20
 	minScrubRate = 1 << 20
 )
 
 // scrub re-hashes every committed blob once per ScrubInterval until ctx ends.
-// Each blob's end is remembered, so that restarts do not keep the last ones
-// from their turn.
+// The end of each blob is remembered, so that the last ones get their turn
+// despite restarts.
 func (c *Cache) scrub(ctx context.Context) {
 	interval := c.opts.ScrubInterval
 	for interval > 0 && ctx.Err() == nil {
@@ -37,7 +37,7 @@ func (c *Cache) scrub(ctx context.Context) {
 	}
 }
 
-// scrubAll makes the rest of one pass, spread over interval.
+// scrubAll does the rest of one pass, spread over interval.
 func (c *Cache) scrubAll(ctx context.Context, interval time.Duration) {
 	all := c.oldest(true)
 	var bytes int64
@@ -66,8 +66,8 @@ func (c *Cache) scrubAll(ctx context.Context, interval time.Duration) {
 const maxSuspects = 64
 
 // Suspect has a committed blob read again soon, and deleted if it is bad, because
-// something speaks against it. It waits for nothing; of too many at once the last are
-// left to the scrub.
+// something speaks against it. It waits for nothing; if there are too many at once,
+// the last are left to the scrub.
 func (c *Cache) Suspect(d digest.Digest) {
 	select {
 	case c.suspects <- d:

@@ -24,8 +24,8 @@ type Source interface {
 }
 
 // Given is a Source whose bytes are somebody's to give: a registry's. Its blobs
-// are hits for those alone who come with a Source of a giver that has given all
-// of them once (I12), so that a digest by itself opens nothing.
+// are hits only for callers with a Source of a giver that has given all of them
+// once (I12), so that a digest by itself opens nothing.
 type Given interface {
 	Source
 	Giver() string
@@ -45,7 +45,7 @@ type SourceFunc func(ctx context.Context, f *Fill) error
 // Fetch calls fn.
 func (fn SourceFunc) Fetch(ctx context.Context, f *Fill) error { return fn(ctx, f) }
 
-// OriginKind says what sort of place bytes came from.
+// OriginKind says what kind of place bytes came from.
 type OriginKind string
 
 // The kinds of places. Writers are made with all but the last; a Reader of a
@@ -69,11 +69,11 @@ type Origin struct {
 // may be called from many goroutines.
 type Fill struct{ *fill }
 
-// Writer returns a way to write into the fill bytes that came from origin.
+// Writer returns a writer into the fill for bytes that came from origin.
 func (f *Fill) Writer(origin Origin) *Writer { return &Writer{fill: f.fill, origin: origin} }
 
 // Writer writes one origin's bytes into a fill. It has all of Fill's methods
-// that a transfer needs, and holds nothing that would have to be closed.
+// that a transfer needs, and holds nothing that needs closing.
 type Writer struct {
 	*fill
 	origin Origin
@@ -95,8 +95,8 @@ func (o Origin) String() string { return strings.TrimSpace(string(o.Kind) + " " 
 // mostSources is how many origins a line of the log names.
 const mostSources = 4
 
-// sources names the origins of size bytes for the log, those of the most bytes first. What
-// is in none was found on disk.
+// sources names the origins of size bytes for the log, largest first. Bytes without an
+// origin were found on disk.
 func sources(size int64, from map[Origin]int64) string {
 	bytes := maps.Clone(from)
 	for _, n := range from {

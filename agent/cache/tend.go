@@ -12,11 +12,11 @@ import (
 
 const (
 	// tendInterval is how often the cache looks after its bounds and its
-	// directory when nothing else makes it: others use the disk, too.
+	// directory when nothing else makes it: others use the disk too.
 	tendInterval = 10 * time.Second
-	// flushInterval bounds how much metadata a kill -9 loses, and bookedInterval what it
-	// loses of a blob that was committed: without its giver the blob is given to nobody
-	// while the registry cannot be asked.
+	// flushInterval bounds how much metadata a kill -9 loses, and bookedInterval how
+	// much it loses about a committed blob: without its giver the blob is given to
+	// nobody while the registry cannot be asked.
 	flushInterval  = 2 * time.Second
 	bookedInterval = 250 * time.Millisecond
 	// useInterval is how often access times are written: they are worth
@@ -66,7 +66,7 @@ func (c *Cache) tend(ctx context.Context) error {
 	}
 }
 
-// balance evicts until the limits hold again, as far as it goes.
+// balance evicts until the limits hold again, as far as possible.
 func (c *Cache) balance() {
 	s, err := c.admit(0)
 	if err != nil {
