@@ -14,7 +14,7 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// decision is what became of the question whether a caller may read: the label
+// decision is the outcome of the question whether a caller may read: the label
 // of larder_auth_decisions_total, and a field of the audit log.
 type decision string
 
@@ -66,8 +66,8 @@ func (a *access) yes() decision {
 	return decidedGranted
 }
 
-// told reports whether the registry itself has let the caller in, and not an operator's
-// word on an outage.
+// told reports whether the registry itself let the caller in, not an operator's setting
+// for outages.
 func (a *access) told() bool { return a.allowed && a.decision == a.yes() }
 
 // age is how long ago the registry let the caller in, 0 if that is not known: what was
@@ -95,8 +95,9 @@ func (q Question) kind() Kind {
 	return KindManifest
 }
 
-// authorizer decides who may read what. Every route with a repository asks it
-// before anything looks at the cache (I6, A1); DESIGN.md says by which rules.
+// authorizer decides who may read what, by the rules in DESIGN.md. Every
+// route with a repository asks it before anything looks at the cache (I6,
+// A1).
 type authorizer struct {
 	upstream *upstream.Client
 	swarm    Swarm // nil: a node alone
@@ -133,7 +134,8 @@ func newAuthorizer(opts Options, b *background) *authorizer {
 	return a
 }
 
-// fingerprint names a credential, the same after a restart if there is a key for that.
+// fingerprint names a credential; the name survives a restart if there is a key for
+// that.
 func (a *authorizer) fingerprint(authorization string) string {
 	if keys := a.lasting.keys.Load(); keys != nil {
 		return keys.fingerprint(authorization)
@@ -200,7 +202,7 @@ func (a *authorizer) present(acc *access, authorization string) {
 	acc.who, acc.target.Authorization, acc.target.Anonymous = a.secret.sum(authorization), authorization, false
 }
 
-// askedAs is whose question to the registry a target makes.
+// askedAs returns the caller in whose name a target asks the registry.
 func (a *authorizer) askedAs(t upstream.Target) caller {
 	switch {
 	case t.Anonymous:
@@ -211,8 +213,8 @@ func (a *authorizer) askedAs(t upstream.Target) caller {
 	return a.secret.sum(t.Authorization)
 }
 
-// permit returns nil once the caller may have d as that kind: it may read the
-// repository, and d belongs to that.
+// permit returns nil once the caller may have d as that kind: the caller may
+// read the repository, and d belongs to it.
 func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d digest.Digest) error {
 	known := a.belongs(memberOf(acc.target, kind, d))
 	key := keyOf(acc.target, d)
@@ -223,8 +225,8 @@ func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d diges
 	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known, Stored: unproven})
 }
 
-// ask has the registry decide, once for all who ask the same now. When it
-// cannot be asked, or not soon enough, what is known decides (A5).
+// ask lets the registry decide, once for all callers that ask the same now.
+// When it cannot be asked, or not soon enough, what is known decides (A5).
 func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question) error {
 	patience := a.budget * 4 / 5
 	if stand, in := a.standsHere(*acc, q.Reference); in && q.Known { // the rest of the budget is for the bytes
@@ -273,7 +275,8 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	return nil
 }
 
-// find asks the repository's home, and if that cannot say the registry itself.
+// find asks the repository's home, and the registry itself if the home cannot
+// say.
 func (a *authorizer) find(ctx context.Context, acc access, q Question) error {
 	age, err := time.Duration(0), errNobody
 	if a.swarm != nil {
@@ -304,9 +307,9 @@ func (a *authorizer) believable(registry string, err error) error {
 	return err
 }
 
-// askRegistry is the question in the registry's own words. A registry that wants
-// to be left alone for a moment is asked after it: its limit is no verdict, and the
-// runtime would run into the same one.
+// askRegistry puts the question to the registry. One that wants to be left alone
+// for a moment is asked after that: a rate limit is no verdict, and the runtime
+// would run into the same one.
 func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
 	for {
 		err := a.askOnce(ctx, t, q)
@@ -328,8 +331,8 @@ func (a *authorizer) askOnce(ctx context.Context, t upstream.Target, q Question)
 	return err
 }
 
-// pauseFor waits as long as a registry that limits its rate asked for. It reports
-// false at once if that is not what err says, or is later than ctx ends.
+// pauseFor waits as long as a registry with a rate limit asked for. It reports
+// false at once if err is no such request, or if ctx would end first.
 func pauseFor(ctx context.Context, err error) bool {
 	e, ok := errors.AsType[*upstream.Error](err)
 	if !ok || e.Status != http.StatusTooManyRequests || e.RetryAfter <= 0 {
@@ -341,8 +344,8 @@ func pauseFor(ctx context.Context, err error) bool {
 	return sleep(ctx, e.RetryAfter) == nil
 }
 
-// withChallenge completes a refusal of "anyone" with what the registry asks a
-// client without a credential for.
+// withChallenge completes a refusal of "anyone" with the registry's challenge
+// to a client without a credential.
 func (a *authorizer) withChallenge(ctx context.Context, t upstream.Target, ref string, err error) error {
 	e, ok := errors.AsType[*upstream.Error](err)
 	if !ok || !t.Anonymous || e.Status != http.StatusUnauthorized || len(e.Challenge) > 0 {
@@ -375,8 +378,8 @@ func (a *authorizer) learn(acc *access, q Question, age time.Duration, err error
 	}
 }
 
-// accept keeps a yes for as long as it holds from when the registry said it: passed on
-// from node to node it gets no younger.
+// accept keeps a yes for its life, counted from when the registry said it: passing
+// from node to node makes it no younger.
 func (a *authorizer) accept(acc *access, age time.Duration) {
 	known, _ := a.verdicts.get(acc.key())
 	life := max(publicLife-age, 0)
@@ -393,7 +396,7 @@ func (a *authorizer) accept(acc *access, age time.Duration) {
 	}
 }
 
-// reject keeps a no, and forgets every yes that it takes back (A4).
+// reject keeps a no, and forgets every yes that it revokes (A4).
 func (a *authorizer) reject(acc *access, err error) {
 	life := refusalLife
 	switch acc.who {
@@ -416,7 +419,7 @@ func (a *authorizer) reject(acc *access, err error) {
 // refused something that the verdict allows, perhaps to another's credential.
 func (a *authorizer) doubt(acc *access) { a.verdicts.forget(acc.key()) }
 
-// no is the decision that a refusal is.
+// no is the decision that a refusal stands for.
 func (a *access) no(e *apiError) decision {
 	if a.who == anyone && a.relay && len(e.challenge) > 0 {
 		return decidedChallenged
@@ -446,8 +449,8 @@ func (a *authorizer) refusal(acc *access, kind Kind, e *apiError) error {
 }
 
 // unknown is the answer while the registry cannot be asked and nothing known lets
-// the caller in. It is the error of the question, without a challenge: for most, a
-// client would have to fetch a token that it cannot get now. A Basic challenge
+// the caller in. It is the error of the question, without a challenge: for most
+// challenges a client would need a token that it cannot get now. A Basic challenge
 // needs no network to answer, and the password may be a remembered one.
 func (a *authorizer) unknown(acc *access, err error) error {
 	acc.decision = decidedUnknown

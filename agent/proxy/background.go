@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// background owns the work that outlives the request which began it. stop ends
+// background owns the work that outlives the request that began it. stop ends
 // and waits for all of it.
 type background struct {
 	ctx    context.Context

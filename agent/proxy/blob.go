@@ -26,8 +26,8 @@ func keyOf(t upstream.Target, d digest.Digest) blobKey {
 	return blobKey{t.Registry, t.Repository, d}
 }
 
-// statAsk is the question how large a blob is, on somebody's behalf: a refusal is about
-// him alone.
+// statAsk asks how large a blob is, on one caller's behalf: a refusal is about that
+// caller alone.
 type statAsk struct {
 	blobKey
 	who caller
@@ -96,11 +96,11 @@ const chunkedMemory = 5 * time.Minute
 
 const (
 	// swarmPatience is how long a body may wait for a byte that is on its way from
-	// another node, where a poor uplink brings a piece in more time than StallTimeout:
+	// another node, since a poor uplink may take longer than StallTimeout for a piece:
 	// less than the minute after which containerd 1.6 gives up the pull, more than it
 	// takes the swarm to find out that a node lied, and to do without it.
 	swarmPatience = 50 * time.Second
-	// swarmPathPatience is the same for path-encoded clients, which can go nowhere else
+	// swarmPathPatience is the same for path-encoded clients, which cannot go elsewhere
 	// and have no such deadline.
 	swarmPathPatience = 5 * time.Minute
 )
@@ -192,7 +192,7 @@ func (p *Proxy) headBlob(x *exchange) error {
 	return nil
 }
 
-// stat finds a blob's size where that is cheapest.
+// stat finds a blob's size where it is cheapest.
 func (p *Proxy) stat(ctx context.Context, t upstream.Target, d digest.Digest) (int64, source, error) {
 	if r, ok := p.lookup(t, d); ok {
 		defer func() { _ = r.Close() }() // nothing was read

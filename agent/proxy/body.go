@@ -76,8 +76,8 @@ func (b *body) await() error {
 	return err
 }
 
-// until calls ready for one place after another, until it returns nil or there is
-// none left. bound bounds the search for the next.
+// until calls ready for one place after another until it returns nil or no place
+// is left. bound bounds the search for the next.
 func (b *body) until(ready func() error, bound func() (stop func())) error {
 	for {
 		err := ready()
@@ -192,7 +192,7 @@ func (b *body) sendTo(x *exchange, n int64) (int64, error) {
 func (b *body) sendSome(x *exchange, limit int64) (int64, error) {
 	file, n, err := b.at.extent(b.off)
 	if err != nil || n == 0 {
-		// Nothing there, or the fill is over: await says which, and heals.
+		// Nothing is there, or the fill is over: await says which, and heals.
 		if err := b.await(); err != nil {
 			return 0, err
 		}

@@ -48,7 +48,8 @@ func (c cached) read(p []byte, off int64) (int, error) {
 	return c.Read(p)
 }
 
-// forPart has c show what is there of a blob to who wants a part of it.
+// forPart lets c show what is there of a blob to a client that wants a part
+// of it.
 func forPart(c content) {
 	switch c := c.(type) {
 	case cached:

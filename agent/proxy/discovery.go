@@ -58,8 +58,8 @@ func (p *Proxy) serveTags(x *exchange) error {
 	return nil
 }
 
-// noTags is what n=0 asks for, which not every registry takes for a wish: an empty
-// list, if there is such a repository.
+// noTags answers n=0, which not every registry honors: an empty list, if there is
+// such a repository.
 func (p *Proxy) noTags(ctx context.Context, t upstream.Target) (upstream.Page, error) {
 	if _, err := p.upstream.Tags(ctx, t, "n=1"); err != nil {
 		return upstream.Page{}, err
@@ -80,8 +80,8 @@ func (x *exchange) query() (query url.Values, raw string, err error) {
 
 // serveReferrers relays one page of what refers to a digest. A registry without this API
 // answers 404, and clients read the tag sha256-<hex> instead (distribution spec, "Referrers
-// Tag Schema"). They are told so of every digest, in an outage too: one that got a list once
-// does not look for tags any more.
+// Tag Schema"). They are told so for every digest, even in an outage: a client that once got
+// a list no longer looks for tags.
 func (p *Proxy) serveReferrers(x *exchange) error {
 	_, raw, err := x.query()
 	if err != nil {

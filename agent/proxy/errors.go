@@ -54,8 +54,8 @@ const statusClientGone = 499
 
 // toAPIError is the one place where an error becomes an answer. What it must
 // never produce, because a runtime would not go on to the registry or would
-// hammer us (RUNTIMES section A6): 429, or anything in 3xx; and 401 or 403 only
-// to a client to whom the registry's refusal is relayed, and which was refused itself.
+// hammer us: 429, or anything in 3xx; and 401 or 403 only to a client to whom
+// the registry's refusal is relayed, and which was refused itself.
 func toAPIError(err error, kind Kind, relay bool) *apiError {
 	var api *apiError
 	switch {

@@ -9,12 +9,13 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// The giver of a blob is who gave this node all of its bytes once. A digest by itself opens
-// nothing: what is on disk from one registry is no answer for another that only names it.
+// The giver of a blob is the registry, or other source, that once gave this node all of its
+// bytes. A digest by itself opens nothing: what is on disk from one registry is no answer
+// for another that only names it.
 
-// Gives reports whether a caller who may read from registry may have d: that
-// registry gave this node these bytes once, or they are public. It looks at what
-// is remembered and asks nobody.
+// Gives reports whether a caller that may read from registry may have d: the
+// registry once gave this node these bytes, or they are public. It consults
+// memory only and asks nobody.
 func (p *Proxy) Gives(d digest.Digest, registry string) bool {
 	if p.cache.GivenBy(d, registry) || p.cache.GivenBy(d, RuntimeGiver(registry)) {
 		return true
@@ -23,8 +24,8 @@ func (p *Proxy) Gives(d digest.Digest, registry string) bool {
 	return shown
 }
 
-// RuntimeGiver is the name under which the metadata keeps that the container
-// runtime has a blob from a registry. The runtime does not tell its port.
+// RuntimeGiver is the giver in the metadata of a blob that the container
+// runtime has from a registry. The runtime does not tell the registry's port.
 func RuntimeGiver(registry string) string {
 	if host, _, err := net.SplitHostPort(registry); err == nil {
 		registry = host
@@ -33,12 +34,12 @@ func RuntimeGiver(registry string) string {
 }
 
 // copyGiver is the giver of what was copied from the runtime's store for images of a
-// registry, where nobody knows which registry gave it to the runtime: callers on this
-// node have it as they had it from there, other nodes do not.
+// registry when nobody knows which registry gave it to the runtime: callers on this
+// node may have the copy as they had the original, other nodes may not.
 func copyGiver(registry string) string { return "copied " + registry }
 
-// gaveHere is Gives for callers on this node, and says who the giver is: registry itself if
-// nobody is.
+// gaveHere is Gives for callers on this node, and returns the giver: registry itself if
+// there is none.
 func (p *Proxy) gaveHere(d digest.Digest, registry string) (giver string, ok bool) {
 	if p.cache.GivenBy(d, registry) {
 		return registry, true
@@ -59,16 +60,16 @@ func (p *Proxy) gives(d digest.Digest, registry string) bool {
 	return ok
 }
 
-// Holds reports whether d is in this node's cache, committed, for callers on this node
-// who may read from registry: the runtime's store does not count.
+// Holds reports whether d is committed in this node's cache for callers on this node
+// that may read from registry: the runtime's store does not count.
 func (p *Proxy) Holds(d digest.Digest, registry string) bool {
 	return p.cache.Has(d) && p.gives(d, registry)
 }
 
-// mayTakeRuntime reports whether a caller who may read what the target's registry
-// gives may also have the runtime's copy of d. If it is known which registry d
-// came from, that must be the target's. If nothing is known, the proxy does as
-// containerd does, which lets all images of the node share a blob.
+// mayTakeRuntime reports whether a caller that may read what the target's
+// registry gives may also have the runtime's copy of d. If it is known which
+// registry d came from, that must be the target's. If nothing is known, the proxy
+// does as containerd does, which lets all images of the node share a blob.
 func (p *Proxy) mayTakeRuntime(t upstream.Target, d digest.Digest) bool {
 	return p.gives(d, t.Registry) || !p.cache.Meta().Given(d, cache.AnyGiver)
 }

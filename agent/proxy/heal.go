@@ -15,8 +15,8 @@ import (
 // healer finds another place for a blob when the one it came from fails.
 //
 // Clients that name the registry with ns go to the registry themselves once the
-// answer has ended, so for them it works around only what is no fault of the
-// registry: a disk without room, a fill that was begun for another repository.
+// answer has ended, so for them it works around only what is not the registry's
+// fault: a disk without room, a fill that was begun for another repository.
 // Path-encoded clients go nowhere else, so for them the proxy tries again until
 // pathPatience is over.
 type healer struct {
@@ -120,7 +120,7 @@ var errRuntime = errors.New("runtime's store")
 
 // notOurs reports whether err says nothing about this request's own source: a
 // fill for another repository failed under this reader, or the runtime's copy
-// is bad. One more try through the cache then asks the own source.
+// is bad. One more try through the cache then asks this request's own source.
 func notOurs(err error) bool {
 	fill, ok := errors.AsType[*cache.FillError](err)
 	return ok && fill.Joined && !errors.Is(err, cache.ErrNoRoom) || errors.Is(err, errRuntime)

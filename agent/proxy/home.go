@@ -14,13 +14,13 @@ import (
 )
 
 // What a node does as home of a repository or blob, for other nodes. They are
-// trusted to have authorised their own callers; this node asks the registry all the
-// same before private bytes leave it (A10).
+// trusted to have authorized their own callers; this node still asks the registry
+// before private bytes leave it (A10).
 
-// homePatience is how long a registry may take to say what a tag stands for,
-// until another node is told what is known here: part of the five seconds that
-// its client waits. admitPatience is less: the asker waits for a home to answer,
-// and takes one that does not for dead.
+// homePatience is how long a registry may take to say what a tag stands for
+// before another node is told what is known here: part of the five seconds that
+// its client waits. admitPatience is shorter: the asker waits for a home to
+// answer, and takes one that does not for dead.
 const (
 	homePatience  = 2 * time.Second
 	admitPatience = time.Second
@@ -32,8 +32,8 @@ var (
 	errNotNode      = errors.New("this node has no credentials of its own for this repository")
 )
 
-// homeAccess is what is known of the caller for whom another node asks this one,
-// by memory alone. t has the caller's Authorization, or is Anonymous; if it is
+// homeAccess returns what memory alone knows of the caller for which another node
+// asks this one. t has the caller's Authorization, or is Anonymous; if it is
 // neither, the other node opens the repository with its node credentials, and this
 // one must have some too. An error is final.
 func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
@@ -88,8 +88,8 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	return desc, false, err
 }
 
-// RememberedFor says what this node knows of a tag, to a home whose caller would be
-// told here. It asks nobody.
+// RememberedFor tells a home what this node knows of a tag, if the home's caller
+// would be told that here. It asks nobody.
 func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error) {
 	acc, err := p.homeAccess(t)
 	if err != nil {
@@ -102,8 +102,8 @@ func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (o
 	return last, nil
 }
 
-// knownFor is what a tag stands for by memory, for another node's caller who takes these
-// types, if he would be told that while the registry cannot be asked.
+// knownFor is what a tag stands for by memory, for another node's caller that accepts
+// these types, if the caller would be told that while the registry cannot be asked.
 func (p *Proxy) knownFor(acc access, tag string, accept []string) (ocispec.Descriptor, bool) {
 	last, known := p.lastKnown(newTagKey(acc.target, tag, acceptsLists(accept)))
 	_, in := p.auth.stands(acc, last.desc.Digest.String())
@@ -111,8 +111,8 @@ func (p *Proxy) knownFor(acc access, tag string, accept []string) (ocispec.Descr
 }
 
 // MayByMemory is MayFor by what is known here alone: that the repository was public, or
-// that q is about what was imported.
-// A verdict on a credential is not passed on from node to node, or it would never end.
+// that q is about what was imported. A verdict on a credential is not passed on: going
+// from node to node, it would never end.
 func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 	acc, err := p.homeAccess(t)
 	switch {
@@ -124,9 +124,9 @@ func (p *Proxy) MayByMemory(t upstream.Target, q Question) error {
 	return p.auth.wasOpen(acc.repository(), q.Reference)
 }
 
-// MayFor asks the registry whether another node's caller may read what q is
-// about; nil is yes, and age how long ago the registry said so. What offline lets in
-// here is none: the other node would take it for the registry's.
+// MayFor asks the registry whether another node's caller may read what q is about;
+// nil is yes, and age how long ago the registry said so. What offline allows here is
+// no yes: the other node would take it for the registry's.
 func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) (age time.Duration, err error) {
 	acc, err := p.homeAccess(t)
 	if err != nil {
@@ -161,8 +161,8 @@ func (p *Proxy) MayFor(ctx context.Context, t upstream.Target, q Question) (age 
 	return 0, err
 }
 
-// Keep brings a blob here from other nodes, for others, as far as this node may have it by
-// itself: t has no client's credential, and unlike for Admit nobody's word stands for a
+// Keep fetches a blob from other nodes, to hold a copy for them, if this node may have it
+// by itself: t has no client's credential, and unlike in Admit nobody's word stands for a
 // verdict. It returns once the blob is committed.
 func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, size int64) error {
 	if err := p.mayKeep(ctx, t, kind, d); err != nil {
@@ -202,8 +202,9 @@ func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d dig
 	return nil
 }
 
-// KeepTag remembers for others what a tag stood for, unless this node knows of it already.
-// The registry is not asked: what it says now may be an image that nobody has yet.
+// KeepTag remembers for others what a tag stood for, unless this node knows the tag
+// already. The registry is not asked: what it says now may be an image that nobody has
+// yet.
 func (p *Proxy) KeepTag(ctx context.Context, t upstream.Target, tag string, desc ocispec.Descriptor) error {
 	if err := p.mayKeep(ctx, t, KindManifest, desc.Digest); err != nil {
 		return err
@@ -220,7 +221,7 @@ func (p *Proxy) KeepTag(ctx context.Context, t upstream.Target, tag string, desc
 	return nil
 }
 
-// errNotKept is what became of a fill that nobody else heard the end of.
+// errNotKept is the error of a fill whose end nobody else heard of.
 var errNotKept = errors.New("it could not be had, or not be stored")
 
 // Admit reports, as home of a blob, whether another node's caller may read the
@@ -243,8 +244,8 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	}
 	if err != nil && !final(err) && (acc.allowed || t.Anonymous || p.auth.offline(&acc, d.String())) {
 		// On a bad network nobody may know in time. Then the asker's word that the
-		// registry shows the repository to anyone counts: who refused it would drive
-		// every node to the registry.
+		// registry shows the repository to anyone counts: refusing would drive every
+		// node to the registry.
 		return nil
 	}
 	return err

@@ -12,9 +12,9 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// ErrImported is leave for one question: an operator gave what it is about to
-// everybody on this cluster, and the registry cannot be asked. It opens nothing else of
-// the repository (A11).
+// ErrImported is leave for one question: an operator gave its subject to everybody in
+// this cluster, and the registry cannot be asked. It opens nothing else of the
+// repository (A11).
 var ErrImported = errors.New("imported by an operator")
 
 // Import is an image that an operator brought.
@@ -42,9 +42,9 @@ func (p *Proxy) Denied(registry, repository string) error {
 // metadata takes no more than some thousand at once.
 const importBatch = 500
 
-// Import serves an image from now on: under its own name, to everybody while its
-// registry cannot be asked (A11). The tag comes last, once all else is durable. It
-// returns why that failed; then the tag is what it was.
+// Import has an image served from now on: under its own name, to everybody while
+// its registry cannot be asked (A11). The tag comes last, once all else is
+// durable. After an error the tag is what it was.
 func (p *Proxy) Import(ctx context.Context, i Import) error {
 	if err := p.Denied(i.Registry, i.Repository); err != nil {
 		return err

@@ -11,8 +11,8 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// What is remembered of how a blob went, so that a runtime which asks again fares better
-// (I4, I5).
+// What is remembered of how serving a blob went, so that a runtime that asks again fares
+// better (I4, I5).
 
 const (
 	// failureMemory is how long a blob that ended short is refused to clients
@@ -22,8 +22,8 @@ const (
 	// wrongMemory is the same for a blob whose bytes were wrong, and may be again:
 	// longer than kubelet backs off.
 	wrongMemory = 10 * time.Minute
-	// partMemory is for a fill to find out that its bytes are wrong, for who has read
-	// parts of it meanwhile.
+	// partMemory gives a fill time to find out that its bytes are wrong, for clients
+	// that have read parts of it meanwhile.
 	partMemory = 6 * time.Hour
 	// undeliverableMemory is how long manifests that list a blob which could not be
 	// delivered to a path-encoded client answer 404.
@@ -38,9 +38,9 @@ type failure struct {
 	from  int64 // its first byte that was not sent; 0 = nothing was sent
 }
 
-// failureOf says what of a blob clients are to take from the registry, and for how
-// long. Of bytes that did not match at most all but the last piece was sent: who asks
-// for that is in the same pull, and gets it sooner there.
+// failureOf says which part of a blob clients are to take from the registry, and for
+// how long. If the bytes did not match, at most all but the last piece was sent: a
+// client that asks for that piece is in the same pull, and gets it sooner there.
 func failureOf(x *exchange, err error) (failure, time.Duration) {
 	if !wrongBytes(err) {
 		return failure{}, failureMemory
@@ -78,8 +78,8 @@ func (p *Proxy) refuses(x *exchange, key blobKey) bool {
 	return !ok || off >= f.from
 }
 
-// readWrong says what is refused of a blob of wrong bytes to who read parts of it, and so
-// has seen no body cut.
+// readWrong says what is refused of a blob of wrong bytes to a client that read parts of
+// it, and so has seen no body cut short.
 func (p *Proxy) readWrong(key blobKey) (failure, bool) {
 	if p.cache.Mismatches(key.digest) == 0 {
 		return failure{}, false
@@ -87,15 +87,15 @@ func (p *Proxy) readWrong(key blobKey) (failure, bool) {
 	return p.parts.get(key)
 }
 
-// undeliverable reports whether a path-encoded client got the blob short or wrong a moment
-// ago.
+// undeliverable reports whether a path-encoded client recently got the blob short or
+// wrong.
 func (p *Proxy) undeliverable(key blobKey) bool {
 	_, wrong := p.readWrong(key)
 	return wrong || p.undelivered.has(key)
 }
 
-// judge remembers how the blob went, unless the client or this agent's end
-// decided it.
+// judge remembers how serving the blob went, unless the client or this
+// agent's shutdown ended it.
 func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 	p.discard(key.digest, err)
 	switch {
@@ -120,11 +120,12 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 		"bytes", x.sent.Load(), "err", err)
 }
 
-// errRot is what became of bytes that were right when the cache committed them.
+// errRot is the error for bytes that were right when the cache committed them
+// and no longer are.
 var errRot = errors.New("the cache's copy is not what it was")
 
-// discard deletes the cache's copy of what its disk could not give, or gave wrong, and
-// reports whether it did: the bytes are to be fetched anew.
+// discard deletes the cache's copy if its disk could not give it, or gave it wrong. It
+// reports whether it did: then the bytes are to be fetched anew.
 func (p *Proxy) discard(d digest.Digest, err error) bool {
 	if !errors.Is(err, errRot) && !errors.Is(err, syscall.EIO) || !p.cache.Has(d) {
 		return false
@@ -133,14 +134,14 @@ func (p *Proxy) discard(d digest.Digest, err error) bool {
 	return p.cache.Remove(d) == nil
 }
 
-// againMemory is longer than kubelet backs off between two tries of a pull. For as long a
-// blob is not doubted again: what was right may rot the minute after.
+// againMemory is longer than kubelet backs off between two tries of a pull. A blob is not
+// doubted again for as long, but after that it is: what was right may rot a minute later.
 const againMemory = 10 * time.Minute
 
-// doubt has the cache's copy of a blob read again if runtimes got all of it twice within a
-// short time. A runtime keeps what it got, unless the digest did not match, which it
-// tells nobody: it would get the same wrong bytes at each try, and never ask the registry.
-// A copy that came anew has not been doubted yet.
+// doubt has the cache's copy of a blob verified again if runtimes got all of it twice
+// within a short time. A runtime keeps what it got, unless the digest did not match, which
+// it tells nobody: it would get the same wrong bytes at each try, and never ask the
+// registry. A new copy counts as not doubted yet.
 func (p *Proxy) doubt(x *exchange, d digest.Digest) {
 	switch from := x.sourceLabel(); {
 	case from == sourcePeer || from == sourceUpstream:

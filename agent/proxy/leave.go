@@ -5,9 +5,9 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// stands returns what holds for a caller who asks for a reference while the registry
-// cannot be asked, and whether that lets him in: a verdict that is still good, else
-// what offline says.
+// stands returns what holds for a caller that asks for a reference while the
+// registry cannot be asked, and whether that lets it in: a verdict that is still
+// good, else what offline says.
 func (a *authorizer) stands(acc access, reference string) (access, bool) {
 	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
 		return acc, false
@@ -15,7 +15,7 @@ func (a *authorizer) stands(acc access, reference string) (access, bool) {
 	return acc, acc.allowed || a.offline(&acc, reference)
 }
 
-// standsHere is stands for a caller of this node, who may have a public pin besides.
+// standsHere is stands for a caller of this node, which may also have a public pin.
 // Other nodes' callers may not (A12).
 func (a *authorizer) standsHere(acc access, reference string) (access, bool) {
 	if stand, in := a.stands(acc, reference); in {
@@ -42,7 +42,7 @@ func (a *authorizer) offline(acc *access, reference string) bool {
 	return acc.allowed
 }
 
-// wasPublic reports whether a repository was public when the registry said so last.
+// wasPublic reports whether a repository was public by the registry's last word.
 func (a *authorizer) wasPublic(r cache.Repository) bool {
 	if v, ok := a.verdicts.get(verdictKey{r.Registry, r.Name, anyone}); ok {
 		return v.public()
@@ -51,7 +51,7 @@ func (a *authorizer) wasPublic(r cache.Repository) bool {
 	return ok
 }
 
-// asAnyone lets the caller in by what holds for everybody: his credential goes nowhere.
+// asAnyone lets the caller in by what holds for everybody: its credential goes nowhere.
 func (a *access) asAnyone(d decision) {
 	a.allowed, a.decision = true, d
 	if a.who != theNode {
@@ -64,9 +64,9 @@ func (a *access) forOne() bool {
 	return a.decision == decidedImported || a.decision == decidedPinned
 }
 
-// shownPin returns what holds for a caller of this node who asks for something that is
-// pinned here, and whether that lets him in whatever the registry says: it showed it to
-// everybody when it confirmed it last (A12).
+// shownPin returns what holds for a caller of this node that asks for something pinned
+// here, and whether that lets it in whatever the registry says: the registry showed it
+// to everybody when it last confirmed it (A12).
 func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
 	if p, ok := a.pinned(acc.repository(), ref); !ok || !p.Public {
 		return acc, false
@@ -75,12 +75,12 @@ func (a *authorizer) shownPin(acc access, ref string) (access, bool) {
 	return acc, true
 }
 
-// keeps returns what holds for a caller of this node who asks for something that the
-// registry does not give, no being its answer, and whether that lets him in: it is pinned
-// here, and was public. If the registry says only that it has it no more, and it was not,
-// he gets it if he may read the repository, or if that was public, or the node's, when the
-// registry said last: a 404 takes no earlier yes back (A2); a no does (A4). The leave is
-// for this one thing.
+// keeps returns what holds for a caller of this node that asks for something the registry
+// does not give, no being its answer, and whether that lets the caller in: it does if the
+// thing is pinned here and was public. If it was not public, and no is only a 404, the
+// caller gets it if it may read the repository, or if by the registry's last word that was
+// public, or the node's: a 404 revokes no earlier yes (A2); a refusal does (A4). The leave
+// is for this one thing.
 func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
 	if !a.pins(acc.repository(), q) {
 		return acc, false
@@ -110,8 +110,8 @@ func (a *authorizer) pins(r cache.Repository, q Question) bool {
 	return ok && (q.Blob || p.Manifest)
 }
 
-// open reports whether a caller about whom nothing is known may have a reference as long
-// as the registry cannot be asked, because it was imported, or is pinned and was public.
+// open reports whether a caller about which nothing is known may have a reference while
+// the registry cannot be asked, because it was imported, or is pinned and was public.
 func (a *authorizer) open(acc *access, reference string) bool {
 	stand, in := a.standsHere(*acc, reference)
 	if in && stand.forOne() {
@@ -121,9 +121,9 @@ func (a *authorizer) open(acc *access, reference string) bool {
 	return false
 }
 
-// wasOpen returns nil if a repository was public when the registry said so last,
-// ErrImported if an operator gave this reference of it to everybody, and
-// errNotKnownHere if neither.
+// wasOpen returns nil if a repository was public by the registry's last word,
+// ErrImported if an operator gave this reference in it to everybody, and
+// errNotKnownHere otherwise.
 func (a *authorizer) wasOpen(r cache.Repository, reference string) error {
 	switch {
 	case a.wasPublic(r):

@@ -62,7 +62,7 @@ func (p *Proxy) serveManifest(x *exchange) error {
 }
 
 // findManifest finds which manifest a request means, and whether its caller may have it.
-// Of one by digest nothing but that is known, so it is never complete.
+// By digest nothing else is known of it, so the result is never complete.
 func (p *Proxy) findManifest(x *exchange) (resolved, error) {
 	d := x.route.digest
 	asked := resolved{desc: ocispec.Descriptor{Digest: d}}
@@ -132,11 +132,12 @@ func (p *Proxy) manifest(ctx context.Context, t upstream.Target, d digest.Digest
 	return m, p.learn(t, &m)
 }
 
-// lateManifest is how long a manifest may take that nobody waits for any more.
+// lateManifest is how long a manifest may take once nobody waits for it any
+// more.
 const lateManifest = time.Minute
 
-// learnLate reads a manifest that came too late for its client, which goes on with the
-// registry's: what it lists is asked for here next.
+// learnLate reads a manifest that came too late for its client. The client goes on
+// with the registry's copy, and next asks here for what it lists.
 func (p *Proxy) learnLate(t upstream.Target, d digest.Digest) {
 	_, _ = p.late.join(keyOf(t, d), func(ctx context.Context) (struct{}, error) {
 		ctx, cancel := context.WithTimeout(ctx, lateManifest)
@@ -234,7 +235,8 @@ func readSmall(ctx context.Context, c content) ([]byte, error) {
 }
 
 // learn completes m with its media type, and records what its repository holds
-// by it. That costs a parse, so each manifest and repository is remembered.
+// according to m. That costs a parse, so each manifest and repository is
+// remembered.
 func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	key := keyOf(t, m.desc.Digest)
 	meta := p.cache.Meta()

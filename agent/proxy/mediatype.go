@@ -23,7 +23,8 @@ const (
 )
 
 // What upstream is asked for. The two forms are the two answers that a tag can
-// have: registries give a list to who accepts lists and one image to who does not.
+// have: registries give a list to clients that accept lists and one image to the
+// others.
 var (
 	acceptAll = []string{dockerManifest, dockerList, ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, "*/*"}
 	acceptOne = []string{dockerManifest, ocispec.MediaTypeImageManifest}
@@ -82,8 +83,8 @@ type outline struct {
 	Signatures    []json.RawMessage    `json:"signatures"`
 }
 
-// parseOutline refuses what is no manifest at all, and what others may read as
-// another manifest.
+// parseOutline refuses what is not a manifest, and what others may read as a
+// different manifest.
 func parseOutline(body []byte) (outline, error) {
 	var o outline
 	if err := json.Unmarshal(body, &o); err != nil {
@@ -95,7 +96,8 @@ func parseOutline(body []byte) (outline, error) {
 	if len(o.MediaType) > maxMediaType {
 		return o, fmt.Errorf("manifest has a media type of %d bytes", len(o.MediaType))
 	}
-	// As containerd and containers-image do: who checked the one has not checked the other.
+	// As containerd and containers-image do: a registry that checked one reading has not
+	// checked the other.
 	if o.Manifests != nil && (o.Config != nil || o.Layers != nil || o.FSLayers != nil) {
 		return o, errors.New("manifest is both an index and an image")
 	}
@@ -152,10 +154,10 @@ func (o *outline) children() []ocispec.Descriptor {
 	return out
 }
 
-// mediaType is what a manifest is that a registry called said, "" if it is none. The
-// bytes' own word counts, which their digest vouches for: one registry's Content-Type
-// must not change what another one's clients get. Only where the bytes leave it open
-// does said, and between the OCI's and Docker's name of one form.
+// mediaType is the type of a manifest that a registry called said, "" if it is none.
+// The bytes' own word counts, for which their digest vouches: one registry's
+// Content-Type must not change what another's clients get. said decides only where
+// the bytes leave it open, and between the OCI's and Docker's names of one form.
 func (o *outline) mediaType(said string) string {
 	found := o.infer()
 	said = bareType(said)

@@ -10,8 +10,8 @@ import (
 )
 
 // member is what may be in a repository, as a manifest or else as a blob. Every manifest
-// that is may be had as a blob too; the other way round a blob would be believed what it
-// lists, although no registry has checked that.
+// in it may be had as a blob too. The converse does not hold: what a blob lists would be
+// believed, although no registry has checked it.
 type member struct {
 	blobKey
 	manifest bool

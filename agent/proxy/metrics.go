@@ -36,10 +36,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 }
 
-// OwnAgent begins the User-Agent of requests that the agent makes of its own proxy: to
-// warm the cache, for a pin, or as its watchdog. They are answered and audited as any, but
-// what is sent to them is not served to a runtime: who pulls the image later has its bytes
-// counted.
+// OwnAgent begins the User-Agent of requests that the agent makes to its own proxy: to
+// warm the cache, for a pin, or as its watchdog. They are answered and audited like any
+// other, but their bytes do not count as served to a runtime: those of the later pull do.
 const OwnAgent = "larder-"
 
 // ServedBytes is the counter larder_served_bytes_total, whoever registered it.

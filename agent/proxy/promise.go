@@ -23,11 +23,11 @@ const (
 	promiseDepth = 3
 )
 
-// promise returns nil if every blob of m can be delivered: a client that gets
-// the manifest by a path-encoded mirror takes all its blobs from there or fails
-// (I5). Of an index, what this node's platform needs is looked at, and of the
-// other images only whether one of their blobs failed a moment ago. depth is how many
-// indexes may yet be in one another.
+// promise returns nil if every blob of m can be delivered: a client that gets the
+// manifest by a path-encoded mirror takes all its blobs from there or fails (I5). Of
+// an index, it checks what this node's platform needs, and of the other images only
+// whether one of their blobs failed a moment ago. depth is how many more levels of
+// nested indexes are allowed.
 func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest, depth int) error {
 	o, err := parseOutline(m.body)
 	if err != nil || depth == 0 {
@@ -72,7 +72,8 @@ func ours(platform *ocispec.Platform) bool {
 	return platform == nil || platform.Architecture == runtime.GOARCH && platform.OS == runtime.GOOS
 }
 
-// has reports whether d is here for who may have what the target's registry gives.
+// has reports whether d is here for callers that may have what the target's
+// registry gives.
 func (p *Proxy) has(t upstream.Target, d digest.Digest) bool {
 	return p.Holds(d, t.Registry) || p.runtime != nil && p.runtime.Has(d) && p.mayTakeRuntime(t, d)
 }
@@ -98,8 +99,8 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 	return nil
 }
 
-// askStored returns nil if the registry says that it has d: to the repository's home, which
-// asks for all nodes, and else to this one.
+// askStored returns nil if the registry says that it has d. The repository's home asks, for
+// all nodes; failing that, this node does.
 func (p *Proxy) askStored(ctx context.Context, t upstream.Target, d digest.Digest) error {
 	if p.swarm != nil {
 		_, err := p.swarm.May(ctx, t, Question{Reference: d.String(), Blob: true, Stored: true})

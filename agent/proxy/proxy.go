@@ -5,11 +5,11 @@
 // The promise is that a pull through it is never worse than one without it:
 // headers come within a budget or an error that sends the runtime to the
 // registry does; a body that cannot be finished ends in a way that the runtime
-// can go on from; and a process that stopped answering closes its port. What
-// ends how is a table in DESIGN.md.
+// can go on from; and a process that stopped answering closes its port. A
+// table in DESIGN.md says what ends how.
 //
-// It accepts no pushes, and it is no open proxy: a registry's name is a key
-// that package upstream resolves by its own rules.
+// It accepts no pushes, and it is not an open proxy: a registry's name is a
+// key that package upstream resolves by its own rules.
 package proxy
 
 import (
@@ -45,7 +45,7 @@ type Options struct {
 	// so that upstream can give up a connection and try another before.
 	StallTimeout time.Duration
 	// TagTTL is how long a resolved tag is not asked for again; 0 asks always.
-	// A registry's own tag_ttl goes before it.
+	// A registry's own tag_ttl takes precedence.
 	TagTTL time.Duration
 	// Grace is how long bodies may go on after Serve was told to stop; default 20 s.
 	Grace time.Duration
@@ -55,7 +55,7 @@ type Options struct {
 	Logger     *slog.Logger          // default slog.Default()
 	Registerer prometheus.Registerer // nil: not registered
 	// VerdictKey is secret and the same after a restart: under it the metadata keeps
-	// who was let read what, for offline = "remembered". Nil keeps nothing.
+	// who was allowed to read what, for offline = "remembered". Nil keeps nothing.
 	VerdictKey []byte
 	// Pinned says what an image that is pinned on this node has under ref, a tag or
 	// a digest of something in the repository. It reads memory alone. Nil: nothing is
@@ -70,10 +70,10 @@ type Options struct {
 // Pinned is what a pinned image has under a tag or a digest.
 type Pinned struct {
 	Digest digest.Digest
-	// Manifest says that it is one of the image's manifests, and not one of its blobs.
+	// Manifest says that it is one of the image's manifests, not one of its blobs.
 	Manifest bool
 	// Public says that the registry showed the image to a request without any
-	// credential when it confirmed it last. Callers on this node get it then whatever
+	// credential when it last confirmed it. Callers on this node then get it whatever
 	// the registry says of the repository later.
 	Public bool
 }
@@ -97,8 +97,8 @@ type Event struct {
 	Err        error  // why the answer is not what was asked for
 }
 
-// Refused reports whether the caller was not let read what he asked for, and was
-// not merely asked for a credential.
+// Refused reports whether the caller was refused what it asked for, and not
+// merely asked for a credential.
 func (e Event) Refused() bool {
 	switch decision(e.Decision) {
 	case decidedRefused, decidedDenied, decidedUnknown:
@@ -111,7 +111,8 @@ func (e Event) Refused() bool {
 // of a private image begins.
 func (e Event) Challenged() bool { return decision(e.Decision) == decidedChallenged }
 
-// Canary reports whether the canary image was asked for, which is nobody's own.
+// Canary reports whether the request was for the canary image, which belongs to
+// nobody.
 func (e Event) Canary() bool { return isCanary(e.Registry, e.Repository) }
 
 // Proxy is a http.Handler. Serve puts it on a listener; Run must run beside.
@@ -212,9 +213,10 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// ForgetFacts drops what is remembered of facts in the cache's metadata, which were lost: what
-// spares a second write of them would keep them from being written again. Other metadata
-// may have taken their place, with a verdictKey of its own; nil leaves the one there was.
+// ForgetFacts drops what is remembered of facts in the cache's metadata after these were lost:
+// the memory that spares writing them twice would keep them from being written again. Other
+// metadata may have taken their place, with a verdictKey of its own; nil keeps the present
+// key.
 func (p *Proxy) ForgetFacts(verdictKey []byte) {
 	p.auth.lasting.use(verdictKey)
 	p.fresh.clear()
@@ -225,8 +227,8 @@ func (p *Proxy) ForgetFacts(verdictKey []byte) {
 }
 
 // Run watches over the proxy until ctx ends, and returns when its goroutines
-// are gone; ErrWedged if requests stopped being answered. The process should
-// then end, and start anew.
+// are gone. ErrWedged means that requests are no longer answered: the process
+// should then end and start anew.
 func (p *Proxy) Run(ctx context.Context) error {
 	defer p.background.stop()
 	return p.watch(ctx)
@@ -244,15 +246,15 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		x.fail(err)
 	}
 	if x.cutShort() && x.sent.Load() == 0 {
-		// Headers alone would cost containerd its tries (RUNTIMES section 0):
-		// better no answer at all, which sends it to the registry.
+		// Headers alone would use up containerd's retries: better no answer
+		// at all, which sends it to the registry.
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// serve is the way of every request: parse the route, authorise, answer. begin
-// authorises by memory alone; where it remembers no verdict, the function that
-// answers has to ask the registry before it sends anything.
+// serve handles every request: parse the route, authorize, answer. begin
+// authorizes from memory alone; if it remembers no verdict, the function that
+// answers must ask the registry before it sends anything.
 func (p *Proxy) serve(x *exchange) error {
 	if x.r.Method != http.MethodGet && x.r.Method != http.MethodHead {
 		return errMethod

@@ -58,7 +58,7 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 }
 
 // namesEnd reports whether there is a Range header each of whose ranges says where it ends:
-// "a-b" or "-n", as lazy pulls have it. Who goes on with a whole blob, or fetches it in chunks
+// "a-b" or "-n", as in lazy pulls. A client that resumes a whole blob, or fetches it in chunks
 // as containerd does, asks for "a-".
 func namesEnd(header string) bool {
 	if header == "" {
@@ -72,7 +72,7 @@ func namesEnd(header string) bool {
 	return true
 }
 
-// endOf returns where the range of the answer to r ends that the byte at off is in; the
+// endOf returns where the range that holds the byte at off ends in the answer to r; the
 // size, if the answer has the whole blob.
 func endOf(r *http.Request, size int64, etag string, off int64) int64 {
 	specs, isBytes := strings.CutPrefix(r.Header.Get("Range"), "bytes=")

@@ -35,8 +35,8 @@ type route struct {
 	tag        string        // KindManifest by tag
 	digest     digest.Digest // KindManifest by digest, KindBlob, KindReferrers
 	// pathEncoded: the registry came from the path, as CRI-O and podman send
-	// it. Such a client does not go on to upstream once a manifest was answered
-	// (RUNTIMES section 0), so the proxy owes it every blob.
+	// it. Such a client does not go on to upstream once it got a manifest, so
+	// the proxy owes it every blob.
 	pathEncoded bool
 }
 
@@ -167,8 +167,8 @@ func isRegistrySegment(s string) bool {
 }
 
 // decodeRegistry turns reg.example.com_5000 into reg.example.com:5000: a colon
-// inside a path makes an image reference unparsable, so mirrors for CRI-O
-// are written with an underscore (RUNTIMES section C).
+// inside a path makes an image reference unparsable, so mirrors for CRI-O are
+// written with an underscore.
 func decodeRegistry(s string) string {
 	if m := hostPortRE.FindStringSubmatch(s); m != nil {
 		return m[1] + ":" + m[2]

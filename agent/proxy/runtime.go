@@ -50,8 +50,8 @@ func (p *Proxy) openRuntime(t upstream.Target, d digest.Digest) content {
 }
 
 // CopyRuntime copies d from the runtime's store, where it may be deleted, into the
-// cache, on behalf of somebody who may read from registry and has found d there.
-// The error wraps fs.ErrNotExist if the runtime has nothing for him, and
+// cache, on behalf of a caller that may read from registry and has found d there.
+// The error wraps fs.ErrNotExist if the runtime has nothing for that caller, and
 // cache.ErrNoRoom if the cache cannot take it. It waits for the commit.
 func (p *Proxy) CopyRuntime(ctx context.Context, registry string, d digest.Digest) error {
 	t := upstream.Target{Registry: registry}

@@ -12,17 +12,17 @@ import (
 )
 
 // That a manifest of a repository lists a blob is no proof that the registry has the
-// blob there: distribution, and whatever is built on it, gives under manifests/ what was
-// pushed under blobs/, and has looked into none of that. So what is here for another
-// repository's sake is asked for once in each that lists it (A13).
+// blob there: distribution, and whatever is built on it, serves under manifests/ what
+// was pushed under blobs/, unchecked. So for what is here because of another repository
+// the registry is asked once in each repository that lists it (A13).
 
-// said reports whether the registry itself has told that something is in its repository,
-// or is being asked for it there by a fill of this node.
+// said reports whether the registry itself has said that something is in the repository,
+// or a fill of this node is asking for it there now.
 func (a *authorizer) said(key blobKey) bool {
 	if a.told.has(key) || a.asking.has(key) {
 		return true
 	}
-	// Last: what asked a moment ago has left its answer here.
+	// Last: a fill that was asking a moment ago has left its answer here.
 	if !a.meta.Said(key.place(), key.digest) {
 		return false
 	}
@@ -30,7 +30,7 @@ func (a *authorizer) said(key blobKey) bool {
 	return true
 }
 
-// counted is what is under way, any number of times.
+// counted counts what is under way, by key.
 type counted[K comparable] struct {
 	mu    sync.Mutex // guards count
 	count map[K]int
@@ -79,16 +79,16 @@ func (a *authorizer) sayAsked(t upstream.Target, q Question) {
 }
 
 // unproven reports whether the registry's own word is needed for something that a caller
-// asks for: it is around already, neither because of this repository nor about to be, and
-// not for everybody to have.
+// asks for: it is around already, not because of this repository now or soon, and not
+// everybody may have it.
 func (a *authorizer) unproven(key blobKey, around func(digest.Digest) bool) bool {
-	// In this order: who makes it be around says before for which repository, and between
-	// two looks all of that can happen.
+	// In this order: a fill names its repository before it puts anything around, and all
+	// of that can happen between two of these checks.
 	return around(key.digest) && !a.willAsk.has(key) && a.unsaid(key)
 }
 
-// unsaid reports whether what is around needs the registry's own word. A registry that is
-// never asked gives none.
+// unsaid reports whether what is around still needs the registry's own word. A registry
+// that must not be asked gives none.
 func (a *authorizer) unsaid(key blobKey) bool {
 	if a.said(key) || !a.upstream.Policy(key.registry).Contact() {
 		return false
@@ -97,9 +97,9 @@ func (a *authorizer) unsaid(key blobKey) bool {
 	return !public
 }
 
-// proven returns nil if a caller who was let in may have what was opened for him. Since
-// then it may have become another's: who waits for a fill of his own repository that
-// fails gets the next one, and that may be for whoever waited with him.
+// proven returns nil if a caller that was let in may have what was opened for it. That
+// may have changed hands: a caller whose fill fails gets the next one, which may be for
+// the repository of another caller that waited too.
 func (a *authorizer) proven(ctx context.Context, acc access, kind Kind, d digest.Digest) error {
 	if !a.here(d) || !a.unsaid(keyOf(acc.target, d)) {
 		return nil
@@ -110,9 +110,9 @@ func (a *authorizer) proven(ctx context.Context, acc access, kind Kind, d digest
 // here reports whether this node's cache has any of d, or is getting it.
 func (a *authorizer) here(d digest.Digest) bool { return a.cache.Has(d) || a.cache.Begun(d) }
 
-// willAsk notes, before a fill that is not there yet, that it will ask for d in the
-// repository: those who come for it there until it does need no other word. end takes
-// that back.
+// willAsk notes, before a fill begins, that it will ask for d in the repository:
+// callers that come for d there until it does need no other word. end takes that
+// back.
 func (p *Proxy) willAsk(key blobKey) (end func()) {
 	if p.auth.said(key) || p.auth.here(key.digest) {
 		return func() {}
@@ -123,8 +123,8 @@ func (p *Proxy) willAsk(key blobKey) (end func()) {
 // around is here for a home, which leads others to what other nodes have.
 func (p *Proxy) around(d digest.Digest) bool { return p.auth.here(d) || p.swarm.Holds(d) }
 
-// shown reports whether anybody may have d, wherever it is asked for: it is in a
-// public repository, and that one's registry has given it.
+// shown reports whether anybody may have d, in whatever repository: it is in a
+// public one, whose registry has given it.
 func (a *authorizer) shown(d digest.Digest) (registry string, ok bool) {
 	r, ok := a.meta.Shown(d)
 	return r.Registry, ok && a.meta.Given(d, r.Registry) && a.wasPublic(r)

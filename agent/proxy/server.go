@@ -29,10 +29,9 @@ type server struct {
 	draining atomic.Bool // the port is closed on purpose
 }
 
-// Serve answers on l, the proxy's one port, until ctx ends: then it closes l, lets bodies go on for
-// Options.Grace, ends those that are left short of their length, and returns
-// nil when no handler runs any more. After the watchdog closed the port it
-// returns ErrWedged.
+// Serve answers on l, the proxy's one port, until ctx ends: then it closes l, lets bodies go on
+// for Options.Grace, ends those that are left short of their length, and returns nil when no
+// handler runs any more. If the watchdog closed the port, it returns ErrWedged.
 func (p *Proxy) Serve(ctx context.Context, l net.Listener) error {
 	s := p.newServer(l)
 	p.server.Store(s)

@@ -15,7 +15,7 @@ import (
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
-// Swarm brings what other nodes have, or what the home of a digest may fetch
+// Swarm gets what other nodes have, or what the home of a digest may fetch
 // for all of them.
 type Swarm interface {
 	// Fetch fills f. kind tells a manifest from a blob, which registries
@@ -24,7 +24,8 @@ type Swarm interface {
 	// the node asks upstream itself, unless what f has is known to be wrong
 	// (cache.ErrDigestMismatch).
 	Fetch(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
-	// FetchHeld is Fetch from other nodes alone: this one does not turn to the registry.
+	// FetchHeld is Fetch from other nodes alone: this node does not turn to the
+	// registry.
 	FetchHeld(ctx context.Context, t upstream.Target, kind Kind, f *cache.Fill) error
 	// Through is a blob from the byte at off on, from other nodes, for one that has no room
 	// for it. It returns once the first byte is here; that ends with ctx. Whether all of it
@@ -34,9 +35,9 @@ type Swarm interface {
 	// *StaleTag if the registry cannot be asked and some node knows what it said.
 	Resolve(ctx context.Context, t upstream.Target, tag string, accept []string) (ocispec.Descriptor, error)
 	// May asks that home whether t may read what q is about: nil is yes, and age how
-	// long ago the registry said so. A refusal
-	// is an *upstream.Error with the registry's challenge, ErrImported a yes to this
-	// question alone; other errors mean that nobody knows.
+	// long ago the registry said so. A refusal is an *upstream.Error with the
+	// registry's challenge; ErrImported is a yes to this question alone; other
+	// errors mean that nobody knows.
 	May(ctx context.Context, t upstream.Target, q Question) (age time.Duration, err error)
 	// Holds reports whether another node says that it has d. It asks nobody.
 	Holds(d digest.Digest) bool
@@ -44,8 +45,9 @@ type Swarm interface {
 	// the node that passes them on, or that has asked the registry. Ours: that node is
 	// this one.
 	Coming(d digest.Digest) (coming, ours bool)
-	// Remember says that this node knows what a tag stood for, which other nodes may
-	// want to know while the registry cannot be asked; Forget, that it does not.
+	// Remember announces that this node knows what a tag stood for, which other
+	// nodes may want to know while the registry cannot be asked; Forget takes that
+	// back.
 	Remember(t upstream.Target, tag string)
 	Forget(t upstream.Target, tag string)
 }
@@ -80,8 +82,8 @@ func (p *Proxy) openCache(ctx context.Context, t upstream.Target, d digest.Diges
 	return cached{r}, nil
 }
 
-// tooLarge reports whether d is known to be more than the cache has room for: then it need
-// not be asked for to find out.
+// tooLarge reports whether d is known to exceed the cache's room, so that no request is
+// needed to find out.
 func (p *Proxy) tooLarge(t upstream.Target, d digest.Digest) bool {
 	size := p.Listed(t, d)
 	if size == 0 || p.auth.here(d) {
@@ -91,8 +93,8 @@ func (p *Proxy) tooLarge(t upstream.Target, d digest.Digest) bool {
 	return err == nil && size > room
 }
 
-// fill is how a missing blob comes: from the swarm, which knows whether this
-// node is the home, and if that fails from upstream.
+// fill gets a missing blob: from the swarm, which knows whether this node is
+// the home, and from upstream if that fails.
 type fill struct {
 	p     *Proxy
 	t     upstream.Target
@@ -137,8 +139,8 @@ func (s fill) fetch(ctx context.Context, f *cache.Fill) error {
 	return p.FetchUpstream(ctx, t, s.kind, f.Digest(), f.Writer(cache.Origin{Kind: cache.FromUpstream, Name: t.Registry}))
 }
 
-// pulled reports whether somebody reads a fill beside who keeps a copy: then it is a pull
-// like any other.
+// pulled reports whether a fill has a reader other than the one that keeps a copy: then
+// it is a pull like any other.
 func (p *Proxy) pulled(d digest.Digest) bool {
 	return slices.ContainsFunc(p.cache.Fills(), func(f cache.Progress) bool { return f.Digest == d && f.Readers > 1 })
 }
@@ -148,7 +150,7 @@ func final(err error) bool {
 	return errors.Is(err, ErrImported) || upstream.IsNotFound(err) || upstream.IsUnauthorized(err) || errors.Is(err, cache.ErrNoRoom) || errors.Is(err, cache.ErrClosed)
 }
 
-// FetchUpstream brings a blob from the registry alone: what a home does for
+// FetchUpstream fetches a blob from the registry alone, as a home does for
 // the swarm, and every node when there is no swarm.
 func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest, into upstream.Sink) error {
 	if kind != KindManifest {
@@ -168,8 +170,8 @@ func (p *Proxy) FetchUpstream(ctx context.Context, t upstream.Target, kind Kind,
 	return err
 }
 
-// sizeNoter is a sink that keeps the size of a blob for which there is no room, for who
-// passes it through next.
+// sizeNoter is a sink that keeps the size of a blob for which there is no room, for the
+// caller that passes it through next.
 type sizeNoter struct {
 	upstream.Sink
 	p   *Proxy
@@ -185,14 +187,14 @@ func (s sizeNoter) SetSize(n int64) error {
 	return err
 }
 
-// passMemory is how long a registry's word alone counts for a size; that of what lists the
-// blob goes before.
+// passMemory is how long a registry's word alone counts for a size; the size in a manifest
+// that lists the blob takes precedence.
 const passMemory = time.Minute
 
 // Prefetch starts the fill of a blob that nobody asked this node for, or joins
-// it, and does not wait: what a home does for other nodes. They may have seen the
-// manifest when this one has not: size is what it says, 0 if unknown, see Listed.
-// cache.ErrNoRoom says that another node has to be the home.
+// it, and does not wait: this is what a home does for other nodes. They may have
+// seen a manifest that this node has not: size is what it says, 0 if unknown, see
+// Listed. cache.ErrNoRoom says that another node has to be the home.
 func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int64) error {
 	if p.Listed(t, d) == 0 {
 		p.list(t, ocispec.Descriptor{Digest: d, Size: size})
@@ -211,8 +213,8 @@ func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int
 	return nil
 }
 
-// prefetch reads a manifest, so that it is known here for what it is, and what it lists,
-// also if it comes from other nodes.
+// prefetch reads a manifest, even if it comes from other nodes, so that this node knows
+// its kind and what it lists.
 func (p *Proxy) prefetch(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	if kind == KindManifest {
 		m, err := readAll(ctx, d, func() (content, error) { return p.open(ctx, t, d, kind) })

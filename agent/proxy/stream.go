@@ -25,9 +25,10 @@ const (
 	streamBackoff = 250 * time.Millisecond
 )
 
-// stream is a blob from other nodes, else straight from upstream, kept nowhere: for a
-// node whose disk has no room. Read from 0 to the end it is verified, and its tail held
-// back until then; from anywhere else only the runtime can verify it.
+// stream reads a blob from other nodes, else straight from upstream, and keeps it
+// nowhere: for a node whose disk has no room. Read from 0 to the end it is verified,
+// with its tail held back until then; read from anywhere else only the runtime can
+// verify it.
 type stream struct {
 	ctx      context.Context // of all requests; ends with cancel
 	cancel   context.CancelCauseFunc
@@ -96,7 +97,8 @@ func (s *stream) open() error {
 	return nil
 }
 
-// ask asks other nodes once, and upstream if they have not got it, or no more of it.
+// ask asks other nodes once, then upstream if they do not have the blob, or no more
+// of it.
 func (s *stream) ask(end int64) (body io.ReadCloser, size int64, err error) {
 	if s.swarm != nil {
 		body, size, err = s.swarm.Through(s.ctx, s.target, KindBlob, s.digest, s.next)
@@ -116,7 +118,7 @@ func (s *stream) broke() {
 	}
 }
 
-// ready waits until a byte at off may be shown. If ctx ends before, so does the stream.
+// ready waits until a byte at off may be shown. If ctx ends first, so does the stream.
 func (s *stream) ready(ctx context.Context, off int64) error {
 	if off >= s.next-int64(len(s.buf)) && off < s.next {
 		return nil

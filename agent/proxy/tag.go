@@ -19,8 +19,8 @@ import (
 type tagKey struct {
 	registry, repository, tag string
 	lists                     bool // the client accepts lists
-	// accept is set for a client whose types exclude what the others get: a digest of
-	// them, for a client may name any number.
+	// accept is set for a client that accepts none of the types that the others get.
+	// It is a digest, since a client may name any number of types.
 	accept digest.Digest
 }
 
@@ -45,7 +45,8 @@ type resolved struct {
 func (r resolved) complete() bool { return r.desc.Size > 0 && r.desc.MediaType != "" }
 
 const (
-	// resolveTimeout ends a question to upstream that nobody waits for any more.
+	// resolveTimeout ends a question to upstream for which nobody waits any
+	// more.
 	resolveTimeout = 30 * time.Second
 	// notListed marks, in the metadata, the answer for clients that take no
 	// lists. No tag contains a '#'.
@@ -67,14 +68,14 @@ func queryOf(x *exchange) tagQuery {
 // "Cache-Control: stale-if-error=0" (RFC 5861, section 4).
 func current(r *http.Request) bool { return r.Header.Get("Cache-Control") == NoStale }
 
-// NoStale is the Cache-Control of a request that an error answers better than what a
-// tag stood for once.
+// NoStale is the Cache-Control of a request for which an error is better than what a
+// tag once stood for.
 const NoStale = "stale-if-error=0"
 
-// resolve finds what a tag stands for: by memory within tag_ttl, else by asking
-// upstream once for all who wait, else, when upstream cannot say, the last that
-// was known. A registry that says no is believed at once, but for what is pinned, see
-// keeps. The answer is also the verdict on a caller who has none yet.
+// resolve finds what a tag stands for: from memory within tag_ttl, else by asking
+// upstream once for all callers that wait, else, if upstream cannot say, what was
+// known last. A registry's no is believed at once, except for what is pinned, see
+// keeps. The answer is also the verdict on a caller that has none yet.
 func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved, error) {
 	key := newTagKey(acc.target, q.tag, acceptsLists(q.accept))
 	usual := q
@@ -140,9 +141,9 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	return p.resolveStale(ctx, acc, key, found, err)
 }
 
-// fallBack changes last, what a tag stood for before the registry was asked in vain, to
-// what is known of it by now: another caller may have been told meanwhile. It reports
-// whether this caller may have that, or else what it was.
+// fallBack updates last, what a tag stood for before the registry was asked in vain, to
+// what is known by now: another caller may have been told meanwhile. It reports whether
+// this caller may have the new answer or, failing that, the former one.
 func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
 	newest, known := p.lastKnown(key)
 	if !known { // it is gone
@@ -151,7 +152,7 @@ func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
 	stand, in := p.auth.standsHere(*acc, newest.desc.Digest.String())
 	if in {
 		*last = newest
-		// Those who come within the next tag_ttl need not wait as well.
+		// Callers that come within the next tag_ttl need not wait too.
 		p.fresh.add(key, newest, p.tagTTL(key.registry))
 	} else if stand, in = p.auth.standsHere(*acc, last.desc.Digest.String()); !in {
 		return false
@@ -160,8 +161,8 @@ func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
 	return true
 }
 
-// suffices reports whether what is remembered of a tag answers a query. Who asks as
-// anyone for what is current wants the registry's word to anyone.
+// suffices reports whether what is remembered of a tag answers a query. A query for
+// what is current, made as anyone, needs what the registry said to anyone.
 func (p *Proxy) suffices(acc *access, q tagQuery, found resolved) bool {
 	if q.current && (found.stale || acc.who == anyone && !found.shown) {
 		return false
@@ -170,7 +171,7 @@ func (p *Proxy) suffices(acc *access, q tagQuery, found resolved) bool {
 }
 
 // resolvePinned answers when the registry does not give a tag: with what is pinned
-// under it here, to those who may have that, else with the registry's own no.
+// under it here, if the caller may have that, else with the registry's own no.
 func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, error) {
 	pinned, ok := p.pinned(key)
 	stand, in := p.auth.keeps(*acc, Question{Reference: pinned.desc.Digest.String()}, err)
@@ -194,8 +195,8 @@ func (p *Proxy) pinned(key tagKey) (resolved, bool) {
 	return resolved{desc: ocispec.Descriptor{MediaType: m.MediaType, Digest: pin.Digest}, stale: true, shown: pin.Public}, true
 }
 
-// confirm asks whether the registry shows the caller a manifest now: who wants no stale
-// answer wants no verdict from memory either.
+// confirm asks whether the registry shows the caller a manifest now: a client that
+// wants no stale answer wants no verdict from memory either.
 func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error {
 	asker, key := *acc, newTagKey(acc.target, d.String(), true)
 	_, err := p.resolves.do(ctx, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
@@ -218,9 +219,10 @@ func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error
 	return err
 }
 
-// resolveStale answers while the registry cannot be asked and this node knows not
-// enough by itself: it has no verdict for the caller, or does not know the tag.
-// found is what another node said that the tag was, err why nothing better came.
+// resolveStale answers while the registry cannot be asked and this node does not
+// know enough by itself: it has no verdict for the caller, or does not know the
+// tag. found is what another node says the tag was, err why there is nothing
+// better.
 func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found resolved, err error) (resolved, error) {
 	if last, known := p.lastKnown(key); err != nil && known {
 		found, err = last, nil
@@ -237,12 +239,14 @@ func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found
 	return found, err
 }
 
-// mayServeStale: nobody knows better. A registry that refuses the caller does.
+// mayServeStale reports whether nobody knows better. A registry that refuses
+// the caller does.
 func mayServeStale(err error) bool {
 	return upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// askTag asks upstream, and remembers the answer whoever still waits for it.
+// askTag asks upstream, and remembers the answer even if nobody waits for it
+// any more.
 func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []string) (resolved, error) {
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
@@ -286,10 +290,10 @@ func (e *StaleTag) Error() string {
 	return "the registry cannot be asked; the tag was " + e.Digest.String()
 }
 
-// believe takes another node's word for what a tag was, for tag_ttl. It stays
-// known here, in case that node goes too, unless this node knows by itself: what was
-// imported here must not be undone by one that knows what was before. Nor must what the
-// registry has told another caller meanwhile.
+// believe takes another node's word for what a tag was, for tag_ttl. It stays known
+// here, in case that node leaves too, unless this node has its own knowledge: a node
+// that knows an older state must not undo an import here, or what the registry has told
+// another caller meanwhile.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if _, known := p.lastKnown(key); key.accept == "" && !known {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
@@ -318,8 +322,8 @@ func (p *Proxy) tagTTL(registry string) time.Duration {
 }
 
 // lastKnown is what a tag stands for while the registry cannot be asked. A pin goes
-// before what was known last: all of that image is here. Where the registry is never
-// to be asked, what is known last is what somebody brought.
+// before what was known last, because all of its image is here. If the registry must
+// never be asked, what was known last goes first: somebody brought it.
 func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
 	if key.accept != "" {
 		return resolved{}, false
@@ -351,7 +355,7 @@ func (p *Proxy) keepTag(key tagKey, tag cache.Tag) {
 	}
 }
 
-// Tags lists what tags are known here, but for those of the last seconds.
+// Tags lists the tags that are known here, except those of the last seconds.
 func (p *Proxy) Tags() map[cache.Repository][]string {
 	tags := map[cache.Repository][]string{}
 	p.cache.Meta().WalkTags(func(r cache.Repository, tag string) bool {

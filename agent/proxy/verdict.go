@@ -22,18 +22,19 @@ const (
 	// to a credential does (A3).
 	publicLife  = 10 * time.Minute
 	verdictLife = 5 * time.Minute
-	// refusalLife lets a mended secret work at once; challengeLife is longer,
-	// for who gets a challenge comes back with a credential.
+	// refusalLife lets a corrected secret work at once; challengeLife is
+	// longer, because a client that gets a challenge comes back with a
+	// credential.
 	refusalLife   = 2 * time.Second
 	challengeLife = 30 * time.Second
-	// outageLife is how long others need not wait as well for a registry that
-	// does not answer.
+	// outageLife is how long other callers are spared the wait for a registry
+	// that does not answer.
 	outageLife = 5 * time.Second
 	// rememberFor bounds offline = "remembered".
 	rememberFor = 7 * 24 * time.Hour
 )
 
-// caller is who asks, as memories know him: anyone, whoever is on this node, or
+// caller is who asks, as memories know it: anyone, whoever is on this node, or
 // the HMAC of a credential (A6).
 type caller [sha256.Size]byte
 
@@ -56,8 +57,8 @@ type verdict struct {
 	said     time.Time // by the registry, if that let the caller in
 }
 
-// public says that it is the registry's word about anyone, and not an operator's
-// about an outage.
+// public says that it is the registry's word about anyone, not an operator's
+// setting for outages.
 func (v verdict) public() bool { return v.allowed && v.decision == decidedPublic }
 
 // keyed makes HMACs under one key.
@@ -98,8 +99,8 @@ func (k *keyed) fingerprint(credential string) string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// lasting keeps, across restarts, who was let read what (A6): a name for the
-// node, HMACs for credentials. Without a key it forgets.
+// lasting keeps, across restarts, who was allowed to read what (A6): a name
+// for the node, HMACs for credentials. Without a key it keeps nothing.
 type lasting struct {
 	meta *cache.Meta
 	keys atomic.Pointer[keyed] // nil: nothing is kept
@@ -134,7 +135,7 @@ func (m *lasting) put(a *access) {
 	}
 }
 
-// has reports whether the same caller was let in not too long ago, with what
+// has reports whether the same caller was let in recently enough, with what
 // still counts.
 func (m *lasting) has(a *access) bool {
 	name := m.name(a)
@@ -145,12 +146,13 @@ func (m *lasting) has(a *access) bool {
 		return false
 	}
 	when, ok := m.meta.Verdict(a.repository(), name)
-	// From the future: a clock was wrong. The registry's next yes mends it.
+	// From the future: a clock was wrong. The registry's next yes corrects
+	// it.
 	return ok && time.Since(when).Abs() < rememberFor
 }
 
-// knows reports whether the same caller was let in the last time that the registry
-// said yes or no, however long ago that is.
+// knows reports whether the registry's last answer to the same caller was yes,
+// however long ago that was.
 func (m *lasting) knows(a *access) bool {
 	name := m.name(a)
 	if name == "" {
@@ -166,7 +168,7 @@ func (m *lasting) forget(a *access) {
 	}
 }
 
-// maxToken bounds what is looked at of a token; those of registries are 1 to 5 KB.
+// maxToken bounds how much of a token is read; those of registries are 1 to 5 KB.
 const maxToken = 16 << 10
 
 // tokenEnd reads when a bearer token ends, if it is a JWT and says so (RFC 7519,
@@ -188,11 +190,11 @@ func tokenEnd(authorization string) (end time.Time, ok bool) {
 	if err != nil || json.Unmarshal(body, &doc) != nil || doc.Expires == nil {
 		return end, false
 	}
-	// Far enough from the limits of time.Time, whatever is written there.
+	// Far enough from the limits of time.Time, whatever the token says.
 	return time.Unix(int64(min(max(*doc.Expires, 0), 1<<40)), 0), true
 }
 
-// lifeOf is how long a yes to a credential holds, which the registry said age ago.
+// lifeOf is how long a yes to a credential holds that the registry said age ago.
 func lifeOf(authorization string, age time.Duration) time.Duration {
 	life := max(verdictLife-age, 0)
 	end, ok := tokenEnd(authorization)

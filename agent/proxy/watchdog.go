@@ -10,8 +10,8 @@ import (
 )
 
 // Watch says when requests count as unanswered. A runtime that meets a closed
-// port goes to the registry at once; one that meets a silent port may wait for
-// ever (RUNTIMES section 0). So the port must not outlive the answers.
+// port goes to the registry at once; one that meets a silent port may wait
+// forever. So the port must not outlive the answers.
 type Watch struct {
 	Interval time.Duration // between two looks; default 1 s
 	Timeout  time.Duration // of one probe; default 2 s
@@ -85,9 +85,10 @@ func (p *Proxy) probe(ctx context.Context) error {
 }
 
 // dropOverdue hangs up on requests whose own deadline did not end them, and
-// counts them. They were overdue at the look before too: a process that was
-// stopped (a frozen container, a suspended machine) finds all requests overdue at
-// once, and their deadlines, which passed meanwhile, have yet to do their work.
+// counts them. Only those count that were overdue at the check before too: a
+// process that was stopped (a frozen container, a suspended machine) finds all
+// requests overdue at once, and their deadlines, which passed meanwhile, have yet
+// to do their work.
 func (p *Proxy) dropOverdue() int {
 	overdue := 0
 	for _, x := range p.underWay() {
