@@ -110,8 +110,8 @@ func (s *session) basic() string {
 // repository that is really forbidden costs one token in that time.
 const tokenDoubt = 30 * time.Second
 
-// answerable says whether another Authorization than sent may turn a status
-// around. That is a 401. But ECR Public answers 400 to a token past its time
+// answerable says whether an Authorization other than sent may change a
+// status. For a 401 it may. But ECR Public answers 400 to an expired token
 // (aws/containers-roadmap#2835) and ghcr 403 to one that it does not know
 // (renovatebot/renovate#11446), both without a challenge.
 func (s *session) answerable(status int, sent string) bool {
@@ -199,8 +199,9 @@ func (s *session) pullScope() string { return "repository:" + s.scope + ":pull" 
 
 // CheckChallenge returns nil if a challenge that others say is the registry's
 // leads a client's credential nowhere but where this node's own might go: the
-// realms that the registry with the last word may name. One that a client may read
-// otherwise than this does is refused, for who brings it may have meant that.
+// realms that the upstream with the last word may name. A challenge that a client
+// may read in another way than this code is refused, for that may be the intent of
+// whoever brings it.
 func (c *Client) CheckChallenge(registry string, challenge []string) error {
 	reg, err := c.lookup(registry)
 	if err != nil {
@@ -224,9 +225,9 @@ func (c *Client) CheckChallenge(registry string, challenge []string) error {
 	return nil
 }
 
-// exchange gets a token. stale is the Authorization that was just refused:
-// whoever comes late finds a newer token and uses that. A caller that gives up
-// while it holds the gate leaves the exchange to the next in line.
+// exchange gets a token. stale is the Authorization that was just refused: a
+// latecomer finds a newer token and uses that. A caller that gives up while it
+// holds the gate leaves the exchange to the next in line.
 func (s *session) exchange(ctx context.Context, ch challenge, stale string) (string, error) {
 	select {
 	case s.gate <- struct{}{}:
@@ -264,7 +265,7 @@ func (s *session) exchange(ctx context.Context, ch challenge, stale string) (str
 	return "Bearer " + s.keep(token), nil
 }
 
-// newToken asks the token service, with what it gave us to come back with if there is that.
+// newToken asks the token service, with the refresh token that it gave us, if any.
 func (s *session) newToken(ctx context.Context, realm *url.URL, ch challenge) (*transport.Token, error) {
 	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
 	defer cancel()
@@ -283,8 +284,8 @@ func (s *session) newToken(ctx context.Context, realm *url.URL, ch challenge) (*
 	return token, nil
 }
 
-// tokenOutcome is what an exchange says of the token service, which is another
-// server than the registry and fails by itself.
+// tokenOutcome is what an exchange says of the token service, which is a
+// separate server from the registry and fails by itself.
 func tokenOutcome(ctx context.Context, err error, took time.Duration) outcome {
 	e, ok := errors.AsType[*Error](err)
 	switch {
@@ -297,9 +298,9 @@ func tokenOutcome(ctx context.Context, err error, took time.Duration) outcome {
 }
 
 // fetchToken speaks to the token service through go-containerregistry's
-// transport, which knows the dialects (Basic, refresh tokens, OAuth's POST).
-// It is told the realm's host for the registry's: that is the one address its
-// own check lets pass, and checkRealm and the dialer have already decided. again
+// transport, which knows the dialects (Basic, refresh tokens, OAuth's POST). It
+// is given the realm's host as the registry: that is the one address its own
+// check lets pass, and checkRealm and the dialer have already decided. again
 // becomes the answer's Retry-After.
 func (s *session) fetchToken(ctx context.Context, realm *url.URL, ch challenge, again *time.Duration) (*transport.Token, error) {
 	opts := []name.Option{}
@@ -364,7 +365,7 @@ const maxToken = 64 << 10
 
 const (
 	tokenLife = 60 * time.Second // the token specification's default
-	// tokenMargin before its end a token is no longer used.
+	// A token is not used during the tokenMargin before its end.
 	tokenMargin = 20 * time.Second
 	// maxKeptToken bounds what a session keeps; registries' tokens have 1 to 5 KB.
 	maxKeptToken = 16 << 10

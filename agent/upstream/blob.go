@@ -48,8 +48,8 @@ func (s *source) agree(size int64) error {
 	return nil
 }
 
-// sizeError says that a registry has another size for a blob than it had, or than who
-// wants the blob believes.
+// sizeError says that a registry gives another size for a blob than before, or than
+// the caller believes.
 type sizeError struct{ size, was int64 }
 
 func (e *sizeError) Error() string {
@@ -80,9 +80,9 @@ func (s *source) noRanges() bool {
 	return !slices.ContainsFunc(s.reg.endpoints, func(ep *endpoint) bool { return ep.ranges.Load() != rangesNo })
 }
 
-// stream reads [off, end) of a source in order and mends itself: after a cut,
-// a stall, an expired token or signed URL it goes on by Range, at the next
-// upstream if need be. It gives up after maxIdle tries without progress.
+// stream reads [off, end) of a source in order and recovers by itself: after
+// a cut, a stall, an expired token or signed URL it goes on by Range, at the
+// next upstream if need be. It gives up after maxIdle tries without progress.
 // One goroutine at a time may use it.
 type stream struct {
 	src   *source
@@ -108,7 +108,7 @@ const (
 	// more where the registry itself asks for patience (Retry-After).
 	maxIdle = 5
 	// minProgress is what a try must gain to be worth another of the same kind;
-	// without it a registry that cuts after each byte would be asked for ever.
+	// without it a registry that cuts after each byte would be asked forever.
 	minProgress = 32 << 10
 	// cheapSkip is how much of a body may be read in vain because the registry
 	// ignored Range, before another upstream is asked instead.
@@ -117,7 +117,7 @@ const (
 
 var errNoRanges = errors.New("the registry ignores Range")
 
-// Read returns io.EOF at end only, an *Error when the stream gave up.
+// Read returns io.EOF at end only, and an *Error when the stream gave up.
 func (st *stream) Read(ctx context.Context, p []byte) (int, error) {
 	for {
 		if st.done() {
@@ -273,7 +273,7 @@ func (st *stream) open(ctx context.Context) error {
 	return verdict
 }
 
-// openAt keeps the answer of ep unless more than most bytes of it come before off.
+// openAt keeps the answer of ep unless more than most bytes of it lie before off.
 func (st *stream) openAt(ctx context.Context, ep *endpoint, most int64) error {
 	resp, err := st.ask(ctx, ep)
 	if err != nil {
@@ -330,8 +330,8 @@ func (st *stream) askFor(ctx context.Context, ep *endpoint, q request) (*answer,
 	return st.src.c.send(ctx, ep, st.src.t, q)
 }
 
-// accept holds an answer to what was asked and tells how many of its bytes
-// come before off.
+// accept checks an answer against what was asked and returns how many of its
+// bytes lie before off.
 func (st *stream) accept(resp *answer, ep *endpoint) (skip int64, err error) {
 	asked := resp.Request.Header.Get("Range") != ""
 	switch {
@@ -355,8 +355,8 @@ func (st *stream) accept(resp *answer, ep *endpoint) (skip int64, err error) {
 	return st.off, st.src.agree(resp.ContentLength)
 }
 
-// acceptPart checks a 206 to the byte: one that lies would put right bytes
-// in wrong places.
+// acceptPart checks a 206 to the byte: one that lies would put the right
+// bytes in the wrong places.
 func (st *stream) acceptPart(resp *answer, ep *endpoint) error {
 	start, end, total, err := parseContentRange(resp.Header.Get("Content-Range"))
 	switch {
@@ -384,8 +384,8 @@ func (st *stream) acceptPart(resp *answer, ep *endpoint) error {
 	return nil
 }
 
-// Blob streams a blob from off to end, -1 for the blob's own, mending itself like
-// Fetch but with nothing kept and nothing verified. The caller closes body; ctx reaches to its end.
+// Blob streams a blob from off to end, -1 for the blob's end. It recovers like Fetch, but keeps
+// and verifies nothing. The caller closes body; ctx reaches to its end.
 func (c *Client) Blob(ctx context.Context, t Target, d digest.Digest, off, end int64) (body io.ReadCloser, size int64, err error) {
 	src, err := c.newSource(t, d, "blob")
 	if err != nil {

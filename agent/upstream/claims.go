@@ -13,11 +13,11 @@ const (
 	segmentTime = 3 * time.Second
 	segmentMin  = 4 << 20
 	segmentMax  = 64 << 20 // where throughput is not known, or several share
-	// slowEnd is how much longer a claim must take for an idle stream to take
-	// half of it away, which costs what is under way.
+	// slowEnd is how much longer a claim must take before an idle stream
+	// takes half of it away, which costs what is under way.
 	slowEnd = 4 * time.Second
-	// farAway is how much may be fetched although someone else brought it,
-	// before that is worth a new request.
+	// farAway is how much may be fetched in vain because someone else brought
+	// it, before a new request is worth its cost.
 	farAway = 8 << 20
 )
 
@@ -41,7 +41,7 @@ func (cl *claim) remaining(now time.Time) time.Duration {
 	return time.Duration(min(float64(cl.end-cl.off)/rate, 1e6) * float64(time.Second))
 }
 
-// claim finds work for st; nil means that it is done, and it no longer counts.
+// claim finds work for st; nil means that st is done, and no longer counts.
 func (f *fetch) claim(st *stream) *claim {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -116,13 +116,13 @@ func (f *fetch) segment(left int64) int64 {
 }
 
 // trialSize is what a stream on trial claims: it brings that even if it does not help.
-// Behind a poor uplink segmentMin would take a minute, in which what readers wait for
-// comes at half the pace.
+// Behind a poor uplink segmentMin would take a minute, during which what readers wait
+// for comes at half the pace.
 func (f *fetch) trialSize() int64 {
 	return int64(f.rate / float64(f.target) * segmentTime.Seconds())
 }
 
-// single says that there never is but one stream, which then may as well ask
+// single says that there is only ever one stream, which may then as well ask
 // for everything at once.
 func (f *fetch) single() bool { return f.src.c.cfg.StreamsPerBlob == 1 || f.src.noRanges() }
 
@@ -171,9 +171,10 @@ func (f *fetch) covered(off int64) bool {
 	return false
 }
 
-// heldUp reports whether it is this node that is slow to take what comes: another stream
-// would not bring it sooner, and what is on its way would be lost (see I7). Where twenty
-// agents shared two busy cores, homes that did not ask this were sent up to 46 MB of 40.
+// heldUp reports whether this node is the one that is slow to take what comes: another
+// stream would not bring it sooner, and what is on its way would be lost (see I7). Where
+// twenty agents shared two busy cores, homes without this check were sent up to 46 MB
+// for 40.
 func (cl *claim) heldUp() bool { return cl.body != nil && cl.body.unread() >= readBuffer }
 
 // split takes the far half of the claim that would take longest.
@@ -197,7 +198,7 @@ func (f *fetch) split(piece int64, now time.Time) (*claim, bool) {
 	return cl, true
 }
 
-// unclaimed is how many bytes are missing that no stream is at work on.
+// unclaimed is how many missing bytes no stream is working on.
 func (f *fetch) unclaimed() int64 {
 	n := f.remaining()
 	for cl := range f.claims {

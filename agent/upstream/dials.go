@@ -15,17 +15,17 @@ import (
 )
 
 const (
-	// unconnected is how long a connect waits until an endpoint is taken to be out of
-	// reach: a SYN that was lost is sent again after one second.
+	// unconnected is how long a connect waits before its endpoint is taken to be out
+	// of reach: a lost SYN is sent again after one second.
 	unconnected = 1500 * time.Millisecond
 	// unconnectedMemory is how long that stays so after a connect that failed.
 	unconnectedMemory = 10 * time.Second
 )
 
 // dials knows whether an endpoint's connects get an answer. A network that drops them
-// lets each wait for dialTimeout, and breaker counts failed requests: both come too late
-// for other nodes that wait for this one, and might have a way to the registry.
-// The zero value is ready.
+// makes each wait for dialTimeout, and breaker counts failed requests: both come too
+// late for other nodes that wait for this one and might have a way to the registry. The
+// zero value is ready.
 type dials struct {
 	mu      sync.Mutex // guards all below
 	waiting int
@@ -98,8 +98,8 @@ func (c *Client) Reaches(host string) bool {
 }
 
 // Connect tries now to reach one of a registry's upstreams: it asks for the root of its
-// API without a credential, and takes every answer that is not a gateway's. Only
-// contact_upstream = false keeps it from that (ErrNoContact), no pause and no breaker.
+// API without a credential, and accepts any answer that is not a gateway's. Only
+// contact_upstream = false prevents that (ErrNoContact); pauses and breakers do not.
 func (c *Client) Connect(ctx context.Context, host string) error {
 	reg, err := c.lookup(host)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// What an *Error wraps when no answer of the registry explains it.
+// What an *Error wraps when no answer from the registry explains it.
 var (
 	// ErrNoContact: contact_upstream = false.
 	ErrNoContact = errors.New("contact_upstream is false for this registry")
@@ -39,8 +39,8 @@ type Error struct {
 	Code       string // the registry's own error code, such as MANIFEST_UNKNOWN
 	Message    string // the registry's own words, shortened
 	RetryAfter time.Duration
-	// Challenge is WWW-Authenticate, unchanged but for values too long to keep: of the
-	// answer to a client's own credential, else of an unauthenticated 401.
+	// Challenge is WWW-Authenticate, unchanged but for values too long to keep: from
+	// the answer to a client's own credential, else from an unauthenticated 401.
 	Challenge []string
 	Err       error
 

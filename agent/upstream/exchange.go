@@ -50,7 +50,7 @@ func (ep *endpoint) exchange(ctx context.Context, req *http.Request, k kind, lim
 	return resp, nil
 }
 
-// reason prefers our own deadline over the "context canceled" it caused.
+// reason prefers our own deadline to the "context canceled" that it caused.
 func reason(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); errors.Is(cause, ErrStalled) {
 		return cause
@@ -88,7 +88,8 @@ func (b *timed) Read(p []byte) (int, error) {
 }
 
 // unread is how many bytes of the body, or of what follows on its connection, this
-// machine has and nobody has read; 0 if the connection is gone. Any goroutine may ask.
+// machine has received and nobody has read; 0 if the connection is gone. Any goroutine
+// may ask.
 func (b *timed) unread() int {
 	conn := b.conn
 	if over, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS

@@ -45,10 +45,10 @@ type fetch struct {
 	starving int     // ticks
 }
 
-// Fetch writes what s misses of a blob and returns when nothing is missing,
-// or an *Error when every stream gave up; an error of s ends it as it is,
-// wrapped. If the size is not what s believed, s is told so that it does not at the
-// next try. It waits for its own goroutines. Digests are the sink's business.
+// Fetch writes what s lacks of a blob. It returns nil when nothing is missing, an
+// *Error when every stream gave up; an error of s ends it and is wrapped. If the
+// size is not what s believed, s is told, for the next try. It waits for its own
+// goroutines. Digests are the sink's business.
 func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) error {
 	src, err := c.newSource(t, d, "fetch")
 	if err != nil {
@@ -70,9 +70,9 @@ func (c *Client) Fetch(ctx context.Context, t Target, d digest.Digest, s Sink) e
 	return err
 }
 
-// learnSize opens the first stream where the sink's size is not known yet:
-// the answer that brings the size brings the bytes too. It is asked for no more
-// than one stream should bring, which is all of most blobs (see I7).
+// learnSize opens the first stream where the sink's size is not known yet: the
+// answer that brings the size brings the bytes too. It asks for no more than
+// one stream should bring, which is all of most blobs (see I7).
 func (f *fetch) learnSize(ctx context.Context, st *stream) error {
 	if f.sink.Size() >= 0 {
 		return nil
@@ -185,8 +185,8 @@ func (f *fetch) arrived(st *stream) {
 	}
 }
 
-// release gives a claim back and tells whether its stream is to leave the body
-// where it is, for a reader somewhere else.
+// release gives a claim back and returns whether its stream is to abandon its
+// body for a reader somewhere else.
 func (f *fetch) release(cl *claim) (leave bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -194,7 +194,7 @@ func (f *fetch) release(cl *claim) (leave bool) {
 	return cl.left
 }
 
-// pull brings one claim in, as far as the claim still goes while it does.
+// pull fetches one claim, as far as the claim still reaches meanwhile.
 func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 	f.aim(st, cl)
 	if err := st.ready(ctx); err != nil { // before a buffer: many may wait here
@@ -233,8 +233,8 @@ func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 	}
 }
 
-// aim points st at a claim. A body that is open at the right place goes on, or
-// a little before it, if reading on costs less than closing it might.
+// aim points st at a claim. A body that is open at the right place is kept, as
+// is one a little before it if reading on costs less than closing it might.
 func (f *fetch) aim(st *stream, cl *claim) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

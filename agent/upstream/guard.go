@@ -55,7 +55,7 @@ var (
 	compat4 = netip.MustParsePrefix("::/96")
 )
 
-// reachOf classifies an address, also an IPv4 one in an IPv6 costume.
+// reachOf classifies an address, including an IPv4 one embedded in IPv6.
 func reachOf(a netip.Addr) reach {
 	a = a.WithZone("").Unmap()
 	b := a.As16()
@@ -79,8 +79,8 @@ func within(a netip.Addr, list []netip.Prefix) bool {
 }
 
 // literal says whether host is an IP address in any spelling that some
-// resolver understands (127.1, 0x7f000001, 2130706433): following the URL
-// standard, every name whose last label is a number.
+// resolver understands (127.1, 0x7f000001, 2130706433): by the URL standard,
+// every name whose last label is a number.
 func literal(host string) bool {
 	host, _, _ = strings.Cut(host, "%")
 	if _, err := netip.ParseAddr(host); err == nil {
@@ -94,8 +94,8 @@ func literal(host string) bool {
 	return last != "" && strings.Trim(last, "0123456789") == ""
 }
 
-// insideName says whether a name is one that resolvers keep inside: these are
-// refused by name because behind a forward proxy nothing else is known.
+// insideName says whether resolvers keep a name inside. Such names are
+// refused as names because behind a forward proxy nothing else is known.
 func insideName(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
 	if !strings.Contains(host, ".") {
@@ -263,8 +263,8 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 		ErrRefused, u.Host, ep.hostname(), ep.reg.Host)
 }
 
-// sameOwner says whether a registry is one whose operator is known to have the token
-// service under another registrable domain. So far that is Scaleway's alone
+// sameOwner says whether the registry's operator is known to have its token service
+// under another registrable domain. So far that is Scaleway alone
 // (apple/container#2268).
 func sameOwner(realm, registry string) bool {
 	return strings.EqualFold(realm, "api.scaleway.com") && scalewayRE.MatchString(registry)

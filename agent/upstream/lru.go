@@ -6,7 +6,7 @@ import (
 )
 
 // lru is a bounded map: clients choose registries and repositories, so every
-// map keyed by them needs an end.
+// map keyed by them needs a bound.
 type lru[K comparable, V any] struct {
 	mu    sync.Mutex // guards all below
 	max   int

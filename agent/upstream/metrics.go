@@ -7,7 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// metrics counts requests as they went over the wire: each redirect, token
+// metrics counts requests as sent over the wire: each redirect, token
 // exchange and retry is one.
 type metrics struct {
 	requests  *prometheus.CounterVec

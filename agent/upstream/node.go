@@ -20,8 +20,8 @@ type CredentialRequest struct {
 	// first: as the endpoint names the repository, and as images do. Docker Hub's
 	// host is docker.io.
 	Names []string
-	// Refresh says that the registry took none of those given so far: what is
-	// remembered may be out of date.
+	// Refresh says that the registry accepted none of those given so far:
+	// what is remembered may be out of date.
 	Refresh bool
 }
 
@@ -33,8 +33,8 @@ const (
 	// pod's secrets and the node's plugins; more than a few are a mistake.
 	maxCredentials = 8
 	// refusalMemory is how long a refused credential is tried after the others, and
-	// one that was taken believed when it finds nothing: long enough that the blobs
-	// of one pull do not each find out again.
+	// how long a 404 is believed from one that was accepted: long enough that the
+	// blobs of one pull do not each find out again.
 	refusalMemory = 5 * time.Minute
 )
 
@@ -43,14 +43,14 @@ func (c *Client) usesNode(ep *endpoint, t Target, q request) bool {
 	return c.cfg.Credentials != nil && t.Authorization == "" && !t.Anonymous && !q.bare && q.at == nil && ep.reg.NodeAuth(t.Repository)
 }
 
-// sendNode asks ep with this node's credentials, as kubelet pulls: one after
-// the other, the most specific first, until one is taken. If one was refused, they are
-// looked up afresh, for a password may have changed under us, and at last the
-// request is made without: a wrong credential must not keep a public
-// repository from us. What was opened without lately is asked for so before a
-// credential that was refused: services lock accounts after a few wrong passwords,
-// and a pull is dozens of requests. GitLab and Harbor answer 404 to a credential that
-// does not see the project: that is the answer only if none of the others sees it.
+// sendNode asks ep with this node's credentials, as kubelet pulls: one after the
+// other, the most specific first, until one is accepted. If one was refused, they are
+// looked up afresh, for a password may have changed, and the last try is without any:
+// a wrong credential must not keep a public repository from us. If the repository
+// lately opened without one, that is tried before a credential that was refused:
+// services lock accounts after a few wrong passwords, and a pull is dozens of
+// requests. GitLab and Harbor answer 404 to a credential that does not see the
+// project: that is the answer only if none of the others sees it.
 func (c *Client) sendNode(ctx context.Context, ep *endpoint, t Target, q request) (*answer, error) {
 	n := nodeTry{c: c, ep: ep, t: t, q: q, without: c.session(ep, t, authn.AuthConfig{})}
 	for _, refresh := range []bool{false, true} {
@@ -85,8 +85,8 @@ type nodeTry struct {
 }
 
 // all tries every credential that was not tried yet, until the answer is
-// settled: anything but a refusal, or the 404 of one that may just not see the
-// repository.
+// settled: by anything but a refusal, or the 404 of a credential that may just
+// not see the repository.
 func (n *nodeTry) all(ctx context.Context, refresh bool) (answer *answer, settled bool, err error) {
 	for _, s := range n.sessions(ctx, refresh) {
 		if slices.Contains(n.tried, s) {
@@ -126,8 +126,8 @@ func (n *nodeTry) one(ctx context.Context, s *session) (*answer, error) {
 	return answer, err
 }
 
-// sessions are those of the credentials for t, the lately refused ones last; before
-// these the one without, if it opened something lately.
+// sessions are those of the credentials for t, with the lately refused ones last,
+// and before these the session without a credential if it opened something lately.
 func (n *nodeTry) sessions(ctx context.Context, refresh bool) []*session {
 	names := n.ep.names(n.t.Repository)
 	list, err := n.c.cfg.Credentials(ctx, CredentialRequest{Registry: n.ep.reg.Host, Names: names, Refresh: refresh})
@@ -184,8 +184,8 @@ func (ep *endpoint) names(repository string) []string {
 	return names
 }
 
-// refused says whether err is an endpoint's or its token service's no to the
-// credential that was sent, or to none.
+// refused says whether err is the refusal, by an endpoint or its token
+// service, of the credential that was sent, or of none.
 func refused(err error) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && e.refused
@@ -205,8 +205,8 @@ func (s *session) noteRefusal(refused bool) bool {
 	return refused && !was
 }
 
-// sees says whether the credential opened something in the repository lately: what
-// it does not find there is not there.
+// sees says whether the credential opened something in the repository lately: then
+// what it does not find is not there.
 func (s *session) sees() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -137,7 +137,8 @@ const (
 	maxChallenge  = 4 << 10
 )
 
-// short leaves out those values of WWW-Authenticate that are too much to keep.
+// short leaves out the values of WWW-Authenticate that are too long or too
+// many to keep.
 func short(headers []string) []string {
 	var kept []string
 	size := 0
@@ -174,7 +175,7 @@ func parseChallenges(headers []string) []challenge {
 	return all
 }
 
-// A challenge as RFC 9110 11.6.1 has it, without what that allows and no registry sends:
+// A challenge as in RFC 9110 11.6.1, without what that allows but no registry sends:
 // empty items, and space around "=".
 const (
 	tokenRE     = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -187,8 +188,8 @@ var (
 	allChallenges = regexp.MustCompile(`^` + challengeRE + `(?: *, *` + challengeRE + `)*$`)
 )
 
-// legible reports whether parseChallenges reads in headers what any client does: in full,
-// and no realm twice, of which some take the first and some the last.
+// legible reports whether parseChallenges reads headers as any client does: in full, and
+// with no realm twice, of which some take the first and some the last.
 func legible(headers []string) bool {
 	if len(short(headers)) != len(headers) {
 		return false
@@ -281,7 +282,8 @@ func parseRateLimit(s string) (n int64, window time.Duration, ok bool) {
 // maxMediaType is the longest there can be, in bytes (RFC 6838, 4.2). They are kept.
 const maxMediaType = 255
 
-// mediaType is a Content-Type without its parameters, lower case; "" if that is none.
+// mediaType is a Content-Type without its parameters, in lower case; "" if it is
+// none.
 func mediaType(contentType string) string {
 	m := bareType(contentType)
 	if len(m) > maxMediaType {

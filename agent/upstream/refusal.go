@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// refusal turns a response that is no 2xx into an *Error.
+// refusal turns a response other than 2xx into an *Error.
 func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.URL) error {
 	e := &Error{Status: resp.StatusCode, RetryAfter: parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // what there is
@@ -50,7 +50,7 @@ func refuses(status int, code string, req *http.Request) bool {
 	return false
 }
 
-// expired lists what storage services answer to a signed URL past its time.
+// expired lists what storage services answer to an expired signed URL.
 func expired(status int) bool {
 	switch status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusGone:

@@ -58,8 +58,8 @@ const (
 	rangesNo
 )
 
-// pauseKey: a registry throttles manifests and blobs apart, its token service by
-// itself, and each account (session key's credential) apart.
+// pauseKey: a registry throttles manifests and blobs separately, its token
+// service by itself, and each account (session key's credential) separately.
 type pauseKey struct {
 	bulk       bool
 	token      bool
@@ -138,7 +138,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 }
 
 // lookup finds the registry of an image name; one that nobody configured is
-// https on its own host, and remembered among few.
+// https on its own host, and only a few of these are remembered.
 func (c *Client) lookup(host string) (*registry, error) {
 	host = CanonicalHost(host)
 	if reg, ok := (*c.configured.Load())[host]; ok {
@@ -257,8 +257,8 @@ func (ep *endpoint) pause(k pauseKey, d time.Duration, now time.Time) {
 	}
 }
 
-// noteAnswer keeps what `larder status` shows of a request that was answered, be it
-// with a no.
+// noteAnswer keeps what `larder status` shows of a request that was answered, even
+// by a refusal.
 func (ep *endpoint) noteAnswer(took time.Duration, now time.Time) {
 	ep.mu.Lock()
 	defer ep.mu.Unlock()
@@ -308,7 +308,8 @@ type visit struct {
 	told, left sync.Once
 }
 
-// tell takes what the request tells of the endpoint's health. The first word counts.
+// tell records what the request says of the endpoint's health. The first word
+// counts.
 func (v *visit) tell(o outcome) {
 	v.told.Do(func() {
 		if v.ep.breaker.done(o, time.Now()) {
@@ -317,7 +318,7 @@ func (v *visit) tell(o outcome) {
 	})
 }
 
-// leave ends the visit, with its word if there was none yet.
+// leave ends the visit, with this word if there was none yet.
 func (v *visit) leave(o outcome) {
 	v.left.Do(func() {
 		v.ep.active.Add(-1)
@@ -326,7 +327,8 @@ func (v *visit) leave(o outcome) {
 	})
 }
 
-// logTurn tells an operator once when an endpoint goes and once when it is back.
+// logTurn tells an operator once when an endpoint fails and once when it is
+// back.
 func (ep *endpoint) logTurn(o outcome) {
 	log := ep.c.log.With("registry", ep.reg.Host, "upstream", ep.addr.host)
 	if o == good {

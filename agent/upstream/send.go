@@ -46,7 +46,8 @@ type request struct {
 // endpoint's health is settled then.
 type answer struct {
 	*http.Response
-	// moved is where another host served it, nil if the endpoint did.
+	// moved is the URL at which another host served it, nil if the endpoint
+	// did.
 	moved *url.URL
 }
 
@@ -201,7 +202,7 @@ const maxRedirects = 5
 
 // blobPatience is how many times FirstByte the last of a registry's upstreams has for
 // a blob. Some that are caches themselves (Nexus) fetch all of it before they answer,
-// and begin anew when they are asked again. A path that is dead is noticed before, see
+// and begin anew when they are asked again. A dead path is noticed sooner, see
 // setOptions.
 const blobPatience = 6
 
@@ -268,8 +269,8 @@ func (ep *endpoint) origin(u *url.URL) bool {
 }
 
 // settled reports to the endpoint's breaker how a body fares: some progress, its end
-// or an early close is good, broken off before is not. Progress is told at once: while
-// an endpoint is probed it is left alone, and a blob may take an hour.
+// or an early close is good, breaking off before that is not. Progress is reported at
+// once: while an endpoint is probed other requests wait, and a blob may take an hour.
 type settled struct {
 	*timed
 	visit *visit

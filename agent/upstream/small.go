@@ -111,8 +111,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// Resolve finds what ref (a tag or digest) stands for, by HEAD, or by GET on
-// registries whose HEAD does not say. accept nil is containerd's list.
+// Resolve finds what ref (a tag or digest) stands for, by HEAD, or by GET if
+// the registry's HEAD does not say. A nil accept means containerd's list.
 func (c *Client) Resolve(ctx context.Context, t Target, ref string, accept []string) (desc ocispec.Descriptor, err error) {
 	q := manifestRequest("resolve", ref, accept)
 	err = c.each(ctx, t, q.op, func(ctx context.Context, ep *endpoint) error {
@@ -134,7 +134,7 @@ func (c *Client) Resolve(ctx context.Context, t Target, ref string, accept []str
 	return desc, err
 }
 
-// unsupported reports whether a registry does not know a request's method there.
+// unsupported reports whether a registry does not support the request's method.
 func unsupported(err error) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && (e.Status == http.StatusMethodNotAllowed || e.Status == http.StatusNotImplemented)
@@ -175,7 +175,7 @@ func headDescriptor(resp *http.Response, ref string) (desc ocispec.Descriptor, o
 	return ocispec.Descriptor{MediaType: mt, Digest: d, Size: resp.ContentLength}, true
 }
 
-// generic media types say nothing of a manifest; the body may.
+// generic media types say nothing about a manifest; the body may.
 func generic(mt string) bool {
 	switch mt {
 	case "application/json", "application/octet-stream", "text/plain", "text/html", "binary/octet-stream":
@@ -273,7 +273,7 @@ func (c *Client) small(ctx context.Context, ep *endpoint, t Target, q request, l
 	return resp.Response, body, nil
 }
 
-// Stat tells the size of a blob.
+// Stat returns the size of a blob.
 func (c *Client) Stat(ctx context.Context, t Target, d digest.Digest) (size int64, err error) {
 	err = c.each(ctx, t, "stat", func(ctx context.Context, ep *endpoint) error {
 		size, err = c.statAt(ctx, ep, t, d)
@@ -282,10 +282,10 @@ func (c *Client) Stat(ctx context.Context, t Target, d digest.Digest) (size int6
 	return size, err
 }
 
-// statAt asks by HEAD and, where that does not tell (no length, a web page, or a signed
-// redirect that is good for GET alone), by a GET of one byte. So it does on a 404: Harbor
-// gives what it is a cache for by GET, and says of what it has not fetched yet that it is
-// not there (goharbor/harbor#22609).
+// statAt asks by HEAD and, if that does not tell (no length, a web page, or a signed
+// redirect that is good only for GET), by a GET of one byte. It does so on a 404 as well:
+// as a cache Harbor gives a blob to GET, but denies to HEAD that it is there until it has
+// fetched it (goharbor/harbor#22609).
 func (c *Client) statAt(ctx context.Context, ep *endpoint, t Target, d digest.Digest) (int64, error) {
 	q := request{op: "stat", kind: kindBlob, method: http.MethodHead, path: "blobs/" + d.String()}
 	resp, err := c.send(ctx, ep, t, q)
@@ -323,15 +323,15 @@ func webPage(resp *http.Response) bool {
 	return mediaType(resp.Header.Get("Content-Type")) == "text/html"
 }
 
-// Tags reads one page of tags. query is n and last, or what a former page's Next
-// named, whatever that registry counts pages by.
+// Tags reads one page of tags. query is n and last, or what an earlier page's
+// Next named, however that registry numbers pages.
 func (c *Client) Tags(ctx context.Context, t Target, query string) (Page, error) {
 	q := request{op: "tags", kind: kindTag, method: http.MethodGet, path: "tags/list", query: query, accept: []string{"application/json"}}
 	return c.page(ctx, t, q)
 }
 
 // Referrers reads one page of what refers to d. query holds artifactType and
-// whatever a former page's Next named. A registry without the API is a
+// whatever an earlier page's Next named. A registry without the API gives a
 // not-found error: clients then ask for the fallback tag.
 func (c *Client) Referrers(ctx context.Context, t Target, d digest.Digest, query string) (Page, error) {
 	q := request{op: "referrers", kind: kindReferrers, method: http.MethodGet, path: "referrers/" + d.String(), query: query, accept: []string{ocispec.MediaTypeImageIndex}}
@@ -362,7 +362,7 @@ func (c *Client) page(ctx context.Context, t Target, q request) (page Page, err 
 
 // Challenge asks for the manifest ref without any credential and returns the
 // WWW-Authenticate headers of the 401, unchanged; none if the registry answers
-// anyone (also by not-found).
+// anyone (even with not-found).
 func (c *Client) Challenge(ctx context.Context, t Target, ref string) ([]string, error) {
 	q := manifestRequest("challenge", ref, nil)
 	q.method, q.bare = http.MethodHead, true

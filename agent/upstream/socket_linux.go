@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// unanswered is how long what was sent, or a keep-alive probe, may stay without an
-// acknowledgement: then the path is dead, while a registry that only takes its time
+// unanswered is how long sent data, or a keep-alive probe, may stay without an
+// acknowledgement. After that the path is dead: a registry that only takes its time
 // acknowledges at once.
 const unanswered = 10 * time.Second
 

@@ -16,11 +16,12 @@ const (
 	trialWindows = 4
 	// worthwhile is how long a blob must still take for one more stream.
 	worthwhile = time.Second
-	// soonEnough is how long a stream may take for a piece where another is to be started.
+	// soonEnough is how long a stream may take for a piece if another is to be started.
 	soonEnough = 10 * time.Second
 	// hungry ticks in a row with a reader far from any stream start one there;
-	// starved ticks, where no more streams may be, move one there. That costs
-	// what its connection holds, and mostly another comes free before.
+	// after starved ticks, if no more streams are allowed, one moves there.
+	// That costs what its connection holds, and mostly another comes free
+	// sooner.
 	hungry  = 3
 	starved = 20
 )
@@ -69,8 +70,8 @@ func (f *fetch) more(n int) int {
 	return n
 }
 
-// feed looks after a reader that is far from every stream, as after a seek: it
-// gets a stream of its own, or in the end the furthest claim makes way.
+// feed serves a reader that is far from every stream, as after a seek: it gets
+// a stream of its own, or in the end the furthest claim makes way.
 func (f *fetch) feed() (start int) {
 	piece := max(f.sink.PieceSize(), 1)
 	off, _, ok := f.missing(max(f.sink.Wanted(), 0) / piece * piece)

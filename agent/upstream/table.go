@@ -37,11 +37,11 @@ type Registry struct {
 	ClientCertFile string `toml:"client_cert_file"`
 	ClientKeyFile  string `toml:"client_key_file"`
 	SkipVerify     bool   `toml:"skip_verify"`
-	// TLS is for those of Upstreams, by their entries there, for which the four
-	// fields above do not hold. The file has no key for it: a runtime's own
-	// configuration says such things host by host, and that is imported.
+	// TLS is for those of Upstreams, by their entries there, to which the four
+	// fields above do not apply. The file has no key for it: it is imported
+	// from a runtime's own configuration, which says such things host by host.
 	TLS map[string]TLS `toml:"-"`
-	// TokenRealms are hosts (host or host:port) which may hand out this
+	// TokenRealms are hosts (host or host:port) that may hand out this
 	// registry's tokens although they share no registrable domain with it.
 	TokenRealms []string `toml:"token_realms"`
 	// TagTTL overrides upstream.tag_ttl; nil inherits it.
@@ -123,7 +123,7 @@ func (r Registry) Allows(repository string) bool {
 }
 
 // NodeAuth says whether the node's own credential is for repository, which
-// every caller on the node may then read. Where it is not, and auth is not
+// every caller on the node may then read. If it is not, and auth is not
 // anonymous, callers bring their own.
 func (r Registry) NodeAuth(repository string) bool {
 	return r.Auth == "node" && (len(r.NodeRepositories) == 0 || matchAny(r.NodeRepositories, repository))
@@ -172,7 +172,8 @@ func (r Registry) Validate() error {
 	return errors.Join(problems...)
 }
 
-// checkAddresses checks who is asked, and how it proves who it is.
+// checkAddresses checks which hosts are asked, and that the client
+// certificate is complete.
 func (r Registry) checkAddresses() (problems []error) {
 	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if err := validHost(r.Host); err != nil {

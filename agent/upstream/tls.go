@@ -26,12 +26,12 @@ func (t *transports) close() {
 	}
 }
 
-// fileCheck is how often certificate files are looked at: two stat calls
-// every ten seconds of use, soon enough for a rotated Secret.
+// fileCheck is how often certificate files are checked: two stat calls every
+// ten seconds of use, soon enough for a rotated Secret.
 const fileCheck = 10 * time.Second
 
-// transport returns the endpoint's transports, built anew after a change of
-// its certificate files. Bodies on the former ones go on.
+// transport returns the endpoint's transports, rebuilt after a change of its
+// certificate files. Bodies on the former ones go on.
 func (ep *endpoint) transport() (*transports, error) {
 	ep.mu.Lock()
 	current := ep.transports

@@ -26,14 +26,14 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Target is what a request is about and on whose behalf it is made.
+// Target says what a request is about and on whose behalf it is made.
 type Target struct {
 	Registry   string // as images name it: docker.io, reg.example.com:5000
 	Repository string
 	// Authorization is a client's own header, forwarded unchanged. "" lets
 	// Config.Credentials decide, and without that the request is anonymous.
 	Authorization string
-	// Anonymous asks as anyone may, also where this node has credentials.
+	// Anonymous asks as anyone may, even if this node has credentials.
 	Anonymous bool
 }
 
@@ -54,7 +54,7 @@ type Config struct {
 	Logger            *slog.Logger
 	Registerer        prometheus.Registerer
 	// Credentials gives this node's own credentials, in the order in which to
-	// try them; it may give some and an error. It is asked where
+	// try them; it may give some and an error. It is called where
 	// Registry.NodeAuth is true, before each request, so it should cache. nil =
 	// anonymous.
 	Credentials func(context.Context, CredentialRequest) ([]authn.AuthConfig, error)
@@ -116,7 +116,8 @@ type Client struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
-	// configured is by canonical host; a map is never changed once it is here.
+	// configured is keyed by canonical host; a map is never changed once it is
+	// here.
 	configured atomic.Pointer[map[string]*registry]
 	others     *lru[string, *registry]
 	sessions   *lru[sessionKey, *session]
@@ -128,8 +129,8 @@ type Client struct {
 // maxOthers bounds the registries that clients name without configuration.
 const maxOthers = 64
 
-// New checks cfg, all problems at once, and opens no connection and no file:
-// a certificate file that is missing fails requests to its registry alone,
+// New checks cfg, reports all problems at once, and opens no connection and
+// no file: a missing certificate file fails requests to its registry alone,
 // until it is there.
 func New(cfg Config) (*Client, error) {
 	cfg.StreamsPerBlob = cmp.Or(cfg.StreamsPerBlob, 4)
@@ -160,10 +161,10 @@ func New(cfg Config) (*Client, error) {
 	return c, err
 }
 
-// SetRegistries replaces Config.Registries for what is asked from now on; a
-// request under way ends as it began. A registry whose table is what it was
-// keeps its connections, its health and its limits. If any table is wrong, all
-// problems are returned and nothing changes.
+// SetRegistries replaces Config.Registries for requests from now on; a request
+// under way ends as it began. A registry whose table has not changed keeps its
+// connections, its health and its limits. If any table is wrong, all problems
+// are returned and nothing changes.
 func (c *Client) SetRegistries(list []Registry) error {
 	for {
 		old := c.configured.Load()
