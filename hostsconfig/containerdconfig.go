@@ -14,7 +14,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// distribution is a place where containerd's configuration may be.
+// distribution says where containerd's configuration may be.
 type distribution struct {
 	config string
 	// generated says where the fix goes if config is rewritten at every start.
@@ -22,14 +22,15 @@ type distribution struct {
 	restart   string
 }
 
-// packaged is containerd by itself: as its own packages, kubeadm's and the clouds' nodes have it.
+// packaged is containerd by itself, as in its own packages, with kubeadm and on the clouds'
+// nodes.
 var packaged = distribution{"/etc/containerd/config.toml", "", "systemctl restart containerd    # running containers go on"}
 
 // generatedImports are imports that k0s (before 1.36) and Talos write at every start.
 var generatedImports = []string{"/run/k0s/containerd-cri.toml", "/etc/cri/conf.d/cri.toml"}
 
-// distributions are looked through in this order. Talos has a second containerd, for itself
-// and without CRI, at the place of packaged.
+// distributions are searched in this order. Talos has a second containerd, for itself and
+// without CRI, in the place of packaged.
 var distributions = []distribution{
 	{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x; a new one begins with {{ template \"base\" . }})", "systemctl restart k3s    # or k3s-agent"},
 	{"/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml.tmpl (config-v3.toml.tmpl for containerd 2.x; a new one begins with {{ template \"base\" . }})", "systemctl restart rke2-agent    # or rke2-server"},
@@ -422,8 +423,8 @@ func (c *criConfig) localPull() string {
 }
 
 // readsOneRoot reports whether the node's containerd surely takes a config_path with two
-// roots for one name, as its transfer service does. What runs is not known here: a file
-// of version 2 may be 1.x's, which splits the path.
+// roots for one name, as its transfer service does. The running version is not known
+// here: a file of version 2 may belong to 1.x, which splits the path.
 func readsOneRoot(root fs.FS) bool {
 	d := &doctor{node: node{root}}
 	c := d.loadConfig()

@@ -32,7 +32,7 @@ func (d disk) before(op, path string) error {
 }
 
 // file is what is at a path: a regular file or a symlink, with what a restore
-// has to give back. A nil *file means nothing is there.
+// must bring back. A nil *file means nothing is there.
 type file struct {
 	data   []byte
 	link   string // target, for a symlink; data is then what it leads to
@@ -108,11 +108,11 @@ func tempName(dir string) string {
 	return filepath.Join(dir, tempPrefix+strings.ToLower(rand.Text()[:10])+".tmp")
 }
 
-// defaultMode is of what nobody had before us.
+// defaultMode is for files that did not exist before us.
 const defaultMode = fs.FileMode(0o644)
 
-// write replaces path by data in one step: a reader sees the old file or the
-// new one, also after a power cut. like gives mode and owner; nil means defaultMode.
+// write replaces path by data in one step: a reader sees the old file or the new
+// one, even after a power cut. like gives mode and owner; nil means defaultMode.
 func (d disk) write(path string, data []byte, like *file) error {
 	temp := tempName(filepath.Dir(path))
 	if err := d.before("write", temp); err != nil {

@@ -68,8 +68,8 @@ type DoctorOptions struct {
 	Registries []string
 	ProxyAddr  string
 	ColonLink  bool
-	// SeenOnly says nothing of a containerd configuration that cannot be seen,
-	// as from within a container: it would be a guess.
+	// SeenOnly makes no finding about a containerd configuration that cannot
+	// be seen, as from within a container: it would be a guess.
 	SeenOnly bool
 	Facts    Facts
 }

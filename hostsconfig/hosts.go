@@ -1,5 +1,5 @@
-// Package hostsconfig points a node's container runtimes at the local proxy
-// and takes it all back again.
+// Package hostsconfig points a node's container runtimes at the local proxy,
+// and can undo that completely.
 //
 // For containerd it manages hosts.toml files in a certs.d directory, for CRI-O
 // one drop-in in a registries.conf.d directory. What was there before stays in
@@ -39,11 +39,11 @@ type Options struct {
 	// directories are carried over into Containerd instead. nil looks them up in
 	// containerd's configuration; empty means there are none.
 	HiddenRoots []string
-	// Contained: this process runs in a container and sees of the node's files what is
-	// mounted. A further root that is not there may be on the node, with certificates
-	// that a _default of ours would hide and nobody carry over: there is none then, and
-	// "*" means the well-known registries, unless with ColonLink containerd reads
-	// Containerd alone.
+	// Contained: this process runs in a container and sees only the node's files that
+	// are mounted. A further root that is missing here may be on the node, with
+	// certificates that a _default of ours would hide and that nobody could carry over.
+	// Then no _default is written, and "*" means the well-known registries, unless
+	// containerd reads Containerd alone because of ColonLink.
 	Contained bool
 	// ColonLink also links the literal path "<Containerd>:/etc/docker/certs.d"
 	// to Containerd, which containerd 2.1 and later look up by mistake when
@@ -63,10 +63,10 @@ type Options struct {
 	// ProxyAddr is the host:port on which this node's proxy listens. An
 	// unspecified host means 127.0.0.1.
 	ProxyAddr string
-	// RemoveOnExit makes Run take everything back before it returns.
+	// RemoveOnExit makes Run undo everything before it returns.
 	RemoveOnExit bool
-	// PollInterval is how often Run looks at the files even if no change was
-	// notified (inotify can be exhausted or miss a mount); default 30 s.
+	// PollInterval is how often Run checks the files even without a
+	// notification (inotify can be exhausted or miss a mount); default 30 s.
 	PollInterval time.Duration
 	// OnImport, if set, is called by Run, without locks held, whenever the
 	// result of Upstreams has changed.
@@ -100,8 +100,8 @@ type Change struct {
 	Action  Action `json:"action"`
 	// Reason is set for Skip: why the file is left alone and what to do.
 	Reason string `json:"reason,omitempty"`
-	// Diff is a unified diff from what is there to what will be; "" for Skip, and where
-	// only the colon link goes.
+	// Diff is a unified diff from what is there to what will be; "" for Skip, and if
+	// only the colon link is removed.
 	Diff string `json:"diff,omitempty"`
 	// ReloadNeeded: the runtime does not read this file by itself. CRI-O does so
 	// only on SIGHUP, or at once with auto_reload_registries = true.

@@ -21,8 +21,8 @@ type Imported struct {
 	// Endpoints in the order the runtime would try them. The last one is the
 	// registry itself (Source) unless Blocked.
 	Endpoints []Endpoint
-	// Path is the file this was read from, or containerd's host directory where that has
-	// certificates alone.
+	// Path is the file this was read from, or containerd's host directory if that has
+	// only certificates.
 	Path string
 }
 
@@ -44,7 +44,8 @@ type Endpoint struct {
 	SkipVerify  bool
 	AllowHTTP   bool // plain HTTP if HTTPS fails (CRI-O's insecure)
 	// Renames: the runtime asks this endpoint for other repository names, by a
-	// rule that Base cannot say. Under its own name an image may be another one.
+	// rule that Base cannot express. Under its own name the image there may be a
+	// different one.
 	Renames bool
 	Header  http.Header // goes on every request to this endpoint
 }

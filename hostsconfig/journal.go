@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// journal says what to give back. It is written, and durable, before the
-// change it describes is made (I1).
+// journal says what to restore. It is written, and durable, before the change
+// it describes is made (I1).
 type journal struct {
 	Version int    `json:"version"`
 	Proxy   string `json:"proxy"` // whose entries these are, for people

@@ -20,11 +20,11 @@ type step struct {
 	drift  bool // someone undid what we had done
 }
 
-// Apply brings the host configuration in place and returns what it changed;
-// a second Apply changes nothing. Files that cannot be understood are left
-// alone and reported as Skip. An error for one file does not stop the others.
-// It waits for another method to end, and for the disk. Once ctx is over no further
-// file is begun; the changes made until then are returned with the error.
+// Apply puts the host configuration in place and returns what it changed; a second
+// Apply changes nothing. Files that cannot be understood are left alone and
+// reported as Skip. An error for one file does not stop the others. It waits for
+// other methods to end, and for the disk. Once ctx has ended no further file is
+// begun; the changes made by then are returned with the error.
 func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -33,10 +33,10 @@ func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 	return changes, err
 }
 
-// Remove takes everything back and returns what it changed. It needs only the
-// directories: options that Apply had and Remove has not do not matter. Beside
-// a Run of the same Hosts it does not last: end that Run instead. It waits, and
-// obeys ctx, like Apply; what is left then, another Remove finds.
+// Remove undoes everything and returns what it changed. It needs only the
+// directories: other options that Apply had do not matter. While Run of the
+// same Hosts is active it does not last: end that Run instead. It waits, and
+// obeys ctx, like Apply; what it leaves then, another Remove finds.
 func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -46,7 +46,7 @@ func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 }
 
 // Plan returns what Apply would change, and changes nothing. It takes no lock on the
-// directories: beside another process it may see a change half made.
+// directories: if another process is at work it may see a change half made.
 func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
 	return h.foresee(func(m *managed) ([]Change, error) {
 		steps, err := h.plan(ctx, m)
@@ -163,9 +163,9 @@ func (h *Hosts) lock(ctx context.Context, d directory) (m *managed, done func() 
 	return m, m.release, nil
 }
 
-// leave gives a directory back that is no longer the one that is configured. A link to
-// it may lead elsewhere now, as MicroK8s' "current" does after an update; a directory
-// that was replaced, journal and all, has nothing of ours any more.
+// leave restores a directory that is no longer the configured one. A link to it may
+// lead elsewhere now, as MicroK8s' "current" does after an update; a directory that
+// was replaced, journal and all, no longer has anything of ours.
 func (h *Hosts) leave(ctx context.Context, m *managed) error {
 	if !m.holds(m.path) {
 		return nil
@@ -272,8 +272,8 @@ func (h *Hosts) perform(m *managed, st step) error {
 	return m.install(st.s, st.want)
 }
 
-// report logs and counts one step that has been taken. What is left alone is
-// logged once per reason.
+// report logs and counts one step that has been taken. A file that is left
+// alone is logged once per reason.
 func (h *Hosts) report(m *managed, st step, repair bool) {
 	path := st.change.Path
 	if st.change.Action == Skip {
@@ -542,7 +542,7 @@ func (m *managed) staleFiles() ([]string, error) {
 
 // Upstreams returns what the runtimes were configured to use before us, in
 // the order of their precedence. It reads the files and may be called before
-// Apply. What cannot be read is in the log, and left out.
+// Apply. What cannot be read is logged and left out.
 func (h *Hosts) Upstreams() []Imported {
 	h.mu.Lock()
 	defer h.mu.Unlock()
