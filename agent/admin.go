@@ -45,14 +45,14 @@ func (a *Agent) serveAdmin(ctx context.Context) error {
 	return err
 }
 
-// newMetricsServer is for requests from other machines: who does not send one, or
-// does not take the answer, must not hold a connection for ever.
+// newMetricsServer is for requests from other machines: a client that sends none,
+// or does not read the answer, must not hold a connection forever.
 func newMetricsServer(h http.Handler) *http.Server {
 	return &http.Server{Handler: h, ReadTimeout: metricsTimeout, WriteTimeout: metricsTimeout}
 }
 
 const (
-	// metricsTimeout is longer than scrapes are waited for.
+	// metricsTimeout is longer than anyone waits for a scrape.
 	metricsTimeout = 30 * time.Second
 	// adminHeaderTimeout is for a client to say what it wants; bodies have no bound, see
 	// clientPatience.
@@ -140,9 +140,9 @@ func sameOrigin(origin, host string) bool {
 	return err == nil && u.Scheme == "http" && u.Host == host
 }
 
-// fetchedElsewhere reports whether a browser says that a page of another origin makes it ask:
-// it sends no Origin with a GET for an image or a frame, which would do for a profile of an hour
-// (W3C, Fetch Metadata). A link to the page here may be followed.
+// fetchedElsewhere reports whether a browser says that a page of another origin makes it send
+// the request (W3C, Fetch Metadata): it sends no Origin with a GET for an image or a frame,
+// which would be enough to start an hour-long profile. A link to the page here may be followed.
 func fetchedElsewhere(r *http.Request) bool {
 	switch r.Header.Get("Sec-Fetch-Site") {
 	case "", "none", "same-origin":
@@ -162,7 +162,8 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	_, _ = w.Write(append(body, '\n')) // a client that is gone needs no error
 }
 
-// serveReady answers probes: one line per reason, or JSON to who asks for it.
+// serveReady answers probes: one line per reason, or JSON if the request asks
+// for it.
 func (a *Agent) serveReady(w http.ResponseWriter, r *http.Request) {
 	checks := a.checks()
 	status := http.StatusOK

@@ -82,17 +82,17 @@ type options struct {
 // WithLogger sets the logger; without one the agent is silent.
 func WithLogger(log *slog.Logger) Option { return func(o *options) { o.log = log } }
 
-// WithBuild says what the status reports of the program.
+// WithBuild sets what the status reports about the program.
 func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
 
 // WithBefore has f called before each request to the proxy is answered. It is for
 // tests that wedge an agent: while f blocks, nothing is answered.
 func WithBefore(f func(*http.Request)) Option { return func(o *options) { o.wedge = f } }
 
-// New validates the configuration, opens the listeners and the cache, and
-// starts nothing. It reads the disk, for as long as that takes. When it fails it
-// leaves nothing open, and takes back host configuration that an earlier agent left
-// behind: nobody will serve it now. The error joins each [Problem], if there are any.
+// New validates the configuration, opens the listeners and the cache, and starts
+// nothing. It reads the disk, for as long as that takes. When it fails it leaves
+// nothing open, and undoes the host configuration that an earlier agent left behind:
+// nobody will serve it now. The error joins each [Problem], if there are any.
 func New(c Config, opts ...Option) (*Agent, error) {
 	o := options{log: slog.New(slog.DiscardHandler), build: Build{Version: "dev"}, pins: pinDelay, look: replicaInterval, patience: clientPatience}
 	for _, opt := range opts {
@@ -113,9 +113,9 @@ func New(c Config, opts ...Option) (*Agent, error) {
 	return a, nil
 }
 
-// open makes every part, those first that fail most often. Whatever may wait for a disk
-// comes before the pull API's port: host files of an agent that was killed may name it, and
-// one that accepts and does not answer costs a pull more than one that is closed.
+// open makes every part, beginning with those that fail most often. Whatever may wait for a
+// disk comes before the pull API's port: host files of an agent that was killed may name
+// it, and one that accepts and does not answer costs a pull more than one that is closed.
 func (a *Agent) open(o options) error {
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if err := a.listen(); err != nil {
@@ -160,8 +160,8 @@ func (a *Agent) open(o options) error {
 	return nil
 }
 
-// listen opens the ports for people, and names every port that is taken: also that of
-// the pull API, which is opened later.
+// listen opens the ports for people, and names every port that is taken, including
+// that of the pull API, which is opened later.
 func (a *Agent) listen() error {
 	pulls, err := listen("proxy.listen", a.config.Proxy.Listen)
 	errs := []error{err}
@@ -259,7 +259,7 @@ func (a *Agent) openProxy(o options) (*proxy.Proxy, error) {
 	return p, nil
 }
 
-// pulled is told of each exchange of the proxy.
+// pulled is called for each exchange of the proxy.
 func (a *Agent) pulled(e proxy.Event) {
 	a.recent.record(e)
 	if a.audit != nil {
@@ -271,7 +271,8 @@ func (a *Agent) pulled(e proxy.Event) {
 // where proxy.listen asks for port 0.
 func (a *Agent) ProxyAddr() string { return a.listeners.proxy.Addr().String() }
 
-// AdminAddr is the address the admin API listens on, as ProxyAddr.
+// AdminAddr is the address the admin API listens on, in the form of
+// ProxyAddr.
 func (a *Agent) AdminAddr() string { return a.listeners.admin.Addr().String() }
 
 // Run serves until ctx ends or a part fails, then stops everything in order:

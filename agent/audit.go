@@ -55,8 +55,8 @@ func (l *auditLog) record(event any) {
 	}
 }
 
-// Run writes until ctx ends, then what is still queued. A file that cannot be written
-// is told of at the start, and not by the first pull.
+// Run writes until ctx ends, then writes what is still queued. A file that cannot be
+// written is reported at the start, not at the first pull.
 func (l *auditLog) Run(ctx context.Context) error {
 	l.note(l.open())
 	for {
@@ -149,7 +149,7 @@ func (l *auditLog) write(event any) {
 	l.note(err)
 }
 
-// note tells of an error that the line before did not have.
+// note logs an error that the line before did not have.
 func (l *auditLog) note(err error) {
 	if err != nil && !l.sick {
 		l.log.Error("audit log cannot be written", "err", err)
@@ -176,8 +176,8 @@ func (l *auditLog) append(line []byte) error {
 	return nil
 }
 
-// open reads too, for endLine. What is no regular file, such as /dev/stdout, is written to as
-// it is.
+// open also opens for reading, for endLine. A file that is not regular, such as /dev/stdout,
+// is written to as it is.
 func (l *auditLog) open() error {
 	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	if err != nil {
@@ -209,8 +209,9 @@ func endLine(f *os.File, size int64) error {
 	return err
 }
 
-// turn rotates the file. One that cannot be, because it is a mount of its own or its
-// directory somebody else's, grows on, and is tried again when it has as much more.
+// turn rotates the file. One that cannot be rotated, because it is itself a mount or
+// its directory belongs to somebody else, keeps growing, and is tried again after it
+// has grown by as much.
 func (l *auditLog) turn() {
 	err := l.rotate()
 	if err == nil {

@@ -1,9 +1,9 @@
 // Package agent is one Larder node: it owns the configuration, every
 // goroutine, the order in which parts start and stop, and the admin API.
 //
-// The promise it keeps for the parts below it: host configuration exists only
-// while the proxy answers, so a runtime is never pointed at a port that nobody
-// serves (P1 and P6 in the design).
+// It guarantees that host configuration exists only while the proxy answers,
+// so a runtime is never pointed at a port that nobody serves (I1 in
+// DESIGN.md).
 package agent
 
 import (

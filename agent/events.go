@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	// sampleEvery is how often counters are read, and how often those who listen
-	// hear something: what a client takes for silence is a few times longer.
+	// sampleEvery is how often counters are read, and how often listeners hear
+	// something: what a client takes for silence is a few times longer.
 	sampleEvery = 2 * time.Second
 	// keepSamples is ten minutes, some 60 KB.
 	keepSamples = 300
@@ -24,7 +24,7 @@ const (
 	// what is built for each tick stays cheap to send.
 	maxListeners = 16
 	// listenerBehind is how many ticks a listener may lag before it is dropped;
-	// it can come back, and is then told all again.
+	// it can come back, and then gets everything again.
 	listenerBehind = 5
 	// eventTimeout is how long one event may take to be written.
 	eventTimeout = listenerBehind * sampleEvery
@@ -98,8 +98,8 @@ func (e *events) Run(ctx context.Context) error {
 	}
 }
 
-// tick keeps one sample and tells it to who listens, with the status unless all
-// of them know it.
+// tick keeps one sample and sends it to the listeners, with the status unless
+// all of them know it.
 func (e *events) tick(last []byte) (status []byte) {
 	t := Tick{Sample: e.encode(e.sample())}
 	watched, joined := e.watched()
@@ -126,7 +126,7 @@ func (e *events) tick(last []byte) (status []byte) {
 }
 
 // watched says whether somebody listens, and whether somebody has joined since
-// it was asked last.
+// the last call.
 func (e *events) watched() (watched, joined bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -134,7 +134,7 @@ func (e *events) watched() (watched, joined bool) {
 	return len(e.listeners) > 0, joined
 }
 
-// end drops all, and who comes later.
+// end drops all listeners, and those that come later.
 func (e *events) end() {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -14,9 +14,9 @@ import (
 )
 
 // Export pulls images and writes them to w as an OCI image layout in a tar, each under
-// its full name and its own bytes, what they share once. An index is written as it is,
-// with the content of p.Platform alone. The same images make the same bytes. What w got
-// before an error is of no use. It does not close w, and keeps manifests in memory alone.
+// its full name and byte for byte, with shared parts once. An index is written as it is,
+// with the content of p.Platform alone. The same images make the same bytes. After an
+// error what w got is useless. It does not close w, and keeps only manifests in memory.
 // p.Manifest and p.Choose are not called.
 func (p Puller) Export(ctx context.Context, images []Image, w io.Writer) error {
 	var plans []*exported

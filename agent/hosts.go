@@ -30,8 +30,8 @@ func (a *Agent) openHosts() error {
 }
 
 // importsChanged makes the upstreams follow what an operator changed in the
-// runtimes' own registry configuration. Run of the hosts calls it, from one
-// goroutine, also with what is known since the start.
+// runtimes' own registry configuration. The hosts' Run calls it, from one
+// goroutine, even with what is known since the start.
 func (a *Agent) importsChanged(now []hostsconfig.Imported) {
 	if reflect.DeepEqual(now, a.imported) {
 		return
@@ -60,8 +60,8 @@ func HostsOptions(c Config, proxyAddr string, log *slog.Logger, reg prometheus.R
 	}
 }
 
-// hostsRetryMin doubles up to hostsRetryMax: an agent that is replaced by this one lets go
-// of the directory within its drain, a missing mount is no hurry.
+// hostsRetryMin doubles up to hostsRetryMax: an agent that this one replaces lets go of
+// the directory within its drain, and a missing mount is not urgent.
 const (
 	hostsRetryMin = time.Second
 	hostsRetryMax = 30 * time.Second
@@ -105,14 +105,14 @@ func (a *Agent) hostsInPlace() error {
 	return a.hosts.InPlace()
 }
 
-// leftoversTimeout bounds the cleaning up after a failed start.
+// leftoversTimeout bounds the cleanup after a failed start.
 const leftoversTimeout = 10 * time.Second
 
-// RemoveLeftovers takes back what an agent that was killed left in the host's
-// files: they name a port on which now nobody, or somebody else, answers. It is
-// for who does not start an agent with c after all; New that fails has done it. c
-// need not be valid: the directories alone count, and one that another agent
-// manages is left to that. What goes wrong is logged.
+// RemoveLeftovers undoes what a killed agent left in the host's files: they name
+// a port on which now nobody, or somebody else, answers. It is for callers that
+// do not start an agent with c after all; a failed New has done it already. c
+// need not be valid: only the directories count, and one that another agent
+// manages is left alone. Failures are logged.
 func RemoveLeftovers(c Config, log *slog.Logger) {
 	h := c.Hosts
 	if !h.RemoveOnExit || h.Containerd == "" && h.CRIO == "" {

@@ -48,8 +48,8 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 	body := &patientBody{body: r.Body, http: out.http, patience: a.patience}
 	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(body); err != nil {
 		out.send(ImportEvent{Done: true, Error: err.Error()})
-		// A connection that is closed on a client in the middle of its body may cost it
-		// the answer. It hangs up when it has read that.
+		// Closing the connection while a client still sends its body may cost it the
+		// answer. It hangs up once it has read that.
 		_, _ = io.Copy(io.Discard, body)
 		return
 	}
@@ -103,7 +103,7 @@ func newImporter(ctx context.Context, a *Agent, name string, out *eventStream, l
 	return &importer{ctx: ctx, agent: a, name: name, length: length, out: out, content: map[digest.Digest]arrival{}, used: map[digest.Digest]bool{}}
 }
 
-// run imports what is whole, when its turn has come: an import that fails takes back
+// run imports what is whole, when its turn has come: an import that fails removes
 // what it brought, on which no other may count.
 func (in *importer) run(body io.Reader) error {
 	select {
@@ -116,7 +116,7 @@ func (in *importer) run(body io.Reader) error {
 	return in.archive(body)
 }
 
-// archive has every image served that can be. Images have errors of their own.
+// archive has every image served that can be. Each image has its own error.
 func (in *importer) archive(body io.Reader) error {
 	images, err := archive.Read(body, in)
 	if err != nil {
@@ -175,7 +175,8 @@ func errManyNames(n int) error {
 	return fmt.Errorf("the archive has %d images; a name can be given to one alone", n)
 }
 
-// Index ends an import of which nothing can come, before the content is read.
+// Index ends an import that cannot yield anything, before the content is
+// read.
 func (in *importer) Index(names []string) error {
 	var errs []error
 	for _, name := range names {
@@ -259,8 +260,9 @@ func (in *importer) count(ds []ocispec.Descriptor, report *ImportedImage) {
 	}
 }
 
-// Put keeps a blob. What is in the cache already is held against its digest all the same:
-// that the archive has these bytes is what lets its images be served with them.
+// Put keeps a blob. Even if the cache has it already, the archive's copy is checked
+// against its digest: its images may be served with these bytes only because the archive
+// has them.
 func (in *importer) Put(d digest.Digest, size int64, r io.Reader) error {
 	_, again := in.content[d]
 	if !again {
@@ -279,7 +281,7 @@ func (in *importer) Put(d digest.Digest, size int64, r io.Reader) error {
 	return nil
 }
 
-// put keeps a blob of the archive, or holds it against the one that is here or on its way.
+// put keeps a blob of the archive, or compares it with the one that is here or on its way.
 func (in *importer) put(d digest.Digest, size int64, r io.Reader) error {
 	origin := cache.Origin{Kind: cache.FromImport}
 	err := in.agent.cache.PutStream(in.ctx, d, origin, size, r)
@@ -323,7 +325,7 @@ func compare(d digest.Digest, size int64, r io.Reader) error {
 	return nil
 }
 
-// Add keeps content whose digest shows at its end.
+// Add keeps content whose digest is known only at its end.
 func (in *importer) Add(size int64, r io.Reader) (digest.Digest, error) {
 	sum := digest.Canonical.Digester()
 	spool, err := in.spool(size, io.TeeReader(r, sum.Hash()))
@@ -335,8 +337,8 @@ func (in *importer) Add(size int64, r io.Reader) (digest.Digest, error) {
 	return d, in.Put(d, size, io.NewSectionReader(spool, 0, size))
 }
 
-// spool keeps bytes in a file without a name beside the cache, which is gone with its
-// last descriptor, whatever happens.
+// spool keeps bytes in a nameless file beside the cache, which vanishes with its last
+// descriptor, whatever happens.
 func (in *importer) spool(size int64, r io.Reader) (*os.File, error) {
 	if err := in.agent.cache.MakeRoom(size); err != nil {
 		return nil, err

@@ -144,7 +144,7 @@ const configEnv = envPrefix + "CONFIG"
 
 // environ applies LARDER_* variables. Unknown ones are ignored, because
 // Kubernetes invents some for every Service (LARDER_PORT...), unless they are
-// so near to a known one that they must be a slip.
+// so close to a known one that they must be a typo.
 func (l *loader) environ(environ []string) {
 	names := make([]string, len(l.keys))
 	for i, k := range l.keys {
@@ -165,7 +165,7 @@ func (l *loader) environ(environ []string) {
 	}
 }
 
-// otherEnv are variables of ours that are no keys: --config and --admin.
+// otherEnv are variables of ours that are not keys: --config and --admin.
 var otherEnv = []string{configEnv, envPrefix + "ADMIN"}
 
 func (l *loader) flags(fs *pflag.FlagSet) {

@@ -11,10 +11,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxManifests and maxManifestBytes bound the manifests and indexes of one image: how many,
-// and how long all together. Images for all platforms have some dozens of some KiB,
-// attestations included; without bounds a registry could go on for ever, and what they list,
-// which is kept until the end, could fill the memory.
+// maxManifests and maxManifestBytes bound the manifests and indexes of one image, by number
+// and by total length. Images for all platforms have some dozens, of a few KiB each,
+// attestations included. Without these bounds a registry could go on forever, and what the
+// manifests list, which is kept until the end, could fill the memory.
 const (
 	maxManifests     = 1000
 	maxManifestBytes = 16 << 20

@@ -191,7 +191,8 @@ func (p *passage) SetSize(n int64) error {
 	return nil
 }
 
-// Missing is the first run at or after off that did not come. What was read did.
+// Missing is the first run at or after off that has not come. What was read has
+// come.
 func (p *passage) Missing(off int64) (start, end int64, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -245,7 +246,7 @@ func (p *passage) WriteAt(b []byte, off int64) (int, error) {
 	return len(b), nil
 }
 
-// Has is false: what is here is given to nobody.
+// Has is false: nothing of a passage is given to others.
 func (p *passage) Has(int) bool { return false }
 
 // ReadAt is not asked, see Has.

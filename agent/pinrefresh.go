@@ -17,10 +17,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// refresh asks what a pin's name stands for now, and makes sure that all of that is
-// here. A newer version takes the place of the held one when it is whole and not
-// before. What cannot be asked, or had, leaves the held version as it is; that is mended
-// all the same.
+// refresh asks what a pin's name stands for now, and makes sure that all of it is here.
+// A newer version replaces the held one only once it is whole. If the registry cannot be
+// asked, or the version cannot be had, the held one stays, and is still repaired.
 func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error {
 	d, err := s.resolve(ctx, p)
 	if err == nil {
@@ -70,8 +69,8 @@ func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {
 }
 
 // ask asks for the registry's own answer, which a pinned image outlives: its error says
-// what the proxy would gloss over. Of a registry that is never to be asked, what is known
-// here is all there is to know.
+// what the proxy would gloss over. For a registry that must never be asked, what is known
+// here is all there is.
 func (s *pins) ask(ctx context.Context, p *pin) (digest.Digest, error) {
 	policy := s.agent.upstream.Policy(p.image.Registry)
 	puller := s.puller()
@@ -83,7 +82,7 @@ func (s *pins) ask(ctx context.Context, p *pin) (digest.Digest, error) {
 	return d, err
 }
 
-// inquire asks whether an image that is pinned by its digest is public, unless that is
+// inquire asks whether an image that is pinned by digest is public, unless that is
 // known or of no use: nothing else about it can change.
 func (s *pins) inquire(ctx context.Context, p *pin, d digest.Digest) {
 	if s.isPublic(p, d) || s.agent.upstream.Policy(p.image.Registry).NodeAuth(p.image.Repository) {
@@ -94,9 +93,9 @@ func (s *pins) inquire(ctx context.Context, p *pin, d digest.Digest) {
 	}
 }
 
-// confirm notes that the registry says that p stands for d, and to whom: to a question
-// without any credential, or to one with the node's own. Nothing else makes a version
-// public, and nothing but another such answer takes it back.
+// confirm notes that the registry says p stands for d, and to whom: in answer to a
+// question without any credential, or to one with the node's own. Nothing else makes a
+// version public, and only another such answer takes that back.
 func (s *pins) confirm(p *pin, d digest.Digest, public bool) {
 	v, err := s.versionOf(p, d)
 	if err != nil {
@@ -114,8 +113,8 @@ func (s *pins) isPublic(p *pin, d digest.Digest) bool {
 	return p.held != nil && p.held.digest == d && p.held.public
 }
 
-// remembered is what p's tag stood for when somebody knew last, or what was imported: a
-// beginning, while its registry cannot be asked. It is "" if nobody knows.
+// remembered is what p's tag stood for when somebody last knew, or what was imported: a
+// start while its registry cannot be asked. It is "" if nobody knows.
 func (s *pins) remembered(ctx context.Context, p *pin) digest.Digest {
 	d, err := s.puller().Resolve(ctx, p.image)
 	if err != nil {
@@ -193,8 +192,8 @@ func (s *pins) fetch(ctx context.Context, p *pin, v *version, follow func(*Pulle
 	return nil
 }
 
-// settle waits for the commit of what was pulled. What came from the runtime's store is
-// copied: there it could vanish.
+// settle waits for the commit of what was pulled. What came from the runtime's store,
+// where it could vanish, is copied.
 func (s *pins) settle(ctx context.Context, p *pin, d digest.Digest) error {
 	if err := s.agent.cache.Settled(ctx, d); err != nil {
 		return err
@@ -209,7 +208,7 @@ func (s *pins) settle(ctx context.Context, p *pin, d digest.Digest) error {
 	return err
 }
 
-// notKeptError is a blob that could be pulled and that the cache has not.
+// notKeptError names a blob that could be pulled but is not in the cache.
 type notKeptError struct{ digest digest.Digest }
 
 func (e *notKeptError) Error() string {
@@ -220,7 +219,7 @@ const (
 	// maxPinnedParts is several times what images have: runtimes refuse more than
 	// some 127 layers.
 	maxPinnedParts = 1000
-	// maxPartSize keeps sums of what registries claim in range.
+	// maxPartSize keeps sums of the sizes that registries claim in range.
 	maxPartSize = 1 << 44
 )
 
@@ -292,7 +291,7 @@ type noRoomError struct{ text string }
 
 func (e *noRoomError) Error() string { return e.text }
 
-// list holds all parts of a version that its manifests on this node tell of.
+// list holds all parts of a version that its manifests on this node list.
 func (s *pins) list(v *version) {
 	parts, all := s.agent.listImage(v.digest)
 	s.mu.Lock()
@@ -363,8 +362,8 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPar
 	return parts, err == nil
 }
 
-// explainTag makes of an error about what a tag stands for what the user should know
-// and do.
+// explainTag turns an error about what a tag stands for into what the user should
+// know and do.
 func (s *pins) explainTag(p *pin, err error) error {
 	d := s.heldBy(p)
 	held, public := d != "", s.isPublic(p, d)
@@ -400,7 +399,7 @@ func (s *pins) withTrouble(p *pin, err error) error {
 	return fmt.Errorf("%w%s", err, s.agent.upstreamTrouble(p.image.Registry))
 }
 
-// statusOf is the status of an answer that an error is about, 0 if it is about none.
+// statusOf is the status of the answer behind an error, 0 if there is none.
 func statusOf(err error) int {
 	if answer, ok := errors.AsType[*answerError](err); ok {
 		return answer.status
@@ -412,7 +411,7 @@ func refused(status int) bool {
 	return status == http.StatusUnauthorized || status == http.StatusForbidden
 }
 
-// definite reports whether trying again soon would be in vain: somebody has to do
+// definite reports whether trying again soon is pointless: somebody has to do
 // something first.
 func definite(err error) bool {
 	if status := statusOf(err); status != 0 {

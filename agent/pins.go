@@ -17,26 +17,27 @@ import (
 )
 
 const (
-	// pinDelay spreads the first look at the pins of nodes that start together; the
-	// swarm makes one copy of what they fetch all the same.
+	// pinDelay spreads the first check of pins on nodes that start together; the
+	// swarm makes one copy of what they fetch in any case.
 	pinDelay = 10 * time.Second
 	// pinInterval is how often a tag is asked for again, and how long a registry's
 	// own no is believed. All nodes together ask the registry once in tag_ttl.
 	pinInterval = 10 * time.Minute
 	// pinBackoff is the first pause after a failure; it doubles up to pinInterval.
 	pinBackoff = 5 * time.Second
-	// pinHeal gathers the blobs that are lost at once.
+	// pinHeal gathers blobs that are lost together.
 	pinHeal = time.Second
 	// pinWorkers lets a small image pass a large one.
 	pinWorkers = 2
-	// pinShare of cache.max_bytes is the most that pins take. With all of it, whatever
-	// else is pulled would pass through the cache, and a storm cost a copy a node.
+	// pinShare of cache.max_bytes is the most that pins may take. If they took all of
+	// it, everything else would pass through the cache, and a storm would cost one
+	// copy per node.
 	pinShare = 0.8
 )
 
-// pins keeps images on this node: it fetches them through the node's own proxy, keeps
-// their blobs from eviction, and looks after both. Of each image it keeps the version
-// that was whole last, until a newer one is.
+// pins keeps images on this node: it fetches them through the node's own proxy, and
+// protects their blobs from eviction. Of each image it keeps the last version that
+// was whole, until a newer one is.
 type pins struct {
 	agent *Agent
 	delay time.Duration // see pinDelay
@@ -77,7 +78,7 @@ type version struct {
 	manifests map[digest.Digest]struct{} // of parts; complete once the version is held
 	all       bool                       // all parts are known
 	// public says that the registry showed it to a request without any credential when
-	// it confirmed it last. A refusal later changes nothing of that.
+	// it last confirmed it. A later refusal does not change that.
 	public bool
 }
 
@@ -91,8 +92,8 @@ func newVersion(d digest.Digest) *version {
 	return &version{digest: d, parts: map[digest.Digest]struct{}{}, manifests: map[digest.Digest]struct{}{}}
 }
 
-// openPins takes up what the configuration names and what was pinned before, so that
-// nothing of that is evicted meanwhile. It starts nothing.
+// openPins loads what the configuration names and what was pinned before, so that
+// none of it is evicted meanwhile. It starts nothing.
 func (a *Agent) openPins(delay time.Duration) error {
 	s := &pins{agent: a, delay: delay, images: map[string]*pin{}, parts: map[digest.Digest]*pinnedPart{}, woken: make(chan struct{})}
 	stored := a.cache.Meta().PinnedImages()
@@ -149,7 +150,7 @@ func (s *pins) save(p *pin) {
 	s.agent.cache.Meta().SetPinnedImage(p.name, record)
 }
 
-// hold pins a part of a version. Its size is what is known of it so far. mu is held.
+// hold pins a part of a version. Its size is as known so far. mu is held.
 func (s *pins) hold(v *version, d digest.Digest, size int64) {
 	part := s.parts[d]
 	if part == nil {
@@ -181,14 +182,14 @@ func (s *pins) letGo(v *version) {
 	clear(v.parts)
 }
 
-// errUnpinned ends what is done for an image that is pinned no more.
+// errUnpinned ends work on an image that is no longer pinned.
 var errUnpinned = errors.New("unpinned meanwhile")
 
 // errTooManyPins says what to do instead.
 var errTooManyPins = fmt.Errorf("no more than %d images can be pinned: unpin others first", cache.MaxPins)
 
-// add pins an image on somebody's command, who will look after it. It reports whether
-// that is news.
+// add pins an image by command; the caller sees to fetching it. It reports whether
+// the pin is new.
 func (s *pins) add(image Image) (p *pin, added bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -252,8 +253,8 @@ func (s *pins) wake() {
 	s.woken = make(chan struct{})
 }
 
-// lost says that the cache is about to delete d, although it is pinned: it was bad, or
-// somebody deleted it. It is fetched again.
+// lost says that the cache is about to delete d although it is pinned: it was bad, or
+// somebody deleted it. It will be fetched again.
 func (s *pins) lost(d digest.Digest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -312,8 +313,8 @@ func (i Image) in(r cache.Repository) bool {
 	return i.Repository == r.Name && i.Registry == r.Registry
 }
 
-// Run looks after the pins until ctx ends. It begins when this node has had its chance
-// to find others: before, it would fetch a copy of its own.
+// Run looks after the pins until ctx ends. It begins once this node has had its chance
+// to find others: before that, it would fetch a copy of its own.
 func (s *pins) Run(ctx context.Context) error {
 	if s.agent.swarm != nil {
 		select {
@@ -360,7 +361,8 @@ func (s *pins) work(ctx context.Context) {
 	}
 }
 
-// take returns the pin that has been due for longest, begun, or when the next will be.
+// take begins and returns the pin that has been due longest, or returns when the next
+// will be due.
 func (s *pins) take() (p *pin, due time.Time, woken <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -383,7 +385,7 @@ func (p *pin) begin() {
 	p.stop = func() {} // until lookAfter has a better one
 }
 
-// claim is take for one pin: it waits until nobody else looks after it.
+// claim is take for one pin: it waits until nobody else is working on it.
 func (s *pins) claim(ctx context.Context, p *pin) error {
 	for {
 		s.mu.Lock()
@@ -455,7 +457,7 @@ func (s *pins) note(p *pin, err error, stopped bool) {
 	s.save(p)
 }
 
-// log tells of changes alone.
+// log reports only changes.
 func (s *pins) log(p *pin, err error) {
 	switch {
 	case err != nil && (p.failure == nil || p.failure.Error() != err.Error()):
@@ -483,7 +485,7 @@ func (a *Agent) Pins() PinList {
 	return out
 }
 
-// describe says how it stands with p. mu is held.
+// describe returns the state of p. mu is held.
 func (s *pins) describe(p *pin, arriving map[digest.Digest]int64) Pin {
 	out := Pin{Image: p.name, State: p.state(), Source: p.source(), Since: p.since, Checked: p.checked}
 	if p.failure != nil {
@@ -533,8 +535,8 @@ func (p *pin) source() string {
 // pinLimit is the most that pins may take, in bytes; 0 is no limit.
 func pinLimit(stats cache.Stats) int64 { return int64(float64(stats.Limit) * pinShare) }
 
-// present is how many bytes of what is pinned are here. The cache's own number has what an
-// import keeps from eviction until its end, too.
+// present is how many bytes of what is pinned are here. The cache's own number includes
+// what an import keeps from eviction until its end.
 func (s *pins) present() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()

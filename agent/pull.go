@@ -23,7 +23,7 @@ import (
 )
 
 // Image is an image reference taken apart as the pull API needs it. Its String, in
-// full, is the name that pins, tags and archives have it under; ParseImage reads it.
+// full, is its name in pins, tags and archives; ParseImage reads it.
 type Image struct {
 	Registry   string // "docker.io", "reg.example.com:5000": as upstream.CanonicalHost spells it
 	Repository string // "library/nginx"
@@ -69,25 +69,26 @@ type Pulled struct {
 	Took   time.Duration // from the request to the last byte
 }
 
-// Puller pulls images through a proxy the way containerd does: HEAD and GET
-// the manifest, then the blobs, three at a time, verifying digests. It keeps
-// nothing of what it reads. A Puller that is used by several goroutines needs functions
-// that may be. Contexts reach every request and body; nothing else bounds the time.
+// Puller pulls images through a proxy the way containerd does: HEAD and GET the
+// manifest, then the blobs, three at a time, verifying digests. It keeps nothing of
+// what it reads. If several goroutines use a Puller, its functions must allow that.
+// Contexts reach every request and body; nothing else bounds the time.
 type Puller struct {
 	Proxy  string       // "http://127.0.0.1:5050"
 	Client *http.Client // nil = http.DefaultClient
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
 	Platform  string
 	UserAgent string // "" for Go's own
-	// NoStale makes Resolve ask the registry, of a digest too, and fail when that cannot
-	// be asked, or shows it no more, though the proxy knows what it stood for.
+	// NoStale makes Resolve ask the registry, even about a digest, and fail if the
+	// registry cannot be asked, or no longer shows it, though the proxy knows what it
+	// stood for.
 	NoStale bool
-	// Manifest, if set, is told of each manifest and index before Pull pulls it. Its error
-	// ends the pull.
+	// Manifest, if set, is called for each manifest and index before Pull pulls it. Its
+	// error ends the pull.
 	Manifest func(digest.Digest) error
-	// Choose, if set, is told what a manifest lists (its config and layers, without those
-	// of manifests before it) before Pull pulls any of that, and returns what is to be.
-	// Its error ends the pull.
+	// Choose, if set, is given what a manifest lists (its config and layers, without
+	// those of manifests before it) before Pull pulls any of that, and returns what to
+	// pull. Its error ends the pull.
 	Choose func([]ocispec.Descriptor) ([]ocispec.Descriptor, error)
 	// Progress, if set, is called from several goroutines as bytes of a blob
 	// arrive; total is its size, -1 while unknown.
@@ -97,7 +98,7 @@ type Puller struct {
 }
 
 // Resolve asks what an image's reference stands for. A digest stands for itself, and
-// nobody is asked, but with NoStale.
+// nobody is asked unless NoStale is set.
 func (p Puller) Resolve(ctx context.Context, image Image) (digest.Digest, error) {
 	d, err := p.begin(image).resolve(ctx)
 	if err != nil {
@@ -111,8 +112,8 @@ func (p Puller) begin(image Image) *pull {
 	return &pull{Puller: p, image: image}
 }
 
-// Pull reads the whole image and says where each part came from, in the order in which
-// they were complete; with an error, what was complete before it.
+// Pull reads the whole image and returns where each part came from, in order of
+// completion; with an error, the parts that were complete before it.
 func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 	run := p.begin(image)
 	d, err := run.resolve(ctx)
@@ -145,8 +146,8 @@ func (p *pull) record(one Pulled) {
 	}
 }
 
-// request asks the proxy. The caller closes the body of an answer, which is 200; any other
-// is an *answerError.
+// request asks the proxy. The caller closes the body of the answer, which is 200; any
+// other status is an *answerError.
 func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Response, error) {
 	u := fmt.Sprintf("%s/v2/%s/%s/%s?ns=%s", p.Proxy, p.image.Repository, kind, ref, url.QueryEscape(p.image.Registry))
 	req, err := http.NewRequestWithContext(ctx, method, u, nil)
@@ -173,7 +174,7 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	return resp, nil
 }
 
-// answerError is an answer that is no success.
+// answerError is an answer other than success.
 type answerError struct {
 	status int
 	text   string
@@ -191,7 +192,7 @@ func privateHint(status int) string {
 }
 
 // ociMessage is what an OCI error body says (distribution specification, "Error Codes"),
-// with a separator before it. What is longer than 64 KiB is none.
+// with a separator before it. A body longer than 64 KiB counts as none.
 func ociMessage(r io.Reader) string {
 	var body struct {
 		Errors []struct{ Code, Message string }
@@ -202,7 +203,7 @@ func ociMessage(r io.Reader) string {
 	return fmt.Sprintf(" (%s: %s)", body.Errors[0].Code, body.Errors[0].Message)
 }
 
-// resolve is Resolve, of which errors name the image.
+// resolve is Resolve, whose errors name the image.
 func (p *pull) resolve(ctx context.Context) (digest.Digest, error) {
 	if d, err := digest.Parse(p.image.Reference); err == nil && !p.NoStale {
 		return d, nil
@@ -282,7 +283,7 @@ func (p *pull) choose(blobs []blob) ([]blob, error) {
 	}), err
 }
 
-// blob reads a blob to its end, and believes its digest alone and no size.
+// blob reads a blob to its end, and trusts only its digest, no size.
 func (p *pull) blob(ctx context.Context, b blob) error {
 	started := time.Now()
 	resp, err := p.request(ctx, http.MethodGet, "blobs", b.Digest.String())
@@ -302,7 +303,7 @@ func (p *pull) blob(ctx context.Context, b blob) error {
 	return nil
 }
 
-// cutError is a body of a blob that ended before it was whole.
+// cutError says that the body of a blob ended before it was whole.
 type cutError struct {
 	digest digest.Digest
 	err    error

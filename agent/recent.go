@@ -19,8 +19,8 @@ import (
 const (
 	maxRecent      = 20  // what fits on a screen
 	maxRecentParts = 100 // few images have more; with maxRecent, 2 MB at the very most
-	// pullGap is for how long a repository may be left alone within one pull:
-	// longer than a runtime unpacks between two layers.
+	// pullGap is the longest pause within one pull: longer than a runtime
+	// unpacks between two layers.
 	pullGap = 30 * time.Second
 	// maxErrorText and maxUserAgent, in bytes, keep what clients and registries write
 	// within the bound above, and on a line.
@@ -29,8 +29,8 @@ const (
 )
 
 // recentPulls remembers the last images that were pulled. A runtime asks for
-// manifests and blobs and never says which belong together, so an image is what
-// is asked of one repository without a long pause.
+// manifests and blobs and never says which belong together, so requests for one
+// repository without a long pause count as one image.
 type recentPulls struct {
 	mu   sync.Mutex // guards what is below; not held while looking anything up
 	list []*RecentPull
@@ -61,8 +61,8 @@ func (r *recentPulls) record(e proxy.Event) {
 	r.list[i].add(e)
 }
 
-// trouble is what became of the newest answer about a tag or digest in an image's
-// repository, "" if that was no error or nobody asked.
+// trouble is the error of the newest answer about a tag or digest in an image's
+// repository, "" if it was no error or nobody asked.
 func (r *recentPulls) trouble(image Image, reference string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -79,8 +79,8 @@ func (r *recentPulls) trouble(image Image, reference string) string {
 	return ""
 }
 
-// containerdVersion is what containerd said of itself in its last request, ""
-// if it made none.
+// containerdVersion is the version that containerd gave in its last request,
+// "" if it made none.
 func (r *recentPulls) containerdVersion() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()

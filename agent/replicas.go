@@ -20,18 +20,19 @@ import (
 )
 
 const (
-	// replicaInterval is how often a node looks what it alone has. What is so twice in a
-	// row is copied: of what a rollout brings, others have it by then.
+	// replicaInterval is how often a node checks what only it has. What it finds twice
+	// in a row is copied: by then others have what a rollout brings.
 	replicaInterval = 20 * time.Second
-	// replicaFresh is how long ago something was used at most to be news, of which there
-	// may be no copy yet. What is older had its copy: the node with that is likely
-	// restarting, and comes back with it. Else a new version of the agent, rolled out node
-	// by node, would have each copy everything that the one before it holds.
+	// replicaFresh is how recently something must have been used to be new, with perhaps
+	// no copy yet. Anything older had its copy: the node that has it is likely restarting,
+	// and comes back with it. Else a new version of the agent, rolled out node by node,
+	// would have each node copy everything that the one before it holds.
 	replicaFresh = 2 * time.Minute
-	// replicaGrace is how long the node with that may take; a reboot takes less.
+	// replicaGrace is how long that node may take to come back; a reboot takes
+	// less.
 	replicaGrace = 10 * time.Minute
-	// replicaRound is how long copies are made until the node looks again: what is new
-	// goes before what is left of a large loss.
+	// replicaRound is how long copies are made before the node looks again: what is
+	// new goes before what is left of a large loss.
 	replicaRound = time.Minute
 	// replicaBackoff is the first pause after nobody would keep something; it doubles up
 	// to replicaPatience, which is also how long a registry's no is believed.
@@ -44,10 +45,10 @@ const (
 	replicaWorkers = 2
 )
 
-// replicas sees to it that what this node has is not lost with it: the blobs, and what
-// the tags stood for, that fewer nodes have than cache.replicas says. It asks others to
-// fetch them, and fetches what others ask it to. Nobody in particular is in charge of a
-// blob: all who have it ask the same others, who have it after the first.
+// replicas sees to it that what this node has is not lost with it: the blobs and tags
+// that fewer nodes have than cache.replicas says. It asks others to fetch them, and
+// fetches what others ask it to. Nobody is in charge of a blob: all nodes that have it
+// ask the same others, which have it after the first request.
 type replicas struct {
 	agent    *Agent
 	others   int // that are to have what this node has; 0 = none need
@@ -75,8 +76,8 @@ type refusal struct {
 	times int       // that it had something no more, or hides it: several say what 401 says
 }
 
-// mostMissing is how many things a registry may not have before their repository counts as
-// hidden from other nodes. What others say that they have is no answer of the registry's.
+// mostMissing is how many things a registry may lack before their repository counts as
+// hidden from other nodes. What others say they have is no answer from the registry.
 const mostMissing = 3
 
 // Results of copies, as the metric names them.
@@ -130,7 +131,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// calm waits until nothing is pulled through this node, which goes before copies.
+// calm waits until nothing is pulled through this node: pulls go before copies.
 func (r *replicas) calm(ctx context.Context) bool {
 	for len(r.agent.proxy.Pulls()) > 0 {
 		if !pause(ctx, time.Second) {
@@ -218,8 +219,8 @@ func (r *replicas) take(now time.Time) []peer.Copy {
 	})
 }
 
-// locate completes copies of blobs with a repository that they may be asked for by, each
-// time with another if there are several, and leaves out, until later, those that have none.
+// locate gives each blob to copy a repository under which it may be asked for, each time
+// another if there are several. It leaves out, until later, blobs that have none.
 func (r *replicas) locate(due map[digest.Digest]peer.Copy, tries map[digest.Digest]int) {
 	places := map[digest.Digest][]cache.Repository{}
 	r.agent.cache.Meta().WalkMembers(func(repository cache.Repository, d digest.Digest) bool {
@@ -308,11 +309,11 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 
 var errNoReplicas = errors.New("cache.replicas has this node keep no copies for others")
 
-// keepTime is far more than a copy takes on any link that is worth having.
+// keepTime is far longer than a copy takes on any usable link.
 const keepTime = time.Hour
 
-// keep fetches what another node asks this one to keep, if that costs nothing that was
-// used later. It goes on after ctx has ended: the asker's patience does. peer.ErrBusy says
+// keep fetches what another node asks this one to keep, if that evicts nothing that was
+// used later. It goes on after ctx, the asker's patience, has ended. peer.ErrBusy says
 // that it may be asked again soon.
 func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	a := r.agent
@@ -350,8 +351,7 @@ func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	}
 }
 
-// fetch makes a copy that is as old as what it is a copy of. It ends with the cache at the
-// latest.
+// fetch makes a copy that is as old as its original. It ends with the cache at the latest.
 func (r *replicas) fetch(ctx context.Context, c peer.Copy) error {
 	ctx, cancel := context.WithTimeout(ctx, keepTime)
 	defer cancel()

@@ -46,8 +46,8 @@ func (a *Agent) Status() Status {
 	}
 }
 
-// cacheProblem says that the cache keeps nothing new, "" if it may. What fills have set
-// aside counts as what may go: it does once they are whole.
+// cacheProblem says why the cache keeps nothing new, "" if it can. What fills have
+// reserved counts as evictable: it is, once they are whole.
 func cacheProblem(s cache.Stats) string {
 	switch {
 	case s.Free < 0 || s.Free+s.Bytes-s.Pinned > s.MinFree:

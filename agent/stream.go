@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// clientPatience is how long a client of an event stream may take nothing of it, or
-	// send nothing of an archive: longer than somebody looks at a terminal that he has
-	// stopped, or than `larder export` asks for manifests before it writes to a pipe.
+	// clientPatience is how long a client may read nothing of an event stream, or send
+	// nothing of an archive: longer than somebody leaves a terminal paused, or than
+	// `larder export` asks for manifests before it writes to a pipe.
 	clientPatience = 5 * time.Minute
 	// progressEvery limits how often a blob's progress is told.
 	progressEvery = 100 * time.Millisecond
@@ -37,7 +37,7 @@ func (a *Agent) newEventStream(w http.ResponseWriter) *eventStream {
 	return &eventStream{enc: json.NewEncoder(w), http: http.NewResponseController(w), patience: a.patience, told: map[digest.Digest]time.Time{}}
 }
 
-// follow has a puller tell of what it pulls under an image's name.
+// follow has a puller report what it pulls, under an image's name.
 func (s *eventStream) follow(p *Puller, name string) {
 	p.Progress = func(d digest.Digest, done, total int64) {
 		s.progress(d, WarmEvent{Image: name, Digest: d, Bytes: done, Total: total})
@@ -47,7 +47,7 @@ func (s *eventStream) follow(p *Puller, name string) {
 	}
 }
 
-// progress sends an event about a blob unless that was told of a moment ago.
+// progress sends an event about a blob unless the last one was a moment ago.
 func (s *eventStream) progress(d digest.Digest, event any) {
 	if s.due(d) {
 		s.send(event)

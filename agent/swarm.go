@@ -118,7 +118,7 @@ func (s *swarm) Fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 	})
 }
 
-// errHeld ends what would turn to the registry for a copy.
+// errHeld ends a copy that would have to turn to the registry.
 var errHeld = errors.New("copies are fetched from other nodes alone")
 
 // FetchHeld is Fetch without the registry.
@@ -142,7 +142,7 @@ func (s *swarm) fetch(ctx context.Context, t upstream.Target, kind proxy.Kind, f
 	return err
 }
 
-// asNode reports whether t is asked with a node's own credentials.
+// asNode reports whether t is asked for with a node's own credentials.
 func asNode(t upstream.Target) bool { return t.Authorization == "" && !t.Anonymous }
 
 // Resolve asks the repository's home.
@@ -180,7 +180,7 @@ func tagOf(t upstream.Target, tag string) peer.Reference {
 	return peer.Reference{Registry: t.Registry, Repository: t.Repository, Tag: tag}
 }
 
-// answerOf makes of a home's refusal the registry's own again.
+// answerOf turns a home's refusal back into the registry's own.
 func answerOf(t upstream.Target, op string, err error) error {
 	if r, ok := errors.AsType[*peer.Refusal](err); ok {
 		return &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: op, Status: r.Status, Challenge: r.Challenge, Err: r}
@@ -193,7 +193,8 @@ type swarmOrigin struct{ *swarm }
 
 var _ peer.Origin = swarmOrigin{}
 
-// targetOf is what another node asks about, on whose behalf it says.
+// targetOf is what another node asks about, on behalf of the caller that it
+// names.
 func targetOf(registry, repository, authorization string, node bool) upstream.Target {
 	return upstream.Target{Registry: registry, Repository: repository, Authorization: authorization, Anonymous: authorization == "" && !node}
 }
@@ -206,8 +207,8 @@ func wanted(w peer.Want) (upstream.Target, proxy.Kind) {
 	return targetOf(w.Registry, w.Repository, w.Authorization, w.Node), kind
 }
 
-// Fill starts this node's own fill of a blob, for who was admitted, and does not
-// wait for it.
+// Fill starts this node's own fill of a blob, for a caller that was admitted,
+// and does not wait for it.
 func (o swarmOrigin) Fill(_ context.Context, w peer.Want) error {
 	t, kind := wanted(w)
 	return o.agent.proxy.Prefetch(t, kind, w.Digest, w.Size)
@@ -255,8 +256,8 @@ func (o swarmOrigin) Keep(ctx context.Context, c peer.Copy) error {
 	return refusalOf(o.agent.replicas.keep(ctx, c))
 }
 
-// refusalOf keeps, of a registry's own answer or an operator's, what another node needs
-// to give the same answer to its client.
+// refusalOf keeps, of the registry's answer or an operator's rule, what another node
+// needs to give its client the same answer.
 func refusalOf(err error) error {
 	if errors.Is(err, proxy.ErrImported) {
 		return peer.ErrImported
@@ -288,7 +289,8 @@ func (s swarmStore) Lookup(d digest.Digest) (peer.StoredBlob, bool) {
 	return runtimePieces{b}, true
 }
 
-// Gives reports whether a blob may be given to who may have what registry gives.
+// Gives reports whether a blob may be given to callers that may have what
+// registry gives.
 func (s swarmStore) Gives(d digest.Digest, registry string) bool { return s.proxy.Gives(d, registry) }
 
 // piecesOf is a cache's reader as peers see it.
@@ -406,7 +408,7 @@ func (s *swarm) few(d digest.Digest, others int) bool {
 }
 
 // check waits, for readiness, until the first attempt to join was made; a lone
-// node is ready whatever came of it.
+// node is ready whatever its result.
 func (s *swarm) check() error {
 	select {
 	case <-s.Joined():

@@ -74,7 +74,7 @@ func (v *validator) notNegative(key string, d time.Duration) {
 	}
 }
 
-// within checks bounds that only a slip of the pen is beyond.
+// within checks bounds that only a typo exceeds.
 func (v *validator) within(key string, n, low, high int) {
 	if n < low || n > high {
 		v.bad(key, strconv.Itoa(n), "want %d to %d", low, high)

@@ -11,7 +11,8 @@ import (
 
 const (
 	// verdictKeyFile, in the cache directory, holds the key under which the
-	// metadata keeps who was let read what. Without it those facts are noise.
+	// metadata keeps who was allowed to read what. Without it those facts are
+	// noise.
 	verdictKeyFile = "verdicts.key"
 	// verdictKeySize is in bytes, as many as HMAC-SHA-256 makes use of.
 	verdictKeySize = 32
@@ -19,8 +20,8 @@ const (
 
 var errNoVerdictKey = errors.New("not a key")
 
-// verdictKey reads the key, or makes one. One that others may have read is no
-// secret any more: it is replaced, and with it goes what was remembered.
+// verdictKey reads the key, or makes one. A key that others may have read is
+// no longer secret: it is replaced, and what was remembered under it is lost.
 func verdictKey(dir string) ([]byte, error) {
 	path := filepath.Join(dir, verdictKeyFile)
 	key, err := readVerdictKey(path)
@@ -38,10 +39,10 @@ func verdictKey(dir string) ([]byte, error) {
 	return key, nil
 }
 
-// keepVerdictKey puts the key back where somebody has deleted it: else what is
-// remembered from now on would be noise after a restart. Where the directory is another
-// one, with a key of its own, that is used from now on: under it the facts there are kept,
-// and a refusal has to find the yes that it ends.
+// keepVerdictKey puts the key back if somebody has deleted it: else what is remembered
+// from now on would be noise after a restart. If the directory is a different one, with a
+// key of its own, that key is used from now on: the facts there are kept under it, and a
+// refusal has to find the yes that it ends.
 func (a *Agent) keepVerdictKey() {
 	path := filepath.Join(a.config.Cache.Dir, verdictKeyFile)
 	key, err := readVerdictKey(path)

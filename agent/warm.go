@@ -24,8 +24,9 @@ func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name str
 	return WarmEvent{Image: name, Done: true}
 }
 
-// kept says what of a pull is not on this node once all of it is settled: what there is no
-// room for is passed through, and what came first may have gone for what came last.
+// kept says which parts of a pull are not on this node once all of it is settled: what
+// there is no room for is passed through, and what came first may have been evicted for
+// what came last.
 func (a *Agent) kept(ctx context.Context, parts []Pulled) error {
 	var lost, all int64
 	for _, p := range parts {
