@@ -68,7 +68,7 @@ e2e: ## Real containerd, podman, skopeo and registries (root)
 .PHONY: e2e-k8s
 e2e-k8s: image ## An installation from its first command to its last, on real Kubernetes (root)
 	@LARDER_TOOLS_BIN=$$(for set in runtimes kubernetes deploy; do test/tools/install.sh $$set; done | paste -sd:); export LARDER_TOOLS_BIN; \
-	cd test/e2e && $(GO) test -count=1 -timeout 10m -v -run '^TestKubernetes$$' .
+	cd test/e2e && $(GO) test -count=1 -timeout 15m -v -run '^TestKubernetes$$' .
 
 .PHONY: deploy-test
 deploy-test: ## The chart by Helm, every preset and switch; the alerts by Prometheus' engine

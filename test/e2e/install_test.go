@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -8,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -34,6 +36,9 @@ type app struct {
 	image  string
 	secret string // the pods' imagePullSecret; "" = none
 }
+
+// proxyAddr is where runtimes find the agent of their node.
+const proxyAddr = "127.0.0.1:5050"
 
 // deployDir holds the chart and the plain manifest.
 var deployDir = filepath.Join("..", "..", "deploy")
@@ -264,27 +269,94 @@ func (i *installation) newNode(t *testing.T) {
 	i.wantCalm(t)
 }
 
-// rollingRestart replaces every agent while images are pulled on all nodes, one
-// after the other and without a pause: no pull may fail.
+// rollingRestart replaces every agent.
 func (i *installation) rollingRestart(t *testing.T) {
+	i.pullDuring(t, func() error {
+		_, err := i.k.try(i.k.kubectlBin, "--namespace", "larder", "rollout", "restart", "daemonset/larder")
+		return errors.Join(err, i.rolled())
+	})
+	i.wantCalm(t)
+}
+
+// rolled waits until every agent is the DaemonSet's newest.
+func (i *installation) rolled() error {
+	_, err := i.k.try(i.k.kubectlBin, "--namespace", "larder", "rollout", "status", "daemonset/larder", "--timeout", "120s")
+	return err
+}
+
+// pullDuring pulls images on all nodes, one after the other and without a pause, until
+// change returns: no pull may fail, and no runtime be told of a port that refuses.
+func (i *installation) pullDuring(t *testing.T, change func() error) {
+	t.Helper()
 	// So that a pull takes a second, and some agent stops in the middle of one.
 	i.link.command(t, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "100mbit", "burst", "256kb", "latency", "50ms")
 	defer i.link.command(t, "tc", "qdisc", "del", "dev", "eth0", "root")
-	i.k.kubectl(t, "--namespace", "larder", "rollout", "restart", "daemonset/larder")
-	before, pulls := i.r.on(t).accesses(), 0
-	for rolling := true; rolling; pulls++ {
+	failed := func() string {
+		return i.k.kubectl(t, "get", "events", "--field-selector", "reason=Failed", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.message}{"\n"}{end}`)
+	}
+	before, failedBefore, pulls := i.r.on(t).accesses(), failed(), 0
+	ended := make(chan struct{})
+	var changing sync.WaitGroup
+	defer changing.Wait()
+	changing.Go(func() {
+		defer close(ended)
+		if err := change(); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, n := range i.k.nodes {
+		changing.Go(func() { n.wantNoDeadMirror(t, ended) })
+	}
+	for pulling := true; pulling; pulls++ {
 		a, _ := i.push(t, 12<<20)
 		i.deploy(t, a)
 		i.k.kubectl(t, "delete", "deployment", a.name)
-		status := i.k.kubectl(t, "--namespace", "larder", "rollout", "status", "daemonset/larder", "--watch=false")
-		rolling = !strings.Contains(status, "successfully rolled out")
+		pulling = !closed(ended)
 	}
 	direct := byRuntime(blobReads(i.r.on(t).accesses()[len(before):]))
 	t.Logf("%d images on %d nodes meanwhile; of the blobs, containerd fetched %d itself", pulls, len(i.k.nodes), len(direct))
-	if failed := i.k.kubectl(t, "get", "events", "--field-selector", "reason=Failed"); failed != "" {
-		t.Errorf("pulls failed:\n%s", failed)
+	if now := failed(); now != failedBefore {
+		t.Errorf("pulls failed:\n%s\nbefore:\n%s", now, failedBefore)
 	}
-	i.wantCalm(t)
+}
+
+// wantNoDeadMirror looks, until ended is closed, whether the node's runtime is told of a
+// port that refuses. Two looks in a row count: one may have begun before an agent stopped
+// and ended after the next one started. And it must have been told of one at some time.
+func (n *kubeNode) wantNoDeadMirror(t *testing.T, ended <-chan struct{}) {
+	told := func() bool {
+		body, err := os.ReadFile(n.path("/etc/containerd/certs.d/_default/hosts.toml"))
+		return err == nil && strings.Contains(string(body), proxyAddr)
+	}
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	ever := false
+	for dead := 0; !closed(ended); <-tick.C {
+		before := told()
+		ever = ever || before
+		conn, err := n.dial(t.Context(), "tcp", proxyAddr)
+		if err == nil {
+			conn.Close()
+		}
+		if err == nil || !before || !told() {
+			dead = 0
+		} else if dead++; dead == 2 {
+			t.Errorf("%s: hosts.toml names %s: %v", n.name, proxyAddr, err)
+			return
+		}
+	}
+	if !ever {
+		t.Errorf("%s: hosts.toml never named %s", n.name, proxyAddr)
+	}
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // privateImage: pods that have the secret get the image, once for all nodes; pods
@@ -312,7 +384,10 @@ func (i *installation) privateImage(t *testing.T) {
 
 // deletePlain removes what plainManifest has made; every node must be as it was.
 func (i *installation) deletePlain(t *testing.T) {
-	i.k.kubectl(t, "delete", "-f", filepath.Join(deployDir, "larder.yaml"), "--timeout", "90s")
+	i.pullDuring(t, func() error {
+		_, err := i.k.try(i.k.kubectlBin, "delete", "-f", filepath.Join(deployDir, "larder.yaml"), "--timeout", "90s")
+		return err
+	})
 	i.wantUntouched(t, i.k.nodes...)
 	a, image := i.push(t, 4<<10)
 	seen := i.r.on(t).during(func() { i.deploy(t, a) })
@@ -339,11 +414,11 @@ func (i *installation) presets(t *testing.T) {
 	}
 }
 
-// helm installs the chart, tests it with its own test, and upgrades it, which keeps
-// the key and takes the last node out.
+// helm installs the chart, tests it with its own test, upgrades it, which keeps the key
+// and takes the last node out, and takes that back.
 func (i *installation) helm(t *testing.T) {
-	chart := []string{filepath.Join(deployDir, "chart"), "--namespace", "larder", "--wait", "--timeout", "90s"}
-	i.k.helm(t, append([]string{"install", "larder", "--create-namespace"}, chart...)...)
+	release, chart := []string{"--namespace", "larder", "--wait", "--timeout", "120s"}, filepath.Join(deployDir, "chart")
+	i.k.helm(t, append([]string{"install", "larder", chart, "--create-namespace"}, release...)...)
 	i.awaitAgents(t, i.k.nodes...)
 	t.Log(i.k.helm(t, "test", "larder", "--namespace", "larder", "--logs"))
 	i.second(t)
@@ -352,11 +427,19 @@ func (i *installation) helm(t *testing.T) {
 	for _, n := range i.k.nodes[:last] {
 		i.k.kubectl(t, "label", "node", n.name, "larder=yes")
 	}
-	i.k.helm(t, append([]string{"upgrade", "larder", "--set-string", "nodeSelector.larder=yes"}, chart...)...)
+	i.pullDuring(t, func() error {
+		_, err := i.k.try(i.k.helmBin, append([]string{"upgrade", "larder", chart, "--set-string", "nodeSelector.larder=yes"}, release...)...)
+		return errors.Join(err, i.rolled())
+	})
 	i.awaitAgents(t, i.k.nodes[:last]...)
 	i.wantUntouched(t, i.k.nodes[last])
+	i.pullDuring(t, func() error {
+		_, err := i.k.try(i.k.helmBin, append([]string{"rollback", "larder", "1"}, release...)...)
+		return errors.Join(err, i.rolled())
+	})
+	i.awaitAgents(t, i.k.nodes...)
 	if i.key(t) != key {
-		t.Error("the upgrade changed the cluster key")
+		t.Error("the upgrade or its rollback changed the cluster key")
 	}
 	i.wantCalm(t)
 }
