@@ -85,6 +85,14 @@ func TestEvents(t *testing.T) {
 	const first = 100 << 10
 	fault := reg.Inject(registrytest.Match{Kind: registrytest.Blob, Reference: layer.Digest.String()}, registrytest.StallAfter(first))
 	a := start(t, c)
+	eventually(t, "a first sample", func() error {
+		a.events.mu.Lock()
+		defer a.events.mu.Unlock()
+		if len(a.events.samples) == 0 {
+			return errors.New("none yet")
+		}
+		return nil
+	})
 	s := a.listen(t)
 	var opening struct {
 		Interval float64 `json:"interval_seconds"`
