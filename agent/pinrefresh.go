@@ -52,7 +52,7 @@ func (s *pins) puller() Puller {
 }
 
 // pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
-const pinUserAgent = proxy.OwnAgent + "pin"
+const pinUserAgent = proxy.OwnUserAgent + "pin"
 
 // resolve finds what p's name stands for.
 func (s *pins) resolve(ctx context.Context, p *pin) (digest.Digest, error) {

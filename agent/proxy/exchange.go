@@ -57,7 +57,7 @@ type exchange struct {
 	cancel context.CancelCauseFunc
 	route  route
 	access access // from begin on
-	own    bool   // see OwnAgent
+	own    bool   // see OwnUserAgent
 	start  time.Time
 	// The next four are used by the handler's goroutine alone.
 	status    int
@@ -80,7 +80,7 @@ func (p *Proxy) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	return &exchange{
 		ResponseWriter: w, proxy: p, r: r, ctx: ctx, cancel: cancel, start: time.Now(),
-		route: route{kind: KindOther}, source: sourceNone, own: strings.HasPrefix(r.UserAgent(), OwnAgent),
+		route: route{kind: KindOther}, source: sourceNone, own: strings.HasPrefix(r.UserAgent(), OwnUserAgent),
 	}
 }
 

@@ -36,10 +36,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 }
 
-// OwnAgent begins the User-Agent of requests that the agent makes to its own proxy: to
+// OwnUserAgent begins the User-Agent of requests that the agent makes to its own proxy: to
 // warm the cache, for a pin, or as its watchdog. They are answered and audited like any
 // other, but their bytes do not count as served to a runtime: those of the later pull do.
-const OwnAgent = "larder-"
+const OwnUserAgent = "larder-"
 
 // ServedBytes is the counter larder_served_bytes_total, whoever registered it.
 func (p *Proxy) ServedBytes() prometheus.Collector { return p.metrics.served }

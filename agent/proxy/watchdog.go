@@ -71,7 +71,7 @@ func (p *Proxy) probe(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req.Header.Set("User-Agent", OwnAgent+"watchdog")
+	req.Header.Set("User-Agent", OwnUserAgent+"watchdog")
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: p.opts.Watch.Timeout} // and no proxy
 	resp, err := client.Do(req)
 	if err != nil {
