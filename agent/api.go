@@ -142,7 +142,7 @@ type RecentPull struct {
 	Reference  string    `json:"reference"` // tag or digest; "" if no manifest was asked for
 	Started    time.Time `json:"started"`
 	Ended      time.Time `json:"ended"`                // the last answer so far
-	UserAgent  string    `json:"user_agent,omitempty"` // of who asked, shortened
+	UserAgent  string    `json:"user_agent,omitempty"` // of the client, shortened
 	// Served are its bytes by X-Larder-Source.
 	Served map[string]int64 `json:"served_bytes"`
 	Failed int              `json:"failed"` // answers that were an error, or ended short

@@ -27,7 +27,7 @@ var errNotBelow = errors.New("not below this manifest")
 // walkImage goes through an image for one platform as choose understands it: first the
 // root, then what each index chooses, depth first. No digest comes twice, for platforms
 // share layers, and indexes of indexes could name one another without end. More than
-// maxManifests are an error.
+// maxManifests or maxManifestBytes is an error.
 //
 // read returns the bytes of a manifest, whose digest and length (archive.MaxManifest) it
 // has seen to. visit is told what they say: the descriptor with its true size, the

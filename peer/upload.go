@@ -56,7 +56,7 @@ type upload struct {
 	piece   int
 	size    int
 	hinted  bool // a refusal may name a better piece
-	foreign bool // for another zone, or who gives it to nobody
+	foreign bool // for another zone, or a node that gives it to nobody
 	given   int  // times this node has given the piece before
 	hint    uint32
 	spare   int // given pieces are served only while fewer uploads are under way

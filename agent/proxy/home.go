@@ -182,7 +182,7 @@ func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest
 	if !p.cache.Has(d) {
 		return fmt.Errorf("keep %s: %w", d, errNotKept)
 	}
-	if kind == KindManifest { // what it lists belongs to the repository then, also for who is asked next
+	if kind == KindManifest { // from then on what it lists belongs to the repository
 		_, err = p.manifest(ctx, t, d)
 	}
 	return err

@@ -214,7 +214,7 @@ func (r Registry) checkAccess() (problems []error) {
 			}
 		}
 	}
-	if r.Allow != nil && len(r.Allow) == 0 { // means all to a program, and none to who writes it
+	if r.Allow != nil && len(r.Allow) == 0 { // means all to a program, and none to its author
 		bad(`allow names no repository: leave it out for all, or write deny = ["**"] for none`)
 	}
 	if len(r.NodeRepositories) > 0 && r.Auth != "node" {
