@@ -175,7 +175,12 @@ func (f *fetch) covered(off int64) bool {
 // stream would not bring it sooner, and what is on its way would be lost (see I7). Where
 // twenty agents shared two busy cores, homes without this check were sent up to 46 MB
 // for 40.
-func (cl *claim) heldUp() bool { return cl.body != nil && cl.body.unread() >= readBuffer }
+func (cl *claim) heldUp() bool { return cl.body != nil && cl.body.unread() >= behind }
+
+// behind is how many bytes wait for a reader that does not keep up. One that does leaves
+// none for longer than it takes to wake it; how many wait for the other is the kernel's
+// choice, with a small receive buffer as few as 5.7 KB.
+const behind = 4 << 10
 
 // split takes the far half of the claim that would take longest.
 func (f *fetch) split(piece int64, now time.Time) (*claim, bool) {
