@@ -253,7 +253,7 @@ func TestDeadHolder(t *testing.T) {
 	holder.give(d)
 	holder.s.Announce(d)
 	waitFor(t, func() bool { return len(home.s.Holders(d)) > 0 })
-	holder.s.gossip.abrupt = true
+	_ = holder.s.gossip.net.Shutdown() // it says no word
 	holder.kill()
 	start := time.Now()
 	home.wantOK(d)
@@ -266,7 +266,7 @@ func TestRestartUnderAnotherAddress(t *testing.T) {
 	w := newTestWorld()
 	nodes := w.gossipCluster(t, 3)
 	old := nodes[2]
-	old.s.gossip.abrupt = true
+	_ = old.s.gossip.net.Shutdown() // it says no word
 	old.kill()
 	fresh := w.node(t, "node-2", gossiping(nodes[0]))
 	waitFor(t, func() bool {

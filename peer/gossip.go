@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -43,11 +42,8 @@ type gossip struct {
 	queue *memberlist.TransmitLimitedQueue
 	lines *slogWriter
 	inbox chan []byte
-	told  atomic.Int64  // bytes of index messages given to packets
 	tried chan struct{} // closed after the first attempt to join
-	// abrupt makes the node end without a word, as if it were killed.
-	abrupt bool
-	wake   chan struct{} // for serve: there are notes
+	wake  chan struct{} // for serve: there are notes
 
 	mu    sync.Mutex // guards the following
 	notes []note
@@ -176,10 +172,8 @@ func (g *gossip) run(ctx context.Context) {
 	tasks.Go(func() { g.serve(ctx) })
 	tasks.Go(func() { g.rejoin(ctx) })
 	<-ctx.Done()
-	if !g.abrupt {
-		if err := g.list.Leave(leaveTimeout); err != nil {
-			g.s.log.Debug("leaving was not heard", "err", err)
-		}
+	if err := g.list.Leave(leaveTimeout); err != nil {
+		g.s.log.Debug("leaving was not heard", "err", err)
 	}
 	if err := g.list.Shutdown(); err != nil {
 		g.s.log.Warn("gossip did not stop", "err", err)
@@ -246,11 +240,7 @@ func (g *gossip) NotifyMsg(p []byte) {
 
 // GetBroadcasts implements memberlist.Delegate.
 func (g *gossip) GetBroadcasts(overhead, limit int) [][]byte {
-	ms := g.queue.GetBroadcasts(overhead, limit)
-	for _, m := range ms {
-		g.told.Add(int64(len(m)))
-	}
-	return ms
+	return g.queue.GetBroadcasts(overhead, limit)
 }
 
 // LocalState implements memberlist.Delegate: a vector of how far the index

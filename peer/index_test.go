@@ -276,7 +276,6 @@ type crowd struct {
 type sample struct {
 	at     time.Time
 	gossip int64 // bytes sent
-	index  int64 // of them index messages
 	cpu    time.Duration
 }
 
@@ -284,7 +283,6 @@ func (c *crowd) sample() sample {
 	s := sample{at: time.Now(), cpu: processorTime(c.t)}
 	for _, n := range c.nodes {
 		s.gossip += n.s.gossip.net.sent.Load()
-		s.index += n.s.gossip.told.Load()
 	}
 	return s
 }
@@ -293,10 +291,8 @@ func (c *crowd) sample() sample {
 func (c *crowd) report(what string) {
 	now, n := c.sample(), float64(len(c.nodes))
 	took := now.at.Sub(c.from.at)
-	perNode := func(bytes int64) float64 { return float64(bytes) / n / took.Seconds() / 1000 }
-	c.t.Logf("%s: %v, %v of processor; each sent %.1f kB/s of gossip, %.1f kB/s of it messages of the index",
-		what, took.Round(10*time.Millisecond), (now.cpu - c.from.cpu).Round(10*time.Millisecond),
-		perNode(now.gossip-c.from.gossip), perNode(now.index-c.from.index))
+	c.t.Logf("%s: %v, %v of processor; each sent %.1f kB/s of gossip", what, took.Round(10*time.Millisecond),
+		(now.cpu - c.from.cpu).Round(10*time.Millisecond), float64(now.gossip-c.from.gossip)/n/took.Seconds()/1000)
 	c.from = now
 }
 
