@@ -330,7 +330,7 @@ func TestStrangers(t *testing.T) {
 				return // refused in the handshake: just as good
 			}
 			defer conn.Close()
-			h := hello{version: wireVersion, name: stranger.s.self.Name}.append(nil)
+			h := hello{name: stranger.s.self.Name}.append(nil)
 			_, _ = conn.Write(appendFrame(h, framePing, func(b []byte) []byte { return b })) // may be refused already
 			_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
 			got, err := io.ReadAll(conn)

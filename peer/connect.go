@@ -291,7 +291,7 @@ func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 		conn = tc
 	}
 	l := newLink(s, conn, *m, true)
-	l.send(hello{version: wireVersion, epoch: s.self.Epoch, name: s.self.Name, zone: s.self.Zone}.append)
+	l.send(hello{epoch: s.self.Epoch, name: s.self.Name, zone: s.self.Zone}.append)
 	return l, nil
 }
 
