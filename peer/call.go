@@ -66,7 +66,20 @@ func (e *remoteError) Error() string { return e.text }
 
 // ask calls a method whose answer is one JSON value.
 func (l *link) ask(ctx context.Context, method byte, q, a any) error {
-	return l.call(ctx, method, marshal(q), func(c call) error { return c.into(a, l.node) })
+	c, err := l.call(ctx, method, marshal(q))
+	if err != nil {
+		return err
+	}
+	return c.into(a, l.node)
+}
+
+// askPage calls a method of the index, whose answers are binary; any status but OK is ErrBusy.
+func (l *link) askPage(ctx context.Context, method byte, q []byte) ([]byte, error) {
+	c, err := l.call(ctx, method, q)
+	if err == nil && c.method != statusOK {
+		err = ErrBusy
+	}
+	return c.body, err
 }
 
 // into reads an answer of a node.

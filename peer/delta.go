@@ -193,14 +193,11 @@ func (x *index) catchUp(ctx context.Context, name string) error {
 		if !ok {
 			return nil
 		}
-		var d delta
-		err := l.call(ctx, methodDelta, deltaAsk{seq, from}.append(nil), func(c call) (err error) {
-			if c.method != statusOK {
-				return ErrBusy
-			}
-			d, err = parseDelta(c.body)
+		body, err := l.askPage(ctx, methodDelta, deltaAsk{seq, from}.append(nil))
+		if err != nil {
 			return err
-		})
+		}
+		d, err := parseDelta(body)
 		if err != nil {
 			return err
 		}

@@ -445,14 +445,14 @@ func (l *link) start(u *upload) bool {
 	return true
 }
 
-// call asks the peer and waits for the answer, which is given to got; errLinkClosed if the link
-// ends first. If the caller does not wait that long, the answer is lost.
-func (l *link) call(ctx context.Context, method byte, body []byte, got func(call) error) error {
+// call asks the peer and waits for the answer; errLinkClosed if the link ends first. If the
+// caller does not wait that long, the answer is lost.
+func (l *link) call(ctx context.Context, method byte, body []byte) (call, error) {
 	answer := make(chan call, 1)
 	l.mu.Lock()
 	if l.closed != nil {
 		l.mu.Unlock()
-		return errLinkClosed
+		return call{}, errLinkClosed
 	}
 	l.nextID++
 	id := l.nextID
@@ -469,11 +469,11 @@ func (l *link) call(ctx context.Context, method byte, body []byte, got func(call
 	select {
 	case a, ok := <-answer:
 		if !ok {
-			return errLinkClosed
+			return call{}, errLinkClosed
 		}
-		return got(a)
+		return a, nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return call{}, ctx.Err()
 	}
 }
 

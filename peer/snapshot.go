@@ -129,11 +129,7 @@ func parseShardsPage(p []byte) (next uint16, ps []posting, err error) {
 // adopt fetches the index of another member: which members its numbers stand for and how far
 // it knows them, then all postings. Only at the end is it noted that this node knows them as
 // far, because only then it does.
-func (x *index) adopt(ctx context.Context, name string) error {
-	m, ok := x.s.roster.get(name)
-	if !ok {
-		return nil
-	}
+func (x *index) adopt(ctx context.Context, m *Member) error {
 	l, err := x.s.connect(ctx, m)
 	if err != nil {
 		return err
@@ -165,14 +161,11 @@ func (x *index) adopt(ctx context.Context, name string) error {
 // pages asks for page after page; each must begin after the one before.
 func (x *index) pages(ctx context.Context, l *link, kind byte, take func([]byte) (uint16, error)) error {
 	for from := uint16(0); ; {
-		var next uint16
-		err := l.call(ctx, methodSnapshot, pageAsk{kind, from}.append(nil), func(c call) (err error) {
-			if c.method != statusOK {
-				return ErrBusy
-			}
-			next, err = take(c.body)
+		body, err := l.askPage(ctx, methodSnapshot, pageAsk{kind, from}.append(nil))
+		if err != nil {
 			return err
-		})
+		}
+		next, err := take(body)
 		if err != nil || next == 0 {
 			return err
 		}
@@ -228,7 +221,7 @@ func (x *index) bootstrap(now time.Time, late int) bool {
 	}
 	x.adopted = now
 	x.s.spawn(func(ctx context.Context) {
-		if err := x.adopt(ctx, m.Name); err != nil {
+		if err := x.adopt(ctx, m); err != nil {
 			x.s.log.Debug("index not adopted", "peer", m.Node, "err", err)
 		}
 	})
