@@ -12,9 +12,9 @@ const hintTime = 30 * time.Millisecond
 // asked answers a request for a piece: it is queued, or the asker hears at once
 // that it should go elsewhere (I5). A member that was not let in gets nothing
 // (I9).
-func (b *blob) asked(l *link, w want) {
+func (s *Swarm) asked(l *link, w want) {
 	var u *upload
-	if b.lets(l.peer) {
+	if b := s.knownBlob(w.blob); b != nil && b.lets(l.peer) {
 		u = b.grant(l, w)
 	}
 	if u == nil {
@@ -22,8 +22,7 @@ func (b *blob) asked(l *link, w want) {
 		return
 	}
 	l.touch()
-	if wait, ok := b.s.uploads.add(u); !ok {
-		b.refused(u)
+	if wait, ok := s.uploads.add(u); !ok {
 		u.refuse(wait)
 	}
 }
@@ -72,9 +71,6 @@ func (b *blob) mayBeOnlyLocked() bool { return b.authority || b.wholeLocked() }
 func (b *blob) refused(u *upload) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if u.foreign {
-		return
-	}
 	if u.hinted && u.given > 0 {
 		u.hint = b.hintLocked(u.l)
 	}
@@ -85,13 +81,11 @@ func (b *blob) refused(u *upload) {
 func (b *blob) notGiven(u *upload) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !u.foreign {
-		b.notGivenLocked(u)
-	}
+	b.notGivenLocked(u)
 }
 
 func (b *blob) notGivenLocked(u *upload) {
-	if b.given[u.piece] == 0 { // it counts anew, see forgetGiven
+	if u.foreign || b.given[u.piece] == 0 { // it did not count, or it counts anew, see forgetGiven
 		return
 	}
 	b.given[u.piece]--

@@ -225,7 +225,7 @@ func TestCutIsNotGiven(t *testing.T) {
 	b.admit(l.peer, "")
 	fresh := func() int { b.mu.Lock(); defer b.mu.Unlock(); return b.fresh }
 	for i := range b.n {
-		b.asked(l, want{id: uint32(i + 1), blob: b.id, piece: uint32(i)})
+		n.s.asked(l, want{id: uint32(i + 1), blob: b.id, piece: uint32(i)})
 	}
 	if got := fresh(); got != 0 {
 		t.Fatalf("%d pieces were never given, want 0", got)

@@ -109,15 +109,6 @@ func (s *Swarm) takesPart(b *blob, member string) bool {
 	return b.isHome() || b.active() || there && b.lets(member)
 }
 
-func (s *Swarm) asked(l *link, w want) {
-	b := s.knownBlob(w.blob)
-	if b == nil {
-		l.send(func(p []byte) []byte { return answer{id: w.id}.append(p, frameGone) })
-		return
-	}
-	b.asked(l, w)
-}
-
 // denied takes in that a request of ours will not be answered, or not yet.
 func (s *Swarm) denied(l *link, t frameType, a answer) {
 	switch r := l.forget(a.id); {

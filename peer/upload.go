@@ -55,8 +55,8 @@ type upload struct {
 	id      uint32
 	piece   int
 	size    int
-	hinted  bool // a refusal may name a better piece
-	foreign bool // for another zone, or a node that gives it to nobody
+	hinted  bool // a refusal may name a better piece; never if foreign
+	foreign bool // for another zone, or a node that gives it to nobody: it does not count as given
 	given   int  // times this node has given the piece before
 	hint    uint32
 	spare   int // given pieces are served only while fewer uploads are under way
@@ -113,7 +113,6 @@ func (q *uploads) add(u *upload) (wait time.Duration, ok bool) {
 	q.dispatchLocked()
 	q.mu.Unlock()
 	if worst != nil {
-		worst.blob.refused(worst)
 		worst.refuse(wait)
 	}
 	return 0, true
@@ -172,7 +171,9 @@ func (q *uploads) takeWorst() *upload {
 	return u
 }
 
+// refuse makes the asker go elsewhere.
 func (u *upload) refuse(wait time.Duration) {
+	u.blob.refused(u)
 	u.l.send(func(b []byte) []byte {
 		return answer{id: u.id, delay: uint32(wait.Milliseconds()), hint: u.hint}.append(b, frameBusy)
 	})
