@@ -85,7 +85,7 @@ func (b *blob) oweLocked(now time.Time) {
 // owedLocked reports whether something is missing here, and neighbours hold or send all of it.
 func (b *blob) owedLocked() bool {
 	for i := range b.n {
-		if !b.here.has(i) && b.avail[i] == 0 && b.wants[i] == nil {
+		if !b.here.has(i) && !b.elsewhereLocked(i) {
 			return false
 		}
 	}
@@ -106,20 +106,15 @@ func (b *blob) lost(start, end int64) (int64, int64) {
 	if b.size == 0 {
 		return start, end
 	}
-	for start < end {
-		i := int(start / b.pieceSize)
-		if i >= b.n || (b.avail[i] == 0 && b.wants[i] == nil) {
-			break
+	skip := func(off int64, elsewhere bool) int64 {
+		for i := int(off / b.pieceSize); off < end && i < b.n && b.elsewhereLocked(i) == elsewhere; i++ {
+			off = int64(i+1) * b.pieceSize
 		}
-		start = int64(i+1) * b.pieceSize
+		return min(off, end)
 	}
-	at := start
-	for at < end {
-		i := int(at / b.pieceSize)
-		if i >= b.n || b.avail[i] > 0 || b.wants[i] != nil {
-			break
-		}
-		at = int64(i+1) * b.pieceSize
-	}
-	return min(start, end), min(at, end)
+	start = skip(start, true)
+	return start, skip(start, false)
 }
+
+// elsewhereLocked reports whether a neighbour holds or sends a piece.
+func (b *blob) elsewhereLocked(i int) bool { return b.avail[i] > 0 || b.wants[i] != nil }
