@@ -29,7 +29,7 @@ func (s *Swarm) asked(l *link, w want) {
 
 // grant makes the upload of a piece that is here, and counts it as given.
 func (b *blob) grant(l *link, w want) *upload {
-	home := b.isHome()
+	home := b.home.count() > 0
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	i := int(w.piece)

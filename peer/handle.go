@@ -106,7 +106,7 @@ func (s *Swarm) takesPart(b *blob, member string) bool {
 		return true
 	}
 	there := b.offered() > 0 || s.seedFromStore(b) == nil
-	return b.isHome() || b.active() || there && b.lets(member)
+	return b.home.count() > 0 || b.active() || there && b.lets(member)
 }
 
 // denied takes in that a request of ours will not be answered, or not yet.

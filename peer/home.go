@@ -108,11 +108,11 @@ func (m *meeting) doubt() time.Time {
 	return m.doubted
 }
 
-// isHome reports whether anybody meets here.
-func (b *blob) isHome() bool {
-	b.home.mu.Lock()
-	defer b.home.mu.Unlock()
-	return len(b.home.names) > 0
+// count is how many meet here.
+func (m *meeting) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.names)
 }
 
 func (m *meeting) forget(name string) {

@@ -85,9 +85,7 @@ func (s *Swarm) Status() Status {
 }
 
 func (b *blob) status() BlobStatus {
-	b.home.mu.Lock()
-	meeting := len(b.home.names)
-	b.home.mu.Unlock()
+	meeting := b.home.count()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return BlobStatus{Digest: b.d, Size: b.size, Pieces: b.n, Here: b.n - b.missing, Fetching: b.fill != nil,
