@@ -263,18 +263,20 @@ func (g *gossip) NotifyLeave(n *memberlist.Node) { g.note(n, true) }
 // note leaves word of a change. memberlist writes to its Nodes at any time, and
 // only here, in its callbacks, may they be read.
 func (g *gossip) note(n *memberlist.Node, left bool) {
-	g.locate(n, left)
-	if n.Name == g.s.self.Name {
-		return
-	}
 	ip, _ := netip.AddrFromSlice(n.Addr)
 	m, err := parseMember(n.Name, ip, n.Meta)
 	if err != nil {
 		g.s.log.Debug("member ignored", "err", err)
-		return
 	}
 	g.mu.Lock()
-	g.notes = append(g.notes, note{m, left})
+	if left {
+		delete(g.addrs, n.Name)
+	} else {
+		g.addrs[n.Name] = n.Address()
+	}
+	if err == nil && n.Name != g.s.self.Name {
+		g.notes = append(g.notes, note{m, left})
+	}
 	g.mu.Unlock()
 	select {
 	case g.wake <- struct{}{}:
@@ -297,16 +299,6 @@ func (g *gossip) ownAddr(addr string) string {
 	host, _, _ := net.SplitHostPort(own)
 	_, port, _ := net.SplitHostPort(addr)
 	return net.JoinHostPort(host, port)
-}
-
-func (g *gossip) locate(n *memberlist.Node, left bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if left {
-		delete(g.addrs, n.Name)
-	} else {
-		g.addrs[n.Name] = n.Address()
-	}
 }
 
 // broadcast is one index message on its way.
