@@ -328,8 +328,7 @@ func (l *link) write() {
 		if u != nil {
 			err = l.writeChunk(u)
 		} else {
-			err = l.put(ctl)
-			l.recycle(ctl)
+			err = l.putControl(ctl)
 		}
 		if err != nil {
 			l.close(fmt.Errorf("%w: %w", errLinkClosed, err))
@@ -357,10 +356,9 @@ func (l *link) limit(n int) error {
 			if len(ctl) == 0 {
 				continue
 			}
-			if err := l.put(ctl); err != nil {
+			if err := l.putControl(ctl); err != nil {
 				return err
 			}
-			l.recycle(ctl)
 		}
 	}
 }
@@ -380,13 +378,15 @@ func (l *link) controlLocked() (ctl []byte) {
 	return ctl
 }
 
-func (l *link) recycle(b []byte) {
-	if cap(b) > 64<<10 {
-		return
+// putControl writes control frames, and keeps their buffer for the next ones unless it is large.
+func (l *link) putControl(ctl []byte) error {
+	err := l.put(ctl)
+	if cap(ctl) <= 64<<10 {
+		l.mu.Lock()
+		l.spare = ctl[:0]
+		l.mu.Unlock()
 	}
-	l.mu.Lock()
-	l.spare = b[:0]
-	l.mu.Unlock()
+	return err
 }
 
 // writeChunk sends the next bytes of an upload. Bytes that cannot be read make
