@@ -127,7 +127,8 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 		stop := s.ahead(m, homes())
 		b, err := s.put(ctx, m, method, r)
 		stop()
-		if err == nil {
+		switch {
+		case err == nil:
 			if enough, err := take(b); enough || err != nil {
 				return err
 			}
@@ -137,16 +138,16 @@ func (s *Swarm) consult(ctx context.Context, method byte, r Reference, take func
 				ctx, cancel = context.WithTimeout(ctx, betterTime)
 				defer cancel()
 			}
-			continue
-		}
-		if refused(err) || ctx.Err() != nil && !taken {
+		case refused(err):
 			return err
+		case ctx.Err() != nil && taken:
+			return nil
+		case ctx.Err() != nil:
+			return err
+		default:
+			s.log.Debug("home has no answer", "peer", m.Node, "err", err)
+			failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 		}
-		if ctx.Err() != nil {
-			break
-		}
-		s.log.Debug("home has no answer", "peer", m.Node, "err", err)
-		failed, reached = err, reached || m.Name == s.self.Name || answered(err)
 	}
 	switch {
 	case taken:
