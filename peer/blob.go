@@ -125,8 +125,8 @@ type neighbour struct {
 	size      int64 // as it says; 0 = it does not know
 	pieceSize int64
 	have      bitmap
-	n         int
-	flying    int
+	haveN     int       // pieces in have
+	flying    int       // requests under way
 	busy      time.Time // turned away, ask again then
 	load      byte
 	took      time.Duration // smoothed time of a piece
@@ -326,7 +326,7 @@ func (b *blob) opened(l *link, o open) {
 		return
 	}
 	b.countLocked(nb, -1)
-	nb.size, nb.pieceSize, nb.have, nb.n = o.size, o.pieceSize, o.have, o.have.count()
+	nb.size, nb.pieceSize, nb.have, nb.haveN = o.size, o.pieceSize, o.have, o.have.count()
 	b.countLocked(nb, +1)
 	b.lastUse = time.Now()
 	b.mu.Unlock()
@@ -339,7 +339,7 @@ func (b *blob) opened(l *link, o open) {
 func (b *blob) adopt(l *link) {
 	b.mu.Lock()
 	f, nb := b.fill, b.nbrs[l.peer]
-	if f == nil || nb == nil || nb.n == 0 || nb.size == 0 || !b.signers[l.peer] || b.size != 0 && !b.fits(nb) {
+	if f == nil || nb == nil || nb.haveN == 0 || nb.size == 0 || !b.signers[l.peer] || b.size != 0 && !b.fits(nb) {
 		b.mu.Unlock()
 		return
 	}
@@ -376,7 +376,7 @@ func (b *blob) haves(l *link, h have) {
 				continue
 			}
 			nb.have.set(i)
-			nb.n++
+			nb.haveN++
 			if fits {
 				b.avail[i]++
 				news = news || !b.here.has(i)
@@ -449,7 +449,7 @@ func (b *blob) failed(r *request, gone bool) {
 		// It said it had the piece. Do not believe it again for this one.
 		r.nb.have[r.piece>>3] &^= 0x80 >> (r.piece & 7)
 		b.avail[r.piece]--
-		r.nb.n--
+		r.nb.haveN--
 	}
 	b.mu.Unlock()
 	b.poke()

@@ -52,7 +52,7 @@ func (r *Refusal) short() Refusal {
 }
 
 const (
-	maxStatusLen    = 256 // bytes of text for people
+	maxText         = 256 // bytes of text for people
 	maxChallenges   = 4
 	maxChallengeLen = 2 << 10
 )
@@ -220,4 +220,4 @@ func decode[T any](body []byte) (T, error) {
 }
 
 // truncate bounds text for people that goes over the wire, or came from there.
-func truncate(s string) string { return s[:min(len(s), maxStatusLen)] }
+func truncate(s string) string { return s[:min(len(s), maxText)] }

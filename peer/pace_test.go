@@ -38,7 +38,7 @@ func exchanging(t *testing.T, test func(x exchange)) {
 func (x exchange) neighbour(node string, first int) *neighbour {
 	l := fuzzLink(x.s, nil)
 	l.peer, l.node = node, node
-	nb := &neighbour{l: l, size: x.b.size, pieceSize: x.b.pieceSize, have: newBitmap(8), n: 8 - first}
+	nb := &neighbour{l: l, size: x.b.size, pieceSize: x.b.pieceSize, have: newBitmap(8), haveN: 8 - first}
 	for i := first; i < 8; i++ {
 		nb.have.set(i)
 	}

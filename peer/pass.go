@@ -100,7 +100,7 @@ func (b *blob) forsaken(since time.Time) bool {
 		return false
 	}
 	for _, nb := range b.nbrs {
-		if nb.n > 0 {
+		if nb.haveN > 0 {
 			return false
 		}
 	}
