@@ -87,19 +87,22 @@ type blob struct {
 	// candidates are the pieces that pump may ask for, of one window.
 	candidates []candidate
 	rng        *rand.Rand
-	pace       pace
-	pieceTook  time.Duration // smoothed time of a piece, of any neighbour; 0 = none came
-	turned     time.Time     // when somebody last closed on us
-	unproved   time.Time     // when a piece came of somebody whose digests do not count, see learn
+	turned     time.Time // when somebody last closed on us
+	unproved   time.Time // when a piece came of somebody whose digests do not count, see learn
 
-	// This node's own fetch.
+	ownFetch
+	writing int  // pieces on their way into fill
+	void    bool // a fetch brought all of it, and upstream had got it wrong, see attempt.go
+}
+
+// ownFetch is this node's own fetch of a blob, and what is left of it until the next begins.
+// blob.mu guards it.
+type ownFetch struct {
 	fill      Fill                    // while fetching
-	ahead     int64                   // Want.Ahead of the fetch
+	ahead     int64                   // Want.Ahead
 	floor     int                     // with ahead: the piece that is wanted
 	stop      context.CancelCauseFunc // of the fetch
-	writing   int                     // pieces on their way into fill
-	complete  bool                    // the last fetch has brought all of it
-	void      bool                    // and upstream had got them wrong, see attempt.go
+	complete  bool                    // it has brought all of the blob
 	authority bool                    // bytes here come, or came, straight from upstream: this node signs them
 	failure   error                   // of this node as home, for leases that come back
 	failedAt  time.Time
@@ -107,6 +110,8 @@ type blob struct {
 	helper    helper
 	upSince   time.Time // when upstream's first byte came
 	upBytes   int64
+	pace      pace
+	pieceTook time.Duration // smoothed time of a piece, of any neighbour; 0 = none came
 
 	// Signs of progress.
 	begun      time.Time // the fetch
@@ -194,7 +199,7 @@ func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 		s: s, id: id, k: id.key, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
-		sources: make(map[string]int64), rng: rng, lastUse: time.Now(),
+		ownFetch: ownFetch{sources: make(map[string]int64)}, rng: rng, lastUse: time.Now(),
 	}
 }
 

@@ -102,16 +102,9 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 	case b.void:
 		return errBehind
 	}
-	b.fill, b.stop, b.complete = f, stop, false
-	b.ahead, b.floor = ahead, 0
-	b.authority, b.rotten = false, false
-	b.failure = nil
-	b.begun = time.Now()
-	b.progress, b.heeded = b.begun, b.begun
-	b.word, b.sourceWord, b.saving = time.Time{}, time.Time{}, time.Time{}
-	b.owed, b.pace, b.pieceTook = time.Time{}, pace{}, 0
-	b.upSince, b.upBytes, b.helper = time.Time{}, 0, helper{}
-	clear(b.sources)
+	now := time.Now()
+	b.ownFetch = ownFetch{fill: f, stop: stop, ahead: ahead, sources: make(map[string]int64), begun: now, progress: now, heeded: now}
+	b.rotten = false
 	b.emptyLocked()
 	return nil
 }
