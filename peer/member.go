@@ -83,7 +83,7 @@ type roster struct {
 	view atomic.Pointer[view]
 
 	mu     sync.Mutex // serialises writers; guards the following
-	fallen map[string]fallenMember
+	fallen map[string]fallen
 	down   map[string]time.Time // members this node could not reach, until when
 	// When it reaches nobody, the fault is probably on its own side (a firewall,
 	// full-size packets that get lost), and to find that out again for every blob
@@ -94,9 +94,10 @@ type roster struct {
 	apart   time.Duration // for how long, the last time
 }
 
-type fallenMember struct {
-	Member
-	at time.Time
+// fallen is a member that died lately: what it signed is still to be checked.
+type fallen struct {
+	key ed25519.PublicKey
+	at  time.Time
 }
 
 // view is immutable. Each change of the members copies it, so it is one list: ten
@@ -106,7 +107,7 @@ type view struct {
 }
 
 func newRoster() *roster {
-	r := &roster{fallen: make(map[string]fallenMember), down: make(map[string]time.Time)}
+	r := &roster{fallen: make(map[string]fallen), down: make(map[string]time.Time)}
 	r.view.Store(&view{})
 	return r
 }
@@ -153,7 +154,7 @@ func (r *roster) remove(name string) {
 		}
 	}
 	if len(r.fallen) < maxFallen {
-		r.fallen[name] = fallenMember{*old.all[i], time.Now()}
+		r.fallen[name] = fallen{old.all[i].Key, time.Now()}
 	}
 	delete(r.down, name)
 	r.view.Store(&view{slices.Delete(slices.Clone(old.all), i, i+1)})
@@ -190,7 +191,7 @@ func (r *roster) key(name string) ed25519.PublicKey {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.fallen[name].Key
+	return r.fallen[name].key
 }
 
 // unreachable keeps a member from being chosen as home for a while: the data path
