@@ -81,7 +81,7 @@ func (s *Swarm) supersede(ctx context.Context, id blobID) error {
 		if b.active() {
 			return errEarlier
 		}
-		if !s.index.holds(prefixOf(b.k)) {
+		if !s.index.holds(prefixOf(b.id.key)) {
 			b.annul()
 		}
 	}
@@ -94,7 +94,7 @@ func (s *Swarm) undecided(b *blob) bool {
 	b.mu.Lock()
 	fetching, complete := b.keepsLocked(), b.complete && !b.void
 	b.mu.Unlock()
-	return fetching || complete && !s.index.holds(prefixOf(b.k))
+	return fetching || complete && !s.index.holds(prefixOf(b.id.key))
 }
 
 // annul makes an attempt void.

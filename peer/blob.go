@@ -35,8 +35,7 @@ var (
 type blob struct {
 	s  *Swarm
 	id blobID
-	k  key // of id
-	d  digest.Digest
+	d  digest.Digest // of id
 
 	home    meeting       // this node as the blob's home
 	served  float64       // guarded by uploads.mu
@@ -196,7 +195,7 @@ func (p *pace) resume(now time.Time) {
 
 func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	return &blob{
-		s: s, id: id, k: id.key, d: id.key.digest(),
+		s: s, id: id, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
 		ownFetch: ownFetch{sources: make(map[string]int64)}, rng: rng, lastUse: time.Now(),

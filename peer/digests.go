@@ -53,7 +53,7 @@ func chainValue(h hash.Hash) key {
 func (b *blob) proofLocked(i int) (p proof, ok bool) {
 	switch {
 	case b.n == 1:
-		return proof{linked: true, from: chainStart, to: b.k}, true
+		return proof{linked: true, from: chainStart, to: b.id.key}, true
 	case i >= len(b.sums) || b.sums[i] == nil:
 		return p, false
 	}
@@ -69,7 +69,7 @@ func (b *blob) learn(t *batch) {
 	fresh := b.size != 0 && int64(t.pieceSize) == b.pieceSize && b.newsLocked(t)
 	vouched := b.signers[t.signer]
 	b.mu.Unlock()
-	if !fresh || !(vouched || b.s.mayBeHome(b.k, t.signer)) {
+	if !fresh || !(vouched || b.s.mayBeHome(b.id.key, t.signer)) {
 		return
 	}
 	pub := b.s.roster.key(t.signer)
@@ -239,7 +239,7 @@ func (b *blob) sign(pieces []int) error {
 		t.pieces = append(t.pieces, pieceDigest{uint32(i), key(sum.Sum(nil))})
 	}
 	if b.n == 1 { // its digest is the blob's own, and needs no signature
-		if t.pieces[0].sum != b.k {
+		if t.pieces[0].sum != b.id.key {
 			return errWrongBlob
 		}
 		b.offer(0, 1)
@@ -313,7 +313,7 @@ func (b *blob) batchesLocked(i int) []*batch {
 	if t == nil {
 		return nil
 	}
-	if t.signer != b.s.self.Name && b.checked.has(i) && b.fill == nil && b.wholeLocked() && b.s.index.holds(prefixOf(b.k)) {
+	if t.signer != b.s.self.Name && b.checked.has(i) && b.fill == nil && b.wholeLocked() && b.s.index.holds(prefixOf(b.id.key)) {
 		return []*batch{t, b.resignLocked(i)}
 	}
 	return []*batch{t}
@@ -370,7 +370,7 @@ func (b *blob) signWhole(h *handle) error {
 			pending, offered = nil, i+1
 		}
 	}
-	if key(whole.Sum(nil)) != b.k {
+	if key(whole.Sum(nil)) != b.id.key {
 		b.withdraw()
 		return errWrongBlob
 	}
@@ -395,7 +395,7 @@ func (b *blob) hashInto(r io.ReaderAt, i int, whole hash.Hash, t *batch) error {
 	if err := b.hashPiece(r, i, whole); err != nil {
 		return err
 	}
-	end := b.k
+	end := b.id.key
 	if i < b.n-1 {
 		end = chainValue(whole)
 	}

@@ -358,11 +358,11 @@ func (x *fetch) next(asked map[string]bool) *Member { return nextOf(x.route(), a
 // list, is the one that goes upstream. The homes of the zone come first; a zone's
 // first home goes on to the cluster's (I4). Homes that are cut off from the registry
 // are left out if somebody else is known to have a way.
-func (x *fetch) route() []*Member { return x.s.around(x.homes(), x.b.k, x.w.Registry) }
+func (x *fetch) route() []*Member { return x.s.around(x.homes(), x.b.id.key, x.w.Registry) }
 
 func (x *fetch) homes() []*Member {
 	r := x.s.roster
-	zone := r.homes(x.b.k, x.s.cfg.Zone, true)
+	zone := r.homes(x.b.id.key, x.s.cfg.Zone, true)
 	if x.s.cfg.ZoneScope {
 		return zone
 	}
@@ -370,10 +370,10 @@ func (x *fetch) homes() []*Member {
 		if m.Name == x.s.self.Name {
 			// The zone's homes before this one, then the cluster's, which may
 			// name this node again.
-			return append(zone[:i:i], r.homes(x.b.k, "", false)...)
+			return append(zone[:i:i], r.homes(x.b.id.key, "", false)...)
 		}
 	}
-	return append(zone, r.homes(x.b.k, "", false)...)
+	return append(zone, r.homes(x.b.id.key, "", false)...)
 }
 
 // join asks a home, takes in what it says, and links with those it names.
@@ -487,7 +487,7 @@ func (x *fetch) meet(ctx context.Context, name string) {
 // its digest proves it.
 func (x *fetch) inline(l *link, body []byte) error {
 	l.traffic.received.Add(int64(len(body)))
-	if key(sha256.Sum256(body)) != x.b.k {
+	if key(sha256.Sum256(body)) != x.b.id.key {
 		x.s.ban(l, banDigest)
 		return errWrongBlob
 	}
@@ -504,7 +504,7 @@ func (x *fetch) takePart(ctx context.Context) error {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	x.rejoined, x.renew = time.Now(), renewEvery
-	if x.s.mayBeHome(x.b.k, x.s.self.Name) {
+	if x.s.mayBeHome(x.b.id.key, x.s.self.Name) {
 		x.renew /= 2 // this node may be needed, see help
 	}
 	for !x.whole() {

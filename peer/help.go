@@ -56,7 +56,7 @@ func (h *helper) pays(ours, theirs int64, took time.Duration) bool {
 // another member is taken only where no home takes part.
 func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 	now := time.Now()
-	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.k, member) || !b.homesMeet())
+	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.id.key, member) || !b.homesMeet())
 	rate, inVain := b.appoint(may, member, fetched, now)
 	if inVain {
 		b.s.log.Debug("help brings nothing", "digest", b.d, "registry", registry, "peer", member)
@@ -70,7 +70,7 @@ func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 
 // homesMeet reports whether another home of the blob takes part.
 func (b *blob) homesMeet() bool {
-	homes := append(b.s.roster.homes(b.k, "", false), b.s.roster.homes(b.k, b.s.cfg.Zone, true)...)
+	homes := append(b.s.roster.homes(b.id.key, "", false), b.s.roster.homes(b.id.key, b.s.cfg.Zone, true)...)
 	b.home.mu.Lock()
 	defer b.home.mu.Unlock()
 	return slices.ContainsFunc(homes, func(m *Member) bool { return b.home.members[m.Name] != nil })

@@ -230,10 +230,10 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	b.note(l, ask)
 	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.newRand()), Vouch: b.vouched()}
 	if ask.Pass {
-		p := s.sign(b.k, ask.Registry, l.peer)
+		p := s.sign(b.id.key, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
 	}
-	holders := s.holders(b.k, l.zone, !s.cfg.ZoneScope)
+	holders := s.holders(b.id.key, l.zone, !s.cfg.ZoneScope)
 	holders = slices.DeleteFunc(holders, func(n string) bool { return n == l.peer })
 	if err := s.gather(ctx, b, ask, len(holders) > 0); err != nil {
 		if errors.Is(err, errForeign) || errors.Is(err, errUnreached) {
@@ -277,7 +277,7 @@ func (s *Swarm) abroad(b *blob, l *link) (names []string) {
 	if s.cfg.ZoneScope || l.zone != s.cfg.Zone || !b.whole() || !b.home.early(l.peer) {
 		return nil
 	}
-	for _, m := range s.roster.homes(b.k, "", false) {
+	for _, m := range s.roster.homes(b.id.key, "", false) {
 		if m.Name == s.self.Name {
 			return nil // they all turn to it
 		}
@@ -288,7 +288,7 @@ func (s *Swarm) abroad(b *blob, l *link) (names []string) {
 
 // over answers a node that comes to a home with an attempt that is void there.
 func (b *blob) over() joinReply {
-	if next := b.s.attempt(b.k, int(b.id.attempt)); next <= lastAttempt {
+	if next := b.s.attempt(b.id.key, int(b.id.attempt)); next <= lastAttempt {
 		return joinReply{Attempt: next}
 	}
 	return joinReply{Refused: errNoMore.Error()}
@@ -392,7 +392,7 @@ var errNothing = errors.New("nothing of it here")
 // room for other homes of the blob: one may have to help.
 func (b *blob) stay(l *link) bool {
 	room := homeDegree
-	if b.s.mayBeHome(b.k, l.peer) {
+	if b.s.mayBeHome(b.id.key, l.peer) {
 		room = maxNeighbours
 	}
 	b.mu.Lock()

@@ -100,7 +100,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 // not be forgotten first.
 func (s *Swarm) remembers(b *blob) (later bool) {
 	if b.isVoid() && b.id.attempt < lastAttempt {
-		s.ifBlob(blobID{b.k, b.id.attempt + 1}, func(*blob) { later = true })
+		s.ifBlob(blobID{b.id.key, b.id.attempt + 1}, func(*blob) { later = true })
 	}
 	return later
 }

@@ -27,7 +27,7 @@ func (x *fetch) asHome(ctx context.Context) error {
 		return x.bring(ctx, true)
 	}
 	err := x.bring(ctx, false)
-	if err == nil || ctx.Err() != nil || errors.Is(err, errUnreached) || len(x.s.holders(x.b.k, x.s.cfg.Zone, true)) == 0 {
+	if err == nil || ctx.Err() != nil || errors.Is(err, errUnreached) || len(x.s.holders(x.b.id.key, x.s.cfg.Zone, true)) == 0 {
 		return err
 	}
 	x.b.goesUp(false)
@@ -51,7 +51,7 @@ func (x *fetch) bring(ctx context.Context, far bool) error {
 // yet (I4). Holders in other zones are asked only if far.
 func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	begun := time.Now()
-	holders := x.s.holders(x.b.k, x.s.cfg.Zone, far)
+	holders := x.s.holders(x.b.id.key, x.s.cfg.Zone, far)
 	x.b.vouch(holders)
 	source, named := x.peek(ctx, far) // first: it brings the pass that holders want to see
 	for _, name := range holders {
@@ -114,14 +114,14 @@ func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []stri
 // otherHomes are the members that are, or lately were, homes of the blob; of all zones if far:
 // in a zone of one node nobody else could give it a pass.
 func (x *fetch) otherHomes(far bool) (out []*Member) {
-	homes := x.s.roster.homes(x.b.k, x.s.cfg.Zone, true)
+	homes := x.s.roster.homes(x.b.id.key, x.s.cfg.Zone, true)
 	if far {
-		homes = append(homes, x.s.roster.homes(x.b.k, "", false)...)
+		homes = append(homes, x.s.roster.homes(x.b.id.key, "", false)...)
 	}
 	if epoch := x.s.self.Epoch; time.Since(time.UnixMilli(int64(epoch))) < youngFor {
-		homes = append(homes, x.s.roster.elders(x.b.k, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
+		homes = append(homes, x.s.roster.elders(x.b.id.key, x.s.cfg.Zone, x.s.cfg.ZoneScope, epoch)...)
 	}
-	homes = append(homes, x.s.withWay(x.b.k, x.w.Registry)...)
+	homes = append(homes, x.s.withWay(x.b.id.key, x.w.Registry)...)
 	for _, m := range homes {
 		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
 		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
