@@ -438,11 +438,11 @@ func (deafNetwork) Listen(string) (net.Listener, error) { return nil, io.ErrClos
 // TestCertificatesIgnoreClocks: nodes whose clocks are hours or years apart
 // still trust each other, because nothing depends on the time.
 func TestCertificatesIgnoreClocks(t *testing.T) {
-	ca1, _, err := authority(testKey)
+	ca1, _, err := deriveCA(testKey)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ca2, _, err := authority(testKey)
+	ca2, _, err := deriveCA(testKey)
 	if err != nil || !bytes.Equal(ca1.Raw, ca2.Raw) {
 		t.Fatalf("the same key makes different authorities (%v)", err)
 	}

@@ -43,7 +43,7 @@ func newTrust(keys [][]byte, name string, signer ed25519.PrivateKey) (*trust, er
 			return nil, err
 		}
 		t.gossip = append(t.gossip, gossip)
-		ca, caKey, err := authority(k)
+		ca, caKey, err := deriveCA(k)
 		if err != nil {
 			return nil, err
 		}
@@ -71,9 +71,9 @@ var (
 	validTo   = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC)
 )
 
-// authority derives the same CA from the same key on every node: Ed25519
+// deriveCA derives the same CA from the same key on every node: Ed25519
 // signatures are deterministic.
-func authority(key []byte) (*x509.Certificate, ed25519.PrivateKey, error) {
+func deriveCA(key []byte) (*x509.Certificate, ed25519.PrivateKey, error) {
 	seed, err := derive(key, "larder peer ca 1")
 	if err != nil {
 		return nil, nil, err
@@ -90,7 +90,7 @@ func authority(key []byte) (*x509.Certificate, ed25519.PrivateKey, error) {
 		MaxPathLenZero:        true,
 		KeyUsage:              x509.KeyUsageCertSign,
 	}
-	cert, err := sign(tmpl, tmpl, k.Public(), k)
+	cert, err := certify(tmpl, tmpl, k.Public(), k)
 	return cert, k, err
 }
 
@@ -106,14 +106,14 @@ func issue(ca *x509.Certificate, caKey ed25519.PrivateKey, name string, signer e
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
-	cert, err := sign(tmpl, ca, signer.Public(), caKey)
+	cert, err := certify(tmpl, ca, signer.Public(), caKey)
 	if err != nil {
 		return tls.Certificate{}, err
 	}
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: signer, Leaf: cert}, nil
 }
 
-func sign(tmpl, parent *x509.Certificate, pub any, key ed25519.PrivateKey) (*x509.Certificate, error) {
+func certify(tmpl, parent *x509.Certificate, pub any, key ed25519.PrivateKey) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
 	if err != nil {
 		return nil, fmt.Errorf("make certificate: %w", err)
