@@ -248,9 +248,11 @@ type fetch struct {
 	renew    time.Duration // how long the lease is left to itself
 	homeLink *link         // while the home is a neighbour
 	tried    map[string]bool
-	idle     []string // of tried: said that they get the blob, and gave nothing
-	left     []string // of tried: have no way to the registry, and left it to others
-	last     bool     // nobody else may have one: who is asked now keeps trying
+	late     <-chan peekAnswer // of the last peek
+	yielded  bool              // to a source that answered late
+	idle     []string          // of tried: said that they get the blob, and gave nothing
+	left     []string          // of tried: have no way to the registry, and left it to others
+	last     bool              // nobody else may have one: who is asked now keeps trying
 	refused  error
 	helping  *helping // the home; nil = not now
 	helped   int64    // bytes, before
@@ -378,7 +380,13 @@ func (x *fetch) homes() []*Member {
 
 // join asks a home, takes in what it says, and links with those it names.
 func (x *fetch) join(ctx context.Context, m *Member, stalled bool) error {
-	l, reply, err := x.askHome(ctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held, Idle: x.idle})
+	asked := time.Now()
+	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
+	defer cancel()
+	l, reply, err := x.askHome(cctx, m, joinAsk{Stalled: stalled, Peek: x.w.Held, Idle: x.idle})
+	if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) && !x.merelyLate(err, m.Name, asked) {
+		x.s.unreached(m.Name)
+	}
 	if err != nil {
 		return err
 	}
@@ -404,10 +412,7 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	if !ask.Peek { // which other goroutines do, and may still when the fetch has gone on
 		ask.More, ask.Helped = !x.last && x.more(m.Name, x.tried), x.fetched()
 	}
-	asked := time.Now()
-	cctx, cancel := context.WithTimeout(ctx, askHomeFor)
-	defer cancel()
-	l, err = x.s.askMember(cctx, m, methodJoin, ask, &reply)
+	l, err = x.s.askMember(ctx, m, methodJoin, ask, &reply)
 	x.takePass(m, reply.Pass)
 	switch {
 	case err == nil && reply.Attempt > x.w.Attempt && reply.Attempt <= lastAttempt:
@@ -419,40 +424,47 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 			x.s.cutOff(m.Name, x.w.Registry, reply.Ways)
 			err = errUnreached
 		}
-	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) && !x.merelyLate(err, m.Name, asked):
-		x.s.unreached(m.Name)
 	}
 	return l, reply, err
 }
 
-// accept follows a home's answer.
+// accept follows the answer of the home that this fetch goes by.
 func (x *fetch) accept(m *Member, l *link, reply joinReply) error {
+	met, err := x.follow(m, l, reply)
+	if err != nil {
+		return err
+	}
+	x.joined, x.joinedAt, x.homeLink = m.Name, time.Now(), nil
+	if met {
+		x.homeLink = l
+	}
+	return nil
+}
+
+// follow takes in what a home says, on any goroutine. met: the home is a neighbour.
+func (x *fetch) follow(m *Member, l *link, reply joinReply) (met bool, err error) {
 	if reply.Size != 0 {
 		if reply.Size < 0 || reply.Size > maxBlobSize {
 			x.s.ban(l, banProtocol)
-			return fmt.Errorf("home says %d bytes", reply.Size)
+			return false, fmt.Errorf("home says %d bytes", reply.Size)
 		}
 		if err := x.b.fix(x.f, reply.Size); err != nil {
-			return fmt.Errorf("home %s: %w", m.Node, err)
+			return false, fmt.Errorf("home %s: %w", m.Node, err)
 		}
 	}
 	x.b.vouch(append(reply.Vouch[:min(len(reply.Vouch), maxSigners)], m.Name))
 	x.b.admit(m.Name, x.w.Registry)
-	x.joined, x.joinedAt = m.Name, time.Now()
 	if len(reply.Body) > 0 {
-		return x.inline(l, reply.Body)
+		return false, x.inline(l, reply.Body)
 	}
-	x.homeLink = nil
-	if reply.Stay && x.b.meet(l) {
-		x.homeLink = l
-	}
+	met = reply.Stay && x.b.meet(l)
 	if reply.Moving {
 		x.b.told(time.Now().Add(-stallRejoin/2), reply.Source)
 	}
 	for _, name := range reply.Meet[:min(len(reply.Meet), 4*introduce)] {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
-	return nil
+	return met, nil
 }
 
 var errOtherSize = errors.New("another size is known")

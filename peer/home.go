@@ -35,6 +35,7 @@ type meeting struct {
 	names     []string             // of members, in no order
 	permitted time.Time            // when somebody was last let fetch from upstream beside this node
 	doubted   time.Time            // when somebody last came with pieces: another home was here before, and is likely gone
+	relied    time.Time            // when another home was last told that this node gets the blob
 	idle      map[string]time.Time // homes that somebody waited for in vain, and when he said so
 }
 
@@ -106,6 +107,19 @@ func (m *meeting) doubt() time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.doubted
+}
+
+// reliedOn reports whether another home has been told since t that this node gets the blob.
+func (m *meeting) reliedOn(t time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.relied.After(t)
+}
+
+func (m *meeting) rely(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.relied = now
 }
 
 // count is how many meet here.
@@ -255,6 +269,9 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	reply.Source = b.source()
 	if ask.Peek {
 		reply.Holders = holders
+		if reply.Source {
+			b.home.rely(time.Now())
+		}
 	}
 	reply.Moving = b.moves(time.Now())
 	if b.lets(l.peer) {

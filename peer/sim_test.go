@@ -116,6 +116,7 @@ type simNode struct {
 	took   time.Duration // of all blobs
 	done   sync.WaitGroup
 	began  time.Time
+	after  time.Duration // it starts so much later
 	late   time.Duration // from the fourth second on, who asks this node as home is answered after it
 
 	mu  sync.Mutex // guards err
@@ -473,6 +474,7 @@ func (w *simWorld) play(t *testing.T) simResult {
 		if w.stagger > 0 {
 			start = time.Duration(w.rng.Int64N(int64(w.stagger)))
 		}
+		start += n.after
 		die := start + time.Duration(w.rng.Float64()*float64(expect))
 		for _, x := range w.images {
 			time.AfterFunc(start, func() { n.start(Want{Digest: x.digest, Registry: "registry.test", Repository: "app"}) })

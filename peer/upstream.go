@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -14,6 +15,7 @@ import (
 const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
+	peekLast    = 10 * time.Second        // and hears them while it does
 	giveUpAfter = 20 * time.Second        // without progress, and without a permit or a registry
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
 )
@@ -36,13 +38,66 @@ func (x *fetch) asHome(ctx context.Context) error {
 
 // bring fetches from upstream what nobody in the swarm has, or nobody in the zone unless far.
 func (x *fetch) bring(ctx context.Context, far bool) error {
-	if err := x.fromSwarm(ctx, far); err != nil || x.whole() {
+	begun := time.Now()
+	for {
+		if err := x.fromSwarm(ctx, far); err != nil || x.whole() {
+			return err
+		}
+		if !x.b.home.doubt().IsZero() {
+			wait(ctx, resumeWait)
+		}
+		if err := x.upUnlessYielded(ctx, begun); !errors.Is(err, errYielded) {
+			return err
+		}
+	}
+}
+
+var errYielded = errors.New("another home gets it already")
+
+// upUnlessYielded is upstream while other homes are heard whose answers are late. If one of
+// them is a source, it ends with errYielded: once, and if other homes have been told since
+// begun that this one is, only for a better one. Else two could wait for each other.
+func (x *fetch) upUnlessYielded(ctx context.Context, begun time.Time) error {
+	uctx, cancel := context.WithCancelCause(ctx)
+	may, source := !x.yielded, ""
+	var hearing sync.WaitGroup
+	hearing.Go(func() {
+		for {
+			select {
+			case a := <-x.late:
+				if x.heard(a) && a.reply.Source && may && (!x.b.home.reliedOn(begun) || x.isBetter(a.m)) {
+					source = a.m.Name
+					cancel(errYielded)
+				}
+			case <-uctx.Done():
+				return
+			}
+		}
+	})
+	err := x.upstream(uctx)
+	cancel(nil)
+	hearing.Wait()
+	if err == nil || source == "" || ctx.Err() != nil || x.whole() {
 		return err
 	}
-	if !x.b.home.doubt().IsZero() {
-		wait(ctx, resumeWait)
+	x.yielded = true
+	delete(x.tried, source)
+	if err := x.b.scan(x.f); err != nil { // while this node still signs what came from upstream
+		x.s.log.Debug("what came from upstream is not signed", "digest", x.w.Digest, "err", err)
 	}
-	return x.upstream(ctx)
+	x.s.log.Debug("another home gets it already", "digest", x.w.Digest, "peer", source)
+	x.b.goesUp(false)
+	return errYielded
+}
+
+// isBetter reports whether a member comes before this node among the homes.
+func (x *fetch) isBetter(m *Member) bool {
+	homes := x.s.roster.view.Load().homes(x.b.id.key, "", false, nil)
+	rank := func(name string) int {
+		return slices.IndexFunc(homes, func(o *Member) bool { return o.Name == name })
+	}
+	at, own := rank(m.Name), rank(x.s.self.Name)
+	return at >= 0 && (own < 0 || at < own)
 }
 
 // fromSwarm tries, before upstream, those who may have the blob: holders that
@@ -53,7 +108,10 @@ func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	begun := time.Now()
 	holders := x.s.holders(x.b.id.key, x.s.cfg.Zone, far)
 	x.b.vouch(holders)
-	source, named := x.peek(ctx, far) // first: it brings the pass that holders want to see
+	source, named := x.yielded, []string(nil)
+	if !source {
+		source, named = x.peek(ctx, far) // first: it brings the pass that holders want to see
+	}
 	for _, name := range holders {
 		x.s.spawn(func(ctx context.Context) { x.meet(ctx, name) })
 	}
@@ -77,34 +135,54 @@ func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	return ctx.Err()
 }
 
+// peekAnswer is what a home said to a peek.
+type peekAnswer struct {
+	m     *Member
+	l     *link
+	reply joinReply
+	err   error
+}
+
+// heard takes in what a home said to a peek; false if it has nothing.
+func (x *fetch) heard(a peekAnswer) bool {
+	if a.err != nil {
+		return false
+	}
+	_, err := x.follow(a.m, a.l, a.reply)
+	return err == nil
+}
+
 // peek asks the other homes at the same time. It reports whether any of them has
 // the blob or gets it from upstream, and which members they say hold it. One that
 // merely takes part becomes a neighbour, and Sink.Missing leaves out what it has.
+// It does not wait for homes that were passed over: they seem to be gone, though they may
+// only be slow.
 func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []string) {
-	ctx, cancel := context.WithTimeout(ctx, peekTime)
-	defer cancel()
-	type answer struct {
-		m     *Member
-		l     *link
-		reply joinReply
-		err   error
-	}
 	homes, ask := x.otherHomes(far), joinAsk{Peek: true, Idle: x.idle}
-	answers := make(chan answer, len(homes))
-	for _, m := range homes {
+	all := append(slices.Clone(homes), x.passedOver(homes, far)...)
+	answers := make(chan peekAnswer, len(all))
+	for _, m := range all {
 		x.s.spawn(func(context.Context) {
+			ctx, cancel := context.WithTimeout(ctx, peekLast)
+			defer cancel()
 			l, reply, err := x.askHome(ctx, m, ask)
-			answers <- answer{m, l, reply, err}
+			answers <- peekAnswer{m, l, reply, err}
 		})
 	}
-	for range homes {
+	x.late = answers
+	soon, cancel := context.WithTimeout(ctx, peekTime)
+	defer cancel()
+	for left := len(homes); left > 0; {
 		select {
 		case a := <-answers:
-			if a.err == nil && x.accept(a.m, a.l, a.reply) == nil {
+			if x.heard(a) {
 				source = source || a.reply.Source
 				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
 			}
-		case <-ctx.Done():
+			if slices.Contains(homes, a.m) {
+				left--
+			}
+		case <-soon.Done():
 			return source, holders
 		}
 	}
@@ -125,6 +203,27 @@ func (x *fetch) otherHomes(far bool) (out []*Member) {
 	for _, m := range homes {
 		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
 		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// passedOver are the homes beside others that did not answer or help, or could not be reached
+// a moment ago; not those that said they get the blob, and gave nothing, or have no way to it.
+func (x *fetch) passedOver(others []*Member, far bool) (out []*Member) {
+	idle := make(map[string]bool)
+	for _, name := range slices.Concat(x.b.home.idlers(time.Now()), x.idle, x.left) {
+		idle[name] = true
+	}
+	v := x.s.roster.view.Load()
+	homes := v.homes(x.b.id.key, x.s.cfg.Zone, true, idle)
+	if far {
+		homes = append(homes, v.homes(x.b.id.key, "", false, idle)...)
+	}
+	for _, m := range homes {
+		same := func(o *Member) bool { return o.Name == m.Name }
+		if m.Name != x.s.self.Name && !slices.ContainsFunc(others, same) && !slices.ContainsFunc(out, same) {
 			out = append(out, m)
 		}
 	}
