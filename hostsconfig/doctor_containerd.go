@@ -58,24 +58,44 @@ func (c *criConfig) section() string {
 
 // fixPath is the text that sets config_path to one directory.
 func (c *criConfig) fixPath(dir string) string {
-	place, heading := c.dist.config, c.section()+"\n"
-	if line := headingLine(c.main, c.section()); line > 0 { // two tables of one name are an error
-		place += fmt.Sprintf(", where line %d is this heading; replace config_path if it is there", line)
-	}
-	if c.dist.generated != "" {
-		place = c.dist.generated
-	}
+	where, setting := c.registryTable()
+	place := cmp.Or(c.dist.generated, c.dist.config) + where
 	if c.unversioned() && (c.long || !c.found) {
 		place += versionTwo
 	}
 	if c.last != "" {
-		place, heading = c.last+", which has the last word", c.table
+		place, setting = c.last+", which has the last word", c.table+"  config_path"
 	}
 	before := ""
 	if hosts := c.tlsHosts(); len(hosts) > 0 {
 		before = fmt.Sprintf("# only when registry.configs.*.tls (%s) is gone, as said there\n", strings.Join(hosts, ", "))
 	}
-	return fmt.Sprintf("%s# in %s\n%s  config_path = %s\n# then: %s", before, place, heading, tomlString(dir), c.dist.restart)
+	return fmt.Sprintf("%s# in %s\n%s = %s\n# then: %s", before, place, setting, tomlString(dir), c.dist.restart)
+}
+
+// registryKey is a key of the registry table, or the table inline, in the CRI plugin's.
+var registryKey = regexp.MustCompile(`(?m)^[ \t]*((?:[^#\n\[=]*\.)?['"]?registry['"]?)[ \t]*(\.|=[ \t]*\{)`)
+
+// registryTable says how to set config_path where the file has the registry table
+// already: a second heading of its name keeps containerd from starting.
+func (c *criConfig) registryTable() (where, setting string) {
+	setting = c.section() + "\n  config_path"
+	line, text := headingLine(c.main, c.section()), "is this heading"
+	if at := registryKey.FindSubmatchIndex(c.main); line == 0 && at != nil {
+		line = 1 + bytes.Count(c.main[:at[2]], []byte("\n"))
+		text, setting = "has the table inline: within its braces", "  config_path"
+		if c.main[at[4]] == '.' {
+			text, setting = "has a key of this table", "  "+string(c.main[at[2]:at[3]])+".config_path"
+		}
+	}
+	if line == 0 {
+		return "", setting
+	}
+	which := fmt.Sprintf("line %d", line)
+	if c.dist.generated != "" {
+		which = fmt.Sprintf("what became line %d of %s", line, c.dist.config)
+	}
+	return fmt.Sprintf(", where %s %s; replace config_path if it is there", which, text), setting
 }
 
 // headingLine is the line of a table's heading in doc, however it is quoted; 0 for none.
