@@ -105,6 +105,9 @@ type criConfig struct {
 	files    []string
 	main     []byte // the first of files
 	versions versions
+	// bottlerocket: known by what its templates alone have together (bottlerocket-core-kit,
+	// packages/containerd-*), since a pod does not see the node's os-release.
+	bottlerocket bool
 	// versioned: a file says that it is of version 2 or later. long: one has settings
 	// of the CRI plugin under the name that it has since then.
 	versioned, long bool
@@ -142,8 +145,11 @@ func (d *doctor) loadConfig() *criConfig {
 	if !c.found {
 		return d.configUnseen()
 	}
-	if doc, err := d.node.read(c.dist.config); err == nil && bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
-		c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
+	if doc, err := d.node.read(c.dist.config); err == nil {
+		if bytes.HasPrefix(doc, []byte("# k0s_managed=true\n")) {
+			c.dist.generated = "/etc/k0s/containerd.d/larder.toml"
+		}
+		c.bottlerocket = bytes.Contains(doc, []byte(`"/etc/containerd/cri-base.json"`)) && bytes.Contains(doc, []byte(`"localhost/kubernetes/pause:`))
 	}
 	file, importer, err := d.mergeAll(c)
 	if err == nil {

@@ -56,8 +56,15 @@ func (c *criConfig) section() string {
 	return "[plugins.\"" + pluginOld + "\".registry]"
 }
 
+// fixBottlerocket is in place of an edit, which the next start or change of a setting undoes.
+const fixBottlerocket = "# Bottlerocket makes /etc/containerd/config.toml from its settings, and none of them is config_path.\n" +
+	"# Releases from February 2026 on set it, with Kubernetes 1.33 or later: update the node."
+
 // fixPath is the text that sets config_path to one directory.
 func (c *criConfig) fixPath(dir string) string {
+	if c.bottlerocket {
+		return fixBottlerocket
+	}
 	where, setting := c.registryTable()
 	place := cmp.Or(c.dist.generated, c.dist.config) + where
 	if c.unversioned() && (c.long || !c.found) {
@@ -188,9 +195,13 @@ func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
 		if configPath != "" {
 			what = "registry.mirrors is set beside config_path: containerd's CRI plugin refuses to load, and the node can start no pod after the next restart."
 		}
+		fix := c.fixPath(d.rootOr(configPath))
+		if !c.bottlerocket {
+			fix = c.mirrorsToHosts(mirrors, d.rootOr(configPath)) + "# remove registry.mirrors, and\n" + fix
+		}
 		d.add(Finding{
 			ID: "containerd-registry-mirrors", Severity: Broken, Runtime: containerd, Where: d.whereIn(c.files, mirrorsLine),
-			What: what, Fix: c.mirrorsToHosts(mirrors, d.rootOr(configPath)) + "# remove registry.mirrors, and\n" + c.fixPath(d.rootOr(configPath)), Docs: docsCRI,
+			What: what, Fix: fix, Docs: docsCRI,
 		})
 	}
 	for _, host := range c.tlsHosts() {
