@@ -47,7 +47,7 @@ func (a *Agent) examine(containerdVersion string) *DoctorStatus {
 	findings := hostsconfig.Diagnose(hostsconfig.DoctorOptions{
 		FS: os.DirFS("/"), Containerd: h.Containerd, CRIO: h.CRIO, Registries: h.Registries, ProxyAddr: a.ProxyAddr(),
 		ColonLink: h.ContainerdColonLink, SeenOnly: true,
-		Facts: hostsconfig.Facts{ContainerdVersion: containerdVersion, ProxyUp: true, Home: os.Getenv("HOME")},
+		Facts: hostsconfig.Facts{ContainerdVersion: containerdVersion, ProxyUp: true},
 	})
 	for i, f := range findings {
 		if f.ID == "nothing-managed" {

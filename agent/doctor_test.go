@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/larder-cache/larder/agent/proxy"
@@ -16,7 +17,11 @@ import (
 // the files, once its own are in place.
 func TestDoctorInTheAgent(t *testing.T) {
 	c := testConfig(t)
-	c.Hosts.Containerd = t.TempDir()
+	c.Hosts.Containerd, c.Hosts.CRIO = t.TempDir(), t.TempDir()
+	t.Setenv("HOME", t.TempDir()) // of whoever started the agent, which is not CRI-O's
+	if err := os.MkdirAll(filepath.Join(os.Getenv("HOME"), ".config/containers/registries.conf.d"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	bad := filepath.Join(c.Hosts.Containerd, "broken.example", "hosts.toml")
 	if err := errors.Join(os.Mkdir(filepath.Dir(bad), 0o755), os.WriteFile(bad, []byte("no TOML"), 0o644)); err != nil {
 		t.Fatal(err)
@@ -33,6 +38,9 @@ func TestDoctorInTheAgent(t *testing.T) {
 	for _, f := range a.Status().Doctor.Findings {
 		if f.ID == "containerd-host-not-mirrored" || f.ID == "leftovers" {
 			t.Errorf("the agent's own files are a finding: %+v", f)
+		}
+		if strings.HasPrefix(f.Where, os.Getenv("HOME")) {
+			t.Errorf("the agent's home is a finding: %+v", f)
 		}
 	}
 	first := a.Status().Doctor.Checked

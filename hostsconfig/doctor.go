@@ -47,8 +47,6 @@ type Facts struct {
 	PortTaken string
 	// ProxyUp: Larder answers on the proxy's address.
 	ProxyUp bool
-	// Home is the home directory in CRI-O's environment; "" means /root.
-	Home string
 	// CRIOImages are names of images that CRI-O has, with their registries.
 	CRIOImages []string
 }

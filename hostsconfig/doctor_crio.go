@@ -173,15 +173,12 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 	}
 }
 
-// checkHome: a configuration in the home directory of CRI-O's user replaces or
-// overrides the one in /etc.
+// checkHome: a configuration in the home directory of CRI-O's user, root, replaces or
+// overrides the one in /etc. systemd sets no HOME for it, and containers-image then asks
+// the user database.
 func (d *doctor) checkHome() {
-	home := d.opts.Facts.Home
-	if home == "" {
-		home = "/root"
-	}
 	for _, name := range []string{"registries.conf", "registries.conf.d"} {
-		file := path.Join(home, ".config/containers", name)
+		file := path.Join("/root/.config/containers", name)
 		if !d.node.exists(file) {
 			continue
 		}
