@@ -359,7 +359,7 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 		})
 	}
 	if len(roots) > 1 {
-		d.checkTwoRoots(c, configPath, where)
+		d.checkTwoRoots(c, roots, where)
 		d.checkHidden(roots, where)
 	}
 }
@@ -420,14 +420,15 @@ func (d *doctor) pathUnset(c *criConfig) {
 }
 
 // checkTwoRoots: from 2.1 on, the transfer service takes "a:b" for one name.
-func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
+func (d *doctor) checkTwoRoots(c *criConfig, roots []string, where string) {
+	configPath := strings.Join(roots, ":")
 	if !c.versions.maybe(2, 1) || d.sameDir(configPath, d.opts.Containerd) && d.node.isDir(configPath) {
 		return
 	}
 	if d.opts.ColonLink && !d.opts.Facts.ProxyUp {
 		return // the agent makes the link when it starts
 	}
-	fix := c.fixPath(path.Clean(d.opts.Containerd)) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
+	fix := d.fixOneRoot(c, roots) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
 	if reason := c.localPull(); reason != "" {
 		d.add(Finding{
 			ID: "containerd-two-roots-by-luck", Severity: Note, Runtime: containerd, Where: where,
@@ -446,6 +447,17 @@ func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) {
 		f.What = fmt.Sprintf("config_path is %q: containerd 2.1 and later do not split it and ignore every hosts.toml without a word. Which containerd runs here is not known.", configPath)
 	}
 	d.add(f)
+}
+
+// fixOneRoot is the text that leaves our directory alone in config_path.
+func (d *doctor) fixOneRoot(c *criConfig, roots []string) string {
+	ours, before := path.Clean(d.opts.Containerd), ""
+	for _, root := range roots {
+		if !d.sameDir(root, ours) && (d.opts.SeenOnly || d.node.exists(root)) {
+			before += fmt.Sprintf("# first move what is in %s to %s: containerd reads no other then\n", root, ours)
+		}
+	}
+	return before + c.fixPath(ours)
 }
 
 // checkHostDirs looks at what containerd finds in our directory.
