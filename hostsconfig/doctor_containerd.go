@@ -319,6 +319,12 @@ func (d *doctor) checkNotImported(c *criConfig) {
 	}
 }
 
+// MicroK8s writes the revision to config_path. A pod with current mounted does not see that
+// it is a link, and has the containerd.toml of the same revision.
+const snapCurrent = "/var/snap/microk8s/current/"
+
+var snapRevision = regexp.MustCompile(`^/var/snap/microk8s/x?[0-9]+/`)
+
 // checkRoots compares config_path with our directory.
 func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 	configPath, _ := registry["config_path"].(string)
@@ -338,14 +344,17 @@ func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
 	if byDefault {
 		where = c.dist.config
 	}
-	switch i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, ours) }); {
+	isOurs := func(r string) bool {
+		return d.sameDir(r, ours) || d.opts.SeenOnly && snapRevision.ReplaceAllString(r, snapCurrent) == ours
+	}
+	switch i := slices.IndexFunc(roots, isOurs); {
 	case i < 0:
 		f := Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
 			Fix:  fmt.Sprintf("[hosts]\ncontainerd = %s    # in the chart: containerd.certsDir", tomlString(roots[0])), Docs: docsSetup,
 		}
-		if d.opts.SeenOnly && !d.node.exists(roots[0]) { // as MicroK8s' current is one of its revision
+		if d.opts.SeenOnly && !d.node.exists(roots[0]) {
 			f.Severity = Degraded
 			f.What += " Whether a link makes them one cannot be seen from here; larder doctor on the node can."
 		}
