@@ -298,6 +298,7 @@ func TestEveryRootIsSeen(t *testing.T) {
 		"k0s":          "/etc/k0s/containerd.d/certs.d",
 		"k3s":          "/var/lib/rancher/k3s/agent/etc/containerd/certs.d",
 		"kind":         both, // containerd's own default, which counts as discard_unpacked_layers is set
+		"microk8s":     "/var/snap/microk8s/current/args/certs.d",
 		"rke2":         "/var/lib/rancher/rke2/agent/etc/containerd/certs.d",
 		"talos":        "/etc/cri/conf.d/hosts",
 	}
