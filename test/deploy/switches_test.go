@@ -70,7 +70,7 @@ func TestSwitches(t *testing.T) {
 		{name: "ServiceMonitor", set: []string{"metrics.enabled=true", "metrics.serviceMonitor.enabled=true", "metrics.serviceMonitor.labels.release=prom"}, want: []string{`kind: ServiceMonitor`, `release: prom`}},
 		{name: "PodMonitor", set: []string{"metrics.enabled=true", "metrics.podMonitor.enabled=true", "metrics.podMonitor.interval=15s"}, want: []string{`kind: PodMonitor`, `interval: 15s`}},
 		{name: "alerts", set: []string{"metrics.enabled=true", "metrics.prometheusRule.enabled=true"}, want: []string{`kind: PrometheusRule`, `alert: LarderCorruptionFound`}},
-		{name: "dashboard", set: []string{"metrics.dashboard.enabled=true"}, want: []string{`grafana_dashboard: "1"`, `larder.json: \|`}},
+		{name: "dashboard", set: []string{"metrics.enabled=true", "metrics.dashboard.enabled=true"}, want: []string{`grafana_dashboard: "1"`, `larder.json: \|`}},
 		{name: "another priority", set: []string{"priorityClassName=mine"}, want: []string{`priorityClassName: mine`}, gone: []string{`kind: ResourceQuota`, `system-node-critical`}},
 		{name: "no quota", set: []string{"criticalPodsQuota=false"}, gone: []string{`kind: ResourceQuota`}},
 		{name: "doctor on a node", set: []string{"doctor.node=n1"}, want: []string{`nodeName: "n1"`}},
@@ -207,7 +207,7 @@ func TestConfigurationRestarts(t *testing.T) {
 		return parse(t, render(t, args...)).daemonSets[0].Spec.Template.Annotations["checksum/config"]
 	}
 	before := sum()
-	if before == "" || sum("--set", "metrics.dashboard.enabled=true") != before || sum("--set", "config.log.level=debug") == before {
+	if before == "" || sum("--set", "doctor.node=n1") != before || sum("--set", "config.log.level=debug") == before {
 		t.Error("checksum/config does not follow the configuration")
 	}
 }
@@ -254,6 +254,7 @@ func TestRefused(t *testing.T) {
 		{"no runtime", []string{"containerd.enabled=false"}, "set containerd.enabled or crio.enabled"},
 		{"a monitor and no metrics", []string{"metrics.podMonitor.enabled=true"}, "metrics.enabled"},
 		{"alerts and no metrics", []string{"metrics.prometheusRule.enabled=true"}, "metrics.prometheusRule needs metrics.enabled"},
+		{"a dashboard and no metrics", []string{"metrics.dashboard.enabled=true"}, "metrics.dashboard needs metrics.enabled"},
 		{"a link beside a directory that is not mounted", []string{"containerd.colonLink=true", "containerd.mount=directory"}, "containerd.mount"},
 		{"no time to restore", []string{"terminationGracePeriodSeconds=30"}, "at least 40"},
 		{"a longer drain", []string{"config.proxy.drain_timeout=1m30s"}, "at least 110"},

@@ -259,7 +259,7 @@ spec:
 {{- fail "no runtime to point at Larder: set containerd.enabled or crio.enabled" -}}
 {{- end -}}
 {{- if not .Values.metrics.enabled -}}
-{{- range list "serviceMonitor" "podMonitor" "prometheusRule" -}}
+{{- range list "serviceMonitor" "podMonitor" "prometheusRule" "dashboard" -}}
 {{- if (get $.Values.metrics .).enabled -}}
 {{- fail (printf "metrics.%s needs metrics.enabled, which opens ports.metrics on the node: without it Prometheus cannot reach the agents" .) -}}
 {{- end -}}
