@@ -135,6 +135,9 @@ func checkNetwork(t *testing.T, o *objects, d *appsv1.DaemonSet, c agent.Config)
 	}
 	var declared []string
 	for _, p := range agentOf(d).Ports {
+		if at := fmt.Sprintf("%s:%d", p.HostIP, p.HostPort); slices.Contains(declared, at) {
+			t.Errorf("%s is declared twice, and merged by its number alone", at)
+		}
 		if p.HostPort != p.ContainerPort {
 			t.Errorf("port %s: hostPort %d, containerPort %d", p.Name, p.HostPort, p.ContainerPort)
 		}
