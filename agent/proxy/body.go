@@ -178,6 +178,11 @@ func (b *body) sendTo(x *exchange, n int64) (int64, error) {
 	}
 	var sent int64
 	for sent < n {
+		if x.proxy.halted.Load() {
+			x.flush() // no answer at all would end a pull in chunks
+			<-x.ctx.Done()
+			return sent, b.note(context.Cause(x.ctx))
+		}
 		m, err := b.sendSome(x, n-sent)
 		sent += m
 		b.off += m

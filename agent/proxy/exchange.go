@@ -239,6 +239,15 @@ func (x *exchange) fail(err error) {
 	writeError(x, e)
 }
 
+// bound reports whether the client fails its pull if its next request is refused: one that is
+// path-encoded (I5), and containerd that fetches a layer in chunks (inChunks).
+func (x *exchange) bound() bool {
+	x.mu.Lock()
+	rt := x.shown
+	x.mu.Unlock()
+	return rt.content() && (rt.pathEncoded || x.proxy.chunked.has(blobKey{rt.registry, rt.repository, rt.digest}))
+}
+
 // cutShort reports a success that was announced and then not delivered.
 func (x *exchange) cutShort() bool { return x.err != nil && x.status < 300 && x.status != 0 }
 

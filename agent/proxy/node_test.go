@@ -103,6 +103,9 @@ func (n *node) run() {
 	go func() { n.served <- n.proxy.Serve(serving, l); close(served) }()
 	n.t.Cleanup(func() {
 		n.client.CloseIdleConnections()
+		n.proxy.mu.Lock()
+		n.proxy.lastBound = time.Time{} // nobody asks again
+		n.proxy.mu.Unlock()
 		stop()
 		<-served
 		stopRun()

@@ -147,10 +147,12 @@ type Proxy struct {
 
 	answers    atomic.Int64              // headers sent, ever
 	server     atomic.Pointer[server]    // nil unless listening
+	halted     atomic.Bool               // bodies go no further and wait to be cut; see hold
 	saidUnkept atomic.Pointer[time.Time] // when the log said that there is no room; nil: never
 
-	mu        sync.Mutex             // guards exchanges
+	mu        sync.Mutex             // guards the fields below
 	exchanges map[*exchange]struct{} // under way
+	lastBound time.Time              // when the last that was bound ended
 }
 
 // maxRemembered bounds each of the memories of blobs and tags: some 200 bytes
@@ -304,8 +306,12 @@ func (p *Proxy) track(x *exchange) {
 
 func (p *Proxy) finish(x *exchange) {
 	x.cancel(context.Canceled)
+	bound := x.bound()
 	p.mu.Lock()
 	delete(p.exchanges, x)
+	if bound {
+		p.lastBound = time.Now()
+	}
 	p.mu.Unlock()
 	p.metrics.observe(x)
 	e := x.event()

@@ -2,10 +2,15 @@ package proxy
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
@@ -83,6 +88,149 @@ func slowPing(ctx context.Context, addr string) error {
 		return err
 	}
 	return resp.Body.Close()
+}
+
+// gate is a client's network that lets so many bytes in and then no more until it is opened.
+type gate struct {
+	left atomic.Int64
+	shut chan struct{} // closed when all of them are in
+	open chan struct{} // closed by the test
+	once sync.Once
+}
+
+func newGate(bytes int64) *gate {
+	g := &gate{shut: make(chan struct{}), open: make(chan struct{})}
+	g.left.Store(bytes)
+	return g
+}
+
+func (g *gate) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+	return gatedConn{conn, g}, err
+}
+
+type gatedConn struct {
+	net.Conn
+	gate *gate
+}
+
+func (c gatedConn) Read(p []byte) (int, error) {
+	if c.gate.left.Load() <= 0 {
+		c.gate.once.Do(func() { close(c.gate.shut) })
+		<-c.gate.open
+	}
+	n, err := c.Conn.Read(p)
+	c.gate.left.Add(-int64(n))
+	return n, err
+}
+
+// TestStopInAPull: containerd's pull that is under way at SIGTERM ends well, whether it can
+// be finished within the grace period or not. In chunks it does not survive a refused
+// connection.
+func TestStopInAPull(t *testing.T) {
+	for _, chunk := range []int{0, 1 << 20} {
+		for name, tc := range map[string]struct {
+			grace  time.Duration
+			direct bool
+		}{"in time": {time.Minute, false}, "too long": {200 * time.Millisecond, true}} {
+			t.Run(fmt.Sprint(name, chunk), func(t *testing.T) {
+				t.Parallel()
+				n := startNode(t, func(s *setup) { s.proxy.Grace = tc.grace })
+				img := n.image(24_000_000)
+				layer := registrytest.Match{Reference: img.Layers[0].Digest.String()}
+				n.get(blobPath(img.Layers[0].Digest))
+				direct := registrytest.Start(t, registrytest.Options{})
+				direct.Put(repo, img, "v1")
+				g := newGate(6_000_000)
+				c := n.containerdTo(direct.URL())
+				c.ChunkSize, c.Dial = chunk, g.dial
+				pulled := make(chan error, 1)
+				go func() {
+					_, err := c.Pull(t.Context(), host+"/"+repo+":v1", nil)
+					pulled <- err
+				}()
+				<-g.shut
+				s := n.proxy.server.Load()
+				n.stop()
+				await(t, "the stop", s.draining.Load)
+				if chunk > 0 && tc.direct {
+					await(t, "the end of the grace period", n.proxy.halted.Load)
+				} else if tc.direct {
+					n.served <- <-n.served
+				}
+				close(g.open)
+				if err := <-pulled; err != nil {
+					t.Error(err)
+				}
+				if got := direct.Bytes(layer) > 0; got != tc.direct {
+					t.Errorf("anything from the registry: %v", got)
+				}
+				if err := <-n.served; err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// TestStopInAPathPull: CRI-O's next blob after SIGTERM must come from here too.
+func TestStopInAPathPull(t *testing.T) {
+	n := startNode(t, func(s *setup) { s.proxy.Grace = time.Minute })
+	layer := n.image(3_000_000, 1_000_000).Layers[0].Digest.String()
+	f := n.registry.Inject(registrytest.Match{Reference: layer, Method: "GET"}, registrytest.Times(1), registrytest.StallAfter(1_500_000))
+	pulled := make(chan error, 1)
+	go func() {
+		_, err := n.crio().Pull(t.Context(), repo, "v1")
+		pulled <- err
+	}()
+	<-f.Held()
+	s := n.proxy.server.Load()
+	n.stop()
+	await(t, "the stop", s.draining.Load)
+	f.Release()
+	if err := <-pulled; err != nil {
+		t.Error(err)
+	}
+	if err := <-n.served; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStopIsBounded: no client holds up a stop for longer than the grace period and what a
+// cut takes, whether it reads nothing, says nothing or asks again and again.
+func TestStopIsBounded(t *testing.T) {
+	const grace = 300 * time.Millisecond
+	for name, path := range map[string]func(digest.Digest) string{"ns": blobPath, "path": pathBlob} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := startNode(t, func(s *setup) { s.proxy.Grace = grace })
+			d := n.image(30_000_000).Layers[0].Digest
+			n.get(blobPath(d))
+			rawGet(t, n, path(d))
+			open := n.open(t.Context(), "GET", path(d), "Range", "bytes=0-")
+			defer open.Body.Close()
+			silent, err := net.Dial("tcp", n.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer silent.Close()
+			asking := make(chan struct{})
+			go func() {
+				defer close(asking)
+				for n.attempt(pathManifest("v1")).err == nil {
+				}
+			}()
+			begin := time.Now()
+			n.stop()
+			if err := <-n.served; err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(begin); took > grace+settleTime+2*cutTime+5*time.Second {
+				t.Errorf("took %s", took)
+			}
+			<-asking
+		})
+	}
 }
 
 // TestEndedQuestionIsNoAnswer: a client whose question to the registry was ended, and
