@@ -66,10 +66,10 @@ func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
 	refuseEmptyRange(x.r, size)
 	x.describe(b.at.source(), size, 0)
 	if off, ok := firstOffset(x.r, size, etag(x.route.digest)); ok {
-		if b.part = namesEnd(x.r.Header.Get("Range")) && !p.cache.Has(x.route.digest); b.part {
+		b.chunk = p.inChunks(x, off)
+		if b.part = namesEnd(x.r.Header.Get("Range")) && !b.chunk && !p.cache.Has(x.route.digest); b.part {
 			p.parts.put(keyOf(x.access.target, x.route.digest), wrongEnd(size), partMemory)
 		}
-		b.chunk = p.inChunks(x, off)
 		if err := b.readyAt(off, then); err != nil {
 			return err
 		}

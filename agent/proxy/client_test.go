@@ -212,6 +212,20 @@ func TestChunkOfAFillThatFails(t *testing.T) {
 	}
 }
 
+// TestChunksWithAnEnd: a chunk that names its end is no lazy pull's part, which may be shown
+// before the digest is known: containerd reads all of the layer.
+func TestChunksWithAnEnd(t *testing.T) {
+	n := startNode(t, nil)
+	d := n.image(6_000_000).Layers[0].Digest
+	n.registry.SetRate(0, 6_000_000)
+	n.registry.Inject(registrytest.Match{Reference: d.String(), Method: "GET"}, registrytest.CorruptAt(10))
+	first := n.open(t.Context(), "GET", blobPath(d), "Range", "bytes=0-")
+	defer first.Body.Close()
+	if a := n.get(blobPath(d), "Range", "bytes=5999949-5999999"); a.status != 206 || a.err == nil {
+		t.Errorf("the end of wrong bytes: status %d, %d bytes", a.status, len(a.body))
+	}
+}
+
 // TestLazyPull: a client that pulls lazily reads the table at the end of a layer first,
 // and does not wait for all of it.
 func TestLazyPull(t *testing.T) {
