@@ -326,7 +326,7 @@ func TestReplicasElsewhere(t *testing.T) {
 			nodes[0].pull(t)
 			nodes[0].settle(t)
 			meta, layer := nodes[0].cache.Meta(), img.Layers[0].Digest
-			meta.AddMembers(elsewhere, "", ocispec.Descriptor{Digest: layer})
+			meta.AddMembers(elsewhere, ocispec.Descriptor{Digest: layer})
 			meta.AddGiver(layer, elsewhere.Registry)
 			if err := meta.Sync(t.Context()); err != nil {
 				t.Fatal(err)
@@ -371,7 +371,7 @@ func TestReplicasOfWhatCameFromNodes(t *testing.T) {
 		if _, known := home.cache.Meta().Manifest(img.Digest); !known {
 			return errors.New("nobody knows that it is a manifest")
 		}
-		if _, in := home.cache.Meta().Member(cache.Repository{Registry: want.Registry, Name: want.Repository}, img.Layers[0].Digest); !in {
+		if !home.cache.Meta().Member(cache.Repository{Registry: want.Registry, Name: want.Repository}, img.Layers[0].Digest) {
 			return errors.New("nobody knows where its layers are from")
 		}
 		return nil

@@ -174,12 +174,11 @@ func (m *Meta) SetManifest(d digest.Digest, man Manifest) {
 	m.db.put(bucketManifests, key(string(d)), []byte(man.MediaType))
 }
 
-// AddMembers remembers that children belong to repository
-// because its manifest parent lists them. A parent of "" is for what upstream
-// served under the repository by digest, manifests among it.
-func (m *Meta) AddMembers(r Repository, parent digest.Digest, children ...ocispec.Descriptor) {
-	for _, child := range children {
-		m.db.put(bucketMembers, key(r.Registry, r.Name, string(child.Digest)), []byte(parent))
+// AddMembers remembers what belongs to a repository: a manifest there lists it, or
+// upstream served it there by digest.
+func (m *Meta) AddMembers(r Repository, members ...ocispec.Descriptor) {
+	for _, d := range members {
+		m.db.put(bucketMembers, key(r.Registry, r.Name, string(d.Digest)), nil)
 	}
 }
 
@@ -189,8 +188,8 @@ const manifestMember = "manifest"
 // AddManifests is AddMembers for manifests on the registry's word: it served them as
 // such, or they are the images of an index. A blob may have the same bytes, and
 // registries look into no blob.
-func (m *Meta) AddManifests(r Repository, parent digest.Digest, manifests ...ocispec.Descriptor) {
-	m.AddMembers(r, parent, manifests...)
+func (m *Meta) AddManifests(r Repository, manifests ...ocispec.Descriptor) {
+	m.AddMembers(r, manifests...)
 	for _, d := range manifests {
 		m.db.put(bucketMembers, key(r.Registry, r.Name, string(d.Digest), manifestMember), nil)
 	}
@@ -225,10 +224,10 @@ func (m *Meta) Said(r Repository, d digest.Digest) bool {
 	return ok
 }
 
-// Member reports whether d was seen in repository, and in which manifest.
-func (m *Meta) Member(r Repository, d digest.Digest) (parent digest.Digest, ok bool) {
-	v, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))
-	return digest.Digest(v), ok
+// Member reports whether AddMembers was called.
+func (m *Meta) Member(r Repository, d digest.Digest) bool {
+	_, ok := m.db.get(bucketMembers, key(r.Registry, r.Name, string(d)))
+	return ok
 }
 
 // WalkMembers calls f with everything that was seen in some repository, until it returns

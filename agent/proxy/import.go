@@ -58,9 +58,9 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 	for n, d := range slices.Concat(i.Manifests, i.Blobs) {
 		p.undelivered.forget(keyOf(target, d.Digest))
 		if n < len(i.Manifests) {
-			meta.AddManifests(r, "", d)
+			meta.AddManifests(r, d)
 		} else {
-			meta.AddMembers(r, "", d)
+			meta.AddMembers(r, d)
 		}
 		meta.SetSaid(r, d.Digest)
 		meta.AddGiver(d.Digest, i.Registry)

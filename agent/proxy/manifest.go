@@ -259,9 +259,9 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	}
 	repository := key.place()
 	children := slices.Concat(o.children(), o.Manifests)
-	meta.AddManifests(repository, "", m.desc)
-	meta.AddManifests(repository, m.desc.Digest, o.Manifests...)
-	meta.AddMembers(repository, m.desc.Digest, o.children()...)
+	meta.AddManifests(repository, m.desc)
+	meta.AddManifests(repository, o.Manifests...)
+	meta.AddMembers(repository, o.children()...)
 	p.list(t, children...)
 	if p.auth.wasPublic(repository) {
 		p.auth.show(repository, slices.DeleteFunc(append(children, m.desc), func(d ocispec.Descriptor) bool { return !p.auth.said(keyOf(t, d.Digest)) })...)

@@ -33,7 +33,7 @@ func (a *authorizer) belongs(m member) bool {
 	if m.manifest {
 		ok = a.meta.MemberManifest(m.place(), m.digest)
 	} else {
-		_, ok = a.meta.Member(m.place(), m.digest)
+		ok = a.meta.Member(m.place(), m.digest)
 	}
 	if !ok {
 		ok = a.pins(m.place(), Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
@@ -60,7 +60,7 @@ func (a *authorizer) enlist(t upstream.Target, kind Kind, d ocispec.Descriptor) 
 	if m.manifest {
 		add = a.meta.AddManifests
 	}
-	add(m.place(), "", d)
+	add(m.place(), d)
 	a.members.put(m, struct{}{}, membershipMemory)
 }
 
