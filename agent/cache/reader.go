@@ -47,11 +47,7 @@ const (
 var (
 	_ io.ReadSeekCloser = (*Reader)(nil)
 	_ io.ReaderAt       = (*Reader)(nil)
-	_ io.WriterTo       = (*Reader)(nil)
 )
-
-// Digest returns what is being read.
-func (r *Reader) Digest() digest.Digest { return r.digest }
 
 // Size returns the blob's size; it is known from the start.
 func (r *Reader) Size() int64 { return r.size }
@@ -172,16 +168,6 @@ func (r *Reader) reopen() error {
 	return nil
 }
 
-// File returns the open file of a complete blob, for sendfile. Its offset is
-// the caller's and independent of this reader's; Close closes it. ok is false
-// while the blob is still being filled (see Extent).
-func (r *Reader) File() (*os.File, bool) {
-	if r.closed.Load() || !r.Complete() || r.reopen() != nil {
-		return nil, false
-	}
-	return r.own, true
-}
-
 // Read reads at the cursor. It returns what is there rather than wait for all
 // of p.
 func (r *Reader) Read(p []byte) (int, error) {
@@ -285,40 +271,6 @@ func (r *Reader) Seek(offset int64, whence int) (int64, error) {
 	}
 	r.pos = offset
 	return offset, nil
-}
-
-// WriteTo copies from the cursor to the end, extent by extent, so that a
-// writer with ReadFrom (a net.TCPConn, an http.ResponseWriter) can sendfile.
-func (r *Reader) WriteTo(w io.Writer) (int64, error) {
-	begin := r.pos
-	for r.pos < r.size {
-		file, n, err := r.Extent(r.pos)
-		if err == nil && n == 0 {
-			if _, err = r.waitSome(r.pos, 1); err == nil {
-				continue
-			}
-		}
-		if err == nil {
-			err = r.send(w, file, n)
-		}
-		if err != nil {
-			return r.pos - begin, err
-		}
-	}
-	return r.pos - begin, nil
-}
-
-// send copies n bytes of file at the cursor.
-func (r *Reader) send(w io.Writer, file *os.File, n int64) error {
-	if _, err := file.Seek(r.pos, io.SeekStart); err != nil {
-		return fmt.Errorf("seek %s: %w", r.digest, err)
-	}
-	sent, err := io.Copy(w, io.LimitReader(file, n))
-	r.pos += sent
-	if err == nil && sent < n {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
 }
 
 // Close releases the blob. It does not stop the fill. A second Close returns

@@ -326,7 +326,7 @@ func TestFetchIntoCache(t *testing.T) {
 	}
 	defer r.Close()
 	verifier := d.Verifier()
-	if n, err := r.WriteTo(verifier); err != nil || n != size || !verifier.Verified() {
+	if n, err := io.Copy(verifier, r); err != nil || n != size || !verifier.Verified() {
 		t.Fatalf("read %d bytes, %v, verified %t", n, err, verifier.Verified())
 	}
 }
