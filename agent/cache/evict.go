@@ -350,10 +350,8 @@ func (c *Cache) drop(ctx context.Context, b *blob, why reason) error {
 		if busy == nil {
 			continue
 		}
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if err := wait(ctx, busy); err != nil {
+			return err
 		}
 	}
 }

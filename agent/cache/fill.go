@@ -711,10 +711,8 @@ func (f *fill) await(ctx context.Context, off int64, v view) error {
 		if f.enlist(w) {
 			continue
 		}
-		select {
-		case <-w.ready:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if err := wait(ctx, w.ready); err != nil {
+			return err
 		}
 	}
 }

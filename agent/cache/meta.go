@@ -115,7 +115,13 @@ func (m *Meta) DeleteTag(r Repository, tag string) {
 // WalkTags calls f with every remembered tag until it returns false; what was
 // remembered in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkTags(f func(r Repository, tag string) bool) {
-	m.db.walk(bucketTags, func(k []byte) bool {
+	m.walk(bucketTags, f)
+}
+
+// walk is WalkTags for a bucket whose keys are a repository and something in it; longer
+// keys are passed over.
+func (m *Meta) walk(b bucket, f func(r Repository, in string) bool) {
+	m.db.walk(b, func(k []byte) bool {
 		parts := strings.Split(string(k), "\x00")
 		return len(parts) != 3 || f(Repository{Registry: parts[0], Name: parts[1]}, parts[2])
 	})
@@ -233,10 +239,7 @@ func (m *Meta) Member(r Repository, d digest.Digest) bool {
 // WalkMembers calls f with everything that was seen in some repository, until it returns
 // false; what was seen in the last seconds may be left out. f must not call the Meta.
 func (m *Meta) WalkMembers(f func(r Repository, d digest.Digest) bool) {
-	m.db.walk(bucketMembers, func(k []byte) bool {
-		parts := strings.Split(string(k), "\x00")
-		return len(parts) != 3 || f(Repository{Registry: parts[0], Name: parts[1]}, digest.Digest(parts[2]))
-	})
+	m.walk(bucketMembers, func(r Repository, in string) bool { return f(r, digest.Digest(in)) })
 }
 
 // AnyGiver is the giver of what anybody is known to have given.

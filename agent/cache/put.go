@@ -131,14 +131,7 @@ var errStream = errors.New("the stream that should fill it failed")
 type stream struct{ fed chan struct{} }
 
 // Fetch waits for the writer.
-func (s stream) Fetch(ctx context.Context, _ *Fill) error {
-	select {
-	case <-s.fed:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
+func (s stream) Fetch(ctx context.Context, _ *Fill) error { return wait(ctx, s.fed) }
 
 // feedStream writes size bytes of r, the last of them once all match.
 func feedStream(w *Writer, d digest.Digest, size int64, r io.Reader) error {
