@@ -49,9 +49,6 @@ func parseNumber(s string) (float64, error) {
 	return strconv.ParseFloat(s, 64)
 }
 
-// IsZero reports whether l limits nothing.
-func (l Limit) IsZero() bool { return l == Limit{} }
-
 // Of returns l in bytes on a file system of total bytes.
 func (l Limit) Of(total int64) int64 {
 	if l.percent > 0 {
@@ -72,9 +69,6 @@ func (l Limit) String() string {
 	}
 	return strconv.FormatInt(l.bytes, 10)
 }
-
-// MarshalText and UnmarshalText let a Limit appear in configuration files.
-func (l Limit) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
 
 // UnmarshalText is ParseLimit.
 func (l *Limit) UnmarshalText(text []byte) error {

@@ -294,9 +294,6 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// MarshalText writes Go's duration format.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
-
 // Bytes is a number of bytes that configuration files write as 1048576 or
 // "1MiB" (K, M, G, T with i for powers of 1,024 and without for 1,000).
 type Bytes int64
@@ -310,6 +307,3 @@ func (b *Bytes) UnmarshalText(text []byte) error {
 	*b = Bytes(n)
 	return nil
 }
-
-// MarshalText writes the plain number.
-func (b Bytes) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(b), 10), nil }
