@@ -56,9 +56,7 @@ func bundle(t *testing.T, name string, img *registrytest.Image) []byte {
 // takes no room that is left to pins.
 func TestPinWhileAnImportRuns(t *testing.T) {
 	c := testConfig(t)
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("2MiB")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(2 << 20)
 	_, img := startRegistry(t, &c)
 	a := start(t, c)
 	in := newImporter(t.Context(), a.Agent, "", a.newEventStream(httptest.NewRecorder()), -1)
@@ -533,7 +531,7 @@ func TestImportMakesRoom(t *testing.T) {
 	a := start(t, c)
 	for i := range 5 { // 24 MiB are left
 		body := bytes.Repeat([]byte{byte(i)}, 8<<20)
-		if err := a.cache.Put(t.Context(), digest.FromBytes(body), cache.Origin{Kind: cache.FromUpstream}, body); err != nil {
+		if err := a.cache.PutFile(t.Context(), digest.FromBytes(body), cache.Origin{Kind: cache.FromUpstream}, io.NewSectionReader(bytes.NewReader(body), 0, int64(len(body)))); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -10,12 +9,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 )
-
-// Put commits small content that is in memory, such as manifests. It is PutFile
-// of body.
-func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
-	return c.PutFile(ctx, d, origin, io.NewSectionReader(bytes.NewReader(body), 0, int64(len(body))))
-}
 
 // PutFile commits content that can be read more than once. It is checked first;
 // ErrDigestMismatch leaves no trace. If a fill of d runs, the content completes it.

@@ -15,6 +15,11 @@ import (
 
 var archive = Origin{FromImport, "bundle"}
 
+// Put is PutFile of body.
+func (c *Cache) Put(ctx context.Context, d digest.Digest, origin Origin, body []byte) error {
+	return c.PutFile(ctx, d, origin, io.NewSectionReader(bytes.NewReader(body), 0, int64(len(body))))
+}
+
 // committed holds that body is a blob.
 func committed(t *testing.T, c *Cache, body []byte) {
 	t.Helper()
