@@ -138,9 +138,7 @@ func TestBytesAddUp(t *testing.T) {
 // TestPassedBytesCount: a full disk must not look like a cache that always hits.
 func TestPassedBytesCount(t *testing.T) {
 	c := testConfig(t)
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("1")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(1)
 	startRegistry(t, &c)
 	a := start(t, c)
 	var pulled int64
@@ -199,9 +197,7 @@ func TestNothingIsKept(t *testing.T) {
 		}
 	}
 	c := testConfig(t)
-	if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MinFree = cache.Percent(99.999)
 	if s := start(t, c).Status(); !s.Ready || !strings.HasPrefix(s.Cache.Problem, "keeps nothing new: cache.min_free") {
 		t.Errorf("ready: %t, %+v", s.Ready, s.Cache)
 	}
@@ -403,19 +399,17 @@ func TestExplainAfterARefusal(t *testing.T) {
 // first half went for its second.
 func TestWarmIsKept(t *testing.T) {
 	for name, tt := range map[string]struct {
-		maxBytes, minFree string
+		maxBytes, minFree cache.Limit
 		want              string
 	}{
-		"no room on the disk": {maxBytes: "0", minFree: "99.999%", want: " are not kept: the cache keeps nothing new: cache.min_free keeps"},
-		"no room for a layer": {maxBytes: "200KiB", minFree: "0", want: "fetched, but 301.5 KiB of 309.0 KiB are not kept"},
-		"no room for both":    {maxBytes: "303KiB", minFree: "0", want: " are not kept: there was no room for them"},
+		"no room on the disk": {minFree: cache.Percent(99.999), want: " are not kept: the cache keeps nothing new: cache.min_free keeps"},
+		"no room for a layer": {maxBytes: cache.Bytes(200 << 10), want: "fetched, but 301.5 KiB of 309.0 KiB are not kept"},
+		"no room for both":    {maxBytes: cache.Bytes(303 << 10), want: " are not kept: there was no room for them"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := testConfig(t)
 			startRegistry(t, &c)
-			if err := errors.Join(c.Cache.MaxBytes.UnmarshalText([]byte(tt.maxBytes)), c.Cache.MinFree.UnmarshalText([]byte(tt.minFree))); err != nil {
-				t.Fatal(err)
-			}
+			c.Cache.MaxBytes, c.Cache.MinFree = tt.maxBytes, tt.minFree
 			a := start(t, c)
 			code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"], "platform": "linux/amd64"}`, "Content-Type", "application/json")
 			if code != 200 || !strings.Contains(answer, tt.want) {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/proxy"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
@@ -41,9 +42,7 @@ func testConfig(t *testing.T) Config {
 	c.Cache.Dir = filepath.Join(t.TempDir(), "cache")
 	c.Peer.Enabled, c.Peer.Name = false, "node-1"
 	c.Proxy.DrainTimeout = 5 * time.Second
-	if err := c.Cache.MinFree.UnmarshalText([]byte("0")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MinFree = cache.Bytes(0)
 	return c
 }
 

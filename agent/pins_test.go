@@ -502,9 +502,7 @@ func TestPublicPinIsItsNodesOwn(t *testing.T) {
 // cache is refused before a byte is fetched, and pulls go on.
 func TestPinsAndPressure(t *testing.T) {
 	c := testConfig(t)
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("1MiB")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(1 << 20)
 	reg, img := startRegistry(t, &c)
 	a := start(t, c)
 	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
@@ -537,9 +535,7 @@ func TestPinsAndPressure(t *testing.T) {
 // before its layers are and older than whatever is pulled meanwhile.
 func TestPullsWhileAPinComes(t *testing.T) {
 	c := testConfig(t)
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("1MiB")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(1 << 20)
 	reg, _ := startRegistry(t, &c)
 	img := registrytest.Platforms(registrytest.ImageSpec{Seed: 81, Layers: []int64{100 << 10}}, false)
 	reg.Put("team/several", img, "v1")
@@ -574,9 +570,7 @@ func TestPinsOverALimitThatShrank(t *testing.T) {
 	if err := a.stop(t); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("100KiB")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(100 << 10)
 	a = start(t, c, atOnce)
 	if s := a.Status().Pins; !strings.Contains(s.Problem, "unpin images or raise it") || !a.holds(img) {
 		t.Errorf("%+v", s)
@@ -946,9 +940,7 @@ func TestPinsOfARegistryThatIsNeverAsked(t *testing.T) {
 func TestPinOnAFullDisk(t *testing.T) {
 	c := testConfig(t)
 	reg, _ := startRegistry(t, &c)
-	if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MinFree = cache.Percent(99.999)
 	c.Cache.Pins = []string{pinnedName}
 	a := start(t, c, atOnce)
 	if p := a.reaches(t, pinnedName, PinMissing); !strings.Contains(p.Error, "the disk has room for 0 B") {
@@ -960,9 +952,7 @@ func TestPinOnAFullDisk(t *testing.T) {
 	if err := a.stop(t); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Cache.MinFree.UnmarshalText([]byte("0")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MinFree = cache.Bytes(0)
 	a = start(t, c, atOnce)
 	a.reaches(t, pinnedName, PinHeld)
 }
@@ -1032,9 +1022,7 @@ func TestPinThatWasNotKept(t *testing.T) {
 func pinThatWasNotKept(t *testing.T, older, freed bool) {
 	c := testConfig(t)
 	c.Upstream.TagTTL = 0
-	if err := c.Cache.MaxBytes.UnmarshalText([]byte("4MiB")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MaxBytes = cache.Bytes(4 << 20)
 	reg, img := startRegistry(t, &c)
 	a := start(t, c)
 	want := img

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/peer"
 	"github.com/larder-cache/larder/test/registrytest"
@@ -222,9 +223,7 @@ func TestNoRoomPullsFromPeers(t *testing.T) {
 	reg.Put("team/app", img, "v1")
 	for range 2 {
 		c := next()
-		if err := c.Cache.MinFree.UnmarshalText([]byte("99.999%")); err != nil {
-			t.Fatal(err)
-		}
+		c.Cache.MinFree = cache.Percent(99.999)
 		nodes = append(nodes, start(t, c))
 	}
 	for _, node := range nodes {

@@ -69,13 +69,3 @@ func (l Limit) String() string {
 	}
 	return strconv.FormatInt(l.bytes, 10)
 }
-
-// UnmarshalText is ParseLimit.
-func (l *Limit) UnmarshalText(text []byte) error {
-	parsed, err := ParseLimit(string(text))
-	if err != nil {
-		return err
-	}
-	*l = parsed
-	return nil
-}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 	"golang.org/x/sync/errgroup"
@@ -111,11 +112,8 @@ func (d *demo) openRegistry() (err error) {
 // add starts one more agent.
 func (d *demo) add() error {
 	n := &demoNode{name: "node-" + strconv.Itoa(len(d.nodes)+1)}
-	c, err := d.config(n.name)
-	if err != nil {
-		return fmt.Errorf("demo: %w", err)
-	}
-	if n.agent, err = agent.New(c, agent.WithBuild(build()), agent.WithLogger(slog.New(slog.DiscardHandler))); err != nil {
+	var err error
+	if n.agent, err = agent.New(d.config(n.name), agent.WithBuild(build()), agent.WithLogger(slog.New(slog.DiscardHandler))); err != nil {
 		return fmt.Errorf("demo: start %s: %w", n.name, err)
 	}
 	// Not the command's context: Ctrl-C ends the pulls, then close ends the agents.
@@ -126,7 +124,7 @@ func (d *demo) add() error {
 	return nil
 }
 
-func (d *demo) config(name string) (agent.Config, error) {
+func (d *demo) config(name string) agent.Config {
 	c := agent.Default()
 	c.Proxy.Listen, c.Admin.Listen = loopbackAny, loopbackAny
 	c.Proxy.DrainTimeout = time.Second // nobody pulls when a demo ends
@@ -138,8 +136,8 @@ func (d *demo) config(name string) (agent.Config, error) {
 	}
 	c.Peer.MaxUploadBytesPerSecond = agent.Size(d.spec.nodeLink)
 	c.Registries = []upstream.Registry{{Host: demoRegistry, Upstreams: []string{d.registry.URL()}}}
-	// A demo on a full laptop is still a demo.
-	return c, errors.Join(c.Cache.MinFree.UnmarshalText([]byte("0")), c.Cache.MaxBytes.UnmarshalText([]byte("1GiB")))
+	c.Cache.MinFree, c.Cache.MaxBytes = cache.Bytes(0), cache.Bytes(1<<30) // a demo on a full laptop is still a demo
+	return c
 }
 
 // close ends everything and leaves nothing behind.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent"
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 	"go.uber.org/goleak"
@@ -98,9 +99,7 @@ func startNode(t *testing.T, change func(*agent.Config)) *node {
 	c.Cache.Dir = filepath.Join(t.TempDir(), "cache")
 	c.Peer.Enabled, c.Peer.Name = false, "node-1"
 	c.Registries = []upstream.Registry{{Host: testHost, Upstreams: []string{n.registry.URL()}}}
-	if err := c.Cache.MinFree.UnmarshalText([]byte("0")); err != nil {
-		t.Fatal(err)
-	}
+	c.Cache.MinFree = cache.Bytes(0)
 	if change != nil {
 		change(&c)
 	}
