@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 
@@ -115,7 +116,9 @@ func (k *Keychain) inFile(ctx context.Context, r Request, name string) ([]authn.
 		return matching(auths, name), nil
 	}
 	a := k.programs.ask(ctx, helperQuestion(helper, server), r.Refresh)
-	return matching(merged(auths, a.auths), name), wrap(a.err, "credential helper %s", helper)
+	auths = maps.Clone(auths)
+	maps.Copy(auths, a.auths)
+	return matching(auths, name), wrap(a.err, "credential helper %s", helper)
 }
 
 func wrap(err error, format string, args ...any) error {

@@ -65,14 +65,6 @@ func matching(auths map[string]authn.AuthConfig, name string) []authn.AuthConfig
 	return out
 }
 
-// merged is a with what b has more and otherwise.
-func merged(a, b map[string]authn.AuthConfig) map[string]authn.AuthConfig {
-	out := map[string]authn.AuthConfig{}
-	maps.Copy(out, a)
-	maps.Copy(out, b)
-	return out
-}
-
 // matches is kubelet's rule for matchImages and the keys of credentials
 // (URLsMatch in pkg/credentialprovider/keyring.go, v1.36): as many labels in
 // the host, each matched by a glob of its own; the same port, where none is a
