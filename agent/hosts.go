@@ -78,10 +78,8 @@ func (a *Agent) runHosts(ctx context.Context) error {
 		}
 		a.setHostsErr(cmp.Or(err, errHostsEnded))
 		a.log.Error("host configuration is not managed; trying again", "err", err, "in", retry)
-		select {
-		case <-ctx.Done():
+		if !pause(ctx, retry) {
 			return nil
-		case <-time.After(retry):
 		}
 		a.setHostsErr(nil)
 	}

@@ -175,7 +175,7 @@ func printChanges(w io.Writer, changes []hostsconfig.Change) {
 			fmt.Fprintf(w, "         %s\n", c.Reason)
 		}
 		for line := range strings.Lines(c.Diff) {
-			fmt.Fprint(w, "    ", diffLine(st, line))
+			fmt.Fprintln(w, "    "+diffLine(st, strings.TrimSuffix(line, "\n")))
 		}
 		reload = reload || c.ReloadNeeded
 	}
@@ -185,14 +185,13 @@ func printChanges(w io.Writer, changes []hostsconfig.Change) {
 }
 
 func diffLine(st style, line string) string {
-	text := strings.TrimSuffix(line, "\n")
 	switch {
-	case strings.HasPrefix(text, "+"):
-		return st.good(text) + "\n"
-	case strings.HasPrefix(text, "-"):
-		return st.bad(text) + "\n"
+	case strings.HasPrefix(line, "+"):
+		return st.good(line)
+	case strings.HasPrefix(line, "-"):
+		return st.bad(line)
 	}
-	return text + "\n"
+	return line
 }
 
 // dialTimeout is plenty on loopback.
