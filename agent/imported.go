@@ -58,7 +58,7 @@ func replaced(imp hostsconfig.Imported) bool {
 		return false
 	}
 	elsewhere := func(e hostsconfig.Endpoint) bool {
-		return e.Source && e.Base != "" && e.Base != usualAddress(upstream.CanonicalHost(imp.Registry))+"/v2"
+		return e.Source && e.Base != "" && e.Base != upstream.DefaultUpstream(upstream.CanonicalHost(imp.Registry))+"/v2"
 	}
 	return imp.Blocked || slices.ContainsFunc(imp.Endpoints, elsewhere)
 }
@@ -115,7 +115,7 @@ func fromImported(imp hostsconfig.Imported) (upstream.Registry, string) {
 func addEndpoint(r *upstream.Registry, e hostsconfig.Endpoint) string {
 	base := e.Base
 	if base == "" {
-		base = usualAddress(r.Host)
+		base = upstream.DefaultUpstream(r.Host)
 	}
 	if slices.Contains(r.Upstreams, base) {
 		return "" // as it was named first
@@ -149,12 +149,4 @@ func addUpstream(r *upstream.Registry, base string) {
 	if !slices.Contains(r.Upstreams, base) {
 		r.Upstreams = append(r.Upstreams, base)
 	}
-}
-
-// usualAddress is where a registry is when nobody says otherwise.
-func usualAddress(host string) string {
-	if host == "docker.io" {
-		return "https://registry-1.docker.io"
-	}
-	return "https://" + host
 }

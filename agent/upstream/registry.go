@@ -69,10 +69,7 @@ type pauseKey struct {
 // Docker Hub goes by several names, and none of them is where its API lives.
 var hubNames = []string{"docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
 
-const (
-	hubName = "docker.io"
-	hubURL  = "https://registry-1.docker.io"
-)
+const hubName = "docker.io"
 
 // CanonicalHost is the one spelling of a registry's host[:port] by which it is
 // looked up: lower case, and docker.io for every name that Docker Hub has.
@@ -82,6 +79,15 @@ func CanonicalHost(host string) string {
 		return hubName
 	}
 	return host
+}
+
+// DefaultUpstream is the one upstream of a registry that has no others; host is
+// canonical.
+func DefaultUpstream(host string) string {
+	if host == hubName {
+		host = "registry-1.docker.io"
+	}
+	return "https://" + host
 }
 
 // connections is max_connections with its default.
@@ -120,10 +126,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 	}
 	upstreams := r.Upstreams
 	if len(upstreams) == 0 {
-		upstreams = []string{"https://" + r.Host}
-		if r.Host == hubName {
-			upstreams = []string{hubURL}
-		}
+		upstreams = []string{DefaultUpstream(r.Host)}
 	}
 	for i, u := range upstreams {
 		addr, err := parseEndpoint(u)
