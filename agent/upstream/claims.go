@@ -142,11 +142,11 @@ func (f *fetch) free(from int64) (off, end int64, ok bool) {
 		if !ok {
 			return 0, 0, false
 		}
-		next := from
+		next, covered := from, false
 		for cl := range f.claims {
 			switch {
 			case cl.off <= off && off < cl.end:
-				next = max(next, cl.end)
+				next, covered = max(next, cl.end), true
 			case off < cl.off && cl.off < end:
 				end = cl.off
 			}
@@ -154,21 +154,12 @@ func (f *fetch) free(from int64) (off, end int64, ok bool) {
 		switch {
 		case next > from:
 			from = next
-		case f.covered(off):
+		case covered:
 			return 0, 0, false
 		default:
 			return off, end, true
 		}
 	}
-}
-
-func (f *fetch) covered(off int64) bool {
-	for cl := range f.claims {
-		if cl.off <= off && off < cl.end {
-			return true
-		}
-	}
-	return false
 }
 
 // heldUp reports whether this node is the one that is slow to take what comes: another

@@ -205,7 +205,7 @@ func (f *fetch) pull(ctx context.Context, st *stream, cl *claim) error {
 	defer buffers.Put(buf)
 	check := st.off + 4*chunk
 	for {
-		left := f.left(cl)
+		left := f.end(cl) - cl.off
 		if left <= 0 {
 			return nil
 		}
@@ -260,8 +260,6 @@ func (f *fetch) begin(st *stream, cl *claim) {
 	cl.start, cl.since = cl.off, time.Now()
 	cl.body, _ = st.body.(*settled)
 }
-
-func (f *fetch) left(cl *claim) int64 { return f.end(cl) - cl.off }
 
 func (f *fetch) end(cl *claim) int64 {
 	f.mu.Lock()
