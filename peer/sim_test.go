@@ -375,7 +375,11 @@ func (n *simNode) upstream(ctx context.Context, b *simBlob, into Sink) error {
 	return ctx.Err()
 }
 
+// run simulates a storm; not with -short, for the race detector needs ten minutes for all.
 func (c sim) run(t testing.TB) (r simResult) {
+	if testing.Short() {
+		t.Skip("a storm")
+	}
 	began := time.Now()
 	bubble(t.(*testing.T), func(t *testing.T) { r = c.world(t).play(t) })
 	r.real = time.Since(began)
