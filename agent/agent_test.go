@@ -244,7 +244,7 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
-// TestHostsFollowTheProxy holds P6: host configuration is there while the
+// TestHostsFollowTheProxy: host configuration is there while the
 // agent serves, and what was there before is back afterwards.
 func TestHostsFollowTheProxy(t *testing.T) {
 	c := testConfig(t)
@@ -306,7 +306,7 @@ func TestUpstreamsFollowTheHosts(t *testing.T) {
 	}
 }
 
-// TestWedged holds P1 for an agent whose handlers answer nobody: the port is
+// TestWedged: where the handlers of an agent answer nobody, the port is
 // closed within seconds, host configuration goes, and Run ends with an error
 // so that the process starts anew.
 func TestWedged(t *testing.T) {

@@ -645,7 +645,7 @@ func TestImportOfAClientThatHangs(t *testing.T) {
 }
 
 // TestClientThatTakesNothing: it holds up what it is told of, a pin or an import, for so
-// long and not for ever.
+// long and not forever.
 func TestClientThatTakesNothing(t *testing.T) {
 	done := make(chan struct{})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -166,7 +166,7 @@ func TestCrashOnUpgrade(t *testing.T) {
 	}
 }
 
-// childEnv makes the test binary apply and remove for ever; see TestKill.
+// childEnv makes the test binary apply and remove forever; see TestKill.
 const childEnv = "LARDER_HOSTSCONFIG_CHILD"
 
 func childMain() bool {

@@ -14,7 +14,7 @@ import (
 )
 
 // lockedNode is a node that turns to its swarm whenever that calls it: with a lock of the
-// swarm held, that would wait for ever (I7).
+// swarm held, that would wait forever (I7).
 type lockedNode struct {
 	*testNode
 	mu    sync.Mutex // guards calls

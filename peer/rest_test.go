@@ -535,7 +535,7 @@ func TestNothingForEachOther(t *testing.T) {
 }
 
 // TestNoNeighbourByADeadLink: that a link ended is told once; a neighbour met
-// after that would stay for ever.
+// after that would stay forever.
 func TestNoNeighbourByADeadLink(t *testing.T) {
 	n := newTestWorld().node(t, "node-0")
 	l := fuzzLink(n.s, nil)

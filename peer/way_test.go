@@ -338,7 +338,7 @@ func TestWayWasLost(t *testing.T) {
 
 // TestPeekAtMany: more homes to look at than a blob has at a time, of the zone, the
 // cluster, before this node came, and with a way to the registry. None answers in time, and
-// the node can be stopped. It once waited for ever for those past the ninth.
+// the node can be stopped. It once waited forever for those past the ninth.
 func TestPeekAtMany(t *testing.T) {
 	t.Parallel()
 	deaf, err := net.Listen("tcp", "127.0.0.1:0") // nobody accepts

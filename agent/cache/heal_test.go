@@ -721,7 +721,7 @@ func TestMismatchesAreBounded(t *testing.T) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.mismatched(last) != 0 {
-			t.Error("remembered for ever")
+			t.Error("remembered forever")
 		}
 	})
 }

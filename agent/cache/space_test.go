@@ -369,7 +369,7 @@ func TestConcurrentFillsStayWithinBounds(t *testing.T) {
 	clients.Wait()
 }
 
-// TestDiskFull makes each step report ENOSPC, once or for ever.
+// TestDiskFull makes each step report ENOSPC, once or forever.
 func TestDiskFull(t *testing.T) {
 	body, d := content(80, 3*minPiece)
 	for _, s := range []step{stepCreate, stepAllocate, stepWrite} {

@@ -69,7 +69,7 @@ func TestBlobFaults(t *testing.T) {
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			reg.Inject(match, registrytest.Skip(100), registrytest.Do(cancel)) // whoever asks for ever
+			reg.Inject(match, registrytest.Skip(100), registrytest.Do(cancel)) // whoever asks forever
 			sink := newSink(256 << 10)
 			err := clientOf(t, reg).Fetch(ctx, target, d, sink)
 			switch {

@@ -476,7 +476,7 @@ func TestHostsCommands(t *testing.T) {
 }
 
 // TestHostsCheckOfAMalformedFile holds that a file which Larder can do nothing
-// about is reported, and does not make the check fail for ever.
+// about is reported, and does not make the check fail forever.
 func TestHostsCheckOfAMalformedFile(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "bad.example", "hosts.toml")

@@ -168,7 +168,7 @@ func (v *warmBars) say(format string, args ...any) { fmt.Fprintf(v.progress, for
 
 func (v *warmBars) close() { closeBars(v.progress, maps.Values(v.bars)) }
 
-// closeBars takes unfinished bars down; mpb would wait for them for ever.
+// closeBars takes unfinished bars down; mpb would wait for them forever.
 func closeBars(p *mpb.Progress, bars iter.Seq[*mpb.Bar]) {
 	for b := range bars {
 		if !b.Completed() {

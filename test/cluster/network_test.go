@@ -170,7 +170,7 @@ func (w *network) dial(ctx context.Context, host int, network, addr string) (c n
 }
 
 // inside calls f on a thread in the host's namespace: sockets and processes that
-// f makes belong there for ever.
+// f makes belong there forever.
 func (w *network) inside(host int, f func() error) error {
 	there, err := os.Open("/run/netns/" + w.name(host))
 	if err != nil {

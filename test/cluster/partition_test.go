@@ -208,7 +208,7 @@ func TestPacketLoss(t *testing.T) {
 // TestHeavyPacketLoss loses three packets of ten, each way. TCP itself carries
 // no more than 7 kB/s then (measured here, with nothing of ours), and now and then
 // not a byte for ten seconds, so the image is small, and nodes are told to wait for
-// it instead of turning to the registry after five seconds as P1 has it.
+// it instead of turning to the registry after five seconds.
 //
 // Of twenty-six runs twenty-three stayed within two copies, two took 2.5 and one 4.1. A
 // node that hears nothing of a home for some seconds cannot tell whether that is gone or its

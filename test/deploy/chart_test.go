@@ -423,7 +423,7 @@ func TestPlainManifest(t *testing.T) {
 		t.Errorf("the Job tolerates every node, and its affinity is %+v, the agents' %+v", job.Affinity, agents.Affinity)
 	}
 	if ttl := o.jobs[0].Spec.TTLSecondsAfterFinished; ttl != nil {
-		t.Errorf("the Job is deleted %d s after it has ended: Argo CD calls the application OutOfSync then, and Flux makes the Job anew, for ever", *ttl)
+		t.Errorf("the Job is deleted %d s after it has ended: Argo CD calls the application OutOfSync then, and Flux makes the Job anew, forever", *ttl)
 	}
 	if image := agentOf(d).Image; image != job.Containers[0].Image || !strings.HasSuffix(image, ":"+d.Labels["app.kubernetes.io/version"]) {
 		t.Errorf("images %s and %s", image, job.Containers[0].Image)

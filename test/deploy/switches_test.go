@@ -164,7 +164,7 @@ func TestKeyJobIsReplaced(t *testing.T) {
 func TestCleanupEnds(t *testing.T) {
 	for _, j := range parse(t, cleanupOf(t, "n1")).jobs {
 		if j.Spec.ActiveDeadlineSeconds == nil || j.Spec.TTLSecondsAfterFinished == nil {
-			t.Errorf("Job %s is there for ever where its pod cannot start", j.Name)
+			t.Errorf("Job %s is there forever where its pod cannot start", j.Name)
 		}
 	}
 }

@@ -92,7 +92,7 @@ func (c *containerd) holds(hex string) bool {
 }
 
 // TestWedged is an agent that takes requests and answers none. It must notice and
-// get out of the way by itself: containerd 1.6 would wait for ever.
+// get out of the way by itself: containerd 1.6 would wait forever.
 func TestWedged(t *testing.T) {
 	t.Parallel()
 	for _, v := range containerdVersions {

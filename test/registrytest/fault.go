@@ -213,7 +213,7 @@ func RangeTotal(n int64) Effect {
 	return onAnswer(func(a *answer) { a.rangeTotal = n })
 }
 
-// RedirectLoop redirects the request to itself, for ever.
+// RedirectLoop redirects the request to itself, forever.
 func RedirectLoop() Effect {
 	return onAnswer(func(a *answer) { a.setRedirect(a.request.Path) })
 }

@@ -1,7 +1,6 @@
 // Package runtimetest pulls images the way container runtimes do, in the test's
 // own process: with containerd's own resolver, hosts.toml reader and content
-// store, and with a strict model of what CRI-O, podman and skopeo do
-// (RUNTIMES section C of the design documents). Nothing is unpacked. It is not
+// store, and with a strict model of what CRI-O, podman and skopeo do. Nothing is unpacked. It is not
 // a replacement for the tests against real daemons, but thousands of times
 // faster, and it tells what was fetched from where.
 package runtimetest

@@ -48,7 +48,7 @@ func run() error {
 		agent.WithBefore(func(*http.Request) {
 			select {
 			case <-block:
-				select {} // for ever
+				select {} // forever
 			default:
 			}
 		}))
