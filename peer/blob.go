@@ -89,14 +89,14 @@ type blob struct {
 	turned     time.Time // when somebody last closed on us
 	unproved   time.Time // when a piece came of somebody whose digests do not count, see learn
 
-	ownFetch
+	fetchState
 	writing int  // pieces on their way into fill
 	void    bool // a fetch brought all of it, and upstream had got it wrong, see attempt.go
 }
 
-// ownFetch is this node's own fetch of a blob, and what is left of it until the next begins.
+// fetchState is this node's own fetch of a blob, and what is left of it until the next begins.
 // blob.mu guards it.
-type ownFetch struct {
+type fetchState struct {
 	fill      Fill                    // while fetching
 	ahead     int64                   // Want.Ahead
 	floor     int                     // with ahead: the piece that is wanted
@@ -198,7 +198,7 @@ func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 		s: s, id: id, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
-		ownFetch: ownFetch{sources: make(map[string]int64)}, rng: rng, lastUse: time.Now(),
+		fetchState: fetchState{sources: make(map[string]int64)}, rng: rng, lastUse: time.Now(),
 	}
 }
 

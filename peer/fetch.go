@@ -103,7 +103,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 		return errBehind
 	}
 	now := time.Now()
-	b.ownFetch = ownFetch{fill: f, stop: stop, ahead: ahead, sources: make(map[string]int64), begun: now, progress: now, heeded: now}
+	b.fetchState = fetchState{fill: f, stop: stop, ahead: ahead, sources: make(map[string]int64), begun: now, progress: now, heeded: now}
 	b.rotten = false
 	b.emptyLocked()
 	return nil

@@ -12,9 +12,7 @@ func TestNewHomeAnsweredLate(t *testing.T) {
 	for _, late := range []time.Duration{0, peekTime + askHomeFor/8} {
 		t.Run(late.String(), func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				c := baseSim(12, 153)
-				c.rate, c.origin = 20*mbit, 100*mbit
-				w := c.world(t)
+				w := slowSim(12).world(t)
 				top := w.top()
 				others := slices.DeleteFunc(slices.Clone(w.nodes), func(n *simNode) bool { return n == top })
 				for _, n := range others {
@@ -40,9 +38,7 @@ func TestNewHomeAnsweredLate(t *testing.T) {
 // TestSilentHomeIsSlow: who is home because the one before it did not answer hears it when it does.
 func TestSilentHomeIsSlow(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		c := baseSim(12, 153)
-		c.rate, c.origin = 20*mbit, 100*mbit
-		w := c.world(t)
+		w := slowSim(12).world(t)
 		top := w.top()
 		for _, n := range w.nodes {
 			if n != top {
@@ -62,9 +58,7 @@ func TestSilentHomeIsSlow(t *testing.T) {
 // than one copy once they can.
 func TestHomesLostEachOther(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		c := baseSim(12, 153)
-		c.rate, c.origin = 20*mbit, 100*mbit
-		w := c.world(t)
+		w := slowSim(12).world(t)
 		homes := w.nodes[0].s.roster.homes(sha256Of(w.images[0].digest), "", false)[:2]
 		for _, n := range w.nodes {
 			for i, m := range homes {

@@ -587,6 +587,13 @@ func baseSim(nodes, pieces int) sim {
 	return sim{nodes: nodes, pieces: pieces, seed: 1, rate: 200 * mbit, origin: 1000 * mbit, latency: 250 * time.Microsecond, zones: 1}
 }
 
+// slowSim is a storm on links of 20 Mbit/s.
+func slowSim(nodes int) sim {
+	c := baseSim(nodes, 153)
+	c.rate, c.origin = 20*mbit, 100*mbit
+	return c
+}
+
 // TestStorm holds P2 and P3 for storms that are cheap to simulate.
 func TestStorm(t *testing.T) {
 	for _, nodes := range []int{10, 100} {
@@ -710,9 +717,8 @@ func TestDownloadLimit(t *testing.T) {
 // want the same pieces. 1.22 x the bound were seen; 1.28 to 1.31 where the piece was
 // chosen before the neighbour, and 7 % of the bytes sent in vain before that.
 func TestSlowLinks(t *testing.T) {
-	s := baseSim(20, 153)
+	s := slowSim(20)
 	s.layers, s.fifo = []int{46, 6}, true
-	s.rate, s.origin = 20*mbit, 100*mbit
 	r := s.run(t)
 	t.Log(r)
 	if r.sent > 1.02 || r.copies > 1.02 || len(r.failed) > 0 || r.slowest.Seconds() > 1.26*r.bound.Seconds() {
@@ -724,9 +730,7 @@ func TestSlowLinks(t *testing.T) {
 // come, is no reason to go upstream as the next one.
 func TestLateAnswer(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		s := baseSim(20, 153)
-		s.rate, s.origin = 20*mbit, 100*mbit
-		w := s.world(t)
+		w := slowSim(20).world(t)
 		w.top().late = askHomeFor + time.Second
 		r := w.play(t)
 		t.Log(r)
