@@ -435,6 +435,52 @@ type deafNetwork struct{ tcp }
 
 func (deafNetwork) Listen(string) (net.Listener, error) { return nil, io.ErrClosedPipe }
 
+// lateNetwork's listener hands out one more connection while it is being closed.
+type lateNetwork struct {
+	tcp
+	late net.Conn
+}
+
+func (n lateNetwork) Listen(addr string) (net.Listener, error) {
+	l, err := n.tcp.Listen(addr)
+	return &lateListener{Listener: l, late: n.late, closed: make(chan struct{})}, err
+}
+
+type lateListener struct {
+	net.Listener
+	late   net.Conn
+	closed chan struct{}
+	taken  bool
+}
+
+func (l *lateListener) Accept() (net.Conn, error) {
+	<-l.closed
+	if l.taken {
+		return nil, net.ErrClosed
+	}
+	l.taken = true
+	return l.late, nil
+}
+
+func (l *lateListener) Close() error {
+	close(l.closed)
+	return l.Listener.Close()
+}
+
+// TestAcceptedAtTheEnd: a connection that comes as Run ends is closed.
+func TestAcceptedAtTheEnd(t *testing.T) {
+	for range 20 {
+		ours, theirs := net.Pipe()
+		if err := theirs.SetReadDeadline(time.Now().Add(slow * 5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		newTestWorld().node(t, "node", func(c *Config) { c.Network = lateNetwork{late: ours} }).kill()
+		if _, err := theirs.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatalf("read from a swarm that is gone: %v, want EOF", err)
+		}
+	}
+}
+
 // TestCertificatesIgnoreClocks: nodes whose clocks are hours or years apart
 // still trust each other, because nothing depends on the time.
 func TestCertificatesIgnoreClocks(t *testing.T) {

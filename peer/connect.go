@@ -39,7 +39,7 @@ func (s *Swarm) accept(ctx context.Context) {
 			conn.Close()
 			return
 		}
-		s.spawn(func(ctx context.Context) { s.welcome(ctx, conn) })
+		s.tasks.Go(func() { s.welcome(ctx, conn) }) // after Run's end too, which closes it
 	}
 }
 
