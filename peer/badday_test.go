@@ -596,7 +596,7 @@ func hostile(t *testing.T, target *testNode, as *testNode) net.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := hello{epoch: as.s.self.Epoch, name: as.s.self.Name}
+	h := hello{name: as.s.self.Name}
 	if _, err := c.Write(h.append(nil)); err != nil {
 		t.Fatal(err)
 	}
@@ -701,7 +701,7 @@ func TestOtherVersion(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	h := hello{epoch: nodes[1].s.self.Epoch, name: nodes[1].s.self.Name}.append(nil)
+	h := hello{name: nodes[1].s.self.Name}.append(nil)
 	h[frameHeader] = wireVersion + 1
 	if _, err := c.Write(append(h, "and what this node cannot know"...)); err != nil {
 		t.Fatal(err)

@@ -115,14 +115,14 @@ func (s *Swarm) identified(h hello, name string, pub ed25519.PublicKey) (Member,
 	if s.trust != nil && h.name != name {
 		return Member{}, errNotMember
 	}
-	node, _, ok := cutStart(h.name)
+	node, epoch, ok := cutStart(h.name)
 	if !ok || h.name == s.self.Name {
 		return Member{}, errNotMember
 	}
 	if s.bans.has(node) {
 		return Member{}, errBanned
 	}
-	m := Member{Name: h.name, Node: node, Zone: h.zone, Epoch: h.epoch, Key: pub}
+	m := Member{Name: h.name, Node: node, Zone: h.zone, Epoch: epoch, Key: pub}
 	if known, ok := s.roster.get(h.name); ok {
 		if s.trust != nil && !known.Key.Equal(pub) {
 			return Member{}, errNotMember
@@ -133,7 +133,7 @@ func (s *Swarm) identified(h hello, name string, pub ed25519.PublicKey) (Member,
 }
 
 func readHello(c net.Conn) (hello, error) {
-	var b [frameHeader + 10 + 2*(maxName+1)]byte
+	var b [frameHeader + 1 + 2*(1+maxName)]byte
 	if _, err := io.ReadFull(c, b[:frameHeader]); err != nil {
 		return hello{}, err
 	}
@@ -291,7 +291,7 @@ func (s *Swarm) reach(ctx context.Context, m *Member) (*link, error) {
 		conn = tc
 	}
 	l := newLink(s, conn, *m, true)
-	l.send(hello{epoch: s.self.Epoch, name: s.self.Name, zone: s.self.Zone}.append)
+	l.send(hello{name: s.self.Name, zone: s.self.Zone}.append)
 	return l, nil
 }
 

@@ -70,7 +70,7 @@ func language() []spoken {
 	x.postLocked(7, 0, true)
 	x.postLocked(7, 2, true)
 	return []spoken{
-		frame("hello", hello{epoch: 1, name: "node~00000000001", zone: "z"}.append(nil)),
+		frame("hello", hello{name: "node~00000000001", zone: "z"}.append(nil)),
 		frame("ping", appendPing(nil)),
 		frame("open", open{blob: id, size: 3 << 18, pieceSize: 1 << 18, pass: who, have: bitmap{0xa0}}.append(nil)),
 		frame("open, size unknown", open{blob: id}.append(nil)),

@@ -161,9 +161,8 @@ func appendStr(b []byte, s string) []byte {
 // hello is the first frame from the dialing side. On TLS links the certificate
 // decides who speaks; the name must agree with it.
 type hello struct {
-	epoch uint64
-	name  string
-	zone  string
+	name string
+	zone string
 }
 
 // wireVersion goes up, from the first release on, with every change that an older node
@@ -175,7 +174,6 @@ const wireVersion = 1
 func (h hello) append(b []byte) []byte {
 	return appendFrame(b, frameHello, func(b []byte) []byte {
 		b = append(b, wireVersion)
-		b = binary.BigEndian.AppendUint64(b, h.epoch)
 		return appendStr(appendStr(b, h.name), h.zone)
 	})
 }
@@ -185,7 +183,7 @@ func parseHello(p []byte) (hello, error) {
 	if v := c.u8(); !c.bad && v != wireVersion {
 		return hello{}, fmt.Errorf("%w: %d, this node's is %d", errVersion, v, wireVersion)
 	}
-	h := hello{epoch: c.u64(), name: c.str(), zone: c.str()}
+	h := hello{name: c.str(), zone: c.str()}
 	if err := c.done(); err != nil {
 		return hello{}, err
 	}
