@@ -101,8 +101,9 @@ func (s *Swarm) undecided(b *blob) bool {
 func (b *blob) annul() {
 	b.mu.Lock()
 	again := b.void
-	b.void, b.lastUse = true, time.Now()
+	b.void = true
 	b.mu.Unlock()
+	b.lastUse.set(time.Now())
 	if !again {
 		b.withdraw()
 	}

@@ -691,6 +691,24 @@ func TestManyNames(t *testing.T) {
 	}
 }
 
+// TestUsedWhileDropped: a blob that a fetch takes up is not dropped for having been idle
+// when that was looked at.
+func TestUsedWhileDropped(t *testing.T) {
+	n := newTestWorld().node(t, "node")
+	b := n.s.blob(blobID{key: key{1}})
+	since := time.Now().Add(time.Millisecond)
+	waitFor(t, func() bool { return time.Now().After(since) })
+	n.s.blob(b.id)
+	n.s.dropBlob(b, since)
+	if n.s.knownBlob(b.id) != b {
+		t.Error("a blob was dropped under a fetch")
+	}
+	n.s.dropBlob(b, time.Now().Add(time.Millisecond))
+	if n.s.knownBlob(b.id) != nil {
+		t.Error("an idle blob was kept")
+	}
+}
+
 // TestOtherVersion: a node of another release is refused and not banned, and
 // others are homes in its place.
 func TestOtherVersion(t *testing.T) {

@@ -42,6 +42,7 @@ type blob struct {
 	turn    uint64        // uploads.starts at its last upload; guarded by uploads.mu
 	wake    chan struct{} // for exchange: there may be something to ask for, see poke
 	sizedCh chan struct{} // closed once the size is known
+	lastUse moment        // somebody fetched it, asked for it or joined; see tendBlob
 
 	mu sync.Mutex // guards the following
 
@@ -63,7 +64,6 @@ type blob struct {
 	scanning bool            // a goroutine hashes the blob in the store
 	rotten   bool            // and found that it is not what it should be
 	src      *handle         // of the store, see acquire; nil = not open
-	lastUse  time.Time       // somebody fetched it, asked for it or joined; see tendBlob
 
 	// What is given.
 	given    []uint16          // how often, by piece
@@ -194,12 +194,14 @@ func (p *pace) resume(now time.Time) {
 }
 
 func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
-	return &blob{
+	b := &blob{
 		s: s, id: id, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
 		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
-		fetchState: fetchState{sources: make(map[string]int64)}, rng: rng, lastUse: time.Now(),
+		fetchState: fetchState{sources: make(map[string]int64)}, rng: rng,
 	}
+	b.lastUse.set(time.Now())
+	return b
 }
 
 // poke makes exchange look what it may ask for. It may be called with or without the
@@ -332,7 +334,7 @@ func (b *blob) opened(l *link, o open) {
 	b.countLocked(nb, -1)
 	nb.size, nb.pieceSize, nb.have, nb.haveN = o.size, o.pieceSize, o.have, o.have.count()
 	b.countLocked(nb, +1)
-	b.lastUse = time.Now()
+	b.lastUse.set(time.Now())
 	b.mu.Unlock()
 	b.poke()
 }

@@ -118,7 +118,8 @@ func (b *blob) end(err error) {
 		}
 	}
 	kept := b.ahead == 0
-	b.fill, b.stop, b.lastUse, b.complete = nil, nil, time.Now(), err == nil && kept
+	b.fill, b.stop, b.complete = nil, nil, err == nil && kept
+	b.lastUse.set(time.Now())
 	b.ahead, b.floor = 0, 0
 	b.mu.Unlock()
 	if err != nil && kept {

@@ -40,7 +40,7 @@ func (b *blob) grant(l *link, w want) *upload {
 	if w.needDigest && b.n > 1 {
 		u.batches = b.batchesLocked(i)
 	}
-	b.lastUse = time.Now()
+	b.lastUse.set(time.Now())
 	only := b.mayBeOnlyLocked()
 	switch {
 	case l.zone != b.s.cfg.Zone && !only:

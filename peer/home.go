@@ -313,9 +313,7 @@ func (b *blob) over() joinReply {
 
 // note keeps what an asker tells about the swarm's past.
 func (b *blob) note(l *link, ask joinAsk) {
-	b.mu.Lock()
-	b.lastUse = time.Now()
-	b.mu.Unlock()
+	b.lastUse.set(time.Now())
 	b.home.mu.Lock()
 	defer b.home.mu.Unlock()
 	if ask.Have > 0 && b.home.members[l.peer] == nil {

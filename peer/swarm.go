@@ -236,11 +236,14 @@ func (s *Swarm) newRandLocked() *rand.Rand {
 	return rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
 }
 
-// blob returns the state of a blob, made if there is none.
+// blob returns the state of a blob, made if there is none. It is in use from now on, so that
+// tendBlob does not drop it just before its fetch begins.
 func (s *Swarm) blob(id blobID) *blob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.blobLocked(id)
+	b := s.blobLocked(id)
+	b.lastUse.set(time.Now())
+	return b
 }
 
 func (s *Swarm) blobLocked(id blobID) *blob {

@@ -88,11 +88,16 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 		b.forgetGiven()
 	}
 	if idle > keep && !s.remembers(b) {
-		s.mu.Lock()
-		if s.blobs[b.id] == b {
-			delete(s.blobs, b.id)
-		}
-		s.mu.Unlock()
+		s.dropBlob(b, now.Add(-keep))
+	}
+}
+
+// dropBlob forgets a blob, unless somebody has used it since.
+func (s *Swarm) dropBlob(b *blob, since time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.blobs[b.id] == b && b.lastUse.get().Before(since) {
+		delete(s.blobs, b.id)
 	}
 }
 
@@ -120,11 +125,11 @@ func (b *blob) tend(now time.Time) (slow []string, idle time.Duration) {
 	slow = b.expire(now)
 	b.oweLocked(now)
 	if b.fill != nil {
-		b.lastUse = now
+		b.lastUse.set(now)
 		for _, nb := range b.nbrs {
 			nb.l.used.set(now)
 		}
 		b.poke()
 	}
-	return slow, now.Sub(b.lastUse)
+	return slow, now.Sub(b.lastUse.get())
 }
