@@ -70,10 +70,10 @@ func (f *fetch) next(st *stream) (*claim, bool) {
 		off, end, ok = f.free(0)
 	}
 	if !ok {
-		return f.split(piece, time.Now())
+		return f.split(st, piece, time.Now())
 	}
 	size := f.segment(f.src.known() - off)
-	if st.extra && f.trial > 0 {
+	if f.onTrial(st) {
 		size = min(size, f.trialSize())
 	}
 	cut := (off + size + piece - 1) / piece * piece
@@ -114,6 +114,9 @@ func (f *fetch) segment(left int64) int64 {
 	}
 	return max(min(most, segmentMax, left/int64(2*max(f.target, 2))), segmentMin)
 }
+
+// onTrial reports whether st has yet to prove its worth.
+func (f *fetch) onTrial(st *stream) bool { return st.extra && f.trial > 0 }
 
 // trialSize is what a stream on trial claims: it brings that even if it does not help.
 // Behind a poor uplink segmentMin would take a minute, during which what readers wait
@@ -173,24 +176,33 @@ func (cl *claim) heldUp() bool { return cl.body != nil && cl.body.unread() >= be
 // choice, with a small receive buffer as few as 5.7 KB.
 const behind = 4 << 10
 
-// split takes the far half of the claim that would take longest.
-func (f *fetch) split(piece int64, now time.Time) (*claim, bool) {
-	var slowest *claim
-	longest := slowEnd
+// slowest is the claim that would take longest, if that is longer than longest.
+func (f *fetch) slowest(longest time.Duration, now time.Time) (slowest *claim) {
 	for cl := range f.claims {
 		if t := cl.remaining(now); t > longest && !cl.heldUp() {
 			slowest, longest = cl, t
 		}
 	}
+	return slowest
+}
+
+// split takes the far half of the claim that would take longest, or as much of it as st may
+// have on trial.
+func (f *fetch) split(st *stream, piece int64, now time.Time) (*claim, bool) {
+	slowest := f.slowest(slowEnd, now)
 	if slowest == nil {
 		return nil, false
 	}
-	middle := (slowest.off + (slowest.end-slowest.off)/2) / piece * piece
-	if middle <= slowest.off {
+	size := (slowest.end - slowest.off) / 2
+	if f.onTrial(st) {
+		size = min(size, f.trialSize())
+	}
+	from := (slowest.end - size) / piece * piece
+	if from <= slowest.off {
 		return nil, false
 	}
-	cl := &claim{off: middle, end: slowest.end}
-	slowest.end = middle
+	cl := &claim{off: from, end: slowest.end}
+	slowest.end = from
 	return cl, true
 }
 

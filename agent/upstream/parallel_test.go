@@ -135,6 +135,29 @@ func TestWiden(t *testing.T) {
 	}
 }
 
+// TestSlowSmallBlob pins that a blob which one request would bring is fetched over several
+// connections too, where each is slow, and what that costs.
+func TestSlowSmallBlob(t *testing.T) {
+	t.Parallel()
+	const size = 8 * mib // 32 s over one connection
+	reg := registrytest.Start(t, registrytest.Options{})
+	d := reg.PutBlob(repo, registrytest.Random(9, size)).Digest
+	reg.SetRate(mib/4, 0)
+	sink := newSink(256 << 10)
+	if err := clientOf(t, reg).Fetch(t.Context(), target, d, sink); err != nil {
+		t.Fatal(err)
+	}
+	sink.check(t, d)
+	reg.Close() // its counters lag behind what a client has read
+	t.Logf("%d connections, %d bytes sent for %d", connections(reg), reg.Bytes(blobGet), size)
+	if n := connections(reg); n < 3 {
+		t.Errorf("%d connections, want at least 3", n)
+	}
+	if sent := reg.Bytes(blobGet); sent > size+size/20 || sink.total != size {
+		t.Errorf("%d bytes sent and %d written for a blob of %d", sent, sink.total, size)
+	}
+}
+
 // TestSlowNodeSplitsNothing pins that no run is asked for again whose bytes are here and
 // wait for this node: they would have been sent in vain (I7).
 func TestSlowNodeSplitsNothing(t *testing.T) {
@@ -173,11 +196,11 @@ func TestSlowNodeSplitsNothing(t *testing.T) {
 			for end := time.Now().Add(10 * time.Second); !cl.heldUp() && time.Now().Before(end); {
 				runtime.Gosched() // until more has come
 			}
-			if far, ok := f.split(1, slow); ok {
+			if far, ok := f.split(st, 1, slow); ok {
 				t.Errorf("%v is asked for again, with %d bytes here", far, cl.body.unread())
 			}
 			read(sent / 2)
-			if _, ok := f.split(1, slow); !ok {
+			if _, ok := f.split(st, 1, slow); !ok {
 				t.Error("nothing waits here, and nobody else fetches the rest")
 			}
 		})

@@ -4,8 +4,10 @@ import "time"
 
 const (
 	tick = 50 * time.Millisecond
-	// window is the time over which throughput is measured.
-	window = 150 * time.Millisecond
+	// window is the time over which throughput is measured. Where no more than a few packets
+	// come in it, it is longer: until it has a chunk, or is slowWindow.
+	window     = 150 * time.Millisecond
+	slowWindow = 1500 * time.Millisecond
 	// settle is how long new streams come up to speed before they are measured.
 	settle = 100 * time.Millisecond
 	// gain is what twice the streams must bring to stay, and what one stream's
@@ -16,6 +18,10 @@ const (
 	trialWindows = 4
 	// worthwhile is how long a blob must still take for one more stream.
 	worthwhile = time.Second
+	// tooSlow is how long a claim must still take for another stream to be tried on its far
+	// end. That costs what is under way behind there, and is how a blob of no more than
+	// firstRun gets more than one stream.
+	tooSlow = 20 * time.Second
 	// soonEnough is how long a stream may take for a piece if another is to be started.
 	soonEnough = 10 * time.Second
 	// hungry ticks in a row with a reader far from any stream start one there;
@@ -41,7 +47,7 @@ func (m *meter) read(now time.Time, bytes int64) (rate float64, ok bool) {
 	if elapsed < 0 { // settling
 		m.base = bytes
 	}
-	if elapsed < window {
+	if elapsed < window || elapsed < slowWindow && bytes-m.base < chunk {
 		return 0, false
 	}
 	rate = float64(bytes-m.base) / elapsed.Seconds()
@@ -144,7 +150,7 @@ func (f *fetch) widen(now time.Time) (start int) {
 	// What one window lost to a hiccup must not count as gained in the next.
 	steady := f.trial > 0 || (last > 0 && rate <= gain*last)
 	f.rate, f.trial = best, 0
-	if f.frozen || !steady || !f.worth(rate) {
+	if f.frozen || !steady || !f.worth(rate, now) {
 		return 0
 	}
 	add := min(f.running, f.src.c.cfg.StreamsPerBlob-f.running)
@@ -155,12 +161,13 @@ func (f *fetch) widen(now time.Time) (start int) {
 	return f.more(add)
 }
 
-// worth says whether enough is left for another stream, and each piece comes soon
-// enough. Streams share a poor uplink: what came first in 10 s then comes with what
+// worth says whether enough is left for another stream, unclaimed or of a claim that is too
+// slow, and each piece comes soon enough. Streams share a poor uplink: what came first in 10 s then comes with what
 // follows it in 20, and nobody can use half a piece. A stream may also gain what it
 // takes from other nodes' (measured: three blobs on 2 Mbit/s went to nine streams, and
 // no piece of 1 MiB was whole after 30 s).
-func (f *fetch) worth(rate float64) bool {
+func (f *fetch) worth(rate float64, now time.Time) bool {
 	soon := rate/float64(max(f.running, 1))*soonEnough.Seconds() >= float64(f.sink.PieceSize())
-	return soon && f.unclaimed() >= 2*segmentMin && float64(f.remaining()) >= rate*worthwhile.Seconds()
+	return soon && float64(f.remaining()) >= rate*worthwhile.Seconds() &&
+		(f.unclaimed() >= 2*segmentMin || f.slowest(tooSlow, now) != nil)
 }
