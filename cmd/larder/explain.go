@@ -18,10 +18,10 @@ func newExplain() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain IMAGE",
 		Short: "Show where each blob of an image is or came from",
-		Long: `Show, for each blob of an image, where it is now (disk, runtime store, a peer,
-or the registry alone), where this node got it from, when and how many bytes.
-The agent's memory is asked, no registry: an image that was never pulled through
-this node is not known.`,
+		Long: `Show, for each blob of an image, where it is now (disk, runtime store, arriving,
+a peer, or the registry alone), where this node got it from, when and how many
+bytes. The agent's memory is asked, no registry: an image that was never pulled
+through this node is not known.`,
 		Example: `  larder explain nginx:1.29
   larder explain --platform all quay.io/prometheus/prometheus@sha256:...
   larder explain --json nginx | jq '.parts[] | {digest, where}'`,
