@@ -52,12 +52,13 @@ func BindFlags(fs *pflag.FlagSet, tables ...string) {
 		if table, _, _ := strings.Cut(k.Name, "."); len(tables) > 0 && !slices.Contains(tables, table) {
 			continue
 		}
-		f := fs.VarPF(&flagValue{kind: k.kind(), text: k.Default}, k.Name, "", k.Help)
+		help := k.Help
+		if k.Shown != "" {
+			help += " (default: " + k.Shown + ")"
+		}
+		f := fs.VarPF(&flagValue{kind: k.kind(), text: k.Default}, k.Name, "", help)
 		if k.kind() == "bool" {
 			f.NoOptDefVal = "true"
-		}
-		if k.Shown != "" {
-			f.DefValue = k.Shown
 		}
 	}
 }

@@ -625,7 +625,10 @@ func TestHelpNamesEveryKey(t *testing.T) {
 		if !strings.Contains(line, k.Help) {
 			t.Errorf("--help does not say of %s: %q", k.Name, k.Help)
 		}
-		if def := k.Shown + k.Default; def != "" && def != "false" && def != "0" && !strings.Contains(line, def) {
+		if k.Shown != "" && !strings.Contains(line, "(default: "+k.Shown+")") {
+			t.Errorf("--help does not say that %s is %s by default, without quotes: %s", k.Name, k.Shown, line)
+		}
+		if def := k.Default; def != "" && def != "false" && def != "0" && !strings.Contains(line, def) {
 			t.Errorf("--help does not say that %s is %s by default: %s", k.Name, def, line)
 		}
 	}
