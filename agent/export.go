@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -120,7 +119,6 @@ func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer
 	if part.kind == "manifest" {
 		kind = "manifests"
 	}
-	started := time.Now()
 	resp, err := e.request(ctx, http.MethodGet, kind, part.Digest.String())
 	if err != nil {
 		return err
@@ -130,6 +128,6 @@ func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer
 	if err := out.Blob(part.Digest, part.Size, io.TeeReader(resp.Body, counter)); err != nil {
 		return err
 	}
-	e.record(Pulled{Kind: part.kind, Digest: part.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: part.Size, Took: time.Since(started)})
+	e.record(Pulled{Kind: part.kind, Digest: part.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: part.Size})
 	return nil
 }

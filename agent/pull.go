@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/larder-cache/larder/agent/archive"
@@ -66,7 +65,6 @@ type Pulled struct {
 	Digest digest.Digest
 	Source string // X-Larder-Source
 	Bytes  int64
-	Took   time.Duration // from the request to the last byte
 }
 
 // Puller pulls images through a proxy the way containerd does: HEAD and GET the
@@ -227,12 +225,11 @@ func (p *pull) manifest(ctx context.Context, d digest.Digest) ([]byte, error) {
 			return nil, err
 		}
 	}
-	started := time.Now()
 	body, header, err := p.readManifest(ctx, d)
 	if err != nil {
 		return nil, err
 	}
-	p.record(Pulled{Kind: "manifest", Digest: d, Source: header.Get("X-Larder-Source"), Bytes: int64(len(body)), Took: time.Since(started)})
+	p.record(Pulled{Kind: "manifest", Digest: d, Source: header.Get("X-Larder-Source"), Bytes: int64(len(body))})
 	return body, nil
 }
 
@@ -285,7 +282,6 @@ func (p *pull) choose(blobs []blob) ([]blob, error) {
 
 // blob reads a blob to its end, and trusts only its digest, no size.
 func (p *pull) blob(ctx context.Context, b blob) error {
-	started := time.Now()
 	resp, err := p.request(ctx, http.MethodGet, "blobs", b.Digest.String())
 	if err != nil {
 		return err
@@ -299,7 +295,7 @@ func (p *pull) blob(ctx context.Context, b blob) error {
 	if !verifier.Verified() {
 		return fmt.Errorf("blob %s: the bytes have another digest", b.Digest)
 	}
-	p.record(Pulled{Kind: b.kind, Digest: b.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: n, Took: time.Since(started)})
+	p.record(Pulled{Kind: b.kind, Digest: b.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: n})
 	return nil
 }
 
