@@ -298,15 +298,13 @@ func (s *pins) list(v *version) {
 	defer s.mu.Unlock()
 	for d, part := range parts {
 		s.hold(v, d, part.size)
-		if part.manifest {
-			v.manifests[d] = struct{}{}
-		}
+		v.parts[d] = part.manifest
 	}
 	v.all = all
 }
 
 // lacking are the parts of a version that this node's cache does not have, for those who
-// pull the image. The sizes of those that it has are known for certain then.
+// pull the image.
 func (s *pins) lacking(image Image, v *version) (out []digest.Digest) {
 	s.mu.Lock()
 	parts := slices.Collect(maps.Keys(v.parts))

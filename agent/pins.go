@@ -73,10 +73,10 @@ type pin struct {
 // version is an image that a name has stood for.
 type version struct {
 	digest digest.Digest
-	// parts are its manifests, config and layers, as far as they are known.
-	parts     map[digest.Digest]struct{}
-	manifests map[digest.Digest]struct{} // of parts; complete once the version is held
-	all       bool                       // all parts are known
+	// parts are its manifests (true; complete once the version is held), config and
+	// layers (false), as far as they are known.
+	parts map[digest.Digest]bool
+	all   bool // all parts are known
 	// public says that the registry showed it to a request without any credential when
 	// it last confirmed it. A later refusal does not change that.
 	public bool
@@ -89,7 +89,7 @@ type pinnedPart struct {
 }
 
 func newVersion(d digest.Digest) *version {
-	return &version{digest: d, parts: map[digest.Digest]struct{}{}, manifests: map[digest.Digest]struct{}{}}
+	return &version{digest: d, parts: map[digest.Digest]bool{}}
 }
 
 // openPins loads what the configuration names and what was pinned before, so that
@@ -158,8 +158,8 @@ func (s *pins) hold(v *version, d digest.Digest, size int64) {
 		s.parts[d] = part
 		s.agent.cache.Pin(d)
 	}
-	if _, known := v.parts[d]; !known {
-		v.parts[d] = struct{}{}
+	if _, held := v.parts[d]; !held {
+		v.parts[d] = false
 		part.versions++
 	}
 	s.bytes += size - part.size
@@ -273,7 +273,7 @@ func (s *pins) lost(d digest.Digest) {
 	s.wake()
 }
 
-func (p *pin) partsHeld() map[digest.Digest]struct{} {
+func (p *pin) partsHeld() map[digest.Digest]bool {
 	if p.held == nil {
 		return nil
 	}
@@ -300,8 +300,7 @@ func (s *pins) pinnedPart(r cache.Repository, d digest.Digest) (found proxy.Pinn
 		return found, false
 	}
 	for _, p := range s.images {
-		if _, in := p.partsHeld()[d]; in && p.image.in(r) {
-			_, manifest := p.held.manifests[d]
+		if manifest, in := p.partsHeld()[d]; in && p.image.in(r) {
 			found.Digest, found.Manifest, found.Public, ok = d, found.Manifest || manifest, found.Public || p.held.public, true
 		}
 	}
