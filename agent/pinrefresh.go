@@ -252,7 +252,10 @@ func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
 	if s.images[p.name] != p {
 		return errUnpinned
 	}
-	total := max(s.bytes, s.presentLocked()) // manifests may say less than there was to fetch
+	var total int64
+	for d, part := range s.parts {
+		total += max(part.size, s.agent.cache.Size(d)) // a manifest may say less than there was to fetch
+	}
 	for _, d := range parts {
 		if s.parts[d.Digest] == nil {
 			total += partSize(d)

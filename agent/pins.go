@@ -45,7 +45,6 @@ type pins struct {
 	mu     sync.Mutex // guards everything below, the pins' fields too; not held across I/O
 	images map[string]*pin
 	parts  map[digest.Digest]*pinnedPart
-	bytes  int64         // of all parts
 	woken  chan struct{} // closed, and made anew, when something is due sooner than it was
 }
 
@@ -162,7 +161,6 @@ func (s *pins) hold(v *version, d digest.Digest, size int64) {
 		v.parts[d] = false
 		part.versions++
 	}
-	s.bytes += size - part.size
 	part.size = size
 }
 
@@ -175,7 +173,6 @@ func (s *pins) letGo(v *version) {
 		part := s.parts[d]
 		if part.versions--; part.versions == 0 {
 			delete(s.parts, d)
-			s.bytes -= part.size
 			s.agent.cache.Unpin(d)
 		}
 	}
@@ -536,14 +533,9 @@ func pinLimit(stats cache.Stats) int64 { return int64(float64(stats.Limit) * pin
 
 // present is how many bytes of what is pinned are here. The cache's own number includes
 // what an import keeps from eviction until its end.
-func (s *pins) present() int64 {
+func (s *pins) present() (n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.presentLocked()
-}
-
-// presentLocked is present. mu is held.
-func (s *pins) presentLocked() (n int64) {
 	for d := range s.parts {
 		n += s.agent.cache.Size(d)
 	}
