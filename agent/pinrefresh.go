@@ -25,7 +25,7 @@ func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error 
 	if err == nil {
 		err = s.bring(ctx, p, d, follow)
 	}
-	held := s.heldBy(p)
+	held, _ := s.heldBy(p)
 	if held == "" && d == "" && !definite(err) {
 		held = s.remembered(ctx, p)
 	}
@@ -38,13 +38,14 @@ func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error 
 	return err
 }
 
-func (s *pins) heldBy(p *pin) digest.Digest {
+// heldBy is the held version of p, "" if there is none, and whether it is public.
+func (s *pins) heldBy(p *pin) (d digest.Digest, public bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if p.held == nil {
-		return ""
+		return "", false
 	}
-	return p.held.digest
+	return p.held.digest, p.held.public
 }
 
 func (s *pins) puller() Puller {
@@ -85,7 +86,7 @@ func (s *pins) ask(ctx context.Context, p *pin) (digest.Digest, error) {
 // inquire asks whether an image that is pinned by digest is public, unless that is
 // known or of no use: nothing else about it can change.
 func (s *pins) inquire(ctx context.Context, p *pin, d digest.Digest) {
-	if s.isPublic(p, d) || s.agent.upstream.Policy(p.image.Registry).NodeAuth(p.image.Repository) {
+	if held, public := s.heldBy(p); held == d && public || s.agent.upstream.Policy(p.image.Registry).NodeAuth(p.image.Repository) {
 		return
 	}
 	if _, err := s.ask(ctx, p); err != nil {
@@ -104,13 +105,6 @@ func (s *pins) confirm(p *pin, d digest.Digest, public bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	v.public = public
-}
-
-// isPublic reports whether d is the held version of p, and public.
-func (s *pins) isPublic(p *pin, d digest.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return p.held != nil && p.held.digest == d && p.held.public
 }
 
 // remembered is what p's tag stood for when somebody last knew, or what was imported: a
@@ -366,8 +360,8 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPar
 // explainTag turns an error about what a tag stands for into what the user should
 // know and do.
 func (s *pins) explainTag(p *pin, err error) error {
-	d := s.heldBy(p)
-	held, public := d != "", s.isPublic(p, d)
+	d, public := s.heldBy(p)
+	held := d != ""
 	switch status := statusOf(err); {
 	case held && status == http.StatusNotFound:
 		return fmt.Errorf("the registry has it no more, so it is kept and served as it was; `larder unpin %s` lets it go: %w", p.name, err)
@@ -383,7 +377,7 @@ func (s *pins) explainTag(p *pin, err error) error {
 func (s *pins) explainVersion(p *pin, d digest.Digest, err error) error {
 	status := statusOf(err)
 	final := status == http.StatusNotFound || refused(status)
-	switch held := s.heldBy(p); {
+	switch held, _ := s.heldBy(p); {
 	case final && held == d:
 		return fmt.Errorf("a part of it was lost on this node, and neither the registry nor another node gives it: %w", err)
 	case held != "" && held != d:

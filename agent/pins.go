@@ -437,14 +437,10 @@ func (s *pins) note(p *pin, err error, stopped bool) {
 	s.log(p, err)
 	p.failure = err
 	pause := pinInterval
-	switch {
-	case err == nil:
+	if err == nil {
 		p.tries = 0
-	default:
-		p.tries++
-		if !definite(err) {
-			pause = min(pinBackoff<<min(p.tries-1, 10), pinInterval)
-		}
+	} else if p.tries++; !definite(err) {
+		pause = min(pinBackoff<<min(p.tries-1, 10), pinInterval)
 	}
 	if p.hurt {
 		pause = pinHeal
@@ -458,7 +454,7 @@ func (s *pins) log(p *pin, err error) {
 	switch {
 	case err != nil && (p.failure == nil || p.failure.Error() != err.Error()):
 		s.agent.log.Warn("pinned image cannot be brought up to date", "image", p.name, "held", p.whole, "err", err)
-	case err == nil && (p.failure != nil || p.tries > 0):
+	case err == nil && p.failure != nil:
 		s.agent.log.Info("pinned image is up to date again", "image", p.name, "digest", p.held.digest)
 	}
 }
