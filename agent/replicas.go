@@ -110,11 +110,11 @@ func (r *replicas) round(ctx context.Context, now time.Time) {
 		if !r.calm(ctx) || time.Since(begun) > replicaRound {
 			return
 		}
-		if r.agent.swarm.Others(one) >= r.others || !r.mayAsk(one) {
+		if r.agent.swarm.Others(one.Copy) >= r.others || !r.mayAsk(one.Copy) {
 			continue // the next look decides
 		}
 		start := time.Now()
-		r.spread(ctx, one)
+		r.spread(ctx, one.Copy)
 		pause(ctx, min(time.Since(start), replicaRest))
 	}
 }
@@ -200,28 +200,28 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 
 // take returns what is due: first what did not fail before, of that what is new, and of
 // that the smallest, for without its manifests no image starts.
-func (r *replicas) take(now time.Time) []peer.Copy {
+func (r *replicas) take(now time.Time) []lone {
 	r.mu.Lock()
-	due, tries := map[digest.Digest]peer.Copy{}, map[digest.Digest]int{}
+	due := map[digest.Digest]lone{}
 	for d, one := range r.lone {
 		if !now.Before(one.due) {
-			due[d], tries[d] = one.Copy, one.tries
+			due[d] = *one
 		}
 	}
 	r.mu.Unlock()
 	if len(due) == 0 {
 		return nil
 	}
-	r.locate(due, tries)
-	return slices.SortedFunc(maps.Values(due), func(a, b peer.Copy) int {
-		return cmp.Or(cmp.Compare(tries[a.Entry()], tries[b.Entry()]), cmp.Compare(min(a.Idle, replicaFresh), min(b.Idle, replicaFresh)),
+	r.locate(due)
+	return slices.SortedFunc(maps.Values(due), func(a, b lone) int {
+		return cmp.Or(cmp.Compare(a.tries, b.tries), cmp.Compare(min(a.Idle, replicaFresh), min(b.Idle, replicaFresh)),
 			cmp.Compare(a.Size, b.Size), cmp.Compare(a.Entry(), b.Entry()))
 	})
 }
 
 // locate gives each blob to copy a repository under which it may be asked for, each time
 // another if there are several. It leaves out, until later, blobs that have none.
-func (r *replicas) locate(due map[digest.Digest]peer.Copy, tries map[digest.Digest]int) {
+func (r *replicas) locate(due map[digest.Digest]lone) {
 	places := map[digest.Digest][]cache.Repository{}
 	r.agent.cache.Meta().WalkMembers(func(repository cache.Repository, d digest.Digest) bool {
 		if c, in := due[d]; in && c.Tag == "" {
@@ -235,14 +235,14 @@ func (r *replicas) locate(due map[digest.Digest]peer.Copy, tries map[digest.Dige
 		}
 		open := slices.DeleteFunc(places[d], func(place cache.Repository) bool {
 			c.Registry, c.Repository = place.Registry, place.Name
-			return !r.mayAsk(c)
+			return !r.mayAsk(c.Copy)
 		})
 		r.note(d, len(open))
 		if len(open) == 0 {
 			delete(due, d)
 			continue
 		}
-		place := open[tries[d]%len(open)]
+		place := open[c.tries%len(open)]
 		c.Registry, c.Repository = place.Registry, place.Name
 		c.Manifest = r.agent.cache.Meta().MemberManifest(place, d)
 		c.Node = r.agent.upstream.Policy(c.Registry).NodeAuth(c.Repository)
