@@ -124,8 +124,7 @@ func (e *exported) writePart(ctx context.Context, part blob, out *archive.Writer
 		return err
 	}
 	defer resp.Body.Close()
-	counter := &progressWriter{w: io.Discard, pull: e.pull, d: part.Digest, total: part.Size}
-	if err := out.Blob(part.Digest, part.Size, io.TeeReader(resp.Body, counter)); err != nil {
+	if err := out.Blob(part.Digest, part.Size, e.counted(resp.Body, part.Digest, part.Size)); err != nil {
 		return err
 	}
 	e.record(Pulled{Kind: part.kind, Digest: part.Digest, Source: resp.Header.Get("X-Larder-Source"), Bytes: part.Size})

@@ -234,7 +234,8 @@ func (in *importer) serve(i archive.Image, report *ImportedImage) error {
 			return fmt.Errorf("the archive has %s under this name", i.Root.Digest)
 		}
 	}
-	for _, d := range slices.Concat(i.Manifests, i.Blobs) {
+	all := slices.Concat(i.Manifests, i.Blobs)
+	for _, d := range all {
 		if !in.agent.cache.Has(d.Digest) {
 			return fmt.Errorf("the cache has lost %s again; is its disk failing?", d.Digest)
 		}
@@ -242,8 +243,7 @@ func (in *importer) serve(i archive.Image, report *ImportedImage) error {
 	if err := in.agent.proxy.Import(in.ctx, served); err != nil {
 		return err
 	}
-	in.count(i.Manifests, report)
-	in.count(i.Blobs, report)
+	in.count(all, report)
 	return nil
 }
 
@@ -269,9 +269,7 @@ func (in *importer) Put(d digest.Digest, size int64, r io.Reader) error {
 		in.agent.cache.Pin(d)
 		in.content[d] = arrival{size: size, there: in.agent.cache.Has(d)}
 	}
-	counted := &progressReader{r: r, in: in, d: d, total: size}
-	err := in.put(d, size, counted)
-	if err != nil {
+	if err := in.put(d, size, &progressReader{r: r, d: d, total: size, progress: in.progress}); err != nil {
 		return in.explain(err, size)
 	}
 	if !again {
@@ -388,21 +386,11 @@ func (in *importer) Get(d digest.Digest) ([]byte, error) {
 	return body, err
 }
 
-// progressReader tells how far a blob has been read.
-type progressReader struct {
-	r           io.Reader
-	in          *importer
-	d           digest.Digest
-	done, total int64
-}
-
-func (p *progressReader) Read(b []byte) (int, error) {
-	n, err := p.r.Read(b)
-	p.done += int64(n)
-	if p.done < p.total {
-		p.in.out.progress(p.d, ImportEvent{Digest: p.d, Bytes: p.done, Total: p.total})
+// progress tells how far a blob has been read.
+func (in *importer) progress(d digest.Digest, done, total int64) {
+	if done < total {
+		in.out.progress(d, ImportEvent{Digest: d, Bytes: done, Total: total})
 	}
-	return n, err
 }
 
 // hasType reports whether a request's body is of a media type.

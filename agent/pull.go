@@ -288,7 +288,7 @@ func (p *pull) blob(ctx context.Context, b blob) error {
 	}
 	defer resp.Body.Close()
 	verifier := b.Digest.Verifier()
-	n, err := io.Copy(&progressWriter{w: verifier, pull: p, d: b.Digest, total: resp.ContentLength}, resp.Body)
+	n, err := io.Copy(verifier, p.counted(resp.Body, b.Digest, resp.ContentLength))
 	if err != nil {
 		return &cutError{b.Digest, err}
 	}
@@ -308,18 +308,27 @@ type cutError struct {
 func (e *cutError) Error() string { return fmt.Sprintf("read blob %s: %v", e.digest, e.err) }
 func (e *cutError) Unwrap() error { return e.err }
 
-type progressWriter struct {
-	w           io.Writer
-	pull        *pull
-	d           digest.Digest
-	done, total int64
+// counted is r, the bytes of a blob, and tells Progress of them.
+func (p *pull) counted(r io.Reader, d digest.Digest, total int64) io.Reader {
+	if p.Progress == nil {
+		return r
+	}
+	return &progressReader{r: r, d: d, total: total, progress: p.Progress}
 }
 
-func (w *progressWriter) Write(b []byte) (int, error) {
-	n, err := w.w.Write(b)
-	w.done += int64(n)
-	if w.pull.Progress != nil {
-		w.pull.Progress(w.d, w.done, w.total)
+// progressReader tells how far a blob has been read.
+type progressReader struct {
+	r           io.Reader
+	d           digest.Digest
+	done, total int64
+	progress    func(d digest.Digest, done, total int64)
+}
+
+func (p *progressReader) Read(b []byte) (int, error) {
+	n, err := p.r.Read(b)
+	if n > 0 {
+		p.done += int64(n)
+		p.progress(p.d, p.done, p.total)
 	}
 	return n, err
 }
