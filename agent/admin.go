@@ -227,6 +227,10 @@ func (a *Agent) serveWarm(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
+	if _, err := parsePlatform(req.Platform); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := a.newEventStream(w)
 	for i, image := range images {

@@ -335,6 +335,20 @@ func TestWarm(t *testing.T) {
 	}
 }
 
+// TestWarmPlatform: what is no platform is refused before anything is fetched.
+func TestWarmPlatform(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	a := start(t, c)
+	code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testImage.String()+`"], "platform": "linux//"}`, "Content-Type", "application/json")
+	if code != 400 || !strings.Contains(answer, "write os/arch, such as linux/arm64") {
+		t.Errorf("%d %s", code, answer)
+	}
+	if n := reg.Count(registrytest.Match{}); n != 0 {
+		t.Errorf("%d requests to the registry", n)
+	}
+}
+
 // TestWarmSaysWhy: that a registry cannot be reached is not in the proxy's answer
 // to HEAD, and is what a user has to know.
 func TestWarmSaysWhy(t *testing.T) {

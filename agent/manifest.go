@@ -27,13 +27,17 @@ var errNotBelow = errors.New("not below this manifest")
 // walkImage goes through an image for one platform as choose understands it: first the
 // root, then what each index chooses, depth first. No digest comes twice, for platforms
 // share layers, and indexes of indexes could name one another without end. More than
-// maxManifests or maxManifestBytes is an error.
+// maxManifests or maxManifestBytes is an error, and so is what is no platform, of an image
+// without an index too.
 //
 // read returns the bytes of a manifest, whose digest and length (archive.MaxManifest) it
 // has seen to. visit is told what they say: the descriptor with its true size, the
 // manifest, and those of its blobs that none before it listed; an index has none. An
 // error of either ends the walk, and comes back as it is.
 func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descriptor) ([]byte, error), visit func(ocispec.Descriptor, manifest, []blob) error) error {
+	if _, err := parsePlatform(platform); err != nil {
+		return err
+	}
 	seen, manifests, bytes := map[digest.Digest]bool{}, 0, 0
 	first := func(d digest.Digest) bool {
 		known := seen[d]
@@ -143,18 +147,28 @@ func (e *platformError) Error() string { return "the image has no manifest for "
 
 var errNoPlatform = errors.New("not a platform")
 
+// parsePlatform is this machine's platform for "" and "all"; else errNoPlatform, unless
+// text names one.
+func parsePlatform(text string) (ocispec.Platform, error) {
+	if text == "" || text == "all" {
+		return platforms.DefaultSpec(), nil
+	}
+	p, err := platforms.Parse(text)
+	if err != nil {
+		return p, fmt.Errorf("%w: %q: write os/arch, such as linux/arm64, or all", errNoPlatform, text)
+	}
+	return p, nil
+}
+
 // choose picks the manifests of an index: "all", one platform, or this
 // machine's. Attestations (platform unknown/unknown) are in "all" only.
 func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 	if platform == "all" {
 		return m.Manifests, nil
 	}
-	want := platforms.DefaultSpec()
-	if platform != "" {
-		var err error
-		if want, err = platforms.Parse(platform); err != nil {
-			return nil, fmt.Errorf("%w: %q: write os/arch, such as linux/arm64, or all", errNoPlatform, platform)
-		}
+	want, err := parsePlatform(platform)
+	if err != nil {
+		return nil, err
 	}
 	matcher := platforms.Only(want)
 	var fits []ocispec.Descriptor

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -52,6 +53,13 @@ func TestPullPlatforms(t *testing.T) {
 		_, err := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: platform}.Pull(t.Context(), image)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", platform, err, want)
+		}
+	}
+	// An image without an index is taken for whatever platform, but not for what is none.
+	for platform, want := range map[string]bool{"plan9/386": true, "a/b/c/d": false} {
+		_, err := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: platform}.Pull(t.Context(), testImage)
+		if (err == nil) != want || !want && !errors.Is(err, errNoPlatform) {
+			t.Errorf("one manifest, %s: %v", platform, err)
 		}
 	}
 }
