@@ -83,7 +83,11 @@ func (s *session) header(ctx context.Context) (string, error) {
 	}
 	switch ch := s.ep.learned(); ch.scheme {
 	case "bearer":
-		return s.exchange(ctx, ch, "")
+		header, err := s.exchange(ctx, ch, "")
+		if errors.Is(err, ErrRefused) { // another repository named the realm; this one may be open
+			return "", nil
+		}
+		return header, err
 	case "basic":
 		return s.basic(), nil
 	}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/net/http/httpproxy"
 
 	"github.com/larder-cache/larder/test/registrytest"
@@ -286,6 +288,28 @@ func TestRealmRefused(t *testing.T) {
 	_, err := c.Resolve(t.Context(), target, "v1", nil)
 	if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "token_realms") || reached {
 		t.Errorf("Resolve: %v, reached %t", err, reached)
+	}
+}
+
+// TestRefusedRealmIsOneRepositorys: a realm that must not be asked costs the repository
+// that named it, and not those of the same registry that need no token.
+func TestRefusedRealmIsOneRepositorys(t *testing.T) {
+	reg := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/v2/secret/") {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.example.com/token"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		w.Header().Set("Docker-Content-Digest", digest.FromString("{}").String())
+		w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+		fmt.Fprint(w, "{}")
+	})
+	c := newClient(t, nil, Registry{Host: "test", Upstreams: []string{reg.String()}})
+	for _, repository := range []string{"open/app", "secret/app", "open/app", "open/other", "secret/app"} {
+		_, err := c.Resolve(t.Context(), Target{Registry: "test", Repository: repository, Anonymous: true}, "v1", nil)
+		if open := strings.HasPrefix(repository, "open/"); open && err != nil || !open && !errors.Is(err, ErrRefused) {
+			t.Errorf("%s: %v", repository, err)
+		}
 	}
 }
 
