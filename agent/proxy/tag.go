@@ -291,15 +291,18 @@ func (e *StaleTag) Error() string {
 }
 
 // believe takes another node's word for what a tag was, for tag_ttl. It stays known
-// here, in case that node leaves too, unless this node has its own knowledge: a node
-// that knows an older state must not undo an import here, or what the registry has told
-// another caller meanwhile.
+// here, in case that node leaves too. If this node has its own knowledge, the word is only
+// for a caller that may not have that: a node that knows an older state must not undo an
+// import here, or what the registry has told another caller meanwhile.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
-	if _, known := p.lastKnown(key); key.accept == "" && !known {
-		p.keepTag(key, cache.Tag{Descriptor: desc})
-	}
 	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, KindManifest, desc)
 	found := resolved{desc: desc, stale: true}
+	if _, known := p.lastKnown(key); known {
+		return found
+	}
+	if key.accept == "" {
+		p.keepTag(key, cache.Tag{Descriptor: desc})
+	}
 	p.fresh.add(key, found, p.tagTTL(key.registry))
 	return found
 }

@@ -168,6 +168,23 @@ func TestTagDoesNotGoBack(t *testing.T) {
 	}
 }
 
+// TestOneStaleTag: while the registry cannot be asked, a tag stands for what this node knows of
+// it, for each caller, whatever other nodes know.
+func TestOneStaleTag(t *testing.T) {
+	own, other := smallImage(1000).Descriptor, smallImage(2000).Descriptor
+	swarm := &swarmFunc{resolve: func(string) (ocispec.Descriptor, error) { return own, nil }}
+	n := startNode(t, func(s *setup) { s.proxy.Swarm, s.proxy.TagTTL = swarm, time.Hour })
+	n.do("HEAD", manifestPath("v1"))
+	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true}) // tag_ttl later
+	swarm.resolve = func(string) (ocispec.Descriptor, error) { return ocispec.Descriptor{}, &StaleTag{other} }
+	for i := range 2 {
+		a := n.do("HEAD", manifestPath("v1"))
+		if got := a.header.Get(headerDigest); got != own.Digest.String() || a.header.Get(headerSource) != "stale" {
+			t.Errorf("caller %d: %d, %s from %q, want %s", i, a.status, got, a.header.Get(headerSource), own.Digest)
+		}
+	}
+}
+
 // TestAcceptByTag: a stored answer of a type that the client cannot read is not
 // served, and what one kind of client gets does not become the other's answer.
 func TestAcceptByTag(t *testing.T) {
