@@ -88,10 +88,10 @@ type roster struct {
 	// When it reaches nobody, the fault is probably on its own side (a firewall,
 	// full-size packets that get lost), and to find that out again for every blob
 	// would cost a pull seconds each time. So it counts as alone for a while.
-	strikes int           // members not reached in a row
-	struck  time.Time     // the last one
-	alone   time.Time     // until when nobody is asked
-	apart   time.Duration // for how long, the last time
+	strikes map[string]bool // members not reached, with nobody reached in between
+	struck  time.Time       // the last time
+	alone   time.Time       // until when nobody is asked
+	apart   time.Duration   // for how long, the last time
 }
 
 // fallen is a member that died lately: what it signed is still to be checked.
@@ -107,7 +107,7 @@ type view struct {
 }
 
 func newRoster() *roster {
-	r := &roster{fallen: make(map[string]fallen), down: make(map[string]time.Time)}
+	r := &roster{fallen: make(map[string]fallen), down: make(map[string]time.Time), strikes: make(map[string]bool)}
 	r.view.Store(&view{})
 	return r
 }
@@ -157,6 +157,7 @@ func (r *roster) remove(name string) {
 		r.fallen[name] = fallen{old.all[i].Key, time.Now()}
 	}
 	delete(r.down, name)
+	delete(r.strikes, name)
 	r.view.Store(&view{slices.Delete(slices.Clone(old.all), i, i+1)})
 }
 
@@ -205,18 +206,19 @@ func (r *roster) unreachable(name string) (alone time.Duration) {
 	}
 	now := time.Now()
 	if now.After(r.down[name]) {
-		alone = r.strikeLocked(now)
+		alone = r.strikeLocked(name, now)
 	}
 	r.down[name] = now.Add(keepDown)
 	return alone
 }
 
-func (r *roster) strikeLocked(now time.Time) (alone time.Duration) {
+func (r *roster) strikeLocked(name string, now time.Time) (alone time.Duration) {
 	if now.Sub(r.struck) > strikeMemory && now.Sub(r.alone) > strikeMemory {
-		r.strikes, r.apart = 0, 0
+		clear(r.strikes)
+		r.apart = 0
 	}
-	r.strikes, r.struck = r.strikes+1, now
-	if r.strikes < min(mostStrikes, len(r.view.Load().all)-1) || now.Before(r.alone) {
+	r.strikes[name], r.struck = true, now
+	if len(r.strikes) < min(mostStrikes, len(r.view.Load().all)-1) || now.Before(r.alone) {
 		return 0
 	}
 	r.apart = min(max(2*r.apart, leastAlone), mostAlone)
@@ -232,7 +234,10 @@ func (r *roster) reachable(name string) {
 	r.endAloneLocked()
 }
 
-func (r *roster) endAloneLocked() { r.strikes, r.apart, r.alone = 0, 0, time.Time{} }
+func (r *roster) endAloneLocked() {
+	clear(r.strikes)
+	r.apart, r.alone = 0, time.Time{}
+}
 
 func (r *roster) isDown(name string) bool {
 	r.mu.Lock()

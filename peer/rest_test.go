@@ -399,7 +399,7 @@ func TestAlone(t *testing.T) {
 		_, nodes := restWorld(t, baseSim(8, 4))
 		r := nodes[0].s.roster
 		homes := func() int { return len(r.homes(key{}, "", false)) }
-		fail := func(n int) {
+		fail := func(n int) { // the first n of the others
 			for _, n := range nodes[1 : 1+n] {
 				r.unreachable(n.s.self.Name)
 				r.unreachable(n.s.self.Name) // counts once
@@ -414,7 +414,7 @@ func TestAlone(t *testing.T) {
 		fail(mostStrikes - 1)
 		want(3, "some cannot be reached") // the two that are left, and itself
 		wait(t.Context(), keepDown+time.Second)
-		fail(1)
+		fail(mostStrikes)
 		want(1, "nobody was reached")
 		if !r.isDown(nodes[7].s.self.Name) || r.isDown(r.self) {
 			t.Error("all others should count as down")
@@ -428,7 +428,7 @@ func TestAlone(t *testing.T) {
 		want(3, "one is reached")
 		fail(mostStrikes - 1)
 		wait(t.Context(), strikeMemory+time.Second)
-		fail(1)
+		r.unreachable(nodes[mostStrikes].s.self.Name)
 		want(3, "long ago does not count")
 		for _, n := range nodes {
 			if err := n.s.Close(); err != nil {
@@ -626,6 +626,34 @@ func TestGoneAndLeft(t *testing.T) {
 	if start, end := b.lost(0, b.size); start != 0 || end != b.size {
 		t.Errorf("lost [%d, %d), want everything: piece 0 is with %d neighbours", start, end, b.avail[0])
 	}
+}
+
+// TestNotAloneWithOneGone: that the same few members cannot be reached, time and again, says
+// nothing about the others.
+func TestNotAloneWithOneGone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRoster()
+		r.self = startName("self", 1)
+		others := []string{startName("other-0", 1), startName("other-1", 1), startName("other-2", 1)}
+		for _, name := range append(others, r.self) {
+			r.set(Member{Name: name, Node: name, Home: true})
+		}
+		for range 3 {
+			for _, name := range others[:2] {
+				if r.unreachable(name) > 0 {
+					t.Fatal("alone, though the third was never tried")
+				}
+			}
+			wait(t.Context(), keepDown+time.Second)
+		}
+		r.remove(others[0])
+		if r.unreachable(others[1]) > 0 {
+			t.Error("alone, though of two that are left only one was tried")
+		}
+		if r.unreachable(others[2]) == 0 {
+			t.Error("not alone, though no member can be reached")
+		}
+	})
 }
 
 // TestAloneAmongNewcomers: that members join, as they do all the time where an autoscaler
