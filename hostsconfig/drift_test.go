@@ -290,6 +290,36 @@ func TestPutBackWithOtherMode(t *testing.T) {
 	}
 }
 
+// TestGivesBackNoOldFile: what a user writes after the file was looked at is not undone by
+// giving back what was there before us.
+func TestGivesBackNoOldFile(t *testing.T) {
+	dir := t.TempDir()
+	tree{"a.x/hosts.toml": "# first\n", "b.x/hosts.toml": "# first\n"}.write(t, dir)
+	apply(t, newHosts(t, Options{Containerd: dir, Registries: []string{"a.x", "b.x", "c.x"}}))
+	h := newHosts(t, Options{Containerd: dir, Registries: []string{"d.x"}})
+	h.disk.step = func(_, path string) error {
+		if filepath.Dir(path) == filepath.Join(dir, "a.x") { // all is planned by now
+			for _, name := range []string{"b.x", "c.x"} {
+				tree{"new": "# second\n"}.write(t, dir)
+				must(t, os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, name, hostsName)))
+			}
+		}
+		return nil
+	}
+	if _, err := h.Apply(t.Context()); !errors.Is(err, errRaced) {
+		t.Errorf("Apply said %v, want that files were left alone", err)
+	}
+	for _, name := range []string{"b.x", "c.x"} {
+		wantContent(t, filepath.Join(dir, name, hostsName), "# second\n")
+	}
+	h.disk.step = nil
+	apply(t, h)
+	remove(t, h)
+	wantContent(t, filepath.Join(dir, "a.x/hosts.toml"), "# first\n")
+	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "# second\n")
+	wantContent(t, filepath.Join(dir, "c.x/hosts.toml"), "# second\n")
+}
+
 // TestBadJournal: without a readable journal nothing is deleted, and what can
 // be told from the files themselves is put right.
 func TestBadJournal(t *testing.T) {

@@ -99,7 +99,7 @@ func (m *managed) original(rel string) (*file, error) {
 }
 
 // errRaced: the file changed between reading and replacing it.
-var errRaced = errors.New("changed while it was being replaced; the next pass takes it up")
+var errRaced = errors.New("changed while it was being replaced, so it is left alone; the next attempt takes it up")
 
 // install makes data the content of s.rel, by the five steps of DESIGN.md.
 func (m *managed) install(s situation, data []byte) error {
@@ -245,6 +245,8 @@ func (m *managed) giveBack(s situation, e *entry) error {
 	switch {
 	case !s.reverts():
 		return nil // the user's latest is in place
+	case !unchanged(m.at(s.rel), s.current):
+		return fmt.Errorf("%s: %w", m.at(s.rel), errRaced)
 	case s.original == nil:
 		return m.disk.remove(m.at(s.rel))
 	case s.rewritten:
