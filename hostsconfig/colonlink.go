@@ -21,32 +21,43 @@ func (m *managed) colonPath(second string) string { return m.named + ":" + secon
 
 // colonTarget is relative, to be right in the node's root and in a container
 // that sees it elsewhere.
-func (m *managed) colonTarget(second string) (string, error) {
-	return filepath.Rel(filepath.Dir(m.colonPath(second)), m.named)
+func (m *managed) colonTarget(second string) string {
+	target, _ := filepath.Rel(filepath.Dir(m.colonPath(second)), m.named) // both are absolute
+	return target
 }
 
-// planColon returns the change that linkColon would make, if any.
-func (m *managed) planColon() (*Change, error) {
+// planLink returns the change that linkColon would make, if any.
+func (m *managed) planLink() []Change {
 	path := m.colonPath(secondRoot)
-	target, err := m.colonTarget(secondRoot)
-	if err != nil {
-		return nil, err
-	}
 	if real, err := filepath.EvalSymlinks(path); err == nil && real == m.path {
-		return nil, nil
+		return nil
 	}
-	c := &Change{Path: path, Runtime: m.runtime, Action: Create, Diff: fmt.Sprintf("--- /dev/null\n+++ %s\n@@ -0,0 +1 @@\n+symlink to %s\n", path, target)}
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		c.Action, c.Diff = Skip, ""
-		c.Reason = "something else is at this path; remove it, or set hosts.containerd_colon_link = false"
+		return []Change{{
+			Path: path, Runtime: m.runtime, Action: Skip,
+			Reason: "something else is at this path; remove it, or set hosts.containerd_colon_link = false",
+		}}
 	}
-	return c, nil
+	diff := fmt.Sprintf("--- /dev/null\n+++ %s\n@@ -0,0 +1 @@\n+symlink to %s\n", path, m.colonTarget(secondRoot))
+	return []Change{{Path: path, Runtime: m.runtime, Action: Create, Diff: diff}}
 }
 
-func (m *managed) linkColon() error {
-	target, err := m.colonTarget(secondRoot)
-	if err != nil {
-		return err
+// planUnlink returns the change that unlinkColon would make, if any.
+func (m *managed) planUnlink() []Change {
+	if m.journal.Link == "" {
+		return nil
+	}
+	path := m.colonPath(m.journal.Link)
+	if target, err := os.Readlink(path); err != nil || target != m.colonTarget(m.journal.Link) {
+		return nil // not ours any more
+	}
+	return []Change{{Path: path, Runtime: m.runtime, Action: Delete}}
+}
+
+func (m *managed) linkColon() ([]Change, error) {
+	changes := m.planLink()
+	if len(changes) == 0 || changes[0].Action == Skip {
+		return changes, nil
 	}
 	dirs := []string{":"}
 	for dir := filepath.Dir(secondRoot); dir != "/"; dir = filepath.Dir(dir) {
@@ -60,32 +71,29 @@ func (m *managed) linkColon() error {
 	}
 	m.journal.Link = secondRoot
 	if err := m.save(); err != nil {
-		return err
+		return nil, err
 	}
 	for _, dir := range dirs {
 		if err := m.disk.makeDir(m.named + dir); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return m.disk.symlink(target, m.colonPath(secondRoot))
+	if err := m.disk.symlink(m.colonTarget(secondRoot), m.colonPath(secondRoot)); err != nil {
+		return nil, err
+	}
+	return changes, nil
 }
 
 // unlinkColon removes the link if it is still ours, and its directories.
-func (m *managed) unlinkColon() (*Change, error) {
+func (m *managed) unlinkColon() ([]Change, error) {
 	if m.journal.Link == "" {
 		return nil, nil
 	}
-	var change *Change
-	path := m.colonPath(m.journal.Link)
-	want, err := m.colonTarget(m.journal.Link)
-	if err != nil {
-		return nil, err
-	}
-	if target, err := os.Readlink(path); err == nil && target == want {
-		if err := m.disk.remove(path); err != nil {
+	changes := m.planUnlink()
+	for _, c := range changes {
+		if err := m.disk.remove(c.Path); err != nil {
 			return nil, err
 		}
-		change = &Change{Path: path, Runtime: m.runtime, Action: Delete}
 	}
 	for _, dir := range slices.Backward(m.journal.LinkDirs) {
 		if _, err := m.disk.removeDir(m.named + dir); err != nil {
@@ -93,5 +101,5 @@ func (m *managed) unlinkColon() (*Change, error) {
 		}
 	}
 	m.journal.Link, m.journal.LinkDirs = "", nil
-	return change, m.save()
+	return changes, m.save()
 }

@@ -371,6 +371,31 @@ func TestApplyAndRemove(t *testing.T) {
 	}
 }
 
+// TestPlansTheLink: whether Apply and Remove take the colon link away is in their plans.
+func TestPlansTheLink(t *testing.T) {
+	dir := t.TempDir()
+	opts := Options{Containerd: filepath.Join(dir, "certs.d")}
+	linked := opts
+	linked.ColonLink = true
+	link := opts.Containerd + ":" + secondRoot
+	apply(t, newHosts(t, linked))
+	h := newHosts(t, opts)
+	planned, err := h.Plan(t.Context())
+	must(t, err)
+	if applied := apply(t, h); len(applied) != 1 || fmt.Sprint(planned) != fmt.Sprint(applied) {
+		t.Errorf("without the link Plan said %v, Apply did %v", planned, applied)
+	}
+
+	apply(t, newHosts(t, linked))
+	must(t, os.Remove(link))
+	must(t, os.Symlink("/", link)) // the user's now
+	planned, err = h.PlanRemove(t.Context())
+	must(t, err)
+	if removed := remove(t, h); fmt.Sprint(planned) != fmt.Sprint(removed) {
+		t.Errorf("PlanRemove said %v, Remove did %v", planned, removed)
+	}
+}
+
 // TestUnseenRoot: in a pod the second root of config_path may be there, on the node, with the
 // certificates of a registry. A _default in the first would hide them, and that registry
 // could not be pulled from any more.

@@ -50,12 +50,11 @@ func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 func (h *Hosts) Plan(ctx context.Context) ([]Change, error) {
 	return h.foresee(func(m *managed) ([]Change, error) {
 		steps, err := h.plan(ctx, m)
-		changes := visible(steps)
-		if m.runtime == containerd && h.opts.ColonLink {
-			c, cerr := m.planColon()
-			changes, err = append(changes, optional(c)...), errors.Join(err, cerr)
+		link := m.planUnlink
+		if h.linksColon(m) {
+			link = m.planLink
 		}
-		return changes, err
+		return append(visible(steps), link()...), err
 	})
 }
 
@@ -67,11 +66,7 @@ func (h *Hosts) PlanRemove(ctx context.Context) ([]Change, error) {
 		for _, rel := range rels {
 			steps = append(steps, m.planRestore(rel))
 		}
-		changes := visible(steps)
-		if m.journal.Link != "" {
-			changes = append(changes, Change{Path: m.colonPath(m.journal.Link), Runtime: m.runtime, Action: Delete})
-		}
-		return changes, errors.Join(err, ctx.Err())
+		return append(visible(steps), m.planUnlink()...), errors.Join(err, ctx.Err())
 	})
 }
 
@@ -231,31 +226,15 @@ func (h *Hosts) applyDir(ctx context.Context, m *managed, repair bool) ([]Change
 			changes = append(changes, st.change)
 		}
 	}
-	c, err := h.applyColon(m)
+	link := m.unlinkColon
+	if h.linksColon(m) {
+		link = m.linkColon
+	}
+	c, err := link()
 	return append(changes, c...), errors.Join(append(problems, err)...)
 }
 
-func (h *Hosts) applyColon(m *managed) ([]Change, error) {
-	if m.runtime != containerd {
-		return nil, nil
-	}
-	if !h.opts.ColonLink {
-		c, err := m.unlinkColon()
-		return optional(c), err
-	}
-	c, err := m.planColon()
-	if err != nil || c == nil || c.Action == Skip {
-		return optional(c), err
-	}
-	return optional(c), m.linkColon()
-}
-
-func optional(c *Change) []Change {
-	if c == nil {
-		return nil
-	}
-	return []Change{*c}
-}
+func (h *Hosts) linksColon(m *managed) bool { return h.opts.ColonLink && m.runtime == containerd }
 
 func (h *Hosts) perform(m *managed, st step) error {
 	switch st.change.Action {
@@ -485,7 +464,7 @@ func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
 		}
 	}
 	c, err := m.unlinkColon()
-	return append(changes, optional(c)...), errors.Join(append(problems, err)...)
+	return append(changes, c...), errors.Join(append(problems, err)...)
 }
 
 // hasTraces reports whether there is anything of ours in a directory, so that
