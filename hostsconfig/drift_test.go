@@ -489,7 +489,7 @@ func TestFight(t *testing.T) {
 		l := newLimiter()
 		repairs := 0
 		for range 3600 {
-			if l.allow("f") {
+			if _, ok := l.allow("f"); ok {
 				repairs++
 			}
 			<-time.After(time.Second)
@@ -502,7 +502,7 @@ func TestFight(t *testing.T) {
 		}
 		<-time.After(30 * time.Minute)
 		for range 10 {
-			if !l.allow("f") {
+			if _, ok := l.allow("f"); !ok {
 				t.Error("a change every 30 minutes had to wait")
 			}
 			<-time.After(30 * time.Minute)

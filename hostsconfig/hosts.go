@@ -129,9 +129,8 @@ type Hosts struct {
 	held    map[string]*managed // directories that Run keeps locked
 	reasons map[string]string   // what was last logged as left alone
 
-	stateMu sync.Mutex // guards what follows; held for no I/O
-	state   error      // the result of the last Apply or repair
-	applied bool
+	stateMu sync.Mutex // guards state; held for no I/O
+	state   error      // see InPlace
 }
 
 // New checks the options. It touches no file and starts nothing. It panics if Registerer
@@ -170,6 +169,7 @@ func New(opts Options) (*Hosts, error) {
 	return &Hosts{
 		opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer),
 		limiter: newLimiter(), proc: "/proc", held: map[string]*managed{}, reasons: map[string]string{},
+		state: errNotYet,
 	}, nil
 }
 

@@ -110,16 +110,13 @@ var (
 func (h *Hosts) InPlace() error {
 	h.stateMu.Lock()
 	defer h.stateMu.Unlock()
-	if !h.applied {
-		return errNotYet
-	}
 	return h.state
 }
 
 func (h *Hosts) setState(err error) {
 	h.stateMu.Lock()
 	defer h.stateMu.Unlock()
-	h.state, h.applied = err, true
+	h.state = err
 }
 
 type directory struct{ path, runtime string }
@@ -213,9 +210,11 @@ func (h *Hosts) applyDir(ctx context.Context, m *managed, repair bool) ([]Change
 		if err := ctx.Err(); err != nil {
 			return changes, errors.Join(append(problems, err)...)
 		}
-		if repair && st.drift && !h.limiter.allow(m.at(st.s.rel)) {
-			problems = append(problems, fmt.Errorf("%s: something keeps changing this file; next repair at %s", m.at(st.s.rel), h.limiter.until(m.at(st.s.rel)).Format("15:04:05")))
-			continue
+		if repair && st.drift {
+			if next, ok := h.limiter.allow(st.change.Path); !ok {
+				problems = append(problems, fmt.Errorf("%s: something keeps changing this file; next repair at %s", st.change.Path, next.Format("15:04:05")))
+				continue
+			}
 		}
 		if err := h.perform(m, st); err != nil {
 			problems = append(problems, err)

@@ -92,7 +92,7 @@ func (h *Hosts) pass(ctx context.Context, w *watcher, before []Imported, repair 
 		}
 	}
 	w.renew()
-	if h.opts.OnImport != nil && (repair || len(imports) > 0) && !reflect.DeepEqual(before, imports) {
+	if h.opts.OnImport != nil && !reflect.DeepEqual(before, imports) {
 		h.opts.OnImport(imports)
 	}
 	return imports
@@ -241,8 +241,8 @@ const (
 
 func newLimiter() *limiter { return &limiter{files: map[string]*backoff{}} }
 
-// allow reports whether path may be repaired now, and counts it if so.
-func (l *limiter) allow(path string) bool {
+// allow reports whether path may be repaired now, and counts it if so; if not, next is when.
+func (l *limiter) allow(path string) (next time.Time, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	b := l.files[path]
@@ -253,19 +253,12 @@ func (l *limiter) allow(path string) bool {
 		l.files[path] = b
 	case now.Sub(b.last) < b.wait:
 		b.put = true
-		return false
+		return b.last.Add(b.wait), false
 	default:
 		b.wait = min(2*b.wait, maxBackoff)
 	}
 	b.last, b.put = now, false
-	return true
-}
-
-func (l *limiter) until(path string) time.Time {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b := l.files[path]
-	return b.last.Add(b.wait)
+	return time.Time{}, true
 }
 
 // next is the time until the first repair that was put off may be made.
