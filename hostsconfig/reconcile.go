@@ -40,7 +40,7 @@ func (h *Hosts) Apply(ctx context.Context) ([]Change, error) {
 func (h *Hosts) Remove(ctx context.Context) ([]Change, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	changes, err := h.remove(ctx)
+	changes, err := h.change(func(d directory) ([]Change, error) { return h.removeFrom(ctx, d) })
 	h.setState(errRemoved)
 	return changes, err
 }
@@ -165,10 +165,8 @@ func (h *Hosts) leave(ctx context.Context, m *managed) error {
 	if err := m.load(); err != nil {
 		return err
 	}
-	if _, err := h.removeAll(ctx, m); err != nil {
-		return err
-	}
-	return m.close()
+	_, err := h.removeAll(ctx, m)
+	return err
 }
 
 // explain adds what to do to errors that have one cause.
@@ -182,24 +180,31 @@ func explain(d directory, err error) error {
 	return fmt.Errorf("hosts.%s: %w", d.runtime, err)
 }
 
-// apply does the work of Apply, and of a repair by Run. Caller holds mu.
-func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
+// change does work in each directory, and tells CRI-O of it. Caller holds mu.
+func (h *Hosts) change(work func(d directory) ([]Change, error)) ([]Change, error) {
 	var changes []Change
 	var problems []error
 	for _, d := range h.directories() {
-		m, done, err := h.lock(ctx, d)
-		if err != nil {
-			problems = append(problems, explain(d, err))
-			continue
-		}
-		c, err := h.applyDir(ctx, m, repair)
+		c, err := work(d)
 		changes = append(changes, c...)
-		if err := errors.Join(err, done()); err != nil {
+		if err != nil {
 			problems = append(problems, explain(d, err))
 		}
 	}
 	h.reloadAfter(changes)
 	return changes, errors.Join(problems...)
+}
+
+// apply does the work of Apply, and of a repair by Run. Caller holds mu.
+func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
+	return h.change(func(d directory) ([]Change, error) {
+		m, done, err := h.lock(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		changes, err := h.applyDir(ctx, m, repair)
+		return changes, errors.Join(err, done())
+	})
 }
 
 func (h *Hosts) applyDir(ctx context.Context, m *managed, repair bool) ([]Change, error) {
@@ -265,6 +270,9 @@ func (h *Hosts) report(m *managed, st step, repair bool) {
 	if repair && st.drift {
 		h.metrics.repaired.WithLabelValues(m.runtime).Inc()
 		h.log.Warn("host file repaired after a change by someone else", "runtime", m.runtime, "path", path)
+		return
+	}
+	if st.quiet {
 		return
 	}
 	message := "host file written"
@@ -403,21 +411,6 @@ func (m *managed) planRestore(rel string) step {
 	return st
 }
 
-// remove does the work of Remove. Caller holds mu.
-func (h *Hosts) remove(ctx context.Context) ([]Change, error) {
-	var changes []Change
-	var problems []error
-	for _, d := range h.directories() {
-		c, err := h.removeFrom(ctx, d)
-		changes = append(changes, c...)
-		if err != nil {
-			problems = append(problems, explain(d, err))
-		}
-	}
-	h.reloadAfter(changes)
-	return changes, errors.Join(problems...)
-}
-
 func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
 	if there, err := hasTraces(d); err != nil || !there {
 		return nil, err
@@ -428,12 +421,10 @@ func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
 	}
 	delete(h.held, d.path)
 	changes, err := h.removeAll(ctx, m)
-	if err == nil {
-		err = m.close()
-	}
 	return changes, errors.Join(err, m.release())
 }
 
+// removeAll gives back everything in a directory, and then the directory.
 func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
 	rels, err := m.taken()
 	if err != nil {
@@ -444,10 +435,6 @@ func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
 	for _, rel := range rels {
 		if err := ctx.Err(); err != nil {
 			return changes, err
-		}
-		if m.lost(rel) {
-			problems = append(problems, m.forget(rel))
-			continue
 		}
 		st := m.planRestore(rel)
 		if err := h.perform(m, st); err != nil {
@@ -463,7 +450,11 @@ func (h *Hosts) removeAll(ctx context.Context, m *managed) ([]Change, error) {
 		}
 	}
 	c, err := m.unlinkColon()
-	return append(changes, c...), errors.Join(append(problems, err)...)
+	changes = append(changes, c...)
+	if err := errors.Join(append(problems, err)...); err != nil {
+		return changes, err
+	}
+	return changes, m.close()
 }
 
 // hasTraces reports whether there is anything of ours in a directory, so that

@@ -261,13 +261,3 @@ func (m *managed) lost(rel string) bool {
 	dir := filepath.Dir(rel)
 	return missing(m.at(dir)) && !slices.Contains(m.journal.Dirs, dir)
 }
-
-// forget drops an entry whose directory the user removed.
-func (m *managed) forget(rel string) error {
-	e := m.journal.Files[rel]
-	delete(m.journal.Files, rel)
-	if err := m.save(); err != nil {
-		return err
-	}
-	return m.discard(e)
-}
