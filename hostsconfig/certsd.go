@@ -208,10 +208,7 @@ func (c *certsDir) namesOf(host string) []string {
 // render builds the hosts.toml of one host directory, and says which mode it gets
 // if it is new.
 func (c *certsDir) render(name string, original *file, proxy netip.AddrPort) ([]byte, fs.FileMode, error) {
-	var user []byte
-	if original != nil {
-		user = original.data
-	}
+	user := original.content()
 	if len(user) > 0 || c.roots[0].dirs[name] {
 		certs, err := c.certsOf(name)
 		if err != nil {
@@ -268,10 +265,7 @@ func (c *certsDir) carryOver(dir string, proxy netip.AddrPort) ([]byte, error) {
 func (c *certsDir) userText(dir string) ([]byte, error) {
 	if filepath.Dir(dir) == c.roots[0].path {
 		s, err := c.m.situate(filepath.Join(filepath.Base(dir), hostsName))
-		if err != nil || s.original == nil {
-			return nil, err
-		}
-		return s.original.data, nil
+		return s.original.content(), err
 	}
 	f, err := readFile(filepath.Join(dir, hostsName))
 	if err != nil || f == nil {

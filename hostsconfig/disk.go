@@ -1,6 +1,7 @@
 package hostsconfig
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -95,6 +96,19 @@ func (f *file) sum() string {
 	return sumOf(f.data)
 }
 
+// content is what is at the path, nil for nothing.
+func (f *file) content() []byte {
+	if f == nil {
+		return nil
+	}
+	return f.data
+}
+
+// holds reports whether there is a regular file with that content.
+func (f *file) holds(data []byte) bool {
+	return f != nil && f.link == "" && bytes.Equal(f.data, data)
+}
+
 func sumOf(data []byte) string {
 	s := sha256.Sum256(data)
 	return hex.EncodeToString(s[:])
@@ -105,8 +119,10 @@ func sumOf(data []byte) string {
 const tempPrefix = ".larder-"
 
 func tempName(dir string) string {
-	return filepath.Join(dir, tempPrefix+strings.ToLower(rand.Text()[:10])+".tmp")
+	return filepath.Join(dir, tempPrefix+randomName()+".tmp")
 }
+
+func randomName() string { return strings.ToLower(rand.Text()[:10]) }
 
 // defaultMode is for files that did not exist before us.
 const defaultMode = fs.FileMode(0o644)

@@ -98,7 +98,8 @@ type Change struct {
 	Path    string `json:"path"`
 	Runtime string `json:"runtime"` // "containerd" or "crio"
 	Action  Action `json:"action"`
-	// Reason is set for Skip: why the file is left alone and what to do.
+	// Reason: why the file is left alone, and what to do; also for a Restore that is
+	// made because ours cannot be there.
 	Reason string `json:"reason,omitempty"`
 	// Diff is a unified diff from what is there to what will be; "" for Skip, and if
 	// only the colon link is removed.

@@ -15,6 +15,7 @@ import (
 type step struct {
 	s      situation
 	want   []byte
+	mode   fs.FileMode // of a new file
 	change Change
 	quiet  bool // only the journal changes
 	drift  bool // someone undid what we had done
@@ -252,7 +253,7 @@ func (h *Hosts) perform(m *managed, st step) error {
 			return err
 		}
 	}
-	return m.install(st.s, st.want)
+	return m.install(st.s, st.want, st.mode)
 }
 
 // report logs and counts one step that has been taken. A file that is left
@@ -351,7 +352,6 @@ func (h *Hosts) planFile(m *managed, rel string, render renderFunc) *step {
 		return m.skip(rel, err)
 	}
 	want, mode, err := render(rel, s.original)
-	s.mode = mode
 	if err != nil {
 		if m.runtime == containerd && (s.ours || s.rewritten) {
 			// Ours around something that no longer parses: give the user's back.
@@ -362,22 +362,16 @@ func (h *Hosts) planFile(m *managed, rel string, render renderFunc) *step {
 		}
 		return m.skip(rel, err)
 	}
-	entry := m.journal.Files[rel]
-	st := &step{s: s, want: want, drift: entry != nil && !s.ours}
+	known := m.journal.Files[rel] != nil
+	st := &step{s: s, want: want, mode: mode, quiet: s.current.holds(want), drift: known && !s.ours}
+	if st.quiet && known && !s.unsaved {
+		return nil
+	}
 	st.change = Change{Path: m.at(rel), Runtime: m.runtime, Action: Update, ReloadNeeded: m.runtime == crio}
-	var have []byte
 	if s.current == nil {
 		st.change.Action = Create
-	} else {
-		have = s.current.data
 	}
-	if s.current != nil && s.current.link == "" && string(have) == string(want) {
-		if !s.unsaved && entry != nil {
-			return nil
-		}
-		st.quiet = true
-	}
-	st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, false)
+	st.change.Diff = unifiedDiff(m.at(rel), s.current.content(), want, s.current == nil, false)
 	return st
 }
 
@@ -394,20 +388,12 @@ func (m *managed) planRestore(rel string) step {
 	if m.lost(rel) {
 		s.original = nil
 	}
-	st := step{s: s, change: Change{Path: m.at(rel), Runtime: m.runtime, Action: Restore, ReloadNeeded: m.runtime == crio}}
-	st.quiet = !s.reverts()
-	var have, want []byte
-	if s.current != nil {
-		have = s.current.data
-	}
-	if s.original != nil {
-		want = s.original.data
-	} else {
+	st := step{s: s, quiet: !s.reverts()}
+	st.change = Change{Path: m.at(rel), Runtime: m.runtime, Action: Restore, ReloadNeeded: m.runtime == crio}
+	if s.original == nil {
 		st.change.Action = Delete
 	}
-	if !st.quiet {
-		st.change.Diff = unifiedDiff(m.at(rel), have, want, s.current == nil, s.original == nil)
-	}
+	st.change.Diff = unifiedDiff(m.at(rel), s.current.content(), s.original.content(), s.current == nil, s.original == nil)
 	return st
 }
 

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 )
 
 // situation is what is at a managed path and whose it is.
@@ -22,8 +21,6 @@ type situation struct {
 	rewritten bool
 	// ours: the current file is, to the byte, what we wrote.
 	ours bool
-	// mode is for a file of ours where there was none.
-	mode fs.FileMode
 }
 
 // situate tells the user's files from ours by content, never by time (I2).
@@ -101,12 +98,13 @@ func (m *managed) original(rel string) (*file, error) {
 // errRaced: the file changed between reading and replacing it.
 var errRaced = errors.New("changed while it was being replaced, so it is left alone; the next attempt takes it up")
 
-// install makes data the content of s.rel, by the five steps of DESIGN.md.
-func (m *managed) install(s situation, data []byte) error {
+// install makes data the content of s.rel, by the five steps of DESIGN.md. mode is for a
+// file where there was none.
+func (m *managed) install(s situation, data []byte, mode fs.FileMode) error {
 	if err := m.enter(s, data); err != nil { // steps 1 to 3
 		return err
 	}
-	if s.current != nil && s.current.link == "" && string(s.current.data) == string(data) {
+	if s.current.holds(data) {
 		return nil
 	}
 	if !unchanged(m.at(s.rel), s.current) { // step 4
@@ -117,7 +115,7 @@ func (m *managed) install(s situation, data []byte) error {
 		like = s.current
 	}
 	if like == nil || like.link != "" { // a link's own mode says nothing
-		like = &file{mode: s.mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
+		like = &file{mode: mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
 	}
 	return m.disk.write(m.at(s.rel), data, like) // step 5
 }
@@ -176,15 +174,11 @@ func (m *managed) keep(s situation, e *entry) error {
 	if s.original == nil {
 		return nil
 	}
-	e.Backup = m.backupName()
+	e.Backup = randomName() + ".orig"
 	if s.rewritten {
 		return m.disk.write(m.backup(e.Backup), s.original.data, s.original)
 	}
 	return m.disk.copyTo(m.at(s.rel), m.backup(e.Backup))
-}
-
-func (m *managed) backupName() string {
-	return strings.TrimSuffix(strings.TrimPrefix(filepath.Base(tempName("")), tempPrefix), ".tmp") + ".orig"
 }
 
 func (m *managed) discard(e *entry) error {
