@@ -2,6 +2,7 @@ package hostsconfig
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -108,10 +109,9 @@ type criConfig struct {
 	// bottlerocket: known by what its templates alone have together (bottlerocket-core-kit,
 	// packages/containerd-*), since a pod does not see the node's os-release.
 	bottlerocket bool
-	// versioned: a file says that it is of version 2 or later. long: one has settings
-	// of the CRI plugin under the name that it has since then.
-	versioned, long bool
-	moved           bool // registry settings of the old section are in force in 2.x
+	// long: a file has settings of the CRI plugin under the name that it has since version 2.
+	long  bool
+	moved bool // registry settings of the old section are in force in 2.x
 	// newest is the highest version that a file states, and newestIn that file.
 	newest   int
 	newestIn string
@@ -251,7 +251,6 @@ func (d *doctor) merge(c *criConfig, name string) (imports []string, err error) 
 		c.versions = knownVersions(d.opts.Facts.ContainerdVersion, f.Version)
 	}
 	c.files = append(c.files, name)
-	c.versioned = c.versioned || f.Version >= 2
 	if f.Version > c.newest {
 		c.newest, c.newestIn = f.Version, name
 	}
@@ -405,6 +404,16 @@ func (c *criConfig) registry() map[string]any {
 	return table(c.plugins[pluginNew], "registry")
 }
 
+// configPath is config_path as the files set it, "" if they do not.
+func (c *criConfig) configPath() string {
+	s, _ := c.registry()["config_path"].(string)
+	return s
+}
+
+// defaultConfigPath is config_path where it is not set, from 2.2 on and without
+// registry.mirrors.
+const defaultConfigPath = "/etc/containerd/certs.d:" + secondRoot
+
 // localPull returns the setting that makes 2.1 and later pull without the
 // transfer service (checkLocalImagePullConfigs in internal/cri/config), or "".
 func (c *criConfig) localPull() string {
@@ -443,13 +452,9 @@ func readsOneRoot(root fs.FS) bool {
 // not read costs nothing, losing a registry's CA costs its pulls.
 func hiddenRoots(root fs.FS, dir string) []string {
 	d := &doctor{node: node{root}, opts: DoctorOptions{Containerd: dir}}
-	c := d.loadConfig()
-	configPath := ""
-	if c != nil {
-		configPath, _ = c.registry()["config_path"].(string)
-	}
-	if c == nil || !c.found || configPath == "" {
-		configPath = "/etc/containerd/certs.d:" + secondRoot
+	configPath := defaultConfigPath
+	if c := d.loadConfig(); c != nil {
+		configPath = cmp.Or(c.configPath(), defaultConfigPath)
 	}
 	roots := strings.Split(configPath, ":")
 	i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, dir) })

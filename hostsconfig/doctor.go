@@ -77,6 +77,14 @@ type DoctorOptions struct {
 // the facts; only a canary pull that the proxy sees proves the opposite. The
 // worst findings come first.
 func Diagnose(opts DoctorOptions) []Finding {
+	for _, dir := range []*string{&opts.Containerd, &opts.CRIO} {
+		if *dir != "" {
+			*dir = path.Clean(*dir)
+		}
+	}
+	if len(opts.Registries) == 0 {
+		opts.Registries = []string{"*"}
+	}
 	d := &doctor{opts: opts, node: node{opts.FS}}
 	addr, err := proxyAddr(opts.ProxyAddr)
 	if err != nil {

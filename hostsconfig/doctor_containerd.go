@@ -34,16 +34,15 @@ func (d *doctor) checkContainerd() {
 	if c == nil {
 		return
 	}
-	registry := c.registry()
 	if c.found || !d.opts.SeenOnly {
 		d.checkVersion(c)
 		d.checkNewest(c)
 		d.checkOldSection(c)
-		d.checkLegacy(c, registry)
-		d.checkRoots(c, registry)
+		d.checkLegacy(c)
+		d.checkRoots(c)
 		d.checkNotImported(c)
 	}
-	d.checkHostDirs(c, path.Clean(d.opts.Containerd))
+	d.checkHostDirs(c)
 }
 
 func (c *criConfig) section() string {
@@ -121,7 +120,7 @@ func headingLine(doc []byte, heading string) int {
 // unversioned: containerd 1.x takes a file that states no version for one of
 // version 1, in which plugins have short names, and passes over all others. 2.3 and
 // later read both, 2.0 to 2.2 neither; see criConfig.oldIn.
-func (c *criConfig) unversioned() bool { return !c.versioned && !c.versions.surely(2, 0) }
+func (c *criConfig) unversioned() bool { return c.newest < 2 && !c.versions.surely(2, 0) }
 
 const versionTwo = ", as its first line (cri in disabled_plugins is io.containerd.grpc.v1.cri then)\nversion = 2"
 
@@ -188,9 +187,9 @@ func (d *doctor) checkOldSection(c *criConfig) {
 }
 
 // checkLegacy reports registry settings that exclude config_path.
-func (d *doctor) checkLegacy(c *criConfig, registry map[string]any) {
-	configPath, _ := registry["config_path"].(string)
-	if mirrors := table(registry, "mirrors"); len(mirrors) > 0 {
+func (d *doctor) checkLegacy(c *criConfig) {
+	configPath := c.configPath()
+	if mirrors := table(c.registry(), "mirrors"); len(mirrors) > 0 {
 		what := "registry.mirrors is set and config_path is not: containerd uses these mirrors and never looks at hosts.toml."
 		if configPath != "" {
 			what = "registry.mirrors is set beside config_path: containerd's CRI plugin refuses to load, and the node can start no pod after the next restart."
@@ -269,7 +268,7 @@ func (d *doctor) whereIn(files []string, re *regexp.Regexp) string {
 // which "" leaves to us.
 func (d *doctor) rootOr(configPath string) string {
 	first, _, _ := strings.Cut(configPath, ":")
-	return cmp.Or(first, path.Clean(d.opts.Containerd))
+	return cmp.Or(first, d.opts.Containerd)
 }
 
 // mirrorsToHosts is the shell text that says the same in hosts.toml.
@@ -326,24 +325,22 @@ const snapCurrent = "/var/snap/microk8s/current/"
 var snapRevision = regexp.MustCompile(`^/var/snap/microk8s/x?[0-9]+/`)
 
 // checkRoots compares config_path with our directory.
-func (d *doctor) checkRoots(c *criConfig, registry map[string]any) {
-	configPath, _ := registry["config_path"].(string)
-	byDefault := configPath == "" && c.versions.surely(2, 2) && len(table(registry, "mirrors")) == 0
-	if byDefault {
-		configPath = "/etc/containerd/certs.d:" + secondRoot
-	}
-	if configPath == "" {
-		if len(table(registry, "mirrors")) == 0 && (c.oldIn == "" || registry != nil) { // else checkOldSection has said so
-			d.pathUnset(c)
-		}
+func (d *doctor) checkRoots(c *criConfig) {
+	configPath, where := c.configPath(), c.where
+	switch {
+	case configPath != "":
+	case len(table(c.registry(), "mirrors")) > 0:
+		return // checkLegacy has said so
+	case c.versions.surely(2, 2):
+		configPath, where = defaultConfigPath, c.dist.config
+	case c.oldIn != "" && c.registry() == nil:
+		return // checkOldSection has said so
+	default:
+		d.pathUnset(c)
 		return
 	}
 	roots := strings.Split(configPath, ":")
-	ours := path.Clean(d.opts.Containerd)
-	where := c.where
-	if byDefault {
-		where = c.dist.config
-	}
+	ours := d.opts.Containerd
 	isOurs := func(r string) bool {
 		return d.sameDir(r, ours) || d.opts.SeenOnly && snapRevision.ReplaceAllString(r, snapCurrent) == ours
 	}
@@ -406,7 +403,7 @@ const seeRoots = "# an agent in a pod has to see the directory: containerd.furth
 
 // noDefault: an agent that cannot see a further root makes no _default that would hide it.
 func (d *doctor) noDefault(roots []string, where string) {
-	if !d.opts.Facts.ProxyUp || !slices.Contains(d.listed(), "*") {
+	if !d.opts.Facts.ProxyUp || !slices.Contains(d.opts.Registries, "*") {
 		return
 	}
 	d.add(Finding{
@@ -420,7 +417,7 @@ func (d *doctor) pathUnset(c *criConfig) {
 	f := Finding{
 		ID: "containerd-config-path-unset", Severity: Broken, Runtime: containerd, Where: c.dist.config,
 		What: "config_path is not set, so containerd never looks at hosts.toml; every pull goes straight to the registry.",
-		Fix:  c.fixPath(path.Clean(d.opts.Containerd)), Docs: docsSetup,
+		Fix:  c.fixPath(d.opts.Containerd), Docs: docsSetup,
 	}
 	if c.versions.maybe(2, 2) {
 		f.What += " (From 2.2 on its default is two roots, which it does not split either; the fix is the same.)"
@@ -460,7 +457,7 @@ func (d *doctor) checkTwoRoots(c *criConfig, roots []string, where string) {
 
 // fixOneRoot is the text that leaves our directory alone in config_path.
 func (d *doctor) fixOneRoot(c *criConfig, roots []string) string {
-	ours, before := path.Clean(d.opts.Containerd), ""
+	ours, before := d.opts.Containerd, ""
 	for _, root := range roots {
 		if !d.sameDir(root, ours) && (d.opts.SeenOnly || d.node.exists(root)) {
 			before += fmt.Sprintf("# first move what is in %s to %s: containerd reads no other then\n", root, ours)
@@ -470,7 +467,8 @@ func (d *doctor) fixOneRoot(c *criConfig, roots []string) string {
 }
 
 // checkHostDirs looks at what containerd finds in our directory.
-func (d *doctor) checkHostDirs(c *criConfig, dir string) {
+func (d *doctor) checkHostDirs(c *criConfig) {
+	dir := d.opts.Containerd
 	entries, err := d.node.list(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return // the agent creates it
@@ -489,7 +487,7 @@ func (d *doctor) checkHostDirs(c *criConfig, dir string) {
 
 func (d *doctor) checkHostDir(c *criConfig, dir string) {
 	host := hostOfDir(path.Base(dir))
-	if host != defaultDir && !covers(d.listed(), host) {
+	if host != defaultDir && !covers(d.opts.Registries, host) {
 		return
 	}
 	file := path.Join(dir, hostsName)
@@ -532,13 +530,6 @@ func (d *doctor) checkMirrorOfAll(file string, doc []byte) {
 		What: fmt.Sprintf("%q is a mirror of every registry. The agent asks only those that are named as its upstreams; where the registries themselves cannot be reached, nothing is cached without that.", mirror),
 		Fix:  fmt.Sprintf("[[registry]]    # in the chart: registries; one for each registry\nhost = \"docker.io\"\nupstreams = [%s]", tomlString(mirror)),
 	})
-}
-
-func (d *doctor) listed() []string {
-	if len(d.opts.Registries) == 0 {
-		return []string{"*"}
-	}
-	return d.opts.Registries
 }
 
 // hidesDefault: a directory without hosts.toml keeps _default from its host.

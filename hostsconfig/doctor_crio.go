@@ -47,7 +47,7 @@ func (d *doctor) checkCRIO() {
 
 // crioFiles reads what CRI-O reads. False: a file is broken, and says so.
 func (d *doctor) crioFiles() ([]registriesFile, bool) {
-	mains, dirs := registriesSources(path.Clean(d.opts.CRIO))
+	mains, dirs := registriesSources(d.opts.CRIO)
 	var names []string
 	for _, name := range mains {
 		if d.node.exists(name) {
@@ -115,7 +115,7 @@ func (d *doctor) checkOverrides(files []registriesFile, ours int) {
 // ours: there is no catch-all, and nothing else would tell.
 func (d *doctor) checkImages(files []registriesFile) {
 	rules, _, err := loadRules(files)
-	if err != nil || !d.opts.Facts.ProxyUp || !slices.Contains(d.listed(), "*") {
+	if err != nil || !d.opts.Facts.ProxyUp || !slices.Contains(d.opts.Registries, "*") {
 		return // a list without "*" says which, and means no other
 	}
 	left := map[string]bool{}
@@ -142,7 +142,7 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 	if err != nil {
 		return // reported by crioFiles
 	}
-	rendered, err := renderDropIn(rules, d.listed(), d.proxy)
+	rendered, err := renderDropIn(rules, d.opts.Registries, d.proxy)
 	if err != nil {
 		d.add(Finding{ID: "crio-no-drop-in", Severity: Broken, Runtime: crio, What: err.Error() + ".", Fix: d.hostsCommand("apply") + " --dry-run"})
 		return
@@ -162,7 +162,7 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 	}
 	for _, prefix := range slices.Sorted(maps.Keys(rules)) {
 		named := slices.ContainsFunc(have, func(r rule) bool { return r.str("prefix") == prefix })
-		if named || rendered.left[prefix] != "" || !covers(d.listed(), prefix) {
+		if named || rendered.left[prefix] != "" || !covers(d.opts.Registries, prefix) {
 			continue
 		}
 		d.add(Finding{
