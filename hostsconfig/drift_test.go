@@ -258,7 +258,7 @@ func TestUnwatchedIsSaidOnce(t *testing.T) {
 	dir := t.TempDir()
 	tree{"certs.d/a.x/": ""}.write(t, dir)
 	var logged strings.Builder
-	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d"), HiddenRoots: []string{}, Logger: slog.New(slog.NewTextHandler(&logged, nil))})
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d"), hiddenRoots: []string{}, Logger: slog.New(slog.NewTextHandler(&logged, nil))})
 	w := newWatcher(h)
 	must(t, w.fs.Close()) // nothing can be added from now on
 	for range 3 {

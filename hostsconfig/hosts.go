@@ -33,15 +33,10 @@ type Options struct {
 	// Containerd is the certs.d directory to manage, "" for none. It is created
 	// when missing and removed again if it was.
 	Containerd string
-	// HiddenRoots are further certs.d directories that containerd's config_path
-	// names after Containerd ("a:b"). containerd takes the first root with any
-	// matching directory, so our _default would hide them; their host
-	// directories are carried over into Containerd instead. nil looks them up in
-	// containerd's configuration; empty means there are none.
-	HiddenRoots []string
 	// Contained: this process runs in a container and sees only the node's files that
-	// are mounted. A further root that is missing here may be on the node, with
-	// certificates that a _default of ours would hide and that nobody could carry over.
+	// are mounted. A further root of config_path ("a:b") that is missing here may be on
+	// the node, with certificates that a _default of ours would hide and that nobody
+	// could carry over.
 	// Then no _default is written, and "*" means the well-known registries, unless
 	// containerd reads Containerd alone because of ColonLink.
 	Contained bool
@@ -74,6 +69,10 @@ type Options struct {
 
 	Logger     *slog.Logger          // nil discards
 	Registerer prometheus.Registerer // nil leaves the metrics unregistered
+
+	// hiddenRoots are what the function of that name would return; nil calls it. Tests
+	// set it, nothing else does.
+	hiddenRoots []string
 }
 
 // The values of every field and label named runtime.
@@ -142,10 +141,14 @@ func New(opts Options) (*Hosts, error) {
 		return nil, err
 	}
 	var problems []error
-	for _, dir := range append([]string{opts.Containerd, opts.CRIO}, opts.HiddenRoots...) {
-		if dir != "" && !filepath.IsAbs(dir) {
-			problems = append(problems, fmt.Errorf("hosts directory %q: must be an absolute path", dir))
+	for _, dir := range []*string{&opts.Containerd, &opts.CRIO} {
+		if *dir == "" {
+			continue
 		}
+		if !filepath.IsAbs(*dir) {
+			problems = append(problems, fmt.Errorf("hosts directory %q: must be an absolute path", *dir))
+		}
+		*dir = filepath.Clean(*dir)
 	}
 	for _, r := range opts.Registries {
 		if err := checkRegistry(r); err != nil {

@@ -255,7 +255,7 @@ func TestApplyAndRemove(t *testing.T) {
 		{
 			name: "a hidden root keeps its certificates",
 			have: tree{"docker/reg.x/ca.crt": ca, "docker/reg.y:5000/hosts.toml": "[host.\"https://y.x\"]\nskip_verify = true\n", "certs.d/": ""},
-			opts: Options{HiddenRoots: []string{"docker"}},
+			opts: Options{hiddenRoots: []string{"docker"}},
 			want: map[string][]string{
 				"reg.x":      {ours, upstreamOf("reg.x") + " ca"},
 				"reg.y:5000": {ours, "https://y.x/v2 pull,resolve,push skip_verify", upstreamOf("reg.y:5000")},
@@ -324,8 +324,8 @@ func TestApplyAndRemove(t *testing.T) {
 			before := snapshot(t, dir)
 			opts := tt.opts
 			opts.Containerd = filepath.Join(dir, "certs.d")
-			for i, r := range opts.HiddenRoots {
-				opts.HiddenRoots[i] = filepath.Join(dir, r)
+			for i, r := range opts.hiddenRoots {
+				opts.hiddenRoots[i] = filepath.Join(dir, r)
 			}
 			h := newHosts(t, opts)
 			imports := fmt.Sprint(h.Upstreams())
@@ -415,9 +415,9 @@ func TestUnseenRoot(t *testing.T) {
 			dir := t.TempDir()
 			tree{"certs.d/m.x/hosts.toml": "server = \"https://m.x\"\n"}.write(t, dir)
 			tt.have.write(t, dir)
-			tt.opts.Containerd, tt.opts.HiddenRoots = filepath.Join(dir, "certs.d"), []string{filepath.Join(dir, "docker")}
+			tt.opts.Containerd, tt.opts.hiddenRoots = filepath.Join(dir, "certs.d"), []string{filepath.Join(dir, "docker")}
 			before := snapshot(t, dir)
-			earlier := newHosts(t, Options{Containerd: tt.opts.Containerd, HiddenRoots: []string{}})
+			earlier := newHosts(t, Options{Containerd: tt.opts.Containerd, hiddenRoots: []string{}})
 			apply(t, earlier) // with a _default, by an agent that was killed
 			h := newHosts(t, tt.opts)
 			refused := slices.ContainsFunc(apply(t, h), func(c Change) bool { return strings.Contains(c.Reason, "furtherRoots") })

@@ -144,7 +144,7 @@ insecure = true
 		t.Run(tt.name, func(t *testing.T) {
 			root := t.TempDir()
 			tt.have.write(t, root)
-			h := newHosts(t, Options{Containerd: filepath.Join(root, "etc/containerd/certs.d"), CRIO: filepath.Join(root, "etc/containers/registries.conf.d"), HiddenRoots: []string{}})
+			h := newHosts(t, Options{Containerd: filepath.Join(root, "etc/containerd/certs.d"), CRIO: filepath.Join(root, "etc/containers/registries.conf.d"), hiddenRoots: []string{}})
 			var got []string
 			for _, im := range h.Upstreams() {
 				got = append(got, im.describe(root))
@@ -185,7 +185,7 @@ func TestCarriedOverIsNoMoreOpen(t *testing.T) {
 	}.write(t, root)
 	must(t, os.Chmod(filepath.Join(root, "hidden/a.x/hosts.toml"), 0o600))
 	must(t, os.Chmod(filepath.Join(root, "hidden/c.x/hosts.toml"), 0o644))
-	h := newHosts(t, Options{Containerd: filepath.Join(root, "certs.d"), HiddenRoots: []string{filepath.Join(root, "hidden")}})
+	h := newHosts(t, Options{Containerd: filepath.Join(root, "certs.d"), hiddenRoots: []string{filepath.Join(root, "hidden")}})
 	apply(t, h)
 	for name, want := range map[string]os.FileMode{"a.x": 0o600, "b.x": 0o600, "c.x": 0o644, "d.x": 0o600, "_default": 0o644} {
 		info, err := os.Stat(filepath.Join(root, "certs.d", name, "hosts.toml"))

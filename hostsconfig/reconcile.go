@@ -125,10 +125,10 @@ type directory struct{ path, runtime string }
 func (h *Hosts) directories() []directory {
 	var out []directory
 	if h.opts.Containerd != "" {
-		out = append(out, directory{filepath.Clean(h.opts.Containerd), containerd})
+		out = append(out, directory{h.opts.Containerd, containerd})
 	}
 	if h.opts.CRIO != "" {
-		out = append(out, directory{filepath.Clean(h.opts.CRIO), crio})
+		out = append(out, directory{h.opts.CRIO, crio})
 	}
 	return out
 }
@@ -308,10 +308,10 @@ func (h *Hosts) plan(ctx context.Context, m *managed) ([]step, error) {
 }
 
 func (h *Hosts) hiddenRoots() []string {
-	if h.opts.HiddenRoots != nil {
-		return h.opts.HiddenRoots
+	if h.opts.hiddenRoots != nil {
+		return h.opts.hiddenRoots
 	}
-	return hiddenRoots(os.DirFS("/"), filepath.Clean(h.opts.Containerd))
+	return hiddenRoots(os.DirFS("/"), h.opts.Containerd)
 }
 
 // renderFunc returns the content of a file, and its mode if it is new.
@@ -331,7 +331,7 @@ func (h *Hosts) targets(m *managed) ([]string, renderFunc, error) {
 		return nil, nil, err
 	}
 	if i := slices.IndexFunc(hidden, missing); i >= 0 && h.opts.Contained {
-		linkAlone := h.opts.ColonLink && (h.opts.HiddenRoots != nil || readsOneRoot(os.DirFS("/")))
+		linkAlone := h.opts.ColonLink && (h.opts.hiddenRoots != nil || readsOneRoot(os.DirFS("/")))
 		if !linkAlone {
 			c.unseen = hidden[i]
 		}
