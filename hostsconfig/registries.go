@@ -279,7 +279,7 @@ type dropIn struct {
 // are the configured registries. An entry of ours replaces the whole rule of
 // its prefix, so it repeats everything that rule said, behind us (I3).
 func renderDropIn(rules map[string]rule, listed []string, proxy netip.AddrPort) (dropIn, error) {
-	b := dropInBuilder{rules: rules, proxy: proxy, byPlace: map[string]rule{}, guarded: map[string]bool{}, left: map[string]string{}}
+	b := dropInBuilder{rules: rules, proxy: proxy, byPlace: map[string]rule{}, left: map[string]string{}}
 	for _, prefix := range slices.Sorted(maps.Keys(rules)) {
 		b.existing(prefix, listed)
 	}
@@ -316,7 +316,6 @@ type dropInBuilder struct {
 	rules   map[string]rule
 	proxy   netip.AddrPort
 	byPlace map[string]rule
-	guarded map[string]bool
 	out     []rule
 	left    map[string]string
 }
@@ -334,11 +333,12 @@ func (b *dropInBuilder) existing(prefix string, listed []string) {
 	b.guard(prefix)
 }
 
-// enumerated gives an entry to a registry on our own account.
+// enumerated gives an entry to a listed registry that has no rule yet.
 func (b *dropInBuilder) enumerated(host string) {
-	if b.rules[host] == nil {
-		b.entry(host, derived(b.rules, host))
+	if b.rules[host] != nil {
+		return // existing has seen to it
 	}
+	b.entry(host, derived(b.rules, host))
 	b.guard(host)
 }
 
@@ -359,8 +359,7 @@ func (b *dropInBuilder) guard(host string) {
 	}
 	for _, port := range ports {
 		name := host + ":" + port
-		if b.rules[name] == nil && !b.guarded[name] {
-			b.guarded[name] = true
+		if b.rules[name] == nil {
 			b.add(derived(b.rules, name))
 		}
 	}
