@@ -111,16 +111,8 @@ type fetchState struct {
 	upBytes   int64
 	pace      pace
 	pieceTook time.Duration // smoothed time of a piece, of any neighbour; 0 = none came
-
-	// Signs of progress.
-	begun      time.Time // the fetch
-	progress   time.Time // last piece that came, or bytes of one, or begun
-	saving     time.Time // when budget last kept this node from asking for a piece while none was under way
-	word       time.Time // when a home said last that it, or a source, gets bytes
-	sourceWord time.Time // when one said so that goes upstream itself
-	heeded     time.Time // since when that home is asked
-	askedAt    time.Time // when upstream got the last request
-	owed       time.Time // see oweLocked; zero = neighbours do not hold all that is missing
+	owed      time.Time     // see oweLocked; zero = neighbours do not hold all that is missing
+	signs
 }
 
 // neighbour is another node that takes part in the blob.
@@ -555,7 +547,7 @@ func (b *blob) took(r *request, now time.Time) {
 	}
 	b.pieceTook += (d - b.pieceTook) / 8
 	nb.since = now
-	nb.last, b.progress = now, now
+	nb.last, b.came = now, now
 	if !b.owed.IsZero() {
 		b.owed = now
 	}

@@ -38,7 +38,7 @@ func TestClockIsSet(t *testing.T) {
 			now := stepped(time.Now().Add(later), step)
 			b.mu.Lock()
 			b.expire(now)
-			asked, idle := b.flying, now.Sub(b.cameLocked())
+			asked, idle := b.flying, b.outlookLocked(now).quiet()
 			b.mu.Unlock()
 			l.tend(now, idleLink)
 			if (asked == 0) != gone || l.over() != gone || idle > later+time.Second || idle < later {

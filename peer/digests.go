@@ -167,7 +167,7 @@ func (b *blob) find(f Fill) (news bool) {
 		}
 	}
 	if news {
-		b.progress = time.Now()
+		b.came = time.Now()
 	}
 	return news
 }

@@ -103,7 +103,7 @@ func (b *blob) begin(f Fill, stop context.CancelCauseFunc, ahead int64) error {
 		return errBehind
 	}
 	now := time.Now()
-	b.fetchState = fetchState{fill: f, stop: stop, ahead: ahead, sources: make(map[string]int64), begun: now, progress: now, heeded: now}
+	b.fetchState = fetchState{fill: f, stop: stop, ahead: ahead, sources: make(map[string]int64), signs: signs{begun: now, came: now, heeded: now}}
 	b.rotten = false
 	b.emptyLocked()
 	return nil
@@ -529,21 +529,22 @@ func (x *fetch) takePart(ctx context.Context) error {
 		}
 		now := time.Now()
 		x.b.rest(now)
-		idle, neighbours := x.b.look(now)
+		o := x.b.outlook(now)
+		idle := o.idle()
 		switch {
-		case x.b.talks(now):
+		case o.talks():
 			x.s.log.Debug("home gives nothing", "digest", x.w.Digest, "peer", x.joined)
 			x.tried[x.joined], x.idle = true, append(x.idle, x.joined)
 			return nil // the next home
-		case x.b.quiet(now) > stallRejoin && slices.Contains(x.b.home.idlers(now), x.joined):
+		case o.quiet() > stallRejoin && slices.Contains(x.b.home.idlers(now), x.joined):
 			return nil // others came here as to the next home
 		case idle > stallFetch:
 			return x.ownFetch(ctx, idle)
 		}
 		forsaken := x.b.forsaken(x.joinedAt)
-		if forsaken || x.asksAgain(now, idle, neighbours) {
+		if forsaken || x.asksAgain(o) {
 			x.rejoined = now
-			if !x.rejoin(ctx, forsaken || idle > stallRejoin/2 || neighbours == 0) {
+			if !x.rejoin(ctx, forsaken || idle > stallRejoin/2 || o.neighbours == 0) {
 				return nil // the next home
 			}
 		}
@@ -564,19 +565,19 @@ func (b *blob) rest(now time.Time) {
 			return
 		}
 	}
-	b.progress = now
+	b.came = now
 }
 
 // asksAgain reports whether there is a reason to ask the home once more.
-func (x *fetch) asksAgain(now time.Time, idle time.Duration, neighbours int) bool {
-	since := now.Sub(x.rejoined)
+func (x *fetch) asksAgain(o outlook) bool {
+	since := o.now.Sub(x.rejoined)
 	switch {
-	case now.Sub(x.joinedAt) > x.renew:
+	case o.now.Sub(x.joinedAt) > x.renew:
 	case x.homeLink != nil && x.homeLink.over(): // it was a neighbour and is gone
 	case x.b.home.doubt().After(x.joinedAt): // others came here as to the next home
-	case idle > stallRejoin && since > stallRejoin:
-	case neighbours == 0 && since > lookAgain:
-	case neighbours < fewNeighbours && since > time.Second:
+	case o.idle() > stallRejoin && since > stallRejoin:
+	case o.neighbours == 0 && since > lookAgain:
+	case o.neighbours < fewNeighbours && since > time.Second:
 	case since > vouchWait && x.b.unprovedAfter(x.rejoined):
 	default:
 		return false
@@ -612,8 +613,7 @@ func (x *fetch) rejoin(ctx context.Context, stalled bool) bool {
 // from upstream as well (in one of ten storms of 20 nodes at 20 Mbit/s, 1.1 to 1.3
 // copies).
 func (x *fetch) merelyLate(err error, home string, asked time.Time) bool {
-	idle, _ := x.b.look(time.Now())
-	return errors.Is(err, context.DeadlineExceeded) && idle < stallRejoin && x.s.heardSince(home, asked)
+	return errors.Is(err, context.DeadlineExceeded) && x.b.outlook(time.Now()).idle() < stallRejoin && x.s.heardSince(home, asked)
 }
 
 // held is how many pieces are here.

@@ -273,7 +273,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 			b.home.rely(time.Now())
 		}
 	}
-	reply.Moving = b.moves(time.Now())
+	reply.Moving = b.outlook(time.Now()).moves()
 	if b.lets(l.peer) {
 		reply.Body = b.inline()
 		l.sent(len(reply.Body))

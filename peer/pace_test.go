@@ -253,8 +253,7 @@ func TestLimitHidesNoStall(t *testing.T) {
 							b.took(r, now)
 						}
 					}
-					idle, _ := b.look(now)
-					longest = max(longest, idle)
+					longest = max(longest, b.outlook(now).idle())
 				}
 				if stalled := longest > stallFetch; stalled == gives {
 					t.Errorf("nothing was said to come for %v", longest)

@@ -32,8 +32,12 @@ func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	if err != nil {
 		return false, false
 	}
+	alone := len(s.roster.view.Load().all) == 1
 	for attempt := range lastAttempt + 1 {
-		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) { coming, ours = b.coming(time.Now()) })
+		s.ifBlob(blobID{k, byte(attempt)}, func(b *blob) {
+			o := b.outlook(time.Now())
+			coming, ours = o.coming(alone), o.authority
+		})
 		if coming {
 			break
 		}
@@ -41,67 +45,40 @@ func (s *Swarm) Coming(d digest.Digest) (coming, ours bool) {
 	return coming, ours
 }
 
-// look reports for how long neither bytes came nor a home's word that is to be
-// believed, and how many neighbours there are.
-func (b *blob) look(now time.Time) (idle time.Duration, neighbours int) {
+// signs are the signs that a fetch makes progress, or none. blob.mu guards them.
+type signs struct {
+	begun      time.Time // the fetch
+	came       time.Time // last piece, or bytes of one, or begun
+	saving     time.Time // when budget last kept this node from asking for a piece while none was under way
+	word       time.Time // when a home said last that it, or a source, gets bytes
+	sourceWord time.Time // when one said so that goes upstream itself
+	heeded     time.Time // since when that home is asked
+	asked      time.Time // when upstream got the last request
+}
+
+// outlook is what the signs say at one moment. In it, came counts bytes of a piece under way,
+// and what would have come but for this node's own limit.
+type outlook struct {
+	signs
+	now        time.Time
+	fetching   bool
+	authority  bool
+	neighbours int
+}
+
+func (b *blob) outlook(now time.Time) outlook {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	last := b.cameLocked()
-	if b.word.After(last) && b.believesLocked(now, last, wordTime) {
-		last = b.word
-	}
-	return now.Sub(last), len(b.nbrs)
+	return b.outlookLocked(now)
 }
 
-// quiet is how long no byte has come.
-func (b *blob) quiet(now time.Time) time.Duration {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return now.Sub(b.cameLocked())
-}
-
-// talks reports whether a home keeps saying that it gets bytes, and none comes.
-func (b *blob) talks(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return now.Sub(b.word) < stallFetch && !b.believesLocked(now, b.cameLocked(), wordTime)
-}
-
-func (b *blob) coming(now time.Time) (coming, ours bool) {
-	alone := len(b.s.roster.view.Load().all) == 1
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	last := b.cameLocked()
-	if b.fill != nil && b.authority && !alone && b.triesLocked(now, last) {
-		return true, true
+func (b *blob) outlookLocked(now time.Time) outlook {
+	o := outlook{signs: b.signs, now: now, fetching: b.fill != nil, authority: b.authority, neighbours: len(b.nbrs)}
+	if o.saving.After(o.came) {
+		o.came = o.saving
 	}
-	if last.Equal(b.begun) {
-		last = time.Time{} // no byte yet
-	}
-	if b.word.After(last) {
-		last = b.word
-	}
-	return b.fill != nil && now.Sub(last) < stallFetch, b.authority
-}
-
-// triesLocked reports whether this node goes upstream with some hope, if the last bytes
-// came then: it has asked, and registries that are caches themselves may take long to
-// answer; or there was a byte, and it tries to continue where an uplink failed for a
-// moment. A registry that cannot be reached in the first place has not been asked.
-func (b *blob) triesLocked(now, last time.Time) bool {
-	if last.Equal(b.begun) || b.askedAt.After(last) {
-		last = b.askedAt
-	}
-	return b.authority && now.Sub(last) < wordTime
-}
-
-// cameLocked is when the last bytes came, or would have come but for this node's own
-// limit.
-func (b *blob) cameLocked() time.Time {
-	if b.saving.After(b.progress) {
-		return b.movedLocked(b.saving)
-	}
-	return b.movedLocked(b.progress)
+	o.came = b.movedLocked(o.came)
+	return o
 }
 
 // movedLocked is when the last bytes of a piece under way came, or last if that is later.
@@ -116,20 +93,51 @@ func (b *blob) movedLocked(last time.Time) time.Time {
 	return last
 }
 
-// believesLocked reports whether a home's word, which counts for that long, still
-// does, if the last bytes came then.
-func (b *blob) believesLocked(now, last time.Time, long time.Duration) bool {
-	if b.heeded.After(last) {
-		last = b.heeded
+// quiet is how long no byte has come.
+func (o outlook) quiet() time.Duration { return o.now.Sub(o.came) }
+
+// idle is for how long neither bytes came nor a home's word that is to be believed.
+func (o outlook) idle() time.Duration {
+	if o.believes(wordTime) {
+		return min(o.quiet(), o.now.Sub(o.word))
 	}
-	return now.Sub(last) < long
+	return o.quiet()
 }
 
+// talks reports whether a home keeps saying that it gets bytes, and none comes.
+func (o outlook) talks() bool { return o.now.Sub(o.word) < stallFetch && !o.believes(wordTime) }
+
 // trusts reports whether a source's word counts, for a home that waits for it.
-func (b *blob) trusts(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.believesLocked(now, b.cameLocked(), sourceTime)
+func (o outlook) trusts() bool { return o.believes(sourceTime) }
+
+// believes reports whether a home's word, which counts for that long after bytes came or it was
+// asked first, still does.
+func (o outlook) believes(long time.Duration) bool {
+	return o.quiet() < long || o.now.Sub(o.heeded) < long
+}
+
+// awaits reports whether upstream was asked, and may still answer: registries that are caches
+// themselves may take long. One that cannot be reached in the first place has not been asked.
+func (o outlook) awaits() bool { return o.authority && o.now.Sub(o.asked) < wordTime }
+
+// tries reports whether this node goes upstream with some hope: it awaits the answer, or there
+// was a byte, and it tries to continue where an uplink failed for a moment.
+func (o outlook) tries() bool {
+	return o.awaits() || o.authority && o.came.After(o.begun) && o.quiet() < wordTime
+}
+
+// moves reports whether bytes of the blob came here lately, or a source said that they
+// come there: a home that came later waits for the one before it, and those who ask it
+// have to know. The word of a home that is no source goes no further, or two homes
+// that wait for each other would believe each other forever.
+func (o outlook) moves() bool {
+	return o.fetching && (o.quiet() < stallRejoin || o.tries() ||
+		o.now.Sub(o.sourceWord) < 2*stallRejoin && o.trusts())
+}
+
+// coming is Coming; alone: there is no other member.
+func (o outlook) coming(alone bool) bool {
+	return o.fetching && (!alone && o.tries() || o.came.After(o.begun) && o.quiet() < stallFetch || o.now.Sub(o.word) < stallFetch)
 }
 
 // told notes a home's word that it, or the source that it waits for, got bytes at
@@ -141,18 +149,6 @@ func (b *blob) told(at time.Time, source bool) {
 	if source {
 		b.sourceWord = at
 	}
-}
-
-// moves reports whether bytes of the blob came here lately, or a source said that they
-// come there: a home that came later waits for the one before it, and those who ask it
-// have to know. The word of a home that is no source goes no further, or two homes
-// that wait for each other would believe each other forever.
-func (b *blob) moves(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	last := b.cameLocked()
-	return b.fill != nil && (now.Sub(last) < stallRejoin || b.triesLocked(now, last) ||
-		now.Sub(b.sourceWord) < 2*stallRejoin && b.believesLocked(now, last, sourceTime))
 }
 
 // heed begins to believe a home, for as long as if bytes had just come.

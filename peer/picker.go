@@ -247,7 +247,7 @@ func (b *blob) expire(now time.Time) (slow []string) {
 				continue
 			}
 			until := now.Add(limit)
-			if r.nb.last.Before(r.sent) && now.Sub(b.progress) < limit/2 {
+			if r.nb.last.Before(r.sent) && now.Sub(b.came) < limit/2 {
 				until = now.Add(banSlow.lasts())
 				b.slowLocked(r.nb.l.node, now, until)
 				if !slices.Contains(slow, r.nb.l.node) {

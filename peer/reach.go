@@ -56,7 +56,7 @@ func unreached(ctx context.Context) bool { return errors.Is(context.Cause(ctx), 
 func (b *blob) barren(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.haveN == 0 && !b.triesLocked(now, b.begun) // pieces on their way here may not count
+	return b.haveN == 0 && !b.outlookLocked(now).awaits() // pieces on their way here may not count
 }
 
 // more reports whether there is another home to ask than m, if these were asked. The last

@@ -448,16 +448,15 @@ func TestComing(t *testing.T) {
 		b := s.blob(blobID{key: key{1}})
 		want := func(coming, moves, idle bool, when string) {
 			t.Helper()
-			now := time.Now()
-			quiet, _ := b.look(now)
+			o := b.outlook(time.Now())
 			if got, _ := s.Coming(b.d); got != coming {
 				t.Errorf("%s: coming %t", when, got)
 			}
-			if got := b.moves(now); got != moves {
+			if got := o.moves(); got != moves {
 				t.Errorf("%s: moves %t", when, got)
 			}
-			if got := quiet > stallFetch; got != idle {
-				t.Errorf("%s: quiet for %v", when, quiet)
+			if got := o.idle() > stallFetch; got != idle {
+				t.Errorf("%s: quiet for %v", when, o.idle())
 			}
 		}
 		want(false, false, true, "nobody fetches it")
@@ -485,7 +484,7 @@ func TestComing(t *testing.T) {
 		wait(t.Context(), 2*time.Second)
 		b.told(time.Now(), true)
 		want(true, false, true, "for too long")
-		if !b.talks(time.Now()) {
+		if !b.outlook(time.Now()).talks() {
 			t.Error("it still talks")
 		}
 		s.roster.set(Member{Name: startName("other", 1), Node: "other"})

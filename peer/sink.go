@@ -39,16 +39,16 @@ func (k *sink) WriteAt(p []byte, off int64) (int, error) {
 func (b *blob) moved(n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.progress = time.Now()
+	b.came = time.Now()
 	if b.upBytes += int64(n); b.upSince.IsZero() {
-		b.upSince = b.progress
+		b.upSince = b.came
 	}
 }
 
 func (b *blob) asks() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.askedAt = time.Now()
+	b.asked = time.Now()
 }
 
 // Missing leaves out pieces that neighbours hold or are sending, unless nothing else is

@@ -119,14 +119,14 @@ func (x *fetch) fromSwarm(ctx context.Context, far bool) error {
 	for peeked := time.Now(); ctx.Err() == nil && !x.whole(); wait(ctx, lookAgain) {
 		// The index names the dead until gossip has noticed; the links already have.
 		holders = slices.DeleteFunc(holders, x.s.roster.isGone)
-		idle, _ := x.b.look(time.Now())
+		o := x.b.outlook(time.Now())
 		if !source && len(holders) == 0 || x.b.forsaken(begun) {
 			return nil
 		}
-		if min(idle, time.Since(peeked)) <= stallRejoin/2 {
+		if min(o.idle(), time.Since(peeked)) <= stallRejoin/2 {
 			continue
 		}
-		if !source || idle > stallFetch || !x.b.trusts(time.Now()) {
+		if !source || o.idle() > stallFetch || !o.trusts() {
 			return nil
 		}
 		source, _ = x.peek(ctx, far) // it may be hashing what it has, or wait for upstream
@@ -275,14 +275,14 @@ func (x *fetch) upstream(ctx context.Context) error {
 func (b *blob) promised(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.owedLocked() && now.Sub(b.cameLocked()) < giveUpAfter
+	return b.owedLocked() && b.outlookLocked(now).quiet() < giveUpAfter
 }
 
 // goesUp notes whether this node is to get the blob from upstream.
 func (b *blob) goesUp(yes bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.authority, b.askedAt = yes, time.Time{}
+	b.authority, b.asked = yes, time.Time{}
 }
 
 // ownFetch goes upstream beside the home, if a home permits it or none answers.
