@@ -189,8 +189,9 @@ func newBlob(s *Swarm, id blobID, rng *rand.Rand) *blob {
 	b := &blob{
 		s: s, id: id, d: id.key.digest(),
 		wake: make(chan struct{}, 1), sizedCh: make(chan struct{}), grownCh: make(chan struct{}),
-		signers: make(map[string]bool), nbrs: make(map[string]*neighbour), wants: make(map[int][]*request),
-		fetchState: fetchState{sources: make(map[string]int64)}, rng: rng,
+		signers: make(map[string]bool), hinted: make(map[int]time.Time), admitted: make(map[string]string),
+		nbrs: make(map[string]*neighbour), slow: make(map[string]time.Time), wants: make(map[int][]*request),
+		home: meeting{members: make(map[string]*attendee), idle: make(map[string]time.Time)}, rng: rng,
 	}
 	b.lastUse.set(time.Now())
 	return b

@@ -102,9 +102,6 @@ func (b *blob) hintLocked(l *link) uint32 {
 		return noHint
 	}
 	now := time.Now()
-	if b.hinted == nil {
-		b.hinted = make(map[int]time.Time)
-	}
 	for i, n := b.n-1, 0; i >= 0 && n < window; i-- {
 		if !b.have.has(i) || b.given[i] > 0 || nb.have.has(i) {
 			continue

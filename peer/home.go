@@ -50,9 +50,6 @@ type attendee struct {
 func (m *meeting) join(name, zone string, rng *rand.Rand) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.members == nil {
-		m.members = make(map[string]*attendee)
-	}
 	out := m.introduceLocked(name, zone, rng)
 	a := m.members[name]
 	if a == nil && len(m.names) < maxLeases {
@@ -321,9 +318,6 @@ func (b *blob) note(l *link, ask joinAsk) {
 	}
 	for _, name := range ask.Idle {
 		if _, ok := b.s.roster.get(name); ok && len(b.home.idle) < 2*homesPerBlob && name != b.s.self.Name {
-			if b.home.idle == nil {
-				b.home.idle = make(map[string]time.Time)
-			}
 			b.home.idle[name] = time.Now()
 		}
 	}

@@ -61,9 +61,6 @@ func (s *Swarm) good(p pass, k key, member string) bool {
 func (b *blob) admit(member, registry string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.admitted == nil {
-		b.admitted = make(map[string]string)
-	}
 	if _, known := b.admitted[member]; !known && len(b.admitted) >= maxLeases {
 		for other := range b.admitted { // likely a start that is long over; else it comes with its pass, or to join, again
 			delete(b.admitted, other)

@@ -263,9 +263,6 @@ func (b *blob) expire(now time.Time) (slow []string) {
 
 // slowLocked keeps a node from being asked before until, on whatever link.
 func (b *blob) slowLocked(node string, now, until time.Time) {
-	if b.slow == nil {
-		b.slow = make(map[string]time.Time)
-	}
 	maps.DeleteFunc(b.slow, func(_ string, until time.Time) bool { return now.After(until) })
 	b.slow[node] = until
 }
