@@ -92,7 +92,7 @@ func (n *gossipNet) listenUDP() {
 		size, from, err := n.udp.ReadFromUDPAddrPort(buf)
 		at := time.Now()
 		if err != nil {
-			if n.over() {
+			if closed(n.done) {
 				return
 			}
 			n.pause()
@@ -117,7 +117,7 @@ func (n *gossipNet) listenTCP() {
 		conn, err := n.tcp.Accept()
 		if err != nil {
 			<-n.places
-			if n.over() {
+			if closed(n.done) {
 				return
 			}
 			n.pause()
@@ -149,15 +149,6 @@ func (n *gossipNet) pause() {
 	select {
 	case <-time.After(listenPause):
 	case <-n.done:
-	}
-}
-
-func (n *gossipNet) over() bool {
-	select {
-	case <-n.done:
-		return true
-	default:
-		return false
 	}
 }
 

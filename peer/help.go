@@ -160,12 +160,10 @@ func (x *fetch) help(ctx context.Context, rate int64) {
 		return
 	}
 	if x.helping != nil {
-		select {
-		case <-x.helping.done: // and there is more to do
-			x.endHelp()
-		default:
+		if !closed(x.helping.done) {
 			return
 		}
+		x.endHelp() // and there is more to do
 	}
 	ctx, stop := context.WithCancel(ctx)
 	h := &helping{stop: stop, done: make(chan struct{})}

@@ -113,9 +113,12 @@ func newLink(s *Swarm, conn net.Conn, m Member, dialed bool) *link {
 }
 
 // over reports whether the link has ended.
-func (l *link) over() bool {
+func (l *link) over() bool { return closed(l.done) }
+
+// closed reports whether a channel on which nothing is sent is closed.
+func closed(c <-chan struct{}) bool {
 	select {
-	case <-l.done:
+	case <-c:
 		return true
 	default:
 		return false

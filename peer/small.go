@@ -311,15 +311,8 @@ func (s *Swarm) askUpstream(ctx context.Context, method byte, r Reference) ([]by
 func (a *answers) claim(k key, now time.Time) (*remembered, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if r, ok := a.byKey[k]; ok {
-		select {
-		case <-r.done:
-			if now.Before(r.until) {
-				return r, false
-			}
-		default:
-			return r, false
-		}
+	if r, ok := a.byKey[k]; ok && (!closed(r.done) || now.Before(r.until)) {
+		return r, false
 	}
 	a.makeRoomLocked(now)
 	r := &remembered{done: make(chan struct{})}
@@ -332,12 +325,8 @@ func (a *answers) makeRoomLocked(now time.Time) {
 		return
 	}
 	for k, r := range a.byKey {
-		select {
-		case <-r.done:
-			if now.After(r.until) || len(a.byKey) >= maxAnswers {
-				delete(a.byKey, k)
-			}
-		default:
+		if closed(r.done) && (now.After(r.until) || len(a.byKey) >= maxAnswers) {
+			delete(a.byKey, k)
 		}
 	}
 }
