@@ -36,7 +36,7 @@ func (b *blob) grant(l *link, w want) *upload {
 	if b.void || b.size == 0 || i >= b.n || !b.have.has(i) {
 		return nil
 	}
-	u := &upload{l: l, blob: b, id: w.id, piece: i, size: b.pieceLen(i), given: int(b.given[i]), hint: noHint, spare: spare}
+	u := &upload{l: l, blob: b, id: w.id, piece: i, size: b.pieceLen(i), given: int(b.given[i]), spare: spare}
 	if w.needDigest && b.n > 1 {
 		u.batches = b.batchesLocked(i)
 	}
@@ -68,13 +68,15 @@ func (b *blob) grant(l *link, w want) *upload {
 func (b *blob) mayBeOnlyLocked() bool { return b.authority || b.wholeLocked() }
 
 // refused takes back that a piece was given, and finds a better one.
-func (b *blob) refused(u *upload) {
+func (b *blob) refused(u *upload) (hint uint32) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	hint = noHint
 	if u.hinted && u.given > 0 {
-		u.hint = b.hintLocked(u.l)
+		hint = b.hintLocked(u.l)
 	}
 	b.notGivenLocked(u)
+	return hint
 }
 
 // notGiven takes back that a piece was given: the peer cancelled it, or its link ended.

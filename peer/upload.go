@@ -58,8 +58,7 @@ type upload struct {
 	hinted  bool // a refusal may name a better piece; never if foreign
 	foreign bool // for another zone, or a node that gives it to nobody: it does not count as given
 	given   int  // times this node has given the piece before
-	hint    uint32
-	spare   int // given pieces are served only while fewer uploads are under way
+	spare   int  // given pieces are served only while fewer uploads are under way
 	asked   time.Time
 	started time.Time
 	gone    atomic.Bool // cancelled
@@ -173,9 +172,9 @@ func (q *uploads) takeWorst() *upload {
 
 // refuse makes the asker go elsewhere.
 func (u *upload) refuse(wait time.Duration) {
-	u.blob.refused(u)
+	hint := u.blob.refused(u)
 	u.l.send(func(b []byte) []byte {
-		return answer{id: u.id, delay: uint32(wait.Milliseconds()), hint: u.hint}.append(b, frameBusy)
+		return answer{id: u.id, delay: uint32(wait.Milliseconds()), hint: hint}.append(b, frameBusy)
 	})
 }
 
