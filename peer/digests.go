@@ -141,7 +141,7 @@ func (b *blob) scan(f Fill) error {
 	for {
 		next, loose := b.toSign()
 		if t := b.link(f, next); t != nil {
-			b.publish([]*batch{t})
+			b.publish(t)
 			continue
 		}
 		if len(loose) == 0 {
@@ -245,10 +245,7 @@ func (b *blob) sign(pieces []int) error {
 		b.offer(0, 1)
 		return nil
 	}
-	b.s.seal(t)
-	b.mu.Lock()
-	b.knowLocked(t)
-	b.mu.Unlock()
+	b.publish(t)
 	return nil
 }
 
@@ -365,7 +362,7 @@ func (b *blob) signWhole(h *handle) error {
 		pending = append(pending, t)
 		t = b.newLinks(whole)
 		if b.size > verifyFirst && b.id.attempt == 0 && i < b.n-1 {
-			b.publish(pending)
+			b.publish(pending...)
 			b.offer(offered, i+1)
 			pending, offered = nil, i+1
 		}
@@ -374,7 +371,7 @@ func (b *blob) signWhole(h *handle) error {
 		b.withdraw()
 		return errWrongBlob
 	}
-	b.publish(pending)
+	b.publish(pending...)
 	b.offer(offered, b.n)
 	return nil
 }
@@ -403,7 +400,8 @@ func (b *blob) hashInto(r io.ReaderAt, i int, whole hash.Hash, t *batch) error {
 	return nil
 }
 
-func (b *blob) publish(ts []*batch) {
+// publish signs batches and files them.
+func (b *blob) publish(ts ...*batch) {
 	for _, t := range ts {
 		b.s.seal(t)
 		b.mu.Lock()
