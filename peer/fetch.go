@@ -369,12 +369,8 @@ func (x *fetch) homes() []*Member {
 	if x.s.cfg.ZoneScope {
 		return zone
 	}
-	for i, m := range zone {
-		if m.Name == x.s.self.Name {
-			// The zone's homes before this one, then the cluster's, which may
-			// name this node again.
-			return append(zone[:i:i], r.homes(x.b.id.key, "", false)...)
-		}
+	if i := placeOf(zone, x.s.self.Name); i >= 0 {
+		zone = zone[:i] // the cluster's may name this node again
 	}
 	return append(zone, r.homes(x.b.id.key, "", false)...)
 }

@@ -312,6 +312,11 @@ const (
 	maxAsked = 2 * homesPerBlob
 )
 
+// placeOf is where a member stands in a list; -1 if it does not.
+func placeOf(ms []*Member, name string) int {
+	return slices.IndexFunc(ms, func(m *Member) bool { return m.Name == name })
+}
+
 // nextOf is the first of homes that was not asked yet; nil once enough were.
 func nextOf(homes []*Member, asked map[string]bool) *Member {
 	if len(asked) >= maxAsked {

@@ -93,10 +93,7 @@ func (x *fetch) upUnlessYielded(ctx context.Context, begun time.Time) error {
 // isBetter reports whether a member comes before this node among the homes.
 func (x *fetch) isBetter(m *Member) bool {
 	homes := x.s.roster.view.Load().homes(x.b.id.key, "", false, nil)
-	rank := func(name string) int {
-		return slices.IndexFunc(homes, func(o *Member) bool { return o.Name == name })
-	}
-	at, own := rank(m.Name), rank(x.s.self.Name)
+	at, own := placeOf(homes, m.Name), placeOf(homes, x.s.self.Name)
 	return at >= 0 && (own < 0 || at < own)
 }
 
@@ -201,8 +198,7 @@ func (x *fetch) otherHomes(far bool) (out []*Member) {
 	}
 	homes = append(homes, x.s.withWay(x.b.id.key, x.w.Registry)...)
 	for _, m := range homes {
-		known := slices.ContainsFunc(out, func(o *Member) bool { return o.Name == m.Name })
-		if m.Name != x.s.self.Name && !known && !x.tried[m.Name] {
+		if m.Name != x.s.self.Name && placeOf(out, m.Name) < 0 && !x.tried[m.Name] {
 			out = append(out, m)
 		}
 	}
@@ -222,8 +218,7 @@ func (x *fetch) passedOver(others []*Member, far bool) (out []*Member) {
 		homes = append(homes, v.homes(x.b.id.key, "", false, idle)...)
 	}
 	for _, m := range homes {
-		same := func(o *Member) bool { return o.Name == m.Name }
-		if m.Name != x.s.self.Name && !slices.ContainsFunc(others, same) && !slices.ContainsFunc(out, same) {
+		if m.Name != x.s.self.Name && placeOf(others, m.Name) < 0 && placeOf(out, m.Name) < 0 {
 			out = append(out, m)
 		}
 	}
