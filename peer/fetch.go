@@ -121,10 +121,10 @@ func (b *blob) end(err error) {
 	b.fill, b.stop, b.complete = nil, nil, err == nil && kept
 	b.lastUse.set(time.Now())
 	b.ahead, b.floor = 0, 0
-	b.mu.Unlock()
 	if err != nil && kept {
-		b.fail(err)
+		b.failure, b.failedAt = err, time.Now()
 	}
+	b.mu.Unlock()
 	if err != nil || !kept {
 		b.withdraw()
 	}

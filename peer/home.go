@@ -500,12 +500,6 @@ func (b *blob) whole() bool {
 
 func (b *blob) wholeLocked() bool { return b.n > 0 && b.haveN == b.n }
 
-func (b *blob) fail(err error) {
-	b.mu.Lock()
-	b.failure, b.failedAt = err, time.Now()
-	b.mu.Unlock()
-}
-
 // recentFailure keeps a home whose fetch just failed from trying again for
 // every node that asks.
 func (b *blob) recentFailure() error {
