@@ -63,12 +63,8 @@ func (b *bans) add(node string, why banReason) {
 func (b *bans) has(node string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	t, ok := b.until[node]
-	if ok && time.Now().After(t.Time) {
-		delete(b.until, node)
-		return false
-	}
-	return ok && !t.slow
+	t := b.until[node]
+	return !t.slow && !time.Now().After(t.Time)
 }
 
 // list is until when each node is banned, slow ones included.

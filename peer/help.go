@@ -137,8 +137,7 @@ func (v *vain) add(registry string, now time.Time) {
 func (v *vain) has(registry string, now time.Time) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	at, ok := v.at[registry]
-	return ok && now.Sub(at) < helpMemory
+	return now.Sub(v.at[registry]) < helpMemory
 }
 
 // helping is what a node does as helper.
