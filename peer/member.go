@@ -148,11 +148,7 @@ func (r *roster) remove(name string) {
 	if !ok {
 		return
 	}
-	for n, f := range r.fallen {
-		if time.Since(f.at) > keepFallen {
-			delete(r.fallen, n)
-		}
-	}
+	maps.DeleteFunc(r.fallen, func(_ string, f fallen) bool { return time.Since(f.at) > keepFallen })
 	if len(r.fallen) < maxFallen {
 		r.fallen[name] = fallen{old.all[i].Key, time.Now()}
 	}
