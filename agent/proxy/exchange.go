@@ -55,7 +55,6 @@ type exchange struct {
 	// server; its cause says which.
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	route  route
 	access access // from begin on
 	own    bool   // see OwnUserAgent
 	start  time.Time
@@ -70,7 +69,7 @@ type exchange struct {
 	overdue  atomic.Int32 // looks of the watchdog that found it so
 
 	mu     sync.Mutex // guards the fields below, which Pulls and the watchdog look at
-	shown  route      // a copy of route
+	route  route      // set by serve alone; the handler and what it starts read it without mu
 	source source
 	size   int64
 	offset int64
@@ -185,10 +184,9 @@ func (x *exchange) within(d time.Duration, cause error) (stop func()) {
 }
 
 func (x *exchange) setRoute(rt route) {
-	x.route = rt
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.shown = rt
+	x.route = rt
 }
 
 // describe says what is being served, for the headers and for Pulls.
@@ -243,7 +241,7 @@ func (x *exchange) fail(err error) {
 // path-encoded (I5), and containerd that fetches a layer in chunks (inChunks).
 func (x *exchange) bound() bool {
 	x.mu.Lock()
-	rt := x.shown
+	rt := x.route
 	x.mu.Unlock()
 	return rt.content() && (rt.pathEncoded || x.proxy.chunked.has(blobKey{rt.registry, rt.repository, rt.digest}))
 }

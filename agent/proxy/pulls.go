@@ -45,8 +45,8 @@ func (p *Proxy) underWay() []*exchange {
 func (x *exchange) pull() (Pull, bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	rt := x.shown
-	if rt.kind != KindBlob && rt.kind != KindManifest {
+	rt := x.route
+	if !rt.content() {
 		return Pull{}, false
 	}
 	return Pull{

@@ -110,7 +110,7 @@ func (p *Proxy) dropOverdue() int {
 func (p *Proxy) longestWait(x *exchange) time.Duration {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return p.patience(x.shown.pathEncoded)
+	return p.patience(x.route.pathEncoded)
 }
 
 // loopback is where a listener can be reached from here.
