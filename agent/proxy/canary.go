@@ -52,7 +52,7 @@ func (p *Proxy) serveCanary(x *exchange) error {
 		d = p.canary.index
 	}
 	item, ok := p.canary.items[d]
-	if !ok || x.route.kind != KindManifest && x.route.kind != KindBlob {
+	if !ok || !x.route.content() {
 		return &apiError{status: http.StatusNotFound, code: unknownCode(x.route.kind), message: "not part of the canary image"}
 	}
 	setBlobHeaders(x.Header(), d)

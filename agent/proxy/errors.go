@@ -103,7 +103,7 @@ func unknownCode(kind Kind) string {
 // success had prepared.
 func writeError(w http.ResponseWriter, e *apiError) {
 	h := w.Header()
-	for _, name := range []string{"Etag", "Accept-Ranges", "Cache-Control", "Content-Range", "Docker-Content-Digest", headerSource} {
+	for _, name := range []string{"Etag", "Accept-Ranges", "Cache-Control", "Content-Range", headerDigest, headerSource} {
 		h.Del(name)
 	}
 	for _, c := range e.challenge {
