@@ -47,12 +47,10 @@ type access struct {
 	said     time.Time // when the registry let him in; zero if that is not known
 }
 
-func (a *access) repository() cache.Repository {
-	return cache.Repository{Registry: a.target.Registry, Name: a.target.Repository}
-}
+func (a *access) repository() cache.Repository { return repositoryOf(a.target) }
 
 func (a *access) key() verdictKey {
-	return verdictKey{a.target.Registry, a.target.Repository, a.who}
+	return verdictKey{a.repository(), a.who}
 }
 
 // yes is the decision that a verdict of the registry makes.

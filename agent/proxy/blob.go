@@ -14,16 +14,14 @@ import (
 
 // blobKey is a blob under the name that its bytes are asked for.
 type blobKey struct {
-	registry, repository string
-	digest               digest.Digest
+	cache.Repository
+	digest digest.Digest
 }
 
-func (k blobKey) place() cache.Repository {
-	return cache.Repository{Registry: k.registry, Name: k.repository}
-}
+func keyOf(t upstream.Target, d digest.Digest) blobKey { return blobKey{repositoryOf(t), d} }
 
-func keyOf(t upstream.Target, d digest.Digest) blobKey {
-	return blobKey{t.Registry, t.Repository, d}
+func repositoryOf(t upstream.Target) cache.Repository {
+	return cache.Repository{Registry: t.Registry, Name: t.Repository}
 }
 
 // statAsk asks how large a blob is, on one caller's behalf: a refusal is about that

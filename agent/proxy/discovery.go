@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/agent/upstream"
 )
 
@@ -26,11 +27,11 @@ const (
 
 // pageKey names one page of tags or referrers.
 type pageKey struct {
-	registry, repository string
-	who                  caller // lists differ, and who may see them
-	kind                 Kind
-	digest               digest.Digest
-	query                string
+	cache.Repository
+	who    caller // lists differ, and who may see them
+	kind   Kind
+	digest digest.Digest
+	query  string
 }
 
 // serveTags relays one page of tags.
@@ -108,7 +109,7 @@ func (p *Proxy) serveReferrers(x *exchange) error {
 }
 
 func (x *exchange) pageKey(query string) pageKey {
-	return pageKey{x.access.target.Registry, x.access.target.Repository, x.access.who, x.route.kind, x.route.digest, query}
+	return pageKey{x.access.repository(), x.access.who, x.route.kind, x.route.digest, query}
 }
 
 // page asks upstream for a page, once for all who ask for it now with the same

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/larder-cache/larder/agent/cache"
 )
 
 // source is where an answer came from: the value of X-Larder-Source and of the
@@ -243,7 +245,7 @@ func (x *exchange) bound() bool {
 	x.mu.Lock()
 	rt := x.route
 	x.mu.Unlock()
-	return rt.content() && (rt.pathEncoded || x.proxy.chunked.has(blobKey{rt.registry, rt.repository, rt.digest}))
+	return rt.content() && (rt.pathEncoded || x.proxy.chunked.has(blobKey{cache.Repository{Registry: rt.registry, Name: rt.repository}, rt.digest}))
 }
 
 // cutShort reports a success that was announced and then not delivered.

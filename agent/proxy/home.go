@@ -105,7 +105,7 @@ func (p *Proxy) RememberedFor(t upstream.Target, tag string, accept []string) (o
 // knownFor is what a tag stands for by memory, for another node's caller that accepts
 // these types, if the caller would be told that while the registry cannot be asked.
 func (p *Proxy) knownFor(acc access, tag string, accept []string) (ocispec.Descriptor, bool) {
-	last, known := p.lastKnown(newTagKey(acc.target, tag, acceptsLists(accept)))
+	last, known := p.lastKnown(tagKey{Repository: acc.repository(), tag: tag, lists: acceptsLists(accept)})
 	_, in := p.auth.stands(acc, last.desc.Digest.String())
 	return last.desc, known && in && acceptable(accept, last.desc.MediaType)
 }
@@ -209,8 +209,8 @@ func (p *Proxy) KeepTag(ctx context.Context, t upstream.Target, tag string, desc
 	if err := p.mayKeep(ctx, t, KindManifest, desc.Digest); err != nil {
 		return err
 	}
-	key := newTagKey(t, tag, true)
-	if _, known := p.KnownTag(key.place(), tag); known {
+	key := tagKey{Repository: repositoryOf(t), tag: tag, lists: true}
+	if _, known := p.KnownTag(key.Repository, tag); known {
 		p.swarm.Remember(t, tag)
 		return nil
 	}

@@ -9,7 +9,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/larder-cache/larder/agent/cache"
-	"github.com/larder-cache/larder/agent/upstream"
 )
 
 // ErrImported is leave for one question: an operator gave its subject to everybody in
@@ -54,9 +53,8 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 	for _, m := range i.Manifests {
 		meta.SetManifest(m.Digest, cache.Manifest{MediaType: m.MediaType})
 	}
-	target := upstream.Target{Registry: i.Registry, Repository: i.Repository}
 	for n, d := range slices.Concat(i.Manifests, i.Blobs) {
-		p.undelivered.forget(keyOf(target, d.Digest))
+		p.undelivered.forget(blobKey{r, d.Digest})
 		if n < len(i.Manifests) {
 			meta.AddManifests(r, d)
 		} else {
@@ -77,7 +75,7 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 	if i.Tag == "" {
 		return nil
 	}
-	p.setTag(i)
+	p.setTag(r, i)
 	if err := facts.Sync(ctx); err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
@@ -87,8 +85,8 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 // setTag makes the image the last that is known of its tag; the registry, if it can be
 // asked, says better at the next pull. An index is no answer for clients that take no
 // lists.
-func (p *Proxy) setTag(i Import) {
-	key := newTagKey(upstream.Target{Registry: i.Registry, Repository: i.Repository}, i.Tag, true)
+func (p *Proxy) setTag(r cache.Repository, i Import) {
+	key := tagKey{Repository: r, tag: i.Tag, lists: true}
 	keys := []tagKey{key}
 	if len(i.Manifests) == 1 {
 		keys = append(keys, key.other())

@@ -116,7 +116,7 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 		f, ttl := failureOf(x, err)
 		p.failed.put(key, f, ttl)
 	}
-	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.registry, "repository", key.repository,
+	p.log.Debug("blob not delivered", "digest", key.digest, "registry", key.Registry, "repository", key.Name,
 		"bytes", x.sent.Load(), "err", err)
 }
 

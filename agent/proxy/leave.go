@@ -44,7 +44,7 @@ func (a *authorizer) offline(acc *access, reference string) bool {
 
 // wasPublic reports whether a repository was public by the registry's last word.
 func (a *authorizer) wasPublic(r cache.Repository) bool {
-	if v, ok := a.verdicts.get(verdictKey{r.Registry, r.Name, anyone}); ok {
+	if v, ok := a.verdicts.get(verdictKey{r, anyone}); ok {
 		return v.public()
 	}
 	_, ok := a.meta.Verdict(r, cache.Anyone)

@@ -257,7 +257,7 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	if facts.MediaType != m.desc.MediaType {
 		meta.SetManifest(m.desc.Digest, cache.Manifest{MediaType: m.desc.MediaType})
 	}
-	repository := key.place()
+	repository := key.Repository
 	children := slices.Concat(o.children(), o.Manifests)
 	meta.AddManifests(repository, m.desc)
 	meta.AddManifests(repository, o.Manifests...)

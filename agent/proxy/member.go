@@ -31,12 +31,12 @@ func (a *authorizer) belongs(m member) bool {
 	}
 	var ok bool
 	if m.manifest {
-		ok = a.meta.MemberManifest(m.place(), m.digest)
+		ok = a.meta.MemberManifest(m.Repository, m.digest)
 	} else {
-		ok = a.meta.Member(m.place(), m.digest)
+		ok = a.meta.Member(m.Repository, m.digest)
 	}
 	if !ok {
-		ok = a.pins(m.place(), Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
+		ok = a.pins(m.Repository, Question{Reference: m.digest.String(), Blob: !m.manifest}) // by its manifest
 	}
 	if ok {
 		a.members.put(m, struct{}{}, membershipMemory)
@@ -60,7 +60,7 @@ func (a *authorizer) enlist(t upstream.Target, kind Kind, d ocispec.Descriptor) 
 	if m.manifest {
 		add = a.meta.AddManifests
 	}
-	add(m.place(), d)
+	add(m.Repository, d)
 	a.members.put(m, struct{}{}, membershipMemory)
 }
 

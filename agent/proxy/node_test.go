@@ -26,6 +26,8 @@ const (
 	repo = "library/app"
 )
 
+var testRepository = cache.Repository{Registry: host, Name: repo}
+
 // node is a whole one: registry, upstream client, cache and proxy on a real port.
 type node struct {
 	t        *testing.T

@@ -20,7 +20,7 @@ import (
 // pinning says that img is pinned under the tag v1 of repo, and was public or not.
 func pinning(img *registrytest.Image, public bool) func(cache.Repository, string) (Pinned, bool) {
 	return func(r cache.Repository, ref string) (Pinned, bool) {
-		if r != (cache.Repository{Registry: host, Name: repo}) {
+		if r != testRepository {
 			return Pinned{}, false
 		}
 		d := digest.Digest(ref)
@@ -86,7 +86,7 @@ func TestPinnedOutlivesItsRegistry(t *testing.T) {
 		n.registry.Inject(registrytest.Match{}, registrytest.Status(404), registrytest.EvenUnauthorized())
 	}
 	forget := func(n *node) { // as ten minutes do
-		n.proxy.auth.verdicts.forget(verdictKey{host, repo, anyone})
+		n.proxy.auth.verdicts.forget(verdictKey{testRepository, anyone})
 	}
 	refuseAll := func(status int) func(*node) {
 		return func(n *node) {
@@ -198,7 +198,7 @@ func TestPublicPinOpensNothingElse(t *testing.T) {
 		manifestPath("v2"), manifestPath(other.Digest.String()), blobPath(other.Layers[0].Digest), pathManifest("v2"), pathBlob(other.Layers[0].Digest),
 		"/v2/" + repo + "/tags/list?ns=" + host, "/v2/" + repo + "/referrers/" + img.Digest.String() + "?ns=" + host,
 	}
-	forget := func() { n.proxy.auth.verdicts.forget(verdictKey{host, repo, anyone}) }
+	forget := func() { n.proxy.auth.verdicts.forget(verdictKey{testRepository, anyone}) }
 	nobody, stranger := n.target(), n.target()
 	nobody.Anonymous, stranger.Authorization = true, "Basic bm86Ym9keQ=="
 	swarm.may = func(t upstream.Target, q Question) error {
@@ -273,8 +273,8 @@ func TestPublicPinAndPrivateVersion(t *testing.T) {
 	ann := []string{"Authorization", "Basic YW5uOnNlY3JldA=="}
 	n.put(img)
 	n.whole(img, ann...)
-	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1"}) // pulled and pinned an hour ago
-	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true})
+	n.proxy.fresh.forget(tagKey{Repository: testRepository, tag: "v1"}) // pulled and pinned an hour ago
+	n.proxy.fresh.forget(tagKey{Repository: testRepository, tag: "v1", lists: true})
 	newer := n.put(registrytest.OCIImage(registrytest.ImageSpec{Seed: 99, Layers: []int64{10}}))
 	stranger := []string{"Accept", "application/vnd.example.other"}
 	for range 3 { // asked, and remembered

@@ -23,7 +23,7 @@ func (a *authorizer) said(key blobKey) bool {
 		return true
 	}
 	// Last: a fill that was asking a moment ago has left its answer here.
-	if !a.meta.Said(key.place(), key.digest) {
+	if !a.meta.Said(key.Repository, key.digest) {
 		return false
 	}
 	a.told.put(key, struct{}{}, membershipMemory)
@@ -61,7 +61,7 @@ func (c *counted[K]) has(key K) bool {
 
 // say notes the registry's word.
 func (a *authorizer) say(key blobKey) {
-	repository := key.place()
+	repository := key.Repository
 	if !a.meta.Said(repository, key.digest) {
 		a.meta.SetSaid(repository, key.digest)
 	}
@@ -90,7 +90,7 @@ func (a *authorizer) unproven(key blobKey, around func(digest.Digest) bool) bool
 // unsaid reports whether what is around still needs the registry's own word. A registry
 // that must not be asked gives none.
 func (a *authorizer) unsaid(key blobKey) bool {
-	if a.said(key) || !a.upstream.Policy(key.registry).Contact() {
+	if a.said(key) || !a.upstream.Policy(key.Registry).Contact() {
 		return false
 	}
 	_, public := a.shown(key.digest)

@@ -214,7 +214,7 @@ func TestSwarmRemembersTag(t *testing.T) {
 	if got := n.registry.Count(heads); got != 0 {
 		t.Errorf("%d requests upstream", got)
 	}
-	last, ok := n.proxy.lastKnown(tagKey{registry: host, repository: repo, tag: "v1", lists: true})
+	last, ok := n.proxy.lastKnown(tagKey{Repository: testRepository, tag: "v1", lists: true})
 	if !ok || last.desc.Digest != img.Digest {
 		t.Errorf("last known: %v, %t", last, ok)
 	}

@@ -17,15 +17,12 @@ import (
 
 // tagKey names one of the two answers that a tag can have.
 type tagKey struct {
-	registry, repository, tag string
-	lists                     bool // the client accepts lists
+	cache.Repository
+	tag   string
+	lists bool // the client accepts lists
 	// accept is set for a client that accepts none of the types that the others get.
 	// It is a digest, since a client may name any number of types.
 	accept digest.Digest
-}
-
-func newTagKey(t upstream.Target, tag string, lists bool) tagKey {
-	return tagKey{registry: t.Registry, repository: t.Repository, tag: tag, lists: lists}
 }
 
 // tagAsk is the question to the registry, on somebody's behalf.
@@ -77,7 +74,7 @@ const NoStale = "stale-if-error=0"
 // known last. A registry's no is believed at once, except for what is pinned, see
 // keeps. The answer is also the verdict on a caller that has none yet.
 func (p *Proxy) resolve(ctx context.Context, acc *access, q tagQuery) (resolved, error) {
-	key := newTagKey(acc.target, q.tag, acceptsLists(q.accept))
+	key := tagKey{Repository: acc.repository(), tag: q.tag, lists: acceptsLists(q.accept)}
 	usual := q
 	usual.accept = key.accepts()
 	found, err := p.resolveKey(ctx, acc, key, usual)
@@ -153,7 +150,7 @@ func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
 	if in {
 		*last = newest
 		// Callers that come within the next tag_ttl need not wait too.
-		p.fresh.add(key, newest, p.tagTTL(key.registry))
+		p.fresh.add(key, newest, p.tagTTL(key.Registry))
 	} else if stand, in = p.auth.standsHere(*acc, last.desc.Digest.String()); !in {
 		return false
 	}
@@ -180,14 +177,14 @@ func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, err
 	}
 	*acc = stand
 	if upstream.IsNotFound(err) { // a refusal is about this caller; others may get another answer
-		p.fresh.add(key, pinned, p.tagTTL(key.registry))
+		p.fresh.add(key, pinned, p.tagTTL(key.Registry))
 	}
 	return pinned, nil
 }
 
 // pinned is what a tag stands for by a pin.
 func (p *Proxy) pinned(key tagKey) (resolved, bool) {
-	pin, ok := p.opts.Pinned(key.place(), key.tag)
+	pin, ok := p.opts.Pinned(key.Repository, key.tag)
 	if !ok || key.accept != "" {
 		return resolved{}, false
 	}
@@ -198,7 +195,7 @@ func (p *Proxy) pinned(key tagKey) (resolved, bool) {
 // confirm asks whether the registry shows the caller a manifest now: a client that
 // wants no stale answer wants no verdict from memory either.
 func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error {
-	asker, key := *acc, newTagKey(acc.target, d.String(), true)
+	asker, key := *acc, tagKey{Repository: acc.repository(), tag: d.String(), lists: true}
 	_, err := p.resolves.do(ctx, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
 		ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 		defer cancel()
@@ -278,7 +275,7 @@ func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor)
 		p.keepTag(key, cache.Tag{Descriptor: desc, Checked: time.Now()})
 	}
 	found := resolved{desc: desc, shown: t.Anonymous}
-	p.fresh.put(key, found, p.tagTTL(key.registry))
+	p.fresh.put(key, found, p.tagTTL(key.Registry))
 	return found
 }
 
@@ -295,7 +292,7 @@ func (e *StaleTag) Error() string {
 // for a caller that may not have that: a node that knows an older state must not undo an
 // import here, or what the registry has told another caller meanwhile.
 func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
-	p.auth.enlist(upstream.Target{Registry: key.registry, Repository: key.repository}, KindManifest, desc)
+	p.auth.enlist(key.target(), KindManifest, desc)
 	found := resolved{desc: desc, stale: true}
 	if _, known := p.lastKnown(key); known {
 		return found
@@ -303,7 +300,7 @@ func (p *Proxy) believe(key tagKey, desc ocispec.Descriptor) resolved {
 	if key.accept == "" {
 		p.keepTag(key, cache.Tag{Descriptor: desc})
 	}
-	p.fresh.add(key, found, p.tagTTL(key.registry))
+	p.fresh.add(key, found, p.tagTTL(key.Registry))
 	return found
 }
 
@@ -332,10 +329,10 @@ func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
 		return resolved{}, false
 	}
 	pinned, held := p.pinned(key)
-	if held && p.upstream.Policy(key.registry).Contact() {
+	if held && p.upstream.Policy(key.Registry).Contact() {
 		return pinned, true
 	}
-	if tag, ok := p.cache.Meta().Tag(key.place(), key.stored()); ok {
+	if tag, ok := p.cache.Meta().Tag(key.Repository, key.stored()); ok {
 		return resolved{desc: tag.Descriptor, stale: true}, true
 	}
 	return pinned, held
@@ -344,7 +341,7 @@ func (p *Proxy) lastKnown(key tagKey) (resolved, bool) {
 func (p *Proxy) forgetTag(key tagKey) {
 	p.fresh.forget(key)
 	if key.accept == "" {
-		p.cache.Meta().DeleteTag(key.place(), key.stored())
+		p.cache.Meta().DeleteTag(key.Repository, key.stored())
 		if _, known := p.lastKnown(key.other()); !known && p.swarm != nil {
 			p.swarm.Forget(key.target(), key.tag)
 		}
@@ -352,7 +349,7 @@ func (p *Proxy) forgetTag(key tagKey) {
 }
 
 func (p *Proxy) keepTag(key tagKey, tag cache.Tag) {
-	p.cache.Meta().SetTag(key.place(), key.stored(), tag)
+	p.cache.Meta().SetTag(key.Repository, key.stored(), tag)
 	if p.swarm != nil {
 		p.swarm.Remember(key.target(), key.tag)
 	}
@@ -384,17 +381,13 @@ func (p *Proxy) KnownTag(r cache.Repository, tag string) (cache.Tag, bool) {
 }
 
 func (k tagKey) target() upstream.Target {
-	return upstream.Target{Registry: k.registry, Repository: k.repository}
+	return upstream.Target{Registry: k.Registry, Repository: k.Name}
 }
 
 // other is the other answer that the tag can have.
 func (k tagKey) other() tagKey {
 	k.lists = !k.lists
 	return k
-}
-
-func (k tagKey) place() cache.Repository {
-	return cache.Repository{Registry: k.registry, Name: k.repository}
 }
 
 func (k tagKey) stored() string {

@@ -138,7 +138,7 @@ func TestTagDoesNotGoBack(t *testing.T) {
 			}
 			ask("ann")
 			ask("bob")
-			n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true}) // tag_ttl later
+			n.proxy.fresh.forget(tagKey{Repository: testRepository, tag: "v1", lists: true}) // tag_ttl later
 			asked, release, told := make(chan struct{}), make(chan struct{}), make(chan string)
 			swarm.resolve = func(string) (ocispec.Descriptor, error) {
 				close(asked)
@@ -175,7 +175,7 @@ func TestOneStaleTag(t *testing.T) {
 	swarm := &swarmFunc{resolve: func(string) (ocispec.Descriptor, error) { return own, nil }}
 	n := startNode(t, func(s *setup) { s.proxy.Swarm, s.proxy.TagTTL = swarm, time.Hour })
 	n.do("HEAD", manifestPath("v1"))
-	n.proxy.fresh.forget(tagKey{registry: host, repository: repo, tag: "v1", lists: true}) // tag_ttl later
+	n.proxy.fresh.forget(tagKey{Repository: testRepository, tag: "v1", lists: true}) // tag_ttl later
 	swarm.resolve = func(string) (ocispec.Descriptor, error) { return ocispec.Descriptor{}, &StaleTag{other} }
 	for i := range 2 {
 		a := n.do("HEAD", manifestPath("v1"))
@@ -337,9 +337,8 @@ func TestMembership(t *testing.T) {
 	n := startNode(t, nil)
 	img := n.image()
 	n.get(manifestPath("v1"))
-	place := tagKey{registry: host, repository: repo}.place()
 	for _, d := range img.Layers {
-		if !n.cache.Meta().Member(place, d.Digest) {
+		if !n.cache.Meta().Member(testRepository, d.Digest) {
 			t.Errorf("layer %s is no member", d.Digest)
 		}
 	}

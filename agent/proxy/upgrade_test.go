@@ -69,9 +69,9 @@ func TestUpgradeStaysWarm(t *testing.T) {
 				n.put(img)
 				n.whole(img)
 				if tc.before != nil {
-					n.cache.Meta().SetImported(cache.Repository{Registry: host, Name: repo}, img.Digest.String())
+					n.cache.Meta().SetImported(testRepository, img.Digest.String())
 					for d := range img.Blobs {
-						n.cache.Meta().SetImported(cache.Repository{Registry: host, Name: repo}, d.String())
+						n.cache.Meta().SetImported(testRepository, d.String())
 					}
 					tc.before(n)
 				}
@@ -110,5 +110,5 @@ func TestUpgradeStaysWarm(t *testing.T) {
 }
 
 func (n *node) forgetPublic() {
-	n.cache.Meta().DeleteVerdict(cache.Repository{Registry: host, Name: repo}, cache.Anyone)
+	n.cache.Meta().DeleteVerdict(testRepository, cache.Anyone)
 }

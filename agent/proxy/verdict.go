@@ -45,8 +45,8 @@ var (
 
 // verdictKey is what a verdict is about.
 type verdictKey struct {
-	registry, repository string
-	who                  caller
+	cache.Repository
+	who caller
 }
 
 // verdict is the registry's answer to somebody, while it holds.
