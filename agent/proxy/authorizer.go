@@ -35,6 +35,15 @@ const (
 var decisions = []decision{decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline, decidedPinned,
 	decidedImported, decidedChallenged, decidedRefused, decidedUnknown, decidedDenied}
 
+// allows reports whether the caller may read. No decision yet allows nothing.
+func (d decision) allows() bool {
+	switch d {
+	case decidedPublic, decidedNode, decidedGranted, decidedRemembered, decidedOffline, decidedPinned, decidedImported:
+		return true
+	}
+	return false
+}
+
 // access is where one caller stands with one repository.
 type access struct {
 	// target is what upstream may be asked on the caller's behalf. Its
@@ -42,7 +51,6 @@ type access struct {
 	target   upstream.Target
 	who      caller
 	relay    bool // a refusal goes to the client as it came, with its challenge
-	allowed  bool // there is a verdict that says yes
 	decision decision
 	said     time.Time // when the registry let him in; zero if that is not known
 }
@@ -66,7 +74,7 @@ func (a *access) yes() decision {
 
 // told reports whether the registry itself let the caller in, not an operator's setting
 // for outages.
-func (a *access) told() bool { return a.allowed && a.decision == a.yes() }
+func (a *access) told() bool { return a.decision == a.yes() }
 
 // age is how long ago the registry let the caller in, 0 if that is not known: what was
 // public stays so in an outage (A5).
@@ -162,14 +170,15 @@ func (a *authorizer) begin(r *http.Request, rt *route) (access, error) {
 	case policy.Auth == "anonymous":
 	default:
 		acc.relay = !rt.pathEncoded
-		if a.recall(&acc) {
+		if v, ok := a.verdicts.get(acc.key()); ok && v.public() { // nothing that the caller brings matters
+			acc.decision = decidedPublic
 			return acc, nil
 		}
 		a.present(&acc, r.Header.Get("Authorization"))
 	}
 	switch v, ok := a.verdicts.get(acc.key()); {
-	case ok && v.allowed:
-		acc.allowed, acc.decision = true, v.decision
+	case ok && v.decision.allows():
+		acc.decision = v.decision
 	case ok:
 		if stand, in := a.shownPin(acc, rt.reference()); in && rt.content() && !current(r) {
 			return stand, nil
@@ -181,15 +190,6 @@ func (a *authorizer) begin(r *http.Request, rt *route) (access, error) {
 }
 
 var errDenied = &apiError{status: http.StatusNotFound, code: codeNameUnknown, message: "this repository is not served here; take it from the registry"}
-
-// recall reports whether the repository is known to be public: then nothing that
-// the caller brings matters.
-func (a *authorizer) recall(acc *access) bool {
-	if v, ok := a.verdicts.get(acc.key()); ok && v.public() {
-		acc.allowed, acc.decision = true, decidedPublic
-	}
-	return acc.allowed
-}
 
 // present takes the caller's own credential. A client that was asked for one
 // and has none may send an empty name and password.
@@ -217,7 +217,7 @@ func (a *authorizer) permit(ctx context.Context, acc *access, kind Kind, d diges
 	known := a.belongs(memberOf(acc.target, kind, d))
 	key := keyOf(acc.target, d)
 	unproven := a.unproven(key, a.here)
-	if acc.allowed && known && !unproven {
+	if acc.decision.allows() && known && !unproven {
 		return nil
 	}
 	return a.ask(ctx, acc, kind, Question{Reference: d.String(), Blob: kind == KindBlob, Known: known, Stored: unproven})
@@ -244,10 +244,10 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	})
 	switch {
 	case err == nil:
-		acc.allowed, acc.decision = true, acc.yes()
+		acc.decision = acc.yes()
 		return nil
 	case errors.Is(err, ErrImported):
-		acc.allowed, acc.decision = true, decidedImported
+		acc.decision = decidedImported
 		return nil
 	case ctx.Err() != nil:
 		return err
@@ -268,7 +268,7 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	}
 	*acc = stand
 	if _, lasts := a.verdicts.get(acc.key()); !lasts && !stand.forOne() {
-		a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.decision}, outageLife)
+		a.verdicts.put(acc.key(), verdict{decision: acc.decision}, outageLife)
 	}
 	return nil
 }
@@ -384,9 +384,9 @@ func (a *authorizer) accept(acc *access, age time.Duration) {
 	if acc.who != anyone {
 		life = lifeOf(acc.target.Authorization, age)
 	}
-	a.verdicts.put(acc.key(), verdict{allowed: true, decision: acc.yes(), said: time.Now().Add(-age)}, life)
+	a.verdicts.put(acc.key(), verdict{decision: acc.yes(), said: time.Now().Add(-age)}, life)
 	switch {
-	case known.allowed: // is remembered
+	case known.decision.allows(): // is remembered
 	case acc.who == anyone:
 		a.meta.SetVerdict(acc.repository(), cache.Anyone)
 	case a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineRemembered:
@@ -429,11 +429,11 @@ func (a *access) no(e *apiError) decision {
 func (a *authorizer) refuse(acc *access, kind Kind, err error) error {
 	e := refusalOf(err)
 	if upstream.IsNotFound(err) {
-		if e = toAPIError(err, kind, acc.relay); acc.allowed {
+		if e = toAPIError(err, kind, acc.relay); acc.decision.allows() {
 			return e // he may read, and there is nothing
 		}
 	}
-	acc.allowed, acc.decision = false, acc.no(e)
+	acc.decision = acc.no(e)
 	return a.refusal(acc, kind, e)
 }
 

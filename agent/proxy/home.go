@@ -52,8 +52,8 @@ func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
 		return acc, errNotNode
 	}
 	if v, ok := p.auth.verdicts.get(acc.key()); ok {
-		acc.allowed, acc.decision, acc.said = v.allowed, v.decision, v.said
-		if !v.allowed {
+		acc.decision, acc.said = v.decision, v.said
+		if !v.decision.allows() {
 			return acc, &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "authorize",
 				Status: v.refusal.status, Challenge: v.refusal.challenge}
 		}
@@ -192,7 +192,7 @@ func (p *Proxy) Keep(ctx context.Context, t upstream.Target, kind Kind, d digest
 // repository, so that it can ask others in turn.
 func (p *Proxy) mayKeep(ctx context.Context, t upstream.Target, kind Kind, d digest.Digest) error {
 	acc, err := p.homeAccess(t)
-	if err == nil && !acc.allowed {
+	if err == nil && !acc.decision.allows() {
 		err = p.look(ctx, &acc, kind, d, false)
 	}
 	if err != nil && !errors.Is(err, ErrImported) {
@@ -234,7 +234,7 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	}
 	key := keyOf(t, d)
 	unproven := p.auth.unproven(key, p.around)
-	if acc.allowed && !unproven {
+	if acc.decision.allows() && !unproven {
 		p.auth.enlist(t, kind, ocispec.Descriptor{Digest: d}) // so that this node can ask others to keep it
 		return nil
 	}
@@ -242,7 +242,7 @@ func (p *Proxy) Admit(ctx context.Context, t upstream.Target, kind Kind, d diges
 	if errors.Is(err, ErrImported) {
 		return nil
 	}
-	if err != nil && !final(err) && (acc.allowed || t.Anonymous || p.auth.offline(&acc, d.String())) {
+	if err != nil && !final(err) && (acc.decision.allows() || t.Anonymous || p.auth.offline(&acc, d.String())) {
 		// On a bad network nobody may know in time. Then the asker's word that the
 		// registry shows the repository to anyone counts: refusing would drive every
 		// node to the registry.

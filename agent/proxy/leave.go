@@ -9,10 +9,10 @@ import (
 // registry cannot be asked, and whether that lets it in: a verdict that is still
 // good, else what offline says.
 func (a *authorizer) stands(acc access, reference string) (access, bool) {
-	if v, ok := a.verdicts.get(acc.key()); ok && !v.allowed {
+	if v, ok := a.verdicts.get(acc.key()); ok && !v.decision.allows() {
 		return acc, false
 	}
-	return acc, acc.allowed || a.offline(&acc, reference)
+	return acc, acc.decision.allows() || a.offline(&acc, reference)
 }
 
 // standsHere is stands for a caller of this node, which may also have a public pin.
@@ -33,13 +33,13 @@ func (a *authorizer) offline(acc *access, reference string) bool {
 	}
 	switch mode := a.upstream.Policy(acc.target.Registry).OfflineMode(); {
 	case mode == upstream.OfflineAll:
-		acc.allowed, acc.decision = true, decidedOffline
+		acc.decision = decidedOffline
 	case mode == upstream.OfflineRemembered && a.lasting.has(acc):
-		acc.allowed, acc.decision = true, decidedRemembered
+		acc.decision = decidedRemembered
 	case a.meta.Imported(acc.repository(), reference):
 		acc.asAnyone(decidedImported)
 	}
-	return acc.allowed
+	return acc.decision.allows()
 }
 
 // wasPublic reports whether a repository was public by the registry's last word.
@@ -53,7 +53,7 @@ func (a *authorizer) wasPublic(r cache.Repository) bool {
 
 // asAnyone lets the caller in by what holds for everybody: its credential goes nowhere.
 func (a *access) asAnyone(d decision) {
-	a.allowed, a.decision = true, d
+	a.decision = d
 	if a.who != theNode {
 		a.who, a.target.Authorization, a.target.Anonymous = anyone, "", true
 	}
@@ -86,21 +86,21 @@ func (a *authorizer) keeps(acc access, q Question, no error) (access, bool) {
 		return acc, false
 	}
 	v, ok := a.verdicts.get(acc.key())
-	refused := ok && !v.allowed || upstream.IsUnauthorized(no)
-	if refused || !acc.allowed {
+	refused := ok && !v.decision.allows() || upstream.IsUnauthorized(no)
+	if refused || !acc.decision.allows() {
 		if stand, in := a.shownPin(acc, q.Reference); in || refused {
 			return stand, in
 		}
 	}
 	switch {
-	case acc.allowed:
+	case acc.decision.allows():
 	case a.wasPublic(acc.repository()):
 		acc.asAnyone(decidedPinned)
 	case acc.who == theNode && (a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineAll || a.lasting.knows(&acc)):
 	default:
 		return acc, false
 	}
-	acc.allowed, acc.decision = true, decidedPinned
+	acc.decision = decidedPinned
 	return acc, true
 }
 

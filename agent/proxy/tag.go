@@ -120,7 +120,7 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 	})
 	switch {
 	case err == nil && !found.stale:
-		acc.allowed, acc.decision = true, acc.yes()
+		acc.decision = acc.yes()
 		return found, nil
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
 		if q.current {
@@ -164,7 +164,7 @@ func (p *Proxy) suffices(acc *access, q tagQuery, found resolved) bool {
 	if q.current && (found.stale || acc.who == anyone && !found.shown) {
 		return false
 	}
-	return acc.allowed || found.stale && p.auth.open(acc, found.desc.Digest.String())
+	return acc.decision.allows() || found.stale && p.auth.open(acc, found.desc.Digest.String())
 }
 
 // resolvePinned answers when the registry does not give a tag: with what is pinned
@@ -209,7 +209,7 @@ func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error
 	})
 	switch {
 	case err == nil:
-		acc.allowed, acc.decision = true, acc.yes()
+		acc.decision = acc.yes()
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
 		return p.auth.refuse(acc, KindManifest, err)
 	}
@@ -224,7 +224,7 @@ func (p *Proxy) resolveStale(ctx context.Context, acc *access, key tagKey, found
 	if last, known := p.lastKnown(key); err != nil && known {
 		found, err = last, nil
 	}
-	if !acc.allowed {
+	if !acc.decision.allows() {
 		q := Question{Reference: key.tag, Known: true}
 		if err == nil { // what the tag was may be open where the repository is not
 			q.Reference = found.desc.Digest.String()
@@ -254,7 +254,7 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 	err = p.auth.withChallenge(ctx, acc.target, key.tag, err)
 	p.auth.learn(&acc, Question{Reference: key.tag}, 0, err)
 	if err != nil {
-		if upstream.IsNotFound(err) && acc.allowed { // to strangers registries say so of what they hide
+		if upstream.IsNotFound(err) && acc.decision.allows() { // to strangers registries say so of what they hide
 			p.forgetTag(key)
 		}
 		return resolved{}, err

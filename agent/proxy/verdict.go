@@ -51,15 +51,14 @@ type verdictKey struct {
 
 // verdict is the registry's answer to somebody, while it holds.
 type verdict struct {
-	allowed  bool
 	decision decision
-	refusal  *apiError // as it may be relayed; nil if allowed
+	refusal  *apiError // as it may be relayed; nil if decision allows
 	said     time.Time // by the registry, if that let the caller in
 }
 
 // public says that it is the registry's word about anyone, not an operator's
 // setting for outages.
-func (v verdict) public() bool { return v.allowed && v.decision == decidedPublic }
+func (v verdict) public() bool { return v.decision == decidedPublic }
 
 // keyed makes HMACs under one key.
 type keyed struct {

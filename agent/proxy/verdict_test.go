@@ -355,7 +355,7 @@ func TestLeaveOfAnOutageIsNoVerdict(t *testing.T) {
 			if a := n.get(path, who...); a.status != 200 {
 				t.Fatalf("down: %d", a.status)
 			}
-			if v, _ := n.proxy.auth.verdicts.get(acc.key()); !v.allowed {
+			if v, _ := n.proxy.auth.verdicts.get(acc.key()); !v.decision.allows() {
 				t.Fatal("no leave is remembered; the test shows nothing")
 			}
 			for _, known := range []bool{false, true} {
