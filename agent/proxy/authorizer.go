@@ -183,8 +183,7 @@ func (a *authorizer) begin(r *http.Request, rt *route) (access, error) {
 		if stand, in := a.shownPin(acc, rt.reference()); in && rt.content() && !current(r) {
 			return stand, nil
 		}
-		acc.decision = acc.no(v.refusal)
-		return acc, a.refusal(&acc, rt.kind, v.refusal)
+		return acc, acc.refuse(rt.kind, v.refusal)
 	}
 	return acc, nil
 }
@@ -254,7 +253,7 @@ func (a *authorizer) ask(ctx context.Context, acc *access, kind Kind, q Question
 	case upstream.IsNotFound(err), upstream.IsUnauthorized(err):
 		stand, in := a.keeps(*acc, q, err)
 		if !in {
-			return a.refuse(acc, kind, err)
+			return acc.refuse(kind, err)
 		}
 		*acc = stand
 		return nil
@@ -407,43 +406,24 @@ func (a *authorizer) reject(acc *access, err error) {
 	}
 	a.lasting.forget(acc)
 	no := refusalOf(err)
-	a.verdicts.put(acc.key(), verdict{refusal: no}, life)
+	a.verdicts.put(acc.key(), verdict{refusal: &upstream.Error{Registry: acc.target.Registry, Repository: acc.target.Repository,
+		Op: "authorize", Status: no.status, Challenge: no.challenge}}, life)
 	if isBasic(no.challenge) {
 		a.meta.SetChallenge(acc.repository(), no.challenge)
 	}
 }
 
-// doubt forgets the caller's verdict, so that the registry is asked again: it has
-// refused something that the verdict allows, perhaps to another's credential.
-func (a *authorizer) doubt(acc *access) { a.verdicts.forget(acc.key()) }
-
-// no is the decision that a refusal stands for.
-func (a *access) no(e *apiError) decision {
-	if a.who == anyone && a.relay && len(e.challenge) > 0 {
-		return decidedChallenged
+// refuse answers with the registry's own no, in the form that suits the client (A9).
+func (a *access) refuse(kind Kind, err error) error {
+	e := toAPIError(err, kind, a.relay)
+	switch {
+	case upstream.IsNotFound(err) && a.decision.allows(): // he may read, and there is nothing
+	case a.who == anyone && len(e.challenge) > 0:
+		a.decision = decidedChallenged
+	default:
+		a.decision = decidedRefused
 	}
-	return decidedRefused
-}
-
-// refuse answers with the registry's own no.
-func (a *authorizer) refuse(acc *access, kind Kind, err error) error {
-	e := refusalOf(err)
-	if upstream.IsNotFound(err) {
-		if e = toAPIError(err, kind, acc.relay); acc.decision.allows() {
-			return e // he may read, and there is nothing
-		}
-	}
-	acc.decision = acc.no(e)
-	return a.refusal(acc, kind, e)
-}
-
-// refusal is a no in the form that suits the client: one that cannot answer a
-// challenge goes to the registry by itself on 404 (A9).
-func (a *authorizer) refusal(acc *access, kind Kind, e *apiError) error {
-	if acc.relay || e.status == http.StatusNotFound {
-		return e
-	}
-	return &apiError{status: http.StatusNotFound, code: unknownCode(kind), message: "the registry asks for credentials; take it from there"}
+	return e
 }
 
 // unknown is the answer while the registry cannot be asked and nothing known lets
@@ -455,7 +435,7 @@ func (a *authorizer) unknown(acc *access, err error) error {
 	challenge := a.meta.Challenge(acc.repository())
 	if acc.who == anyone && acc.relay && isBasic(challenge) && a.upstream.Policy(acc.target.Registry).OfflineMode() == upstream.OfflineRemembered {
 		acc.decision = decidedChallenged
-		return &apiError{status: http.StatusUnauthorized, code: codeUnauthorized, message: "the registry asks for credentials", challenge: challenge}
+		return refusalOf(&upstream.Error{Status: http.StatusUnauthorized, Challenge: challenge})
 	}
 	return err
 }

@@ -134,7 +134,7 @@ func (p *Proxy) page(x *exchange, key pageKey, ask func(context.Context) (upstre
 	case err == nil:
 		x.access.decision = x.access.yes()
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
-		err = p.auth.refuse(&x.access, x.route.kind, err)
+		err = x.access.refuse(x.route.kind, err)
 	case x.ctx.Err() == nil && (ctx.Err() != nil || mayServeStale(err)):
 		last, ok := p.pages.get(key)
 		stand, in := p.auth.stands(x.access, anyReference)

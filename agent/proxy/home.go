@@ -54,8 +54,7 @@ func (p *Proxy) homeAccess(t upstream.Target) (access, error) {
 	if v, ok := p.auth.verdicts.get(acc.key()); ok {
 		acc.decision, acc.said = v.decision, v.said
 		if !v.decision.allows() {
-			return acc, &upstream.Error{Registry: t.Registry, Repository: t.Repository, Op: "authorize",
-				Status: v.refusal.status, Challenge: v.refusal.challenge}
+			return acc, v.refusal
 		}
 	}
 	return acc, nil

@@ -106,8 +106,9 @@ func (p *Proxy) judge(x *exchange, key blobKey, err error) {
 	case x.r.Context().Err() != nil || err == nil:
 		return
 	case upstream.IsUnauthorized(err) && !x.route.pathEncoded:
-		// A token that ended, most likely: the client gets another and goes on.
-		p.auth.doubt(&x.access)
+		// A token that ended, most likely: the client gets another and goes on. The registry
+		// is asked again, for it has refused something that the verdict allows.
+		p.auth.verdicts.forget(x.access.key())
 		return
 	case x.route.pathEncoded:
 		p.undelivered.put(key, struct{}{}, undeliverableMemory)

@@ -124,7 +124,7 @@ func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQu
 		return found, nil
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
 		if q.current {
-			return resolved{}, p.auth.refuse(acc, KindManifest, err)
+			return resolved{}, acc.refuse(KindManifest, err)
 		}
 		return p.resolvePinned(acc, key, err)
 	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
@@ -173,7 +173,7 @@ func (p *Proxy) resolvePinned(acc *access, key tagKey, err error) (resolved, err
 	pinned, ok := p.pinned(key)
 	stand, in := p.auth.keeps(*acc, Question{Reference: pinned.desc.Digest.String()}, err)
 	if !ok || !in {
-		return resolved{}, p.auth.refuse(acc, KindManifest, err)
+		return resolved{}, acc.refuse(KindManifest, err)
 	}
 	*acc = stand
 	if upstream.IsNotFound(err) { // a refusal is about this caller; others may get another answer
@@ -211,7 +211,7 @@ func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error
 	case err == nil:
 		acc.decision = acc.yes()
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
-		return p.auth.refuse(acc, KindManifest, err)
+		return acc.refuse(KindManifest, err)
 	}
 	return err
 }

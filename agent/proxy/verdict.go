@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
 )
 
 const (
@@ -52,8 +53,8 @@ type verdictKey struct {
 // verdict is the registry's answer to somebody, while it holds.
 type verdict struct {
 	decision decision
-	refusal  *apiError // as it may be relayed; nil if decision allows
-	said     time.Time // by the registry, if that let the caller in
+	refusal  *upstream.Error // nil if decision allows
+	said     time.Time       // by the registry, if that let the caller in
 }
 
 // public says that it is the registry's word about anyone, not an operator's

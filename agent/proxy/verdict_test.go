@@ -236,7 +236,7 @@ func TestANoEndsWhatIsUnderWay(t *testing.T) {
 	}
 	acc := access{target: upstream.Target{Registry: host, Repository: repo}}
 	n.proxy.auth.present(&acc, secret[1])
-	n.proxy.auth.doubt(&acc) // as if five minutes had passed
+	n.proxy.auth.verdicts.forget(acc.key()) // as if five minutes had passed
 	n.proxy.auth.swarm = swarm
 	n.registry.Down()
 	if !n.proxy.auth.lasting.has(&acc) {
