@@ -6,31 +6,55 @@ import (
 	"strings"
 )
 
-// firstOffset returns the offset of the first byte that http.ServeContent will
-// send for r out of a blob of the given size and entity tag: the byte that must
-// be there before the headers go out. ok is false when the answer will carry no
-// byte of the blob (HEAD, 304, 412, 416).
-func firstOffset(r *http.Request, size int64, etag string) (off int64, ok bool) {
+// span is the bytes of a blob from start on, up to but without end.
+type span struct{ start, end int64 }
+
+// spans returns what http.ServeContent will send for r out of a blob of the given size
+// and entity tag, in its order; nothing when the answer will carry no byte of the blob
+// (HEAD, 304, 412, 416).
+func spans(r *http.Request, size int64, etag string) []span {
 	h := r.Header
 	switch {
 	case r.Method == http.MethodHead, size == 0,
 		matchesTag(h.Get("If-None-Match"), etag, true),
 		h.Get("If-Match") != "" && !matchesTag(h.Get("If-Match"), etag, false):
-		return 0, false
+		return nil
 	case h.Get("Range") == "", h.Get("If-Range") != "" && h.Get("If-Range") != etag:
-		return 0, true
+		return []span{{0, size}}
 	}
-	return firstOfRanges(h.Get("Range"), size)
+	return parseRanges(h.Get("Range"), size)
 }
 
-// firstOfRanges follows the rules of net/http: no byte for a malformed header
-// or one without a satisfiable range; ranges that add up to more than the blob
-// are ignored, and the answer begins at 0.
-func firstOfRanges(header string, size int64) (off int64, ok bool) {
-	specs, isBytes := strings.CutPrefix(header, "bytes=")
-	if !isBytes {
+// firstOffset returns the offset of the first byte of the answer, which must be there
+// before the headers go out. ok is false when there is none.
+func firstOffset(r *http.Request, size int64, etag string) (off int64, ok bool) {
+	sent := spans(r, size, etag)
+	if len(sent) == 0 {
 		return 0, false
 	}
+	return sent[0].start, true
+}
+
+// endOf returns where the range that holds the byte at off ends in the answer to r; the
+// size, if the answer has the whole blob.
+func endOf(r *http.Request, size int64, etag string, off int64) int64 {
+	for _, s := range spans(r, size, etag) {
+		if s.start <= off && off < s.end {
+			return s.end
+		}
+	}
+	return size
+}
+
+// parseRanges follows the rules of net/http: no byte for a malformed header
+// or one without a satisfiable range; ranges that add up to more than the blob
+// are ignored.
+func parseRanges(header string, size int64) []span {
+	specs, isBytes := strings.CutPrefix(header, "bytes=")
+	if !isBytes {
+		return nil
+	}
+	var sent []span
 	var sum int64
 	none := true
 	for spec := range strings.SplitSeq(specs, ",") {
@@ -41,20 +65,17 @@ func firstOfRanges(header string, size int64) (off int64, ok bool) {
 		none = false
 		start, length, valid := parseRange(spec, size)
 		if !valid {
-			return 0, false
+			return nil
 		}
-		if length < 0 {
-			continue
+		if length > 0 { // the last zero bytes are a range to net/http, but no byte is sent
+			sent = append(sent, span{start, start + length})
+			sum += length
 		}
-		if !ok && length > 0 { // the last zero bytes are a range to net/http, but no byte is sent
-			off, ok = start, true
-		}
-		sum += length
 	}
 	if none || sum > size {
-		return 0, true
+		return []span{{0, size}}
 	}
-	return off, ok
+	return sent
 }
 
 // namesEnd reports whether there is a Range header each of whose ranges says where it ends:
@@ -70,30 +91,6 @@ func namesEnd(header string) bool {
 		}
 	}
 	return true
-}
-
-// endOf returns where the range that holds the byte at off ends in the answer to r; the
-// size, if the answer has the whole blob.
-func endOf(r *http.Request, size int64, etag string, off int64) int64 {
-	specs, isBytes := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
-	if cond := r.Header.Get("If-Range"); !isBytes || cond != "" && cond != etag {
-		return size
-	}
-	end, sum := size, int64(0)
-	for spec := range strings.SplitSeq(specs, ",") {
-		start, length, valid := parseRange(strings.TrimSpace(spec), size)
-		if !valid || length < 0 {
-			continue
-		}
-		if end == size && start <= off && off < start+length {
-			end = start + length
-		}
-		sum += length
-	}
-	if sum > size {
-		return size
-	}
-	return end
 }
 
 // refuseEmptyRange keeps from net/http the ranges of no bytes that it would answer with
