@@ -22,15 +22,15 @@ func newBackground() *background {
 	return &background{ctx: ctx, cancel: cancel}
 }
 
-// run starts fn, or reports false after stop.
-func (b *background) run(fn func(context.Context)) bool {
+// run starts fn, or returns errShutdown after stop.
+func (b *background) run(fn func(context.Context)) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.stopped {
-		return false
+		return errShutdown
 	}
 	b.wg.Go(func() { fn(b.ctx) })
-	return true
+	return nil
 }
 
 func (b *background) stop() {
@@ -82,15 +82,15 @@ func (g *flights[K, V]) join(key K, fn func(context.Context) (V, error)) (*fligh
 		return f, nil
 	}
 	f := &flight[V]{done: make(chan struct{})}
-	started := g.owner.run(func(ctx context.Context) {
+	err := g.owner.run(func(ctx context.Context) {
 		f.value, f.err = fn(ctx)
 		g.mu.Lock()
 		delete(g.flying, key)
 		g.mu.Unlock()
 		close(f.done)
 	})
-	if !started {
-		return nil, errShutdown
+	if err != nil {
+		return nil, err
 	}
 	g.flying[key] = f
 	return f, nil

@@ -202,15 +202,11 @@ func (p *Proxy) Prefetch(t upstream.Target, kind Kind, d digest.Digest, size int
 	if p.tooLarge(t, d) {
 		return cache.ErrNoRoom
 	}
-	started := p.background.run(func(ctx context.Context) {
+	return p.background.run(func(ctx context.Context) {
 		if err := p.prefetch(ctx, t, kind, d); err != nil {
 			p.log.Debug("prefetch failed", "digest", d, "registry", t.Registry, "repository", t.Repository, "err", err)
 		}
 	})
-	if !started {
-		return errShutdown
-	}
-	return nil
 }
 
 // prefetch reads a manifest, even if it comes from other nodes, so that this node knows
