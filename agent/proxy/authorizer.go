@@ -118,8 +118,8 @@ type authorizer struct {
 	verdicts *recent[verdictKey, verdict]
 	members  *recent[member, struct{}]     // belong to their repository
 	told     *recent[blobKey, struct{}]    // the registry has said that it has them there (A13)
-	asking   counted[blobKey]              // fills of this node ask for them there now
-	willAsk  counted[blobKey]              // fills that are about to begin will
+	asking   counted                       // fills of this node ask for them there now
+	willAsk  counted                       // fills that are about to begin will
 	silent   *recent[verdictKey, struct{}] // the registry could not be asked a moment ago
 	asks     *flights[askKey, struct{}]    // for callers of this node
 	homeAsks *flights[askKey, struct{}]    // for other nodes; apart, for the former wait for these

@@ -31,17 +31,17 @@ func (a *authorizer) said(key blobKey) bool {
 }
 
 // counted counts what is under way, by key.
-type counted[K comparable] struct {
+type counted struct {
 	mu    sync.Mutex // guards count
-	count map[K]int
+	count map[blobKey]int
 }
 
 // begin counts key until end is called.
-func (c *counted[K]) begin(key K) (end func()) {
+func (c *counted) begin(key blobKey) (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.count == nil {
-		c.count = map[K]int{}
+		c.count = map[blobKey]int{}
 	}
 	c.count[key]++
 	return func() {
@@ -53,7 +53,7 @@ func (c *counted[K]) begin(key K) (end func()) {
 	}
 }
 
-func (c *counted[K]) has(key K) bool {
+func (c *counted) has(key blobKey) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.count[key] > 0
