@@ -91,7 +91,7 @@ func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 // WriteHeader stamps and sends the headers.
 func (x *exchange) WriteHeader(status int) {
 	x.status = status
-	x.firstByte = sinceAtLeast(x.start)
+	x.firstByte = time.Since(x.start)
 	h := x.Header()
 	if x.route.registry != "" {
 		h.Set(headerNamespace, x.route.registry)

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -64,10 +63,7 @@ func (m *metrics) observe(x *exchange) {
 		m.decisions.WithLabelValues(string(d)).Inc()
 	}
 	m.requests.WithLabelValues(string(x.route.kind), source, strconv.Itoa(x.status)).Inc()
-	if x.firstByte > 0 && x.status < 300 {
+	if x.answered.Load() && x.status < 300 {
 		m.firstByte.WithLabelValues(source).Observe(x.firstByte.Seconds())
 	}
 }
-
-// sinceAtLeast is the time since t, and more than zero: zero means unknown.
-func sinceAtLeast(t time.Time) time.Duration { return max(time.Since(t), 1) }
