@@ -48,6 +48,13 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 	if err := p.Denied(i.Registry, i.Repository); err != nil {
 		return err
 	}
+	if err := p.writeFacts(ctx, i); err != nil {
+		return fmt.Errorf("import: %w", err)
+	}
+	return nil
+}
+
+func (p *Proxy) writeFacts(ctx context.Context, i Import) error {
 	meta, r := p.cache.Meta(), cache.Repository{Registry: i.Registry, Name: i.Repository}
 	facts := meta.Begin()
 	for _, m := range i.Manifests {
@@ -65,21 +72,15 @@ func (p *Proxy) Import(ctx context.Context, i Import) error {
 		meta.SetImported(r, d.Digest.String())
 		if n%importBatch == importBatch-1 {
 			if err := facts.Sync(ctx); err != nil {
-				return fmt.Errorf("import: %w", err)
+				return err
 			}
 		}
 	}
-	if err := facts.Sync(ctx); err != nil {
-		return fmt.Errorf("import: %w", err)
-	}
-	if i.Tag == "" {
-		return nil
+	if err := facts.Sync(ctx); err != nil || i.Tag == "" {
+		return err
 	}
 	p.setTag(r, i)
-	if err := facts.Sync(ctx); err != nil {
-		return fmt.Errorf("import: %w", err)
-	}
-	return nil
+	return facts.Sync(ctx)
 }
 
 // setTag makes the image the last that is known of its tag; the registry, if it can be
