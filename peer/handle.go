@@ -152,7 +152,7 @@ func (s *Swarm) seedFromStore(b *blob) error {
 			b.scanning = false
 			b.rotten = errors.Is(err, errWrongBlob)
 			b.mu.Unlock()
-			if err != nil {
+			if err != nil && ctx.Err() == nil {
 				s.log.Warn("blob is not offered", "digest", b.d, "err", err)
 			}
 		})
