@@ -286,6 +286,9 @@ func renderDropIn(rules map[string]rule, listed []string, proxy netip.AddrPort) 
 	for _, host := range mirrored(listed) {
 		b.enumerated(host)
 	}
+	for _, host := range b.hosts {
+		b.guard(host)
+	}
 	slices.SortFunc(b.out, func(x, y rule) int { return strings.Compare(x.str("prefix"), y.str("prefix")) })
 	data, err := encodeDropIn(b.out)
 	if err != nil {
@@ -316,6 +319,7 @@ type dropInBuilder struct {
 	rules   map[string]rule
 	proxy   netip.AddrPort
 	byPlace map[string]rule
+	hosts   []string // to guard, when all entries are there
 	out     []rule
 	left    map[string]string
 }
@@ -330,7 +334,7 @@ func (b *dropInBuilder) existing(prefix string, listed []string) {
 		return
 	}
 	b.entry(prefix, b.rules[prefix])
-	b.guard(prefix)
+	b.hosts = append(b.hosts, prefix)
 }
 
 // enumerated gives an entry to a listed registry that has no rule yet.
@@ -339,7 +343,7 @@ func (b *dropInBuilder) enumerated(host string) {
 		return // existing has seen to it
 	}
 	b.entry(host, derived(b.rules, host))
-	b.guard(host)
+	b.hosts = append(b.hosts, host)
 }
 
 // usualPorts are those of registries. An image's name can have any other one too, but
@@ -359,7 +363,8 @@ func (b *dropInBuilder) guard(host string) {
 	}
 	for _, port := range ports {
 		name := host + ":" + port
-		if b.rules[name] == nil {
+		listed := slices.ContainsFunc(b.out, func(r rule) bool { return r.str("prefix") == name })
+		if b.rules[name] == nil && !listed {
 			b.add(derived(b.rules, name))
 		}
 	}

@@ -160,6 +160,17 @@ blocked = true
 			},
 		},
 		{
+			name:   "a listed port of a listed host, and of one of the user's",
+			files:  []string{"[[registry]]\nlocation = \"reg.corp\"\ninsecure = true\n"},
+			listed: []string{"reg.corp:5000", "reg.test", "reg.test:5000"},
+			want: map[string][]string{
+				"reg.corp:5000": {us("reg.corp_5000"), "= reg.corp:5000 insecure"},
+				"reg.test":      {us("reg.test"), "= reg.test"},
+				"reg.test:5000": {us("reg.test_5000"), "= reg.test:5000"},
+				"reg.test:5001": {"= reg.test:5001"},
+			},
+		},
+		{
 			name:  "names that are no image path",
 			files: []string{"[[registry]]\nlocation = \"Reg.Corp\"\n[[registry]]\nlocation = \"[::1]:5000\"\n"},
 			want:  map[string][]string{"Reg.Corp": nil, "[::1]:5000": nil},
@@ -203,6 +214,11 @@ blocked = true
 			for prefix, want := range tt.want {
 				if got := sources(t, doc, prefix); fmt.Sprint(got) != fmt.Sprint(want) {
 					t.Errorf("%s: %q, want %q", prefix, got, want)
+				}
+			}
+			for i, line := range strings.Split(string(doc), "\n") {
+				if strings.HasPrefix(line, "prefix = ") && strings.Count(string(doc), line+"\n") > 1 {
+					t.Errorf("line %d: %s stands twice", i+1, line)
 				}
 			}
 			if strings.Contains(strings.Join(tt.files, ""), "future-key") && !strings.Contains(string(doc), "future-key") {
