@@ -243,6 +243,7 @@ func TestProblems(t *testing.T) {
 		{name: "zone too long", args: []string{"--peer.zone=" + strings.Repeat("z", 64)}, want: []string{"peer.zone", "63"}},
 		{name: "scope", args: []string{"--peer.upstream_scope=rack"}, want: []string{"peer.upstream_scope", "cluster, zone"}},
 		{name: "relative hosts directory", args: []string{"--hosts.containerd=certs.d"}, want: []string{"hosts.containerd", "absolute"}},
+		{name: "another name of Docker Hub", args: []string{"--hosts.registries=index.docker.io"}, want: []string{"hosts.registries", "list that"}},
 		{name: "hosts registries", args: []string{"--hosts.registries=docker.io,https://quay.io"}, want: []string{"hosts.registries", "https://quay.io"}},
 		{name: "budget", args: []string{"--proxy.first_byte_budget=2m"}, want: []string{"proxy.first_byte_budget", "30s"}},
 		{name: "no replica at all", args: []string{"--cache.replicas=0"}, want: []string{"cache.replicas", "1 (no copies) to 8"}},

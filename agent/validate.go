@@ -325,8 +325,11 @@ func (v *validator) hosts(c HostsConfig) {
 		v.bad("hosts.registries", "", `names no registry; use ["*"] for all`)
 	}
 	for i, r := range c.Registries {
-		if r != "*" && !isRegistry(r) {
+		switch {
+		case r != "*" && !isRegistry(r):
 			v.bad("hosts.registries", r, `want a registry as images name it (docker.io, reg.example.com:5000) or "*"`)
+		case r == "index.docker.io": // runtimes read no image's name so
+			v.bad("hosts.registries", r, "runtimes take this for docker.io; list that")
 		}
 		if slices.Index(c.Registries, r) < i {
 			v.bad("hosts.registries", r, "is listed twice")
