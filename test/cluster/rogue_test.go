@@ -223,8 +223,8 @@ func (r *rogue) dial(n *node) (*rogueLink, error) {
 		return nil, err
 	}
 	l := r.link(tls.Client(conn, r.tls))
-	hello := binary.BigEndian.AppendUint64([]byte{1}, 1)
-	hello = append(append(append(hello, byte(len(r.name))), r.name...), 0)
+	hello := append([]byte{1, byte(len(r.name))}, r.name...)
+	hello = append(hello, 0) // no zone
 	if err := l.send(frameHello, hello); err != nil {
 		l.close()
 		return nil, err
