@@ -21,7 +21,7 @@ const (
 	// tooSlow is how long a claim must still take for another stream to be tried on its far
 	// end. That costs what is under way behind there, and is how a blob of no more than
 	// firstRun gets more than one stream.
-	tooSlow = 20 * time.Second
+	tooSlow = 30 * time.Second
 	// soonEnough is how long a stream may take for a piece if another is to be started.
 	soonEnough = 10 * time.Second
 	// hungry ticks in a row with a reader far from any stream start one there;
