@@ -823,9 +823,6 @@ func TestUnaskedData(t *testing.T) {
 // TestRollingRestart restarts every node, one after the other, while blobs are
 // pulled.
 func TestRollingRestart(t *testing.T) {
-	if testing.Short() {
-		t.Skip("half a minute of real time")
-	}
 	w := newTestWorld()
 	w.delay = time.Millisecond
 	nodes := w.gossipCluster(t, 5)
