@@ -161,7 +161,9 @@ func parsePlatform(text string) (ocispec.Platform, error) {
 }
 
 // choose picks the manifests of an index: "all", one platform, or this
-// machine's. Attestations (platform unknown/unknown) are in "all" only.
+// machine's. Attestations (platform unknown/unknown) are in "all" only. What names no
+// platform, such as a Helm chart under the tag of its image, comes last, as in containerd
+// and CRI-O.
 func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 	if platform == "all" {
 		return m.Manifests, nil
@@ -182,8 +184,12 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 	}
 	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
 		switch {
-		case a.Platform == nil || b.Platform == nil:
+		case a.Platform == nil && b.Platform == nil:
 			return 0
+		case a.Platform == nil:
+			return 1
+		case b.Platform == nil:
+			return -1
 		case matcher.Less(*a.Platform, *b.Platform):
 			return -1
 		case matcher.Less(*b.Platform, *a.Platform):

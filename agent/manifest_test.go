@@ -62,6 +62,45 @@ func TestWalkImage(t *testing.T) {
 	}
 }
 
+// TestChoose: an index may also list what has no platform, such as a chart; runtimes take
+// that only if nothing is for theirs.
+func TestChoose(t *testing.T) {
+	entry := func(name, os, architecture, variant string) ocispec.Descriptor {
+		d := ocispec.Descriptor{Digest: digest.FromString(name)}
+		if os != "" {
+			d.Platform = &ocispec.Platform{OS: os, Architecture: architecture, Variant: variant}
+		}
+		return d
+	}
+	var (
+		chart       = entry("chart", "", "", "")
+		attestation = entry("attestation", "unknown", "unknown", "")
+		amd64       = entry("amd64", "linux", "amd64", "")
+		armv6       = entry("armv6", "linux", "arm", "v6")
+		armv7       = entry("armv7", "linux", "arm", "v7")
+	)
+	for _, tt := range []struct {
+		name     string
+		index    []ocispec.Descriptor
+		platform string
+		want     []ocispec.Descriptor // none: an error
+	}{
+		{"a chart first", []ocispec.Descriptor{chart, amd64, armv7}, "linux/amd64", []ocispec.Descriptor{amd64}},
+		{"a chart between", []ocispec.Descriptor{armv6, chart, armv7}, "linux/arm/v7", []ocispec.Descriptor{armv7}},
+		{"charts alone", []ocispec.Descriptor{chart}, "linux/amd64", []ocispec.Descriptor{chart}},
+		{"a chart and others' images", []ocispec.Descriptor{amd64, chart}, "linux/arm/v7", []ocispec.Descriptor{chart}},
+		{"an attestation first", []ocispec.Descriptor{attestation, amd64}, "linux/amd64", []ocispec.Descriptor{amd64}},
+		{"an attestation and others' images", []ocispec.Descriptor{attestation, amd64}, "linux/arm64", nil},
+		{"all", []ocispec.Descriptor{chart, attestation, amd64}, "all", []ocispec.Descriptor{chart, attestation, amd64}},
+	} {
+		got, err := manifest{Manifests: tt.index}.choose(tt.platform)
+		same := slices.EqualFunc(got, tt.want, func(a, b ocispec.Descriptor) bool { return a.Digest == b.Digest })
+		if !same || (err == nil) != (tt.want != nil) {
+			t.Errorf("%s: %v, %v, want %v", tt.name, got, err, tt.want)
+		}
+	}
+}
+
 // FuzzManifest feeds foreign bytes to the reader of manifests: whatever it
 // accepts names valid digests only.
 func FuzzManifest(f *testing.F) {
