@@ -42,6 +42,7 @@ var (
 	errRecent        = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "this blob could not be delivered a moment ago; take it from the registry"}
 	errUndeliverable = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "not every blob of this manifest can be delivered; take it from the registry"}
 	errNoReferrers   = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "the registry has no list of referrers"}
+	errNoSignature   = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "no node has signatures of this image, and the registry cannot be asked now"}
 	errUnacceptable  = &apiError{status: http.StatusNotFound, code: codeManifestUnknown, message: "the manifest has none of the accepted media types"}
 	errStale         = &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "the registry cannot be asked now"}
 	errMethod        = &apiError{status: http.StatusMethodNotAllowed, code: codeUnsupported, message: "larder serves pulls only"}

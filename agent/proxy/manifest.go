@@ -48,10 +48,8 @@ func (p *Proxy) serveManifest(x *exchange) error {
 			return err
 		}
 	}
-	if x.route.pathEncoded {
-		if err := p.promise(x.ctx, x.access.target, m, promiseDepth); err != nil {
-			return err
-		}
+	if err := p.promiseTo(x, m); err != nil {
+		return err
 	}
 	if found.stale {
 		m.from = sourceStale
@@ -68,7 +66,11 @@ func (p *Proxy) findManifest(x *exchange) (resolved, error) {
 	asked := resolved{desc: ocispec.Descriptor{Digest: d}}
 	switch {
 	case x.route.tag != "":
-		return p.resolve(x.ctx, &x.access, queryOf(x))
+		found, err := p.resolve(x.ctx, &x.access, queryOf(x))
+		if x.route.ofSignatures() && (mayServeStale(err) || errors.Is(err, errBudget)) {
+			err = errNoSignature
+		}
+		return found, err
 	case current(x.r):
 		return asked, p.confirm(x.ctx, &x.access, d)
 	}

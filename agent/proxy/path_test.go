@@ -6,8 +6,51 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/registrytest"
 )
+
+// TestSignaturesWithUpstreamDown: a path-encoded client, whose pull fails on any error but
+// 404 of a signature, is told that there is none if nobody knows one and the registry
+// cannot say, and gets a known one without its config, which it does not read. Others, which
+// go on to the registry, are told that it cannot say.
+func TestSignaturesWithUpstreamDown(t *testing.T) {
+	signatures := func(d digest.Digest) string { return "sha256-" + d.Encoded() + ".sig" }
+	outages := map[string]func(*node){
+		"down":  func(n *node) { n.registry.Down() },
+		"hangs": func(n *node) { n.registry.Inject(registrytest.Match{}, registrytest.Hold()) },
+		"429":   func(n *node) { n.registry.Inject(registrytest.Match{}, registrytest.TooManyRequests(time.Hour)) },
+	}
+	for name, outage := range outages {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = 200 * time.Millisecond })
+			img := n.image(10)
+			signature := registrytest.Artifact(img.Descriptor, "application/vnd.example.signature", 1)
+			n.registry.Put(repo, signature, signatures(img.Digest))
+			if _, err := n.crio().Pull(t.Context(), repo, "v1"); err != nil {
+				t.Fatal(err)
+			}
+			checkOCIError(t, n.get(pathManifest(signatures(signature.Digest))), 404, "MANIFEST_UNKNOWN")
+			if a := n.get(pathManifest(signatures(img.Digest))); a.status != 200 {
+				t.Fatalf("signature: %d %s", a.status, a.body)
+			}
+			n.get(pathBlob(signature.Layers[0].Digest)) // but not the config, which nobody reads
+			target := upstream.Target{Registry: host, Repository: repo}
+			n.proxy.deliverable.forget(keyOf(target, ocispec.DescriptorEmptyJSON.Digest))
+			outage(n)
+			if a := n.get(pathManifest(signatures(img.Digest))); a.status != 200 || a.header.Get(headerSource) != "stale" {
+				t.Errorf("known signature: %d from %q", a.status, a.header.Get(headerSource))
+			}
+			checkOCIError(t, n.get(pathManifest(signatures(signature.Digest))), 404, "MANIFEST_UNKNOWN")
+			checkOCIError(t, n.get(manifestPath(signatures(signature.Digest))), 503, "UNAVAILABLE")
+			checkOCIError(t, n.get(pathManifest("v2")), 503, "UNAVAILABLE")
+		})
+	}
+}
 
 // TestCRIO pulls by the path-encoded mirror with a client as strict as CRI-O:
 // a 200 on the manifest commits the proxy to every blob.

@@ -23,6 +23,24 @@ const (
 	promiseDepth = 3
 )
 
+// promiseTo returns nil if m may be given to the client of x: if it is no path-encoded one,
+// or all that it will take of m can be delivered.
+func (p *Proxy) promiseTo(x *exchange, m manifest) error {
+	t := x.access.target
+	switch {
+	case !x.route.pathEncoded:
+		return nil
+	case !x.route.ofSignatures():
+		return p.promise(x.ctx, t, m, promiseDepth)
+	}
+	o, err := parseOutline(m.body)
+	if err != nil {
+		return errUndeliverable
+	}
+	o.Config = nil
+	return p.promiseOutline(x.ctx, t, o, promiseDepth)
+}
+
 // promise returns nil if every blob of m can be delivered: a client that gets the
 // manifest by a path-encoded mirror takes all its blobs from there or fails (I5). Of
 // an index, it checks what this node's platform needs, and of the other images only
@@ -33,6 +51,10 @@ func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest, dept
 	if err != nil || depth == 0 {
 		return errUndeliverable
 	}
+	return p.promiseOutline(ctx, t, o, depth)
+}
+
+func (p *Proxy) promiseOutline(ctx context.Context, t upstream.Target, o outline, depth int) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(promiseParallel)
 	for _, blob := range o.children() {

@@ -48,8 +48,10 @@ var (
 	tagRE        = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
 	// hostRE admits IP literals too: whether a host may be dialled is decided
 	// where it is dialled, in package upstream.
-	hostRE     = regexp.MustCompile(`^(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?$`)
-	hostPortRE = regexp.MustCompile(`^(.*[a-zA-Z0-9])_([0-9]{1,5})$`)
+	hostRE = regexp.MustCompile(`^(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?$`)
+	// signatureTagRE matches the tag of an image's signatures in the scheme of cosign.
+	signatureTagRE = regexp.MustCompile(`^sha256-[0-9a-f]{64}\.sig$`)
+	hostPortRE     = regexp.MustCompile(`^(.*[a-zA-Z0-9])_([0-9]{1,5})$`)
 )
 
 // parseRoute reads the path and the ns parameter of a pull request. The
@@ -198,3 +200,9 @@ func (rt *route) reference() string {
 
 // content reports whether the route leads to a manifest or a blob.
 func (rt *route) content() bool { return rt.kind == KindManifest || rt.kind == KindBlob }
+
+// ofSignatures reports whether CRI-O or podman, set to use-sigstore-attachments, asks for
+// an image's signatures. They ask wherever the image came from and nowhere else, read the
+// layers alone, and take 404 for an image without signatures, which their policy may admit
+// or not. Any other error fails the pull.
+func (rt *route) ofSignatures() bool { return rt.pathEncoded && signatureTagRE.MatchString(rt.tag) }
