@@ -290,9 +290,10 @@ const (
 	PinStale    = "stale"    // all of it is here; Error says why nobody knows, or has, better
 	PinFetching = "fetching" // it is not whole, and on its way or about to be
 	PinMissing  = "missing"  // it is not whole, and could not be had
+	PinForeign  = "foreign"  // it is made for other platforms than this node's alone
 )
 
-var pinStates = []string{PinHeld, PinStale, PinFetching, PinMissing}
+var pinStates = []string{PinHeld, PinStale, PinFetching, PinMissing, PinForeign}
 
 // PinsStatus sums up the pins; /api/v1/pins lists them.
 type PinsStatus struct {

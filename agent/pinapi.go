@@ -184,7 +184,7 @@ func (a *Agent) pinsStatus() PinsStatus {
 	list := a.Pins()
 	out := PinsStatus{Images: len(list.Pins), Bytes: list.Bytes, Limit: list.Limit, Problem: list.Problem, States: a.pins.count(), Trouble: []Pin{}}
 	for _, p := range list.Pins {
-		if p.Error != "" && len(out.Trouble) < maxShownPins {
+		if p.Error != "" && p.State != PinForeign && len(out.Trouble) < maxShownPins {
 			out.Trouble = append(out.Trouble, p)
 		}
 	}

@@ -511,6 +511,9 @@ func (p *pin) state() string {
 	case p.failure == nil:
 		return PinFetching
 	}
+	if _, foreign := errors.AsType[*platformError](p.failure); foreign {
+		return PinForeign
+	}
 	return PinMissing
 }
 

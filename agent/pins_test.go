@@ -735,6 +735,27 @@ func TestPrivateConfiguredPin(t *testing.T) {
 	}
 }
 
+// TestForeignPin: in a cluster of several architectures a pinned image need not be for all.
+// A node that it is not for has nothing missing, until a version of it is for that node.
+func TestForeignPin(t *testing.T) {
+	p := newPrivate(t, registrytest.NoAuth, 0, func(c *Config) { c.Cache.Pins = []string{testRegistry + "/" + repoA + ":other"} })
+	other := registrytest.OCIImage(registrytest.ImageSpec{Seed: 5, Layers: []int64{1000}, Platform: ocispec.Platform{OS: "plan9", Architecture: "mips"}})
+	p.reg.Put(repoA, registrytest.Index(other), "other")
+	p.lone(atOnce)
+	got := p.nodes[0].reaches(t, testRegistry+"/"+repoA+":other", PinForeign)
+	if !strings.Contains(got.Error, "no manifest for") {
+		t.Errorf("%+v", got)
+	}
+	if s := p.nodes[0].Status().Pins; s.States[PinForeign] != 1 || s.States[PinMissing] != 0 || len(s.Trouble) != 0 {
+		t.Errorf("%+v", s)
+	}
+	p.reg.Put(repoA, registrytest.Platforms(registrytest.ImageSpec{Seed: 6, Layers: []int64{1000}}, false), "other")
+	if err := p.nodes[0].again(t, testRegistry+"/"+repoA+":other"); err != nil {
+		t.Fatal(err)
+	}
+	p.nodes[0].reaches(t, testRegistry+"/"+repoA+":other", PinHeld)
+}
+
 // TestTooManyPins holds the bound, for commands and in a configuration.
 func TestTooManyPins(t *testing.T) {
 	c := testConfig(t)

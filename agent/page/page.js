@@ -424,7 +424,7 @@ const partRow = part => {
   }};
 };
 
-const pinsNotHeld = states => ["fetching", "stale", "missing"].filter(state => states[state] > 0).map(state => `, ${states[state]} ${state}`).join("");
+const pinsNotHeld = states => ["fetching", "stale", "missing", "foreign"].filter(state => states[state] > 0).map(state => `, ${states[state]} ${state}`).join("");
 
 const showStorage = s => {
   const c = s.cache, limit = c.limit_bytes;

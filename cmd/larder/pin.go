@@ -174,7 +174,7 @@ func from(t, now time.Time) string {
 // pinsLine sums up the pins for `larder status`.
 func pinsLine(st style, p agent.PinsStatus) string {
 	line := fmt.Sprintf("%s, %s%s", agent.CountText(p.Images, "image"), size(p.Bytes), atMost(p.Limit))
-	for _, state := range []string{agent.PinFetching, agent.PinStale, agent.PinMissing} {
+	for _, state := range []string{agent.PinFetching, agent.PinStale, agent.PinMissing, agent.PinForeign} {
 		if n := p.States[state]; n > 0 {
 			line += fmt.Sprintf(", %d %s", n, pinState(st, state))
 		}
