@@ -117,9 +117,10 @@ func (b *blob) isVoid() bool {
 
 // overtaken ends this node's fetch in b, if there is one: a home says that the
 // attempt is void, or (home is not set) a member whose digests count has the blob of
-// a later one. A node that has nothing yet starts over. Otherwise its bytes are as
-// wrong as the home's, which only a home may say.
-func (b *blob) overtaken(home bool) {
+// a later one. A node that has nothing yet starts over if there is a next attempt, or else
+// may get the blob by another home. Otherwise its bytes are as wrong as the home's, which
+// only a home may say.
+func (b *blob) overtaken(home, next bool) {
 	b.mu.Lock()
 	f, stop := b.fill, b.stop
 	b.mu.Unlock()
@@ -129,7 +130,7 @@ func (b *blob) overtaken(home bool) {
 	fresh := untouched(f)
 	b.mu.Lock()
 	fresh = fresh && b.writing == 0 && b.missing == b.n
-	end := b.fill == f && !b.authority && (fresh || home)
+	end := b.fill == f && !b.authority && (fresh && next || !fresh && home)
 	if end && fresh {
 		b.fill = nil // no byte comes from now on
 	}
@@ -175,7 +176,7 @@ func (s *Swarm) pointedOn(l *link, o open) {
 	for _, e := range o.blob.earlier() {
 		s.ifBlob(e, func(b *blob) {
 			if b.counts(l.peer) && o.have.count() > 0 {
-				b.overtaken(false)
+				b.overtaken(false, true)
 			}
 		})
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"golang.org/x/time/rate"
 )
 
 // pullAll is one pull on each node; err of those that failed.
@@ -205,6 +206,41 @@ func TestBehindTheHome(t *testing.T) {
 		t.Error("upstream was asked for a blob that the home has")
 	}
 	nobodyBanned(t, nodes)
+}
+
+// TestNoMoreAttempts: nodes that hold bytes of the last attempt, which was wrong too, pass
+// no more of them on, and blame nobody who has got the right ones.
+func TestNoMoreAttempts(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newTestWorld()
+		w.delay = 20 * time.Millisecond // 64 KiB each: a copy takes 2.6 s
+		nodes := w.wayCluster(t, 6)
+		for _, n := range nodes {
+			n.s.limiter = rate.NewLimiter(1<<20, 4*chunkSize)
+		}
+		d := w.add(8<<20, 1)
+		home, others := homeOf(d, nodes)
+		w.corrupt.Store(2)
+		for attempt := range lastAttempt + 1 {
+			f := home.start(d)
+			if attempt == lastAttempt {
+				home.held(d, 1)
+				for _, n := range others {
+					n.start(d)
+				}
+			}
+			if <-f.done; !errors.Is(f.err, errWrongBlob) {
+				t.Fatalf("attempt %d at the home: %v", attempt, f.err)
+			}
+		}
+		for _, err := range pullAll(d, others) {
+			if !errors.Is(err, ErrVoid) {
+				t.Errorf("first pull: %v", err)
+			}
+		}
+		allOK(t, d, nodes...)
+		nobodyBanned(t, nodes)
+	})
 }
 
 // TestHolderKnowsBetter: where the homes have heard nothing and the registry is

@@ -412,9 +412,12 @@ func (x *fetch) askHome(ctx context.Context, m *Member, ask joinAsk) (l *link, r
 	l, err = x.s.askMember(ctx, m, methodJoin, ask, &reply)
 	x.takePass(m, reply.Pass)
 	switch {
-	case err == nil && reply.Attempt > x.w.Attempt && reply.Attempt <= lastAttempt:
-		x.b.overtaken(true)
+	case err == nil && reply.Attempt > x.w.Attempt:
 		err = errBehind
+		if reply.Attempt > lastAttempt {
+			err = errNoMore
+		}
+		x.b.overtaken(true, reply.Attempt <= lastAttempt)
 	case err == nil && reply.Refused != "":
 		err = errors.New(reply.Refused)
 		if reply.CutOff {

@@ -302,10 +302,11 @@ func (s *Swarm) abroad(b *blob, l *link) (names []string) {
 
 // over answers a node that comes to a home with an attempt that is void there.
 func (b *blob) over() joinReply {
-	if next := b.s.attempt(b.id.key, int(b.id.attempt)); next <= lastAttempt {
-		return joinReply{Attempt: next}
+	reply := joinReply{Attempt: b.s.attempt(b.id.key, int(b.id.attempt))}
+	if reply.Attempt > lastAttempt {
+		reply.Refused = errNoMore.Error()
 	}
-	return joinReply{Refused: errNoMore.Error()}
+	return reply
 }
 
 // note keeps what an asker tells about the swarm's past.
