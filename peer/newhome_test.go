@@ -74,3 +74,18 @@ func TestHomesLostEachOther(t *testing.T) {
 		}
 	})
 }
+
+// TestHomeGoneForAMoment: the network of the home fails for seconds, and the next one goes
+// upstream; once it reaches the home again, which gets the blob all the same, it stops.
+func TestHomeGoneForAMoment(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := slowSim(12).world(t)
+		top := w.top()
+		time.AfterFunc(4*time.Second, func() { top.host.cut(2 * time.Second) })
+		r := w.play(t)
+		t.Log(r)
+		if r.copies > 1.3 || len(r.failed) > 0 {
+			t.Errorf("%v %v", r, r.failed)
+		}
+	})
+}

@@ -31,6 +31,7 @@ type simHost struct {
 	accept chan net.Conn
 	dead   chan struct{}
 	once   sync.Once
+	apart  atomic.Bool // see cut
 
 	mu       sync.Mutex
 	up, down float64 // bytes per second
@@ -74,6 +75,17 @@ func (h *simHost) Accept() (net.Conn, error) {
 // kill ends the host and every connection, as a killed process does.
 func (h *simHost) kill() {
 	h.once.Do(func() { close(h.dead) })
+	h.hangUp()
+}
+
+// cut ends every connection of the host; for so long nobody can make another.
+func (h *simHost) cut(d time.Duration) {
+	h.apart.Store(true)
+	time.AfterFunc(d, func() { h.apart.Store(false) })
+	h.hangUp()
+}
+
+func (h *simHost) hangUp() {
 	h.mu.Lock()
 	conns := h.conns
 	h.conns = make(map[*simConn]bool)
@@ -90,6 +102,10 @@ func (h *simHost) DialContext(ctx context.Context, addr string) (net.Conn, error
 	to := h.net.hosts[addr]
 	h.net.mu.Unlock()
 	wait(ctx, 2*h.net.latency)
+	if to != nil && (h.apart.Load() || to.apart.Load()) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if to == nil {
 		return nil, errRefused
 	}

@@ -16,6 +16,7 @@ const (
 	permitWait  = time.Second
 	peekTime    = 1500 * time.Millisecond // a home waits so long for others that seem to be there before it goes upstream
 	peekLast    = 10 * time.Second        // and hears them while it does
+	peekAgain   = time.Second             // between attempts to reach one, whose network may have failed for a moment
 	giveUpAfter = 20 * time.Second        // without progress, and without a permit or a registry
 	youngFor    = time.Hour               // a home that began before this node may still get a blob
 )
@@ -162,23 +163,30 @@ func (x *fetch) peek(ctx context.Context, far bool) (source bool, holders []stri
 		x.s.spawn(func(context.Context) {
 			ctx, cancel := context.WithTimeout(ctx, peekLast)
 			defer cancel()
-			l, reply, err := x.askHome(ctx, m, ask)
-			answers <- peekAnswer{m, l, reply, err}
+			for {
+				l, reply, err := x.askHome(ctx, m, ask)
+				select {
+				case answers <- peekAnswer{m, l, reply, err}:
+				case <-ctx.Done():
+				}
+				if l != nil || !x.b.active() || ctx.Err() != nil {
+					return
+				}
+				wait(ctx, peekAgain)
+			}
 		})
 	}
 	x.late = answers
 	soon, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()
-	for left := len(homes); left > 0; {
+	for len(homes) > 0 {
 		select {
 		case a := <-answers:
 			if x.heard(a) {
 				source = source || a.reply.Source
 				holders = append(holders, a.reply.Holders[:min(len(a.reply.Holders), namedHolders)]...)
 			}
-			if slices.Contains(homes, a.m) {
-				left--
-			}
+			homes = slices.DeleteFunc(homes, func(m *Member) bool { return m == a.m })
 		case <-soon.Done():
 			return source, holders
 		}
