@@ -103,6 +103,7 @@ type fetchState struct {
 	stop      context.CancelCauseFunc // of the fetch
 	complete  bool                    // it has brought all of the blob
 	authority bool                    // bytes here come, or came, straight from upstream: this node signs them
+	aside     bool                    // see standAside
 	failure   error                   // of this node as home, for leases that come back
 	failedAt  time.Time
 	sources   map[string]int64 // bytes by node

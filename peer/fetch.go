@@ -286,6 +286,7 @@ func (x *fetch) step(ctx context.Context) error {
 	for _, name := range x.b.home.idlers(time.Now()) {
 		x.tried[name] = true
 	}
+	x.standAside()
 	for m := x.next(x.tried); m != nil; m = x.next(x.tried) {
 		if m.Name == x.s.self.Name && x.w.Ahead > 0 {
 			x.tried[m.Name] = true // the next home gets it

@@ -342,7 +342,7 @@ func (s *Swarm) gather(ctx context.Context, b *blob, ask joinAsk, held bool) err
 	}
 	// Others may have a way to the registry where this node has none.
 	unreached := func() bool {
-		return (ask.More || ask.Peek) && b.barren(time.Now()) && !s.reaches(ask.Registry)
+		return (ask.More || ask.Peek) && b.barren(time.Now()) && (b.standsAside() || !s.reaches(ask.Registry))
 	}
 	others := held && !ask.Stalled
 	if b.keeps() {

@@ -51,6 +51,28 @@ func (s *Swarm) whileReached(ctx context.Context, registry string, leave func() 
 // unreached reports whether a context of whileReached ended because of that.
 func unreached(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errUnreached) }
 
+// standAside leaves the blob to others if this node, as a home, would not try the registry now.
+// Until it has some of it, it also leaves to them who asks for it, even if it finds out that it
+// does reach the registry: homes that each begin by asking the other would wait for each other.
+func (x *fetch) standAside() {
+	homes, self := x.homes(), x.s.self.Name
+	i := placeOf(homes, self)
+	if i < 0 || x.last || x.tried[self] || placeOf(x.route(), self) >= 0 {
+		return
+	}
+	x.passOver(homes[i], errUnreached)
+	x.b.mu.Lock()
+	defer x.b.mu.Unlock()
+	x.b.aside = true
+}
+
+// standsAside reports whether standAside has left the blob to others.
+func (b *blob) standsAside() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.aside && !b.authority
+}
+
 // barren reports whether nothing of the blob is here, or has been asked of upstream
 // with hope.
 func (b *blob) barren(now time.Time) bool {

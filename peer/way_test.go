@@ -310,6 +310,34 @@ func testWaysOfHealthy(t *testing.T) {
 	}
 }
 
+// TestHomesDoNotWaitForEachOther: homes that pull at the same moment, and are not sure of their
+// way while others are listed, leave the blob to these, and not to each other.
+func TestHomesDoNotWaitForEachOther(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newTestWorld()
+		nodes := w.wayCluster(t, 12)
+		way := nodes[11]
+		if err := way.s.giveWay(t.Context(), "registry.test"); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range nodes {
+			waitFor(t, func() bool { return len(n.s.withWay(key{}, "registry.test")) == 1 })
+		}
+		var d digest.Digest
+		for seed := uint64(1); d == "" || way.s.mayBeHome(sha256Of(d), way.s.self.Name); seed++ {
+			d = w.add(1<<20, seed)
+		}
+		begun := time.Now()
+		for _, err := range pullAll(d, nodes) {
+			t.Error(err)
+		}
+		if took := time.Since(begun); took > stallRejoin {
+			t.Errorf("it took %v", took)
+		}
+		w.within(t, d, 1)
+	})
+}
+
 // TestWayWasLost: the last way out is lost, and members still list it. Those that are
 // homes say no, since somebody else seems to have a way, and so does he. Then one home
 // tries for everybody, and when the registry is back it sends one copy.
