@@ -56,11 +56,11 @@ func (h *helper) pays(ours, theirs int64, took time.Duration) bool {
 // another member is taken only where no home takes part.
 func (b *blob) wantsHelp(member, registry string, fetched int64) int64 {
 	now := time.Now()
-	may := !b.s.vain.has(registry, now) && (b.s.mayBeHome(b.id.key, member) || !b.homesMeet())
+	may := !b.s.ways.helpFails(registry, now) && (b.s.mayBeHome(b.id.key, member) || !b.homesMeet())
 	rate, inVain := b.appoint(may, member, fetched, now)
 	if inVain {
 		b.s.log.Debug("help brings nothing", "digest", b.d, "registry", registry, "peer", member)
-		b.s.vain.add(registry, now)
+		b.s.ways.helpFailed(registry, now)
 	}
 	if rate > 0 {
 		b.vouch([]string{member})
@@ -116,28 +116,20 @@ func (b *blob) upstreamRateLocked(now time.Time) float64 {
 // leftLocked is about how many bytes are missing here.
 func (b *blob) leftLocked() float64 { return float64(b.missing) * float64(b.pieceSize) }
 
-// vain remembers registries from which two nodes get no more than one. The zero value
-// is ready.
-type vain struct {
-	mu sync.Mutex // guards at
-	at map[string]time.Time
-}
-
-const maxVain = 256
-
-func (v *vain) add(registry string, now time.Time) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.at == nil || len(v.at) >= maxVain {
-		v.at = make(map[string]time.Time)
+// helpFailed notes that two nodes get no more from a registry than one.
+func (w *ways) helpFailed(registry string, now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.vain) >= maxWays {
+		clear(w.vain)
 	}
-	v.at[registry] = now
+	w.vain[registry] = now
 }
 
-func (v *vain) has(registry string, now time.Time) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return now.Sub(v.at[registry]) < helpMemory
+func (w *ways) helpFails(registry string, now time.Time) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return now.Sub(w.vain[registry]) < helpMemory
 }
 
 // helping is what a node does as helper.

@@ -42,7 +42,6 @@ type Swarm struct {
 	traffic  traffics
 	gossip   *gossip // nil without a gossip address
 	answers  answers
-	vain     vain
 	limiter  *rate.Limiter // nil = none
 	budget   *budget       // nil = none
 	buffers  buffers

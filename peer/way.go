@@ -38,7 +38,7 @@ const (
 	maxWays   = 256 // registries
 )
 
-// ways is what this node knows about who reaches which registry.
+// ways is what this node knows about who reaches which registry, and whether two get more than one.
 type ways struct {
 	mu     sync.Mutex           // guards the following
 	cut    map[access]time.Time // other members without a way, until when
@@ -46,6 +46,7 @@ type ways struct {
 	ours   map[string]time.Time // those of which it has told others, and when one of them asked last
 	sought map[string]seeking   // by registry
 	told   map[string]hearsay   // by registry
+	vain   map[string]time.Time // registries from which two nodes got no more than one, and when
 }
 
 // hearsay is who has a way to a registry, according to a member that has none.
@@ -66,7 +67,7 @@ type seeking struct {
 
 func newWays() *ways {
 	return &ways{cut: make(map[access]time.Time), sure: make(map[string]bool), ours: make(map[string]time.Time),
-		sought: make(map[string]seeking), told: make(map[string]hearsay)}
+		sought: make(map[string]seeking), told: make(map[string]hearsay), vain: make(map[string]time.Time)}
 }
 
 // wayTo is what the index calls a way to a registry.
