@@ -165,8 +165,9 @@ func (r *replicas) look(now time.Time) {
 func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 	a, found := r.agent, map[digest.Digest]peer.Copy{}
 	note := func(c peer.Copy) {
-		if a.swarm.Others(c) < r.others {
-			found[c.Entry()] = c
+		// Nodes share nothing that is named by another algorithm, and do not know who has it.
+		if entry := c.Entry(); entry.Algorithm() == digest.SHA256 && a.swarm.Others(c) < r.others {
+			found[entry] = c
 		}
 	}
 	if a.runtime != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -83,6 +84,36 @@ func TestReplicas(t *testing.T) {
 	})
 	if n := reg.Count(registrytest.Match{Kind: registrytest.Blob, Reference: layer.String()}); n != 1 {
 		t.Errorf("the layer was asked for %d times", n)
+	}
+}
+
+// TestReplicasOfSHA512: nodes do not share what has another digest than SHA-256, so nothing
+// of it is missing, and nobody is asked to copy it.
+func TestReplicasOfSHA512(t *testing.T) {
+	reg, _, nodes := replicated(t, 2, 2)
+	content := []byte("a layer")
+	layer := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.SHA512.FromBytes(content), Size: int64(len(content))}
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 512})
+	img.Blobs[layer.Digest] = registrytest.Bytes(content)
+	var m ocispec.Manifest
+	if err := json.Unmarshal(img.Manifests[0].Data, &m); err != nil {
+		t.Fatal(err)
+	}
+	m.Layers = []ocispec.Descriptor{layer}
+	body, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img.Digest, img.Size = digest.FromBytes(body), int64(len(body))
+	img.Manifests[0].Digest, img.Manifests[0].Size, img.Manifests[0].Data = img.Digest, img.Size, body
+	reg.Put(testImage.Repository, img, testImage.Reference)
+	nodes[0].pull(t)
+	nodes[0].settle(t)
+	if !nodes[0].cache.Has(layer.Digest) {
+		t.Fatal("the layer is not cached")
+	}
+	if c, lacks := nodes[0].replicas.find(time.Now())[layer.Digest]; lacks {
+		t.Errorf("lacks replicas: %+v", c)
 	}
 }
 
