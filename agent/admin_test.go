@@ -349,6 +349,26 @@ func TestWarmPlatform(t *testing.T) {
 	}
 }
 
+// TestWarmOfNothing: nobody can run an image that is empty, and that it was fetched helps
+// nobody. What is here of it can be explained all the same.
+func TestWarmOfNothing(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	reg.Put("team/index", registrytest.Index(), "v1")
+	reg.PutManifest("team/json", ocispec.MediaTypeImageManifest, []byte(`{"schemaVersion": 2, "mediaType": "`+ocispec.MediaTypeImageManifest+`"}`), "v1")
+	a := start(t, c)
+	for _, name := range []string{"/team/index:v1", "/team/json:v1"} {
+		code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+testRegistry+name+`"], "platform": "all"}`, "Content-Type", "application/json")
+		if code != 200 || !strings.Contains(answer, "the image is empty") {
+			t.Errorf("%s: %d %s", name, code, answer)
+		}
+		code, answer = a.admin(t, "GET", "/api/v1/explain?image="+testRegistry+name, "")
+		if code != 200 || !strings.Contains(answer, `"kind": "manifest"`) {
+			t.Errorf("%s: %d %s", name, code, answer)
+		}
+	}
+}
+
 // TestWarmSaysWhy: that a registry cannot be reached is not in the proxy's answer
 // to HEAD, and is what a user has to know.
 func TestWarmSaysWhy(t *testing.T) {

@@ -38,7 +38,7 @@ func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
 	if _, foreign := errors.AsType[*platformError](err); foreign {
 		err = fmt.Errorf("%w; try --platform all", err)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errNothing) {
 		return Explanation{}, fmt.Errorf("%s: %w", image, err)
 	}
 	for _, p := range e.out.Parts {

@@ -24,11 +24,16 @@ const (
 // left out.
 var errNotBelow = errors.New("not below this manifest")
 
+// errNothing is an image of which its manifests list nothing that could be pulled: an empty
+// index, or a document that is no manifest that Larder reads.
+var errNothing = errors.New("the image is empty: its manifests list no config and no layers")
+
 // walkImage goes through an image for one platform as choose understands it: first the
 // root, then what each index chooses, depth first. No digest comes twice, for platforms
 // share layers, and indexes of indexes could name one another without end. More than
 // maxManifests or maxManifestBytes is an error, and so is what is no platform, of an image
-// without an index too.
+// without an index too. One without config and layers ends with errNothing, after all of it
+// was visited.
 //
 // read returns the bytes of a manifest, whose digest and length (archive.MaxManifest) it
 // has seen to. visit is told what they say: the descriptor with its true size, the
@@ -39,6 +44,7 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 		return err
 	}
 	seen, manifests, bytes := map[digest.Digest]bool{}, 0, 0
+	empty := true // as far as was read
 	first := func(d digest.Digest) bool {
 		known := seen[d]
 		seen[d] = true
@@ -54,6 +60,7 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 		}
 		body, err := read(d)
 		if errors.Is(err, errNotBelow) {
+			empty = false
 			return nil
 		}
 		if err != nil {
@@ -67,6 +74,7 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 			return fmt.Errorf("manifest %s: %w", d.Digest, err)
 		}
 		d.Size = int64(len(body))
+		empty = empty && m.Config.Digest == "" && len(m.Layers) == 0
 		if !m.isIndex() {
 			return visit(d, m, slices.DeleteFunc(m.blobs(), func(b blob) bool { return !first(b.Digest) }))
 		}
@@ -84,7 +92,11 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 		}
 		return nil
 	}
-	return walk(root)
+	err := walk(root)
+	if err == nil && empty {
+		err = errNothing
+	}
+	return err
 }
 
 // manifest is what Larder reads of an image manifest or index, OCI or Docker

@@ -415,5 +415,5 @@ func definite(err error) bool {
 	_, noRoom := errors.AsType[*noRoomError](err)
 	_, notKept := errors.AsType[*notKeptError](err)
 	_, platform := errors.AsType[*platformError](err)
-	return noRoom || notKept || platform
+	return noRoom || notKept || platform || errors.Is(err, errNothing)
 }

@@ -684,10 +684,12 @@ func TestPinsThatMakeNoSense(t *testing.T) {
 	arm := registrytest.OCIImage(registrytest.ImageSpec{Seed: 3, Layers: []int64{10}})
 	arm.Platform.Architecture = "mips"
 	p.reg.Put("open/mips", registrytest.Index(arm), "v1")
+	p.reg.Put("open/empty", registrytest.Index(), "v1")
 	for name, want := range map[string]string{
-		testRegistry + "/open/gone:v1": "404",
-		testRegistry + "/open/mips:v1": "no manifest for",
-		testRegistry + "/team/a:v1":    `give the node credentials of its own (auth = "node")`,
+		testRegistry + "/open/gone:v1":  "404",
+		testRegistry + "/open/mips:v1":  "no manifest for",
+		testRegistry + "/open/empty:v1": "the image is empty",
+		testRegistry + "/team/a:v1":     `give the node credentials of its own (auth = "node")`,
 	} {
 		e := a.pin(t, name)[name]
 		if !strings.HasPrefix(e.Error, "not pinned: ") || !strings.Contains(e.Error, want) {
