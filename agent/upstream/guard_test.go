@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -12,10 +14,13 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/net/http/httpproxy"
 
+	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -66,6 +71,43 @@ func TestRefusedHosts(t *testing.T) {
 			t.Errorf("%d requests left through the proxy", n)
 		}
 	}
+}
+
+// TestRefusalIsSaid: a registry inside the network that nobody configured is pulled from past
+// the cache, and whoever looks into the log or the status finds what to do; once an hour, and not
+// as often as names are made up.
+func TestRefusalIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var said logtest.Buffer
+		c := newClient(t, func(cfg *Config) {
+			cfg.resolver, cfg.Logger = answering(t, "10.0.0.1"), slog.New(slog.NewTextHandler(&said, nil))
+		})
+		ask := func(host string) {
+			_, err := c.Resolve(t.Context(), Target{Registry: host, Repository: repo}, "v1", nil)
+			if !errors.Is(err, ErrRefused) {
+				t.Fatalf("%v, want refused", err)
+			}
+		}
+		const cure = "add a [[registry]] table with this host"
+		for i, want := range []int{1, 1, 2} {
+			if i == 2 {
+				time.Sleep(time.Hour)
+			}
+			ask("registry.corp.test")
+			if n := strings.Count(said.String(), cure); n != want {
+				t.Errorf("said %d times, want %d:\n%s", n, want, said.String())
+			}
+		}
+		if h := c.Health(); len(h) != 1 || !strings.Contains(h[0].LastError, cure) || h[0].Failures != 0 {
+			t.Errorf("%+v", h)
+		}
+		for i := range 100 {
+			ask(fmt.Sprintf("made-up-%d.test", i))
+		}
+		if n := strings.Count(said.String(), cure); n > 13 {
+			t.Errorf("said %d times", n)
+		}
+	})
 }
 
 // answering is a resolver that knows one list of answers, given in turn, for

@@ -40,6 +40,8 @@ type endpoint struct {
 	ranges  atomic.Int32 // rangesUnknown, rangesYes, rangesNo
 	active  atomic.Int32 // requests under way
 
+	refusals rate.Sometimes // when the log tells of one
+
 	mu         sync.Mutex // guards all below
 	transports *transports
 	challenge  challenge // the last one it sent, without scope
@@ -135,6 +137,7 @@ func (c *Client) newRegistry(r Registry, configured bool) (*registry, error) {
 		}
 		reg.endpoints = append(reg.endpoints, &endpoint{
 			c: c, reg: reg, addr: addr, tls: r.tls(u), last: i == len(upstreams)-1,
+			refusals: rate.Sometimes{Interval: time.Hour},
 		})
 	}
 	return reg, nil

@@ -126,7 +126,15 @@ func (c *Client) describe(err error, ep *endpoint, t Target, q request) error {
 func (ep *endpoint) judge(ctx context.Context, err error, took time.Duration) outcome {
 	e := err.(*Error)
 	switch {
-	case errors.Is(ctx.Err(), context.Canceled), errors.Is(err, ErrRefused):
+	case errors.Is(ctx.Err(), context.Canceled):
+		return neutral
+	case errors.Is(err, ErrRefused):
+		ep.noteError(err, time.Now())
+		ep.refusals.Do(func() {
+			ep.c.refusals.Do(func() {
+				ep.c.log.Warn("pulls go past Larder: this registry, or where it leads, is not asked", "registry", ep.reg.Host, "err", err)
+			})
+		})
 		return neutral
 	case ctx.Err() != nil && took < fairTime:
 		return neutral

@@ -124,6 +124,7 @@ type Client struct {
 	limiter    *rate.Limiter // nil = no limit
 	proxyFunc  func(*url.URL) (*url.URL, error)
 	proxies    map[string]bool // host:port of the forward proxies in use
+	refusals   rate.Sometimes  // of endpoints, when the log tells of one: anybody can name many
 }
 
 // maxOthers bounds the registries that clients name without configuration.
@@ -148,6 +149,7 @@ func New(cfg Config) (*Client, error) {
 		others:    newLRU[string, *registry](maxOthers),
 		sessions:  newLRU[sessionKey, *session](maxSessions),
 		proxyFunc: cfg.proxy.ProxyFunc(), proxies: proxyAddresses(cfg.proxy),
+		refusals: rate.Sometimes{First: 10, Interval: time.Minute},
 	}
 	if cfg.MaxBytesPerSecond > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.MaxBytesPerSecond), burst)
