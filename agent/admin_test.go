@@ -392,6 +392,26 @@ func TestWarmSaysWhy(t *testing.T) {
 	}
 }
 
+// TestWarmSaysWhatIsConfigured: nor is it that this node may not ask.
+func TestWarmSaysWhatIsConfigured(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	c.Registries[0].Deny = []string{"secret/*"}
+	a := start(t, c)
+	for name, why := range map[string]string{
+		"10.1.2.3/app:v1":               "add a [[registry]] table",
+		testRegistry + "/secret/app:v1": "this repository is not served here",
+	} {
+		code, answer := a.admin(t, "POST", "/api/v1/warm", `{"images": ["`+name+`"]}`, "Content-Type", "application/json")
+		if code != 200 || !strings.Contains(answer, why) {
+			t.Errorf("warm: %d %s, want %q", code, answer, why)
+		}
+		if e := a.pin(t, name)[name]; !strings.Contains(e.Error, why) {
+			t.Errorf("pin: %s, want %q", e.Error, why)
+		}
+	}
+}
+
 // TestWarmSaysWhatWasWrong: a body that ends early says nothing to its client.
 func TestWarmSaysWhatWasWrong(t *testing.T) {
 	c := testConfig(t)

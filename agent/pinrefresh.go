@@ -386,12 +386,12 @@ func (s *pins) explainVersion(p *pin, d digest.Digest, err error) error {
 	return s.withTrouble(p, err)
 }
 
-// withTrouble adds what is wrong with the registry.
+// withTrouble adds what keeps the registry's answer away.
 func (s *pins) withTrouble(p *pin, err error) error {
-	if statusOf(err) < http.StatusInternalServerError {
+	if status := statusOf(err); status == 0 || refused(status) { // which says what to do
 		return err
 	}
-	return fmt.Errorf("%w%s", err, s.agent.upstreamTrouble(p.image.Registry))
+	return fmt.Errorf("%w%s", err, s.agent.trouble(p.image, err))
 }
 
 // statusOf is the status of the answer behind an error, 0 if there is none.

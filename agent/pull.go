@@ -167,15 +167,16 @@ func (p *pull) request(ctx context.Context, method, kind, ref string) (*http.Res
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
-		return nil, &answerError{resp.StatusCode, fmt.Sprintf("%s %s %s: %s%s%s", method, kind, ref, resp.Status, ociMessage(resp.Body), privateHint(resp.StatusCode))}
+		return nil, &answerError{resp.StatusCode, ref, fmt.Sprintf("%s %s %s: %s%s%s", method, kind, ref, resp.Status, ociMessage(resp.Body), privateHint(resp.StatusCode))}
 	}
 	return resp, nil
 }
 
 // answerError is an answer other than success.
 type answerError struct {
-	status int
-	text   string
+	status    int
+	reference string // what it is about: a tag or digest
+	text      string
 }
 
 func (e *answerError) Error() string { return e.text }

@@ -16,7 +16,7 @@ func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name str
 	out.follow(&puller, name)
 	parts, err := puller.Pull(ctx, image)
 	if err != nil {
-		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.cutTrouble(image, err) + a.upstreamTrouble(image.Registry)}
+		return WarmEvent{Image: name, Done: true, Error: err.Error() + a.trouble(image, err)}
 	}
 	if err := a.kept(ctx, parts); err != nil {
 		return WarmEvent{Image: name, Done: true, Error: err.Error()}
@@ -50,18 +50,25 @@ func (a *Agent) kept(ctx context.Context, parts []Pulled) error {
 	return fmt.Errorf("fetched, but %s of %s are not kept: %s", SizeText(lost), SizeText(all), why)
 }
 
-// cutTrouble is why a body ended short, after a separator, "" if none did: the client of an
-// answer that has begun is told nothing more.
-func (a *Agent) cutTrouble(image Image, err error) string {
-	cut, ok := errors.AsType[*cutError](err)
-	if !ok {
-		return ""
+// trouble is why the proxy did not give what err, of a Puller, is about, each reason after a
+// separator, "" if it gave it: an answer to HEAD has no text, and the client of one that has
+// begun is told nothing more.
+func (a *Agent) trouble(image Image, err error) string {
+	cut, isCut := errors.AsType[*cutError](err)
+	answer, isAnswer := errors.AsType[*answerError](err)
+	registry := a.upstreamTrouble(image.Registry)
+	reference := ""
+	switch {
+	case isCut:
+		reference = cut.digest.String()
+	case isAnswer && registry == "": // else it says the same
+		reference = answer.reference
 	}
-	why := a.recent.trouble(image, cut.digest.String())
+	why := a.recent.trouble(image, reference)
 	if why == "" || why == hungUp {
-		return ""
+		return registry
 	}
-	return ": " + why
+	return ": " + why + registry
 }
 
 // upstreamTrouble is what is wrong with the endpoints of a registry now, each
