@@ -61,7 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		root.SetOut(stdout)
 	}
 	root.SetErr(stderr)
-	ownCompletion(root)
+	ownCommands(root)
 	err := root.ExecuteContext(ctx)
 	if lost := out.err.Load(); lost != nil && (err == nil || errors.Is(err, errFindings)) {
 		err = *lost
@@ -155,17 +155,34 @@ func asGroup(group *cobra.Command) {
 	}
 }
 
-// ownCompletion makes cobra's completion command one of ours: an unknown shell is a usage
-// error, and not a help text that a shell would be given to read. It is made here because it
-// writes to the output that root has when it is made.
-func ownCompletion(root *cobra.Command) {
+// ownCommands makes cobra's completion and help commands ones of ours: an unknown shell or
+// command is a usage error, and not a help text that a shell would be given to read. Completion
+// is made here because it writes to the output that root has when it is made.
+func ownCommands(root *cobra.Command) {
 	root.InitDefaultCompletionCmd()
+	root.InitDefaultHelpCmd()
 	for _, cmd := range root.Commands() {
-		if cmd.Name() == "completion" {
+		switch cmd.Name() {
+		case "completion":
 			asGroup(cmd)
+			markUsage(cmd)
+		case "help":
+			cmd.Args = helpArgs
 			markUsage(cmd)
 		}
 	}
+}
+
+// helpArgs refuses what is no command.
+func helpArgs(help *cobra.Command, args []string) error {
+	cmd, unknown, err := help.Root().Find(args)
+	switch {
+	case err != nil:
+		return err
+	case cmd.HasSubCommands():
+		return cmd.Args(cmd, unknown)
+	}
+	return cobra.NoArgs(cmd, unknown)
 }
 
 // flagError names the flag that an unknown one may have meant.
