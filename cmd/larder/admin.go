@@ -80,7 +80,7 @@ func (a adminAPI) get(ctx context.Context, path string, v any) error {
 	}
 	defer resp.Body.Close()
 	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
-		return fmt.Errorf("%s%s: not an answer of a larder agent: %w", a.base, path, err)
+		return fmt.Errorf("%s%s: not an answer of a larder agent: %w; say where that is with --admin", a.base, path, err)
 	}
 	plain(v)
 	return nil
@@ -112,15 +112,26 @@ func (a adminAPI) answer(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, a.unreachable(err)
 	}
-	if resp.StatusCode == http.StatusOK {
+	kind := resp.Header.Get("Content-Type")
+	if resp.StatusCode == http.StatusOK && !strings.HasPrefix(kind, "text/html") {
 		return resp, nil
 	}
 	defer resp.Body.Close()
-	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // whatever came before the error is better than nothing
-	if why := plainText(strings.TrimSpace(string(text))); why != "" {
-		return nil, fmt.Errorf("%s (%s answers %s)", why, a.base, resp.Status)
+	if !strings.HasPrefix(kind, "text/plain") {
+		return nil, a.foreign(req, resp)
 	}
-	return nil, fmt.Errorf("%s%s: %s", a.base, req.URL.Path, resp.Status)
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // whatever came before the error is better than nothing
+	why := plainText(strings.TrimSpace(string(text)))
+	if why == "" || why == "404 page not found" { // Go's own, of a path that the server does not have
+		return nil, a.foreign(req, resp)
+	}
+	return nil, fmt.Errorf("%s (%s answers %s)", why, a.base, resp.Status)
+}
+
+// foreign says that what answers is something else, such as the pull API, a proxy in between,
+// or an agent of another version.
+func (a adminAPI) foreign(req *http.Request, resp *http.Response) error {
+	return fmt.Errorf("%s answers %s to %s: not the admin API of an agent of this version; say where that is with --admin", a.base, resp.Status, req.URL.Path)
 }
 
 func (a adminAPI) unreachable(err error) error {

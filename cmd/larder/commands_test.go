@@ -412,6 +412,23 @@ func TestAdminFromEnvironmentAndFile(t *testing.T) {
 	}
 }
 
+// TestAdminIsSomethingElse: what else may answer there says 404, or 405, or a page; whoever
+// reads that has to know that --admin is wrong.
+func TestAdminIsSomethingElse(t *testing.T) {
+	n := startNode(t, nil)
+	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintln(w, "<html>Welcome</html>")
+	}))
+	t.Cleanup(page.Close)
+	for _, admin := range []string{"http://" + n.ProxyAddr(), n.admin + "/admin", page.URL} {
+		for _, args := range [][]string{{"status"}, {"explain", "nginx"}, {"pin"}, {"unpin", "nginx"}, {"export", "nginx", "-o", "-"}} {
+			if code, _, errs := larder(t, append(args, "--admin", admin)...); code != exitFailed || !strings.Contains(errs, "with --admin") {
+				t.Errorf("%s of %s: exit %d: %s", args, admin, code, errs)
+			}
+		}
+	}
+}
+
 // TestAdminOfABrokenFile: where the address is not known because its file cannot be read,
 // that is told beside the answer; what else is wrong with the file is the agent's matter.
 func TestAdminOfABrokenFile(t *testing.T) {
