@@ -142,6 +142,7 @@ func (a *Agent) open(o options) error {
 	}
 	if a.config.Audit.File != "" {
 		a.audit = newAuditLog(a.config.Audit.File, a.log)
+		a.registry.MustRegister(a.audit.lost)
 	}
 	if err = a.openSwarm(); err != nil {
 		return err

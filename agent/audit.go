@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/larder-cache/larder/agent/proxy"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
@@ -31,7 +32,8 @@ type auditLog struct {
 	limit int64
 	log   *slog.Logger
 	queue chan any
-	lost  atomic.Int64 // lines that found the queue full, since the last warning
+	lost  prometheus.Counter
+	full  atomic.Int64 // lines that found the queue full, since the last warning
 
 	// Run's only.
 	file *os.File
@@ -43,7 +45,10 @@ type auditLog struct {
 }
 
 func newAuditLog(path string, log *slog.Logger) *auditLog {
-	return &auditLog{path: path, limit: auditBytes, log: log, queue: make(chan any, auditQueue)}
+	return &auditLog{
+		path: path, limit: auditBytes, log: log, queue: make(chan any, auditQueue),
+		lost: prometheus.NewCounter(prometheus.CounterOpts{Name: "larder_audit_lines_lost_total", Help: "Lines that the audit log lacks because its file could not be written, or not in time."}),
+	}
 }
 
 // record queues one event; it never waits.
@@ -51,7 +56,8 @@ func (l *auditLog) record(event any) {
 	select {
 	case l.queue <- event:
 	default:
-		l.lost.Add(1)
+		l.lost.Inc()
+		l.full.Add(1)
 	}
 }
 
@@ -143,7 +149,10 @@ func (l *auditLog) write(event any) {
 	if err == nil {
 		err = l.append(append(line, '\n'))
 	}
-	if n := l.lost.Swap(0); n > 0 {
+	if err != nil {
+		l.lost.Inc()
+	}
+	if n := l.full.Swap(0); n > 0 {
 		l.log.Warn("audit lines lost: the disk is too slow", "lines", n)
 	}
 	l.note(err)
@@ -152,7 +161,7 @@ func (l *auditLog) write(event any) {
 // note logs an error that the line before did not have.
 func (l *auditLog) note(err error) {
 	if err != nil && !l.sick {
-		l.log.Error("audit log cannot be written", "err", err)
+		l.log.Error("audit log cannot be written, and lacks what is served meanwhile", "err", err)
 	}
 	l.sick = err != nil
 }

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
 type auditTestLine struct {
@@ -158,6 +160,32 @@ func TestAuditTellsAtTheStart(t *testing.T) {
 	}
 	if out := said.String(); !strings.Contains(out, "level=ERROR") || !strings.Contains(out, "no such file or directory") {
 		t.Errorf("said %q", out)
+	}
+}
+
+// TestAuditCountsWhatItLacks: lines for a file that cannot be opened are lost until it can.
+func TestAuditCountsWhatItLacks(t *testing.T) {
+	c := testConfig(t)
+	startRegistry(t, &c)
+	c.Audit.File = filepath.Join(t.TempDir(), "later", "audit.jsonl")
+	a := start(t, c)
+	a.pull(t)
+	eventually(t, "lines lost", func() error {
+		if testutil.ToFloat64(a.audit.lost) == 0 {
+			return errors.New("none")
+		}
+		return nil
+	})
+	if err := os.Mkdir(filepath.Dir(c.Audit.File), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a line", func() error {
+		a.pull(t)
+		_, err := os.Stat(c.Audit.File)
+		return err
+	})
+	if _, metrics := a.admin(t, "GET", "/metrics", ""); !strings.Contains(metrics, "larder_audit_lines_lost_total ") {
+		t.Error("not among the metrics")
 	}
 }
 

@@ -170,6 +170,7 @@ var (
 func TestQueriesNameMetricsThatExist(t *testing.T) {
 	c := testConfig(t)
 	c.Hosts.Containerd = t.TempDir()
+	c.Audit.File = filepath.Join(t.TempDir(), "audit.jsonl")
 	have := describedMetrics(t, start(t, c).Agent)
 	shown := map[string]bool{}
 	for _, file := range []string{"files/dashboard.json", "files/alerts.yaml"} {

@@ -157,6 +157,10 @@ func TestAlerts(t *testing.T) {
 				larder_peer_members{job="l",instance="n2"} 1x120`,
 			},
 		},
+		"LarderAuditIncomplete": {
+			fires: []string{`larder_audit_lines_lost_total{job="l",instance="n1"} 0x110 1x10`},
+			quiet: []string{`larder_audit_lines_lost_total{job="l",instance="n1"} 3x120`},
+		},
 		"LarderCorruptionFound": {
 			fires: []string{
 				`larder_cache_corruptions_total{job="l",instance="n1"} 0x110 1x10`,
