@@ -1,73 +1,39 @@
 package hostsconfig
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 )
 
 // crioFiles reads the files in force without us, in the order that
-// containers-image merges them.
+// containers-image merges them. original is what is in the place of ours then.
 func crioFiles(m *managed, original *file) ([]registriesFile, error) {
-	mains, dirs := registriesSources(m.path)
-	var out []registriesFile
-	for _, path := range mains {
-		f, err := readFile(path)
-		if err != nil {
-			return nil, err
-		}
-		if f != nil {
-			out = append(out, registriesFile{path, f.data})
-			break
-		}
-	}
-	dropIns, err := dropInPaths(dirs, os.ReadDir)
+	mains, dropIns, err := registriesPaths(m.path, os.ReadDir)
 	if err != nil {
 		return nil, err
 	}
-	if original != nil {
-		dropIns[dropInName] = m.at(dropInName)
-	} else {
-		delete(dropIns, dropInName)
-	}
-	for _, name := range slices.Sorted(maps.Keys(dropIns)) {
-		if name == dropInName {
-			out = append(out, registriesFile{dropIns[name], original.data})
+	var out []registriesFile
+	for i, path := range slices.Concat(mains, dropIns) {
+		if i < len(mains) && len(out) > 0 {
 			continue
 		}
-		f, err := readFile(dropIns[name])
-		if err != nil {
-			return nil, err
-		}
-		if f != nil {
-			out = append(out, registriesFile{dropIns[name], f.data})
-		}
-	}
-	return out, nil
-}
-
-// dropInPaths finds drop-ins by name; a directory earlier in dirs shadows the
-// later ones.
-func dropInPaths(dirs []string, list func(dir string) ([]fs.DirEntry, error)) (map[string]string, error) {
-	out := map[string]string{}
-	for _, dir := range slices.Backward(dirs) {
-		entries, err := list(dir)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
+		f, err := original, error(nil)
+		if path != m.at(dropInName) {
+			f, err = readFile(path)
 		}
 		if err != nil {
 			return nil, err
 		}
-		for _, e := range entries {
-			if !e.IsDir() && strings.HasSuffix(e.Name(), ".conf") {
-				out[e.Name()] = filepath.Join(dir, e.Name())
-			}
+		if f == nil {
+			continue
 		}
+		r, err := readRegistries(path, f.data)
+		if err != nil {
+			return nil, fmt.Errorf("CRI-O cannot read this either, and fails every pull: %s: %w", path, err)
+		}
+		out = append(out, r)
 	}
 	return out, nil
 }
@@ -77,10 +43,7 @@ func (h *Hosts) renderCRIO(m *managed, original *file) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	rules, _, err := loadRules(files)
-	if err != nil {
-		return nil, fmt.Errorf("CRI-O cannot read this either, and fails every pull: %w", err)
-	}
+	rules, _ := mergeRules(files)
 	d, err := renderDropIn(rules, h.opts.Registries, h.proxy)
 	return d.data, err
 }
@@ -90,10 +53,7 @@ func (h *Hosts) importCRIO(m *managed, original *file) ([]Imported, error) {
 	if err != nil {
 		return nil, err
 	}
-	rules, origin, err := loadRules(files)
-	if err != nil {
-		return nil, err
-	}
+	rules, origin := mergeRules(files)
 	return importRules(rules, origin, h.proxy, func(host string) certFiles { return registryCerts(m.path, host) }), nil
 }
 

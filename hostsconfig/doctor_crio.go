@@ -32,7 +32,7 @@ func (d *doctor) checkCRIO() {
 		d.checkPrefixes(files, nil)
 		return
 	}
-	if hasBlock(files[ours].data) && !d.opts.Facts.ProxyUp {
+	if files[ours].marked && !d.opts.Facts.ProxyUp {
 		d.add(Finding{
 			ID: "leftovers", Severity: Degraded, Runtime: crio, Where: files[ours].path,
 			What: "Larder's drop-in is in place, but no agent answers at its address. Pulls work, but each tries the dead mirror first.",
@@ -42,36 +42,29 @@ func (d *doctor) checkCRIO() {
 	d.checkOverrides(files, ours)
 	d.checkImages(files)
 	others := slices.Delete(slices.Clone(files), ours, ours+1)
-	d.checkPrefixes(others, files[ours].data)
+	d.checkPrefixes(others, &files[ours])
 }
 
 // crioFiles reads what CRI-O reads. False: a file is broken, and says so.
 func (d *doctor) crioFiles() ([]registriesFile, bool) {
-	mains, dirs := registriesSources(d.opts.CRIO)
-	var names []string
-	for _, name := range mains {
-		if d.node.exists(name) {
-			names = append(names, name)
-			break
-		}
-	}
-	byName, err := dropInPaths(dirs, d.node.list)
+	mains, dropIns, err := registriesPaths(d.opts.CRIO, d.node.list)
 	if err != nil {
 		d.add(Finding{ID: "crio-directory-unreadable", Severity: Broken, Runtime: crio, Where: d.opts.CRIO, What: err.Error() + ".", Fix: "chmod 755 " + d.opts.CRIO})
 		return nil, false
 	}
-	for _, name := range slices.Sorted(maps.Keys(byName)) {
-		names = append(names, byName[name])
+	if d.node.exists(mains[0]) {
+		mains = mains[:1]
 	}
 	var files []registriesFile
 	ok := true
-	for _, name := range names {
+	for _, name := range slices.Concat(mains, dropIns) {
 		data, err := d.node.read(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
+		var f registriesFile
 		if err == nil {
-			_, err = parseRegistries(data)
+			f, err = readRegistries(name, data)
 		}
 		if err != nil {
 			ok = false
@@ -82,24 +75,17 @@ func (d *doctor) crioFiles() ([]registriesFile, bool) {
 			})
 			continue
 		}
-		files = append(files, registriesFile{name, data})
+		files = append(files, f)
 	}
 	return files, ok
 }
 
 // checkOverrides finds files behind ours that replace our entries.
 func (d *doctor) checkOverrides(files []registriesFile, ours int) {
-	mine, _, err := loadRules(files[ours : ours+1])
-	if err != nil {
-		return // reported by crioFiles
-	}
 	for _, f := range files[ours+1:] {
-		rules, _, err := loadRules([]registriesFile{f})
-		if err != nil {
-			continue
-		}
-		for _, prefix := range slices.Sorted(maps.Keys(rules)) {
-			if mine[prefix] == nil {
+		for _, r := range f.rules {
+			prefix := r.str("prefix")
+			if !files[ours].names(prefix) {
 				continue
 			}
 			d.add(Finding{
@@ -114,8 +100,8 @@ func (d *doctor) checkOverrides(files []registriesFile, ours int) {
 // checkImages finds registries that the node pulls from and that have no entry of
 // ours: there is no catch-all, and nothing else would tell.
 func (d *doctor) checkImages(files []registriesFile) {
-	rules, _, err := loadRules(files)
-	if err != nil || !d.opts.Facts.ProxyUp || !slices.Contains(d.opts.Registries, "*") {
+	rules, _ := mergeRules(files)
+	if !d.opts.Facts.ProxyUp || !slices.Contains(d.opts.Registries, "*") {
 		return // a list without "*" says which, and means no other
 	}
 	left := map[string]bool{}
@@ -137,11 +123,8 @@ func (d *doctor) checkImages(files []registriesFile) {
 }
 
 // checkPrefixes finds the prefixes that get, or have, no entry of ours.
-func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
-	rules, origin, err := loadRules(others)
-	if err != nil {
-		return // reported by crioFiles
-	}
+func (d *doctor) checkPrefixes(others []registriesFile, ours *registriesFile) {
+	rules, origin := mergeRules(others)
 	rendered, err := renderDropIn(rules, d.opts.Registries, d.proxy)
 	if err != nil {
 		d.add(Finding{ID: "crio-no-drop-in", Severity: Broken, Runtime: crio, What: err.Error() + ".", Fix: d.hostsCommand("apply") + " --dry-run"})
@@ -156,13 +139,8 @@ func (d *doctor) checkPrefixes(others []registriesFile, ours []byte) {
 	if ours == nil || !d.opts.Facts.ProxyUp {
 		return
 	}
-	have, err := parseRegistries(ours)
-	if err != nil {
-		return // reported by crioFiles
-	}
 	for _, prefix := range slices.Sorted(maps.Keys(rules)) {
-		named := slices.ContainsFunc(have, func(r rule) bool { return r.str("prefix") == prefix })
-		if named || rendered.left[prefix] != "" || !covers(d.opts.Registries, prefix) {
+		if ours.names(prefix) || rendered.left[prefix] != "" || !covers(d.opts.Registries, prefix) {
 			continue
 		}
 		d.add(Finding{

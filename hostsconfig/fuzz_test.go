@@ -113,10 +113,11 @@ func FuzzDropIn(f *testing.F) {
 	}
 	proxy := netip.MustParseAddrPort(testProxy)
 	f.Fuzz(func(t *testing.T, conf []byte) {
-		rules, _, err := loadRules([]registriesFile{{"registries.conf", conf}})
+		file, err := readRegistries("registries.conf", conf)
 		if err != nil {
 			return
 		}
+		rules, _ := mergeRules([]registriesFile{file})
 		d, err := renderDropIn(rules, []string{"*"}, proxy)
 		if err != nil {
 			t.Fatalf("%v\n%s", err, conf)

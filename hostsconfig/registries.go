@@ -2,7 +2,9 @@ package hostsconfig
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"path/filepath"
@@ -218,24 +220,31 @@ func agree(a, b rule) bool {
 
 // registriesFile is one file that containers-image reads.
 type registriesFile struct {
-	path string
-	data []byte
+	path   string
+	marked bool // it has a block of ours
+	rules  []rule
 }
 
-// loadRules merges files the way containers-image does: a later file replaces
-// the whole rule of a prefix. The error names the file that breaks pulls.
-func loadRules(files []registriesFile) (map[string]rule, map[string]string, error) {
-	rules, origin := map[string]rule{}, map[string]string{}
+// names reports whether a rule of f is for prefix.
+func (f registriesFile) names(prefix string) bool {
+	return slices.ContainsFunc(f.rules, func(r rule) bool { return r.str("prefix") == prefix })
+}
+
+func readRegistries(path string, doc []byte) (registriesFile, error) {
+	rules, err := parseRegistries(doc)
+	return registriesFile{path, hasBlock(doc), rules}, err
+}
+
+// mergeRules does what containers-image does: a later file replaces the whole rule of a
+// prefix. origin is the path of the file that a prefix's rule is from.
+func mergeRules(files []registriesFile) (rules map[string]rule, origin map[string]string) {
+	rules, origin = map[string]rule{}, map[string]string{}
 	for _, f := range files {
-		list, err := parseRegistries(f.data)
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", f.path, err)
-		}
-		for _, r := range list {
+		for _, r := range f.rules {
 			rules[r.str("prefix")], origin[r.str("prefix")] = r, f.path
 		}
 	}
-	return rules, origin, nil
+	return rules, origin
 }
 
 // matchRule returns the rule that containers-image would apply to ref. The
@@ -537,15 +546,31 @@ func ruleEndpoint(r rule, certs func(string) certFiles) Endpoint {
 	return e
 }
 
-// registriesSources names the files containers-image reads, in its order,
-// given the managed drop-in directory: registries.conf beside it, or the
-// vendor's when there is none, then all drop-ins by file name.
-func registriesSources(dropInDir string) (main []string, dropIns []string) {
-	main = []string{filepath.Join(filepath.Dir(dropInDir), "registries.conf")}
-	dropIns = []string{dropInDir}
+// registriesPaths names the files containers-image reads, given the managed drop-in
+// directory: the first of mains that is there, then all drop-ins by file name. One shadows
+// the vendor's of its name. Ours is among them, there or not.
+func registriesPaths(dropInDir string, list func(dir string) ([]fs.DirEntry, error)) (mains, dropIns []string, err error) {
+	mains = []string{filepath.Join(filepath.Dir(dropInDir), "registries.conf")}
+	dirs := []string{dropInDir}
 	if root, ok := strings.CutSuffix(dropInDir, "/etc/containers/registries.conf.d"); ok {
 		vendor := filepath.Join("/", root, "usr/share/containers/registries.conf")
-		return append(main, vendor), append(dropIns, vendor+".d")
+		mains, dirs = append(mains, vendor), append(dirs, vendor+".d")
 	}
-	return main, dropIns
+	byName := map[string]string{}
+	for _, dir := range slices.Backward(dirs) {
+		entries, err := list(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, nil, err
+		}
+		for _, e := range entries {
+			if !e.IsDir() && strings.HasSuffix(e.Name(), ".conf") {
+				byName[e.Name()] = filepath.Join(dir, e.Name())
+			}
+		}
+	}
+	byName[dropInName] = filepath.Join(dropInDir, dropInName)
+	for _, name := range slices.Sorted(maps.Keys(byName)) {
+		dropIns = append(dropIns, byName[name])
+	}
+	return mains, dropIns, nil
 }
