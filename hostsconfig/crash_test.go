@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -162,6 +163,42 @@ func TestCrashOnUpgrade(t *testing.T) {
 	for n := 0; !upgrade(t, n); n += stride {
 		if t.Failed() || n > 1000 {
 			t.Fatalf("after %d steps", n)
+		}
+	}
+}
+
+// TestStepFails: one change that the disk refuses is reported, and costs the user nothing,
+// though those after it are made.
+func TestStepFails(t *testing.T) {
+	stride := 1
+	if testing.Short() {
+		stride = 3
+	}
+	for n := 0; ; n += stride {
+		dir := t.TempDir()
+		crashTree.write(t, dir)
+		before := snapshot(t, dir)
+		h := newHosts(t, crashOptions(dir))
+		count, failed := 0, ""
+		h.disk = disk{unsynced: true, step: func(op, path string) error {
+			if count++; count == n+1 {
+				failed = op + " " + path
+				return syscall.ENOSPC
+			}
+			return nil
+		}}
+		_, applied := h.Apply(t.Context())
+		_, removed := h.Remove(t.Context())
+		if failed == "" {
+			return
+		}
+		if !errors.Is(errors.Join(applied, removed), syscall.ENOSPC) {
+			t.Errorf("%s failed, and Apply said %v, Remove %v", failed, applied, removed)
+		}
+		remove(t, h)
+		wantSame(t, failed+" failed: not restored", before, snapshot(t, dir))
+		if t.Failed() {
+			return
 		}
 	}
 }
