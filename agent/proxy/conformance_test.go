@@ -85,15 +85,6 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// TestRefusedAddress: whoever asks learns that it is Larder that does not go there.
-func TestRefusedAddress(t *testing.T) {
-	a := startNode(t, nil).get("/v2/a/manifests/v1?ns=127.0.0.1:1")
-	checkOCIError(t, a, 502, "UNAVAILABLE")
-	if !strings.Contains(string(a.body), "the agent's log says why") {
-		t.Errorf("answer: %s", a.body)
-	}
-}
-
 // TestManifestBytes holds that manifests of every kind come byte by byte with
 // the type they were pushed with, cold and warm, by tag and digest.
 func TestManifestBytes(t *testing.T) {

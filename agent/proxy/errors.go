@@ -72,10 +72,10 @@ func toAPIError(err error, kind Kind, relay bool) *apiError {
 		return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "the registry sent something else than was asked for"}
 	case errors.Is(err, context.Canceled):
 		return &apiError{status: statusClientGone, code: codeUnavailable, message: "the client went away"}
-	case errors.Is(err, upstream.ErrRefused): // not what is at that address: clients may be anybody on this node
-		return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "Larder does not go to this registry, or where it leads; the agent's log says why, and which setting allows it"}
 	case upstream.IsUnavailable(err), errors.Is(err, cache.ErrClosed), errors.Is(err, context.DeadlineExceeded):
 		return &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "the registry cannot be reached now"}
+	case errors.Is(err, upstream.ErrRefused): // by this node's configuration: its text names the key
+		return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: err.Error()}
 	}
 	return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "the registry's answer cannot be used"}
 }

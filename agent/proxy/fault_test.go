@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -607,5 +608,31 @@ func TestNoRoomIsSaid(t *testing.T) {
 	}
 	if !strings.Contains(said.String(), "max_bytes=1 ") {
 		t.Errorf("nothing about the limit:\n%s", said.String())
+	}
+}
+
+// TestRefusedAddress: an answer that this node's configuration prevents says what was
+// refused, and which key allows it. "The registry's answer cannot be used" sent people to
+// the registry, which nobody had asked.
+func TestRefusedAddress(t *testing.T) {
+	n := startNode(t, nil)
+	d := n.image().Digest
+	n.registry.Inject(registrytest.Match{Repository: repo}, registrytest.RedirectTo("http://169.254.169.254/x"))
+	for path, want := range map[string][]string{
+		"/v2/" + repo + "/manifests/v1?ns=10.1.2.3:5000": {"10.1.2.3", "[[registry]]"},
+		"/v2/10.1.2.3_5000/" + repo + "/manifests/v1":    {"10.1.2.3", "[[registry]]"},
+		manifestPath("v1"):       {"169.254.169.254", "token_realms", host},
+		manifestPath(d.String()): {"169.254.169.254", "token_realms", host},
+	} {
+		a := n.get(path)
+		var body struct{ Errors []struct{ Message string } }
+		if err := json.Unmarshal(a.body, &body); err != nil || len(body.Errors) != 1 {
+			t.Fatalf("%s: %v: %s", path, err, a.body)
+		}
+		for _, w := range want {
+			if a.status != 502 || !strings.Contains(body.Errors[0].Message, w) {
+				t.Errorf("%s: status %d, %s; it lacks %s", path, a.status, body.Errors[0].Message, w)
+			}
+		}
 	}
 }

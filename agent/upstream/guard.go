@@ -176,12 +176,16 @@ func (r ruling) trusted(host string) bool {
 }
 
 func (r ruling) refuse(host, what string) error {
+	host = clip(host, maxShownHost)
 	if r.foreign {
 		return fmt.Errorf("%w: %s sends us to %s, %s; list that host in token_realms of registry %q if this is right",
 			ErrRefused, r.ep.addr.host, host, what, r.ep.reg.Host)
 	}
 	return fmt.Errorf("%w: %s is %s; add a [[registry]] table with this host if this is right", ErrRefused, host, what)
 }
+
+// maxShownHost is as long as a name can be in DNS. A redirect may give a longer one.
+const maxShownHost = 253
 
 // dialTimeout bounds one TCP connect; a dead address must not eat the time
 // that a second upstream needs.
@@ -253,14 +257,14 @@ func (ep *endpoint) checkRealm(u *url.URL) error {
 	case host == "" || (u.Scheme != "https" && u.Scheme != "http"):
 		return fmt.Errorf("%w: token realm %q is no http(s) URL", ErrRefused, clip(redactURL(u.String()), 128))
 	case u.Scheme == "http" && ep.addr.scheme == "https":
-		return fmt.Errorf("%w: token realm %s would send credentials in clear", ErrRefused, u.Host)
+		return fmt.Errorf("%w: token realm %s would send credentials in clear", ErrRefused, clip(u.Host, maxShownHost))
 	case listed || strings.EqualFold(host, ep.hostname()) || sameSite(host, ep.hostname()) || sameOwner(host, ep.hostname()):
 		return nil
 	case loopback(host) && loopback(ep.hostname()):
 		return nil // two names of this machine
 	}
 	return fmt.Errorf("%w: token realm %s is not of %s; add it to token_realms of registry %q if this is right",
-		ErrRefused, u.Host, ep.hostname(), ep.reg.Host)
+		ErrRefused, clip(u.Host, maxShownHost), ep.hostname(), ep.reg.Host)
 }
 
 // sameOwner says whether the registry's operator is known to have its token service

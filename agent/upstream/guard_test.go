@@ -80,7 +80,7 @@ func TestRefusalIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var said logtest.Buffer
 		c := newClient(t, func(cfg *Config) {
-			cfg.resolver, cfg.Logger = answering(t, "10.0.0.1"), slog.New(slog.NewTextHandler(&said, nil))
+			cfg.Logger = slog.New(slog.NewTextHandler(&said, nil))
 		})
 		ask := func(host string) {
 			_, err := c.Resolve(t.Context(), Target{Registry: host, Repository: repo}, "v1", nil)
@@ -93,7 +93,7 @@ func TestRefusalIsSaid(t *testing.T) {
 			if i == 2 {
 				time.Sleep(time.Hour)
 			}
-			ask("registry.corp.test")
+			ask("registry.internal")
 			if n := strings.Count(said.String(), cure); n != want {
 				t.Errorf("said %d times, want %d:\n%s", n, want, said.String())
 			}
@@ -102,7 +102,7 @@ func TestRefusalIsSaid(t *testing.T) {
 			t.Errorf("%+v", h)
 		}
 		for i := range 100 {
-			ask(fmt.Sprintf("made-up-%d.test", i))
+			ask(fmt.Sprintf("made-up-%d.internal", i))
 		}
 		if n := strings.Count(said.String(), cure); n > 13 {
 			t.Errorf("said %d times", n)
@@ -168,6 +168,9 @@ func TestNamesThatLeadInside(t *testing.T) {
 		_, err := c.Resolve(t.Context(), Target{Registry: "evil.test", Repository: repo}, "v1", nil)
 		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "[[registry]]") {
 			t.Errorf("a name at %s: %v, want refused with advice", addr, err)
+		}
+		if h := c.Health()[0]; h.Failures != 0 || h.LastError != err.Error() {
+			t.Errorf("a name at %s: %d failures, the last %q", addr, h.Failures, h.LastError)
 		}
 	}
 	reg := registrytest.Start(t, registrytest.Options{})

@@ -242,11 +242,11 @@ func (ep *endpoint) follow(ctx context.Context, req *http.Request, q request) (r
 		case err != nil || location == "":
 			return nil, nil, fmt.Errorf("%w: a redirect without a usable Location", ErrBadAnswer)
 		case visited[target.String()]:
-			return nil, nil, fmt.Errorf("%w: redirects in a circle at %s", ErrBadAnswer, target.Host)
+			return nil, nil, fmt.Errorf("%w: redirects in a circle at %s", ErrBadAnswer, clip(target.Host, maxShownHost))
 		case len(visited) > maxRedirects:
 			return nil, nil, fmt.Errorf("%w: more than %d redirects", ErrBadAnswer, maxRedirects)
 		case req.URL.Scheme == "https" && target.Scheme == "http" && !ep.reg.plain(target):
-			return nil, nil, fmt.Errorf("%w: redirect from https to http at %s", ErrRefused, target.Host)
+			return nil, nil, fmt.Errorf("%w: redirect from https to http at %s", ErrRefused, clip(target.Host, maxShownHost))
 		}
 		next := req.Clone(ctx)
 		next.URL, next.Host = target, target.Host
