@@ -105,8 +105,9 @@ func (c *Cache) scrubBlob(ctx context.Context, b *blob, limit *rate.Limiter) {
 	case !errors.Is(err, ErrDigestMismatch) && !errors.Is(err, unix.EIO):
 		c.log.Warn("scrub cannot read a blob", "digest", b.digest, "err", err)
 	default:
+		// It was right when it was committed: its origins are for those who compare nodes.
 		from, _ := c.meta.Fetched(b.digest)
-		c.log.Warn("scrub found a bad blob", "digest", b.digest, "bytes", b.size, "source", sources(from.Size, from.Origins), "err", err)
+		c.log.Warn("scrub found a bad blob", "digest", b.digest, "bytes", b.size, "origins", sources(from.Size, from.Origins), "err", err)
 		c.metrics.corruptions.Inc()
 		_ = c.drop(ctx, b, reasonScrub)
 	}
