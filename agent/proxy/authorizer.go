@@ -304,17 +304,24 @@ func (a *authorizer) believable(registry string, err error) error {
 	return err
 }
 
-// askRegistry puts the question to the registry. One that wants to be left alone
-// for a moment is asked after that: a rate limit is no verdict, and the runtime
-// would run into the same one.
+// askRegistry puts the question to the registry.
 func (a *authorizer) askRegistry(ctx context.Context, t upstream.Target, q Question) error {
+	err := a.patiently(ctx, func() error { return a.askOnce(ctx, t, q) })
+	if err == nil {
+		a.sayAsked(t, q)
+	}
+	return a.withChallenge(ctx, t, q.Reference, err)
+}
+
+// patiently asks again once a registry that wants to be left alone for a moment may be
+// asked: a rate limit is no verdict, and the runtime would run into the same one. A pause
+// that ends too late for whoever waits is not waited for.
+func (a *authorizer) patiently(ctx context.Context, ask func() error) error {
+	wait, cancel := context.WithTimeout(ctx, a.budget*4/5)
+	defer cancel()
 	for {
-		err := a.askOnce(ctx, t, q)
-		if err == nil {
-			a.sayAsked(t, q)
-		}
-		if !pauseFor(ctx, err) {
-			return a.withChallenge(ctx, t, q.Reference, err)
+		if err := ask(); !pauseFor(wait, err) {
+			return err
 		}
 	}
 }

@@ -636,3 +636,37 @@ func TestRefusedAddress(t *testing.T) {
 		}
 	}
 }
+
+// TestThrottled: while a registry wants to be left alone for longer than a runtime waits,
+// requests that need it are answered at once, so that the runtime goes on, and the registry
+// hears of none of them. If it wants a moment, they get what they asked for after that.
+func TestThrottled(t *testing.T) {
+	for name, tc := range map[string]struct {
+		after  time.Duration
+		status int
+		atMost time.Duration
+	}{
+		"for long":     {20 * time.Second, 503, time.Second},
+		"for a moment": {time.Second, 200, 4 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = 4 * time.Second })
+			img := n.image()
+			n.registry.Inject(registrytest.Match{}, registrytest.Times(1), registrytest.TooManyRequests(tc.after))
+			paths := []string{
+				manifestPath("v1"), pathManifest("v1"), manifestPath(img.Digest.String()), blobPath(img.Layers[0].Digest), pathBlob(img.Layers[0].Digest),
+			}
+			for _, path := range paths {
+				begun := time.Now()
+				a := n.get(path)
+				if took := time.Since(begun); a.status != tc.status || took > tc.atMost {
+					t.Errorf("%s: status %d after %s", path, a.status, took)
+				}
+				if got := n.registry.Count(registrytest.Match{}); tc.status != 200 && got != 1 {
+					t.Errorf("%s: %d requests upstream, want the first alone", path, got)
+				}
+			}
+		})
+	}
+}

@@ -247,7 +247,7 @@ func mayServeStale(err error) bool {
 func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []string) (resolved, error) {
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	desc, err := p.resolveRemote(ctx, acc.target, key.tag, accept)
+	desc, err := p.askForTag(ctx, acc.target, key, accept)
 	if old, ok := errors.AsType[*StaleTag](err); ok {
 		return p.believe(key, old.Descriptor), nil
 	}
@@ -260,6 +260,20 @@ func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []str
 		return resolved{}, err
 	}
 	return p.remember(acc.target, key, desc), nil
+}
+
+// askForTag waits out a short pause that the registry asks for only if nothing is known of
+// the tag, which would be the answer at once.
+func (p *Proxy) askForTag(ctx context.Context, t upstream.Target, key tagKey, accept []string) (desc ocispec.Descriptor, err error) {
+	if _, known := p.lastKnown(key); known {
+		return p.resolveRemote(ctx, t, key.tag, accept)
+	}
+	err = p.auth.patiently(ctx, func() error {
+		var err error
+		desc, err = p.resolveRemote(ctx, t, key.tag, accept)
+		return err
+	})
+	return desc, err
 }
 
 // remember keeps what upstream says that a tag stands for.
