@@ -243,6 +243,28 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// TestExplainArriving: a root that is on its way is no image that nobody pulled.
+func TestExplainArriving(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	held := reg.Inject(registrytest.Match{Kind: registrytest.Manifest, Method: http.MethodGet}, registrytest.Hold())
+	a := start(t, c)
+	pulled := make(chan error, 1)
+	go func() {
+		_, err := (Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.client, Platform: "linux/amd64"}).Pull(t.Context(), testImage)
+		pulled <- err
+	}()
+	<-held.Held()
+	e, err := a.Explain(testImage, "linux/amd64")
+	held.Release()
+	if err != nil || e.Digest != img.Digest || len(e.Parts) != 1 || e.Parts[0].Where != "arriving" || e.Parts[0].Digest != img.Digest || e.Parts[0].Size >= 0 || e.Bytes != 0 {
+		t.Errorf("%+v, %v", e, err)
+	}
+	if err := <-pulled; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestExplainWithoutLists: what only a client that takes no lists asked for is known too.
 func TestExplainWithoutLists(t *testing.T) {
 	c := testConfig(t)

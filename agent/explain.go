@@ -84,14 +84,19 @@ func (e *explainer) trouble() string {
 	return e.agent.recent.trouble(e.image, e.image.Reference)
 }
 
-// read returns a manifest that is on this node. The root must be; another may be of a
-// platform that nobody pulled here.
+// read returns a manifest that is on this node. The root must be, or be arriving; another
+// may be of a platform that nobody pulled here.
 func (e *explainer) read(d ocispec.Descriptor) ([]byte, error) {
 	body, err := e.agent.readManifest(d.Digest)
 	if err == nil {
 		return body, nil
 	}
 	if len(e.out.Parts) > 0 {
+		e.add("manifest", d)
+		return nil, errNotBelow
+	}
+	if fill, arriving := e.fills[d.Digest]; arriving {
+		d.Size = fill.Size
 		e.add("manifest", d)
 		return nil, errNotBelow
 	}
