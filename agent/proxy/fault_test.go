@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/test/logtest"
@@ -605,6 +606,9 @@ func TestNoRoomIsSaid(t *testing.T) {
 		if got := strings.Count(said.String(), "passed through and not kept"); got != want {
 			t.Errorf("pull %d: said %d times, want %d:\n%s", i, got, want, said.String())
 		}
+	}
+	if n := testutil.ToFloat64(n.proxy.metrics.unkept); n != 9 {
+		t.Errorf("%v are counted, want three for each of three pulls", n)
 	}
 	if !strings.Contains(said.String(), "max_bytes=1 ") {
 		t.Errorf("nothing about the limit:\n%s", said.String())

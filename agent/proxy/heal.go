@@ -87,6 +87,7 @@ func (p *Proxy) sayUnkept(t upstream.Target, d digest.Digest, err error) {
 	if errors.Is(err, cache.ErrForeign) || errors.Is(err, cache.ErrInvalidDigest) {
 		return // of which the disk knows nothing
 	}
+	p.metrics.unkept.Inc()
 	now, last := time.Now(), p.saidUnkept.Load()
 	if last != nil && now.Sub(*last) < unkeptEvery || !p.saidUnkept.CompareAndSwap(last, &now) {
 		return

@@ -13,6 +13,7 @@ type metrics struct {
 	firstByte *prometheus.HistogramVec // source
 	stale     prometheus.Counter
 	decisions *prometheus.CounterVec // decision
+	unkept    prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -32,6 +33,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "larder_tag_stale_served_total", Help: "Tags answered with the last known digest because upstream could not be asked.",
 		}),
 		decisions: newDecisions(f),
+		unkept: f.NewCounter(prometheus.CounterOpts{
+			Name: "larder_unkept_total", Help: "Times that a blob or manifest was passed on and not kept, because the cache has no room for it.",
+		}),
 	}
 }
 

@@ -157,6 +157,13 @@ func TestAlerts(t *testing.T) {
 				larder_peer_members{job="l",instance="n2"} 1x120`,
 			},
 		},
+		"LarderNotKeeping": {
+			fires: []string{`larder_unkept_total{job="l",instance="n1"} 0+1x120`},
+			quiet: []string{
+				`larder_unkept_total{job="l",instance="n1"} 7x120`,
+				`larder_unkept_total{job="l",instance="n1"} 0x100 3x20`, // one image that is too large
+			},
+		},
 		"LarderAuditIncomplete": {
 			fires: []string{`larder_audit_lines_lost_total{job="l",instance="n1"} 0x110 1x10`},
 			quiet: []string{`larder_audit_lines_lost_total{job="l",instance="n1"} 3x120`},
