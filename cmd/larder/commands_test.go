@@ -617,6 +617,9 @@ func TestVersion(t *testing.T) {
 	if code != 0 || !strings.HasPrefix(out, "larder ") || !strings.Contains(out, "go1.") {
 		t.Errorf("exit %d: %q", code, out)
 	}
+	if _, flag, _ := larder(t, "--version"); flag != out {
+		t.Errorf("--version says %q, version %q", flag, out)
+	}
 	var b agent.Build
 	code, out, _ = larder(t, "version", "--json")
 	if err := json.Unmarshal([]byte(out), &b); err != nil || code != 0 || b.Version == "" || b.Go == "" {

@@ -111,7 +111,9 @@ containerd and CRI-O on the loopback address: from this node's disk, then from
 other nodes, and only then from the registry.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Version:       versionText(build()),
 	}
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
 	for _, group := range []struct {
 		title    string

@@ -51,14 +51,17 @@ func newVersion() *cobra.Command {
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), b)
 			}
-			line := "larder " + b.Version
-			if b.Commit != "" {
-				line += " (" + b.Commit + ")"
-			}
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), line, b.Go)
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), versionText(b))
 			return err
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+func versionText(b agent.Build) string {
+	if b.Commit == "" {
+		return fmt.Sprintf("larder %s %s", b.Version, b.Go)
+	}
+	return fmt.Sprintf("larder %s (%s) %s", b.Version, b.Commit, b.Go)
 }
