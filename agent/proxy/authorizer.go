@@ -433,6 +433,18 @@ func (a *access) refuse(kind Kind, err error) error {
 	return e
 }
 
+// conclude takes the registry's answer to a question about a manifest, a yes or a no, as
+// the decision. It returns what the client is told.
+func (a *access) conclude(err error) error {
+	switch {
+	case err == nil:
+		a.decision = a.yes()
+	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
+		return a.refuse(KindManifest, err)
+	}
+	return err
+}
+
 // unknown is the answer while the registry cannot be asked and nothing known lets
 // the caller in. It is the error of the question, without a challenge: for most
 // challenges a client would need a token that it cannot get now. A Basic challenge

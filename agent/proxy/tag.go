@@ -96,66 +96,76 @@ func (k tagKey) accepts() []string {
 	return acceptOne
 }
 
+// resolveKey is resolve for one of the tag's answers.
 func (p *Proxy) resolveKey(ctx context.Context, acc *access, key tagKey, q tagQuery) (resolved, error) {
 	if acc.decision == decidedPinned { // a moment ago he was refused all else
-		pinned, ok := p.pinned(key)
-		if !ok || !pinned.shown {
-			return resolved{}, errUnacceptable
+		if pinned, ok := p.pinned(key); ok && pinned.shown {
+			return pinned, nil
 		}
-		return pinned, nil
+		return resolved{}, errUnacceptable
 	}
 	if found, ok := p.fresh.get(key); ok && p.suffices(acc, q, found) {
 		return found, nil
 	}
-	last, known := p.lastKnown(key)
-	known = known && !q.current
-	wait, cancel := ctx, context.CancelFunc(func() {})
-	if _, in := p.auth.standsHere(*acc, last.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
-		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
+	if !q.current {
+		return p.resolveOrRecall(ctx, acc, key, q.accept)
 	}
-	defer cancel()
-	asker := *acc
-	found, err := p.resolves.do(wait, tagAsk{key, acc.who}, func(ctx context.Context) (resolved, error) {
-		return p.askTag(ctx, asker, key, q.accept)
-	})
+	found, err := p.askTag(ctx, *acc, key, q.accept)
+	if err == nil && found.stale {
+		err = errStale
+	}
+	return found, acc.conclude(err)
+}
+
+// resolveOrRecall asks the registry what a tag stands for and, if that cannot say, says
+// what it stood for.
+func (p *Proxy) resolveOrRecall(ctx context.Context, acc *access, key tagKey, accept []string) (resolved, error) {
+	wait := ctx
+	former, known := p.lastKnown(key)
+	if _, in := p.auth.standsHere(*acc, former.desc.Digest.String()); in && known { // then upstream gets the larger part of the budget, the manifest the rest
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeoutCause(ctx, p.opts.FirstByteBudget*3/5, errBudget)
+		defer cancel()
+	}
+	found, err := p.askTag(wait, *acc, key, accept)
 	switch {
 	case err == nil && !found.stale:
 		acc.decision = acc.yes()
 		return found, nil
 	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
-		if q.current {
-			return resolved{}, acc.refuse(KindManifest, err)
-		}
 		return p.resolvePinned(acc, key, err)
-	case ctx.Err() != nil, err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
+	case ctx.Err() != nil:
+		return resolved{}, cmp.Or(err, context.Cause(ctx))
+	case err != nil && !errors.Is(err, errBudget) && !mayServeStale(err):
 		return resolved{}, err
-	case q.current:
-		return resolved{}, cmp.Or(err, error(errStale))
 	}
-	if known && p.fallBack(acc, key, &last) {
-		return last, nil
+	if known {
+		if last, in := p.recall(acc, key, former); in {
+			return last, nil
+		}
 	}
 	return p.resolveStale(ctx, acc, key, found, err)
 }
 
-// fallBack updates last, what a tag stood for before the registry was asked in vain, to
-// what is known by now: another caller may have been told meanwhile. It reports whether
-// this caller may have the new answer or, failing that, the former one.
-func (p *Proxy) fallBack(acc *access, key tagKey, last *resolved) bool {
+// recall returns what a tag stands for by what is known now, since another caller may have
+// been told meanwhile, or, if this caller may not have that, what it stood for before the
+// registry was asked in vain. It reports whether the caller may have either.
+func (p *Proxy) recall(acc *access, key tagKey, former resolved) (resolved, bool) {
 	newest, known := p.lastKnown(key)
 	if !known { // it is gone
-		return false
+		return resolved{}, false
 	}
-	stand, in := p.auth.standsHere(*acc, newest.desc.Digest.String())
-	if in {
-		*last = newest
+	if stand, in := p.auth.standsHere(*acc, newest.desc.Digest.String()); in {
+		*acc = stand
 		// Callers that come within the next tag_ttl need not wait too.
 		p.fresh.add(key, newest, p.tagTTL(key.Registry))
-	} else if stand, in = p.auth.standsHere(*acc, last.desc.Digest.String()); !in {
-		return false
+		return newest, true
 	}
-	*acc = stand
-	return true
+	stand, in := p.auth.standsHere(*acc, former.desc.Digest.String())
+	if in {
+		*acc = stand
+	}
+	return former, in
 }
 
 // suffices reports whether what is remembered of a tag answers a query. A query for
@@ -207,13 +217,7 @@ func (p *Proxy) confirm(ctx context.Context, acc *access, d digest.Digest) error
 		p.auth.learn(&asker, Question{Reference: key.tag}, 0, err)
 		return resolved{}, err
 	})
-	switch {
-	case err == nil:
-		acc.decision = acc.yes()
-	case upstream.IsUnauthorized(err), upstream.IsNotFound(err):
-		return acc.refuse(KindManifest, err)
-	}
-	return err
+	return acc.conclude(err)
 }
 
 // resolveStale answers while the registry cannot be asked and this node does not
@@ -242,9 +246,15 @@ func mayServeStale(err error) bool {
 	return upstream.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// askTag asks upstream, and remembers the answer even if nobody waits for it
-// any more.
-func (p *Proxy) askTag(ctx context.Context, acc access, key tagKey, accept []string) (resolved, error) {
+// askTag asks upstream, once for all who ask the same now, and remembers the answer even if
+// nobody waits for it any more.
+func (p *Proxy) askTag(ctx context.Context, asker access, key tagKey, accept []string) (resolved, error) {
+	return p.resolves.do(ctx, tagAsk{key, asker.who}, func(ctx context.Context) (resolved, error) {
+		return p.learnTag(ctx, asker, key, accept)
+	})
+}
+
+func (p *Proxy) learnTag(ctx context.Context, acc access, key tagKey, accept []string) (resolved, error) {
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
 	desc, err := p.askForTag(ctx, acc.target, key, accept)
