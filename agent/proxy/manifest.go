@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -33,7 +32,8 @@ func (p *Proxy) serveManifest(x *exchange) error {
 		return err
 	}
 	if x.r.Method == http.MethodHead && !x.route.pathEncoded && found.complete() { // by tag
-		return p.headManifest(x, found)
+		p.sendManifest(x, found, manifest{desc: found.desc, from: sourceUpstream}, io.NewSectionReader(nil, 0, found.desc.Size))
+		return nil
 	}
 	d := found.desc.Digest
 	m, err := p.manifest(x.ctx, x.access.target, d)
@@ -51,11 +51,7 @@ func (p *Proxy) serveManifest(x *exchange) error {
 	if err := p.promiseTo(x, m); err != nil {
 		return err
 	}
-	if found.stale {
-		m.from = sourceStale
-		p.metrics.stale.Inc()
-	}
-	p.sendManifest(x, m)
+	p.sendManifest(x, found, m, bytes.NewReader(m.body))
 	return nil
 }
 
@@ -86,36 +82,18 @@ func (p *Proxy) manifestPatience(x *exchange) time.Duration {
 	return p.opts.FirstByteBudget
 }
 
-func (p *Proxy) sendManifest(x *exchange, m manifest) {
+// sendManifest answers with the bytes in body; a HEAD needs no more than their number.
+func (p *Proxy) sendManifest(x *exchange, found resolved, m manifest, body io.ReadSeeker) {
+	if found.stale {
+		m.from = sourceStale
+		p.metrics.stale.Inc()
+	}
 	h := x.Header()
 	h.Set("Content-Type", m.desc.MediaType)
 	h.Set("Cache-Control", cacheControl(x))
 	setDigest(h, m.desc.Digest)
 	x.describe(m.from, m.desc.Size, 0)
-	http.ServeContent(x, x.r, "", time.Time{}, bytes.NewReader(m.body))
-}
-
-// headManifest answers from what resolving the tag told.
-func (p *Proxy) headManifest(x *exchange, tag resolved) error {
-	from := sourceUpstream
-	if tag.stale {
-		from = sourceStale
-		p.metrics.stale.Inc()
-	}
-	h := x.Header()
-	h.Set("Content-Type", tag.desc.MediaType)
-	h.Set("Content-Length", strconv.FormatInt(tag.desc.Size, 10))
-	h.Set("Cache-Control", cacheControl(x))
-	h.Set("Accept-Ranges", "bytes")
-	setDigest(h, tag.desc.Digest)
-	x.describe(from, tag.desc.Size, 0)
-	if matchesTag(x.r.Header.Get("If-None-Match"), etag(tag.desc.Digest), true) {
-		h.Del("Content-Length")
-		x.WriteHeader(http.StatusNotModified)
-		return nil
-	}
-	x.WriteHeader(http.StatusOK)
-	return nil
+	http.ServeContent(x, x.r, "", time.Time{}, body)
 }
 
 func cacheControl(x *exchange) string {
