@@ -241,8 +241,6 @@ func (st *stream) again(ctx context.Context, err error) bool {
 // open asks the upstreams for what is left, in order, and keeps the first
 // answer that can be used.
 func (st *stream) open(ctx context.Context) error {
-	var verdict error
-	final := false
 	var whole *endpoint // ignores Range, which costs more than cheapSkip
 	order := st.src.reg.order(st.src.t)
 	if len(order) > 1 && order[0] == st.avoid {
@@ -252,25 +250,17 @@ func (st *stream) open(ctx context.Context) error {
 	if len(order) == 1 {
 		most = math.MaxInt64
 	}
-	for _, ep := range order {
+	err := firstAnswer(ctx, order, func(ep *endpoint) error {
 		err := st.openAt(ctx, ep, most)
-		if err == nil {
-			return nil
-		}
 		if errors.Is(err, errNoRanges) && !st.extra {
 			whole = ep
 		}
-		if !final {
-			verdict, final = err, ep.last
-		}
-		if ctx.Err() != nil {
-			return err
-		}
-	}
-	if whole != nil { // the last resort: read all of it again for its end
+		return err
+	})
+	if err != nil && whole != nil && ctx.Err() == nil { // the last resort: read all of it again for its end
 		return st.openAt(ctx, whole, math.MaxInt64)
 	}
-	return verdict
+	return err
 }
 
 // openAt keeps the answer of ep unless more than most bytes of it lie before off.

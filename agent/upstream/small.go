@@ -59,13 +59,21 @@ func (c *Client) each(ctx context.Context, t Target, op string, ask func(context
 
 // pass asks each endpoint once.
 func (c *Client) pass(ctx context.Context, reg *registry, t Target, ask func(context.Context, *endpoint) error) error {
+	order := reg.order(t)
+	return firstAnswer(ctx, order, func(ep *endpoint) error {
+		attempt, cancel := share(ctx, ep != order[len(order)-1])
+		defer cancel()
+		return ask(attempt, ep)
+	})
+}
+
+// firstAnswer asks in this order until one answers or ctx ends. If none does, the error is
+// that of the endpoint with the last word, or of the last one asked.
+func firstAnswer(ctx context.Context, order []*endpoint, ask func(*endpoint) error) error {
 	var verdict error
 	final := false // verdict is of the endpoint with the last word
-	order := reg.order(t)
-	for i, ep := range order {
-		attempt, cancel := share(ctx, i+1 < len(order))
-		err := ask(attempt, ep)
-		cancel()
+	for _, ep := range order {
+		err := ask(ep)
 		if err == nil {
 			return nil
 		}
