@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net"
 	"net/http"
 	"strconv"
 
@@ -75,6 +76,9 @@ func toAPIError(err error, kind Kind, relay bool) *apiError {
 	case upstream.IsUnavailable(err), errors.Is(err, cache.ErrClosed), errors.Is(err, context.DeadlineExceeded):
 		return &apiError{status: http.StatusServiceUnavailable, code: codeUnavailable, message: "the registry cannot be reached now"}
 	case errors.Is(err, upstream.ErrRefused): // by this node's configuration: its text names the key
+		if dial, ok := errors.AsType[*net.OpError](err); ok { // which adds the address that DNS gave this node
+			err = dial.Err
+		}
 		return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: err.Error()}
 	}
 	return &apiError{status: http.StatusBadGateway, code: codeUnavailable, message: "the registry's answer cannot be used"}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/larder-cache/larder/agent/cache"
+	"github.com/larder-cache/larder/agent/upstream"
 	"github.com/larder-cache/larder/test/logtest"
 	"github.com/larder-cache/larder/test/registrytest"
 )
@@ -638,6 +640,17 @@ func TestRefusedAddress(t *testing.T) {
 				t.Errorf("%s: status %d, %s; it lacks %s", path, a.status, body.Errors[0].Message, w)
 			}
 		}
+	}
+}
+
+// TestRefusedAddressIsNotShown: a pod does not learn where this node's DNS finds a name.
+func TestRefusedAddressIsNotShown(t *testing.T) {
+	err := &upstream.Error{Op: "resolve", Registry: "git.corp", Err: &net.OpError{
+		Op: "dial", Net: "tcp", Addr: &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3), Port: 443},
+		Err: fmt.Errorf("%w: git.corp is at a private address", upstream.ErrRefused),
+	}}
+	if e := toAPIError(err, KindManifest, true); e.status != 502 || e.message != "refused: git.corp is at a private address" {
+		t.Errorf("%d %s", e.status, e.message)
 	}
 }
 
