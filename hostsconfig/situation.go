@@ -43,8 +43,7 @@ func (m *managed) situate(rel string) (situation, error) {
 	case s.current != nil && s.current.link == "" && hasBlock(s.current.data): // we write no symlinks
 		s.takeOut()
 	default:
-		s.original = s.current
-		s.unsaved = s.current != nil || e != nil
+		s.original, s.unsaved = s.current, true
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		// Someone deleted the backup; what is left of it is in our file.
@@ -131,13 +130,10 @@ func (m *managed) enter(s situation, data []byte) error {
 			e.Ours = append(e.Ours, s.current.sum())
 		}
 	}
-	if s.unsaved || old == nil {
+	if s.unsaved {
 		if err := m.keep(s, e); err != nil {
 			return err
 		}
-	}
-	if old != nil && sameEntry(old, e) {
-		return nil
 	}
 	m.journal.Files[s.rel] = e
 	if err := m.save(); err != nil {
@@ -157,15 +153,6 @@ func (m *managed) modeBehind(link *file, rel string) fs.FileMode {
 		}
 	}
 	return fs.ModePerm
-}
-
-func sameEntry(a, b *entry) bool {
-	for _, sum := range b.Ours {
-		if !slices.Contains(a.Ours, sum) {
-			return false
-		}
-	}
-	return a.Sum == b.Sum && a.Backup == b.Backup
 }
 
 // keep saves the original of s and names it in e.
