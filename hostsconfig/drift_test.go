@@ -119,7 +119,7 @@ func TestDrift(t *testing.T) {
 			change: func(t *testing.T, dir string) {
 				must(t, os.RemoveAll(filepath.Join(dir, "certs.d", journalDir)))
 			},
-			want: mirror("first.x"), left: tree{docker: first},
+			want: mirror("first.x"), left: tree{docker: first, "certs.d/_default/hosts.toml": "gone"},
 		},
 		{
 			name: "a backup deleted",
@@ -174,33 +174,47 @@ func write(tb testing.TB, path, text string) {
 	must(tb, os.WriteFile(path, []byte(text), 0o640))
 }
 
-// TestRace: a file replaced between reading and writing is left to the next
-// pass, which takes the new one up.
+// TestRace: a file that changes between reading and writing is left to the next pass, which
+// takes it up.
 func TestRace(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "a.x/hosts.toml")
-	tree{"a.x/hosts.toml": "# first\n", "new": "# second\n"}.write(t, dir)
-	h := newHosts(t, Options{Containerd: dir})
-	raced := false
-	h.disk.step = func(op, at string) error {
-		if op == "rename" && strings.HasSuffix(at, journalName) && !raced && fileHas(path, "first") {
-			if backups, _ := filepath.Glob(filepath.Join(dir, journalDir, "*.orig")); len(backups) > 0 {
-				raced = true
-				return os.Rename(filepath.Join(dir, "new"), path)
+	const first, second = "# first\n", "# second\n"
+	for name, tt := range map[string]struct {
+		change func(path string) error
+		want   string
+	}{
+		"replaced": {func(path string) error { return os.Rename(filepath.Join(filepath.Dir(path), "../new"), path) }, second},
+		"edited":   {func(path string) error { return os.WriteFile(path, []byte(second), 0o640) }, second},
+		"deleted":  {os.Remove, first},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "a.x/hosts.toml")
+			tree{"a.x/hosts.toml": first, "new": second}.write(t, dir)
+			h := newHosts(t, Options{Containerd: dir})
+			raced := false
+			h.disk.step = func(op, at string) error {
+				if op == "rename" && strings.HasSuffix(at, journalName) && !raced && fileHas(path, "first") {
+					if backups, _ := filepath.Glob(filepath.Join(dir, journalDir, "*.orig")); len(backups) > 0 {
+						raced = true
+						return tt.change(path)
+					}
+				}
+				return nil
 			}
-		}
-		return nil
+			if _, err := h.Apply(t.Context()); !errors.Is(err, errRaced) {
+				t.Fatalf("Apply: %v, want errRaced", err)
+			}
+			if fileHas(path, testProxy) {
+				t.Error("the file was written all the same")
+			}
+			apply(t, h)
+			if !fileHas(path, strings.TrimSpace(tt.want)) || !fileHas(path, testProxy) {
+				t.Error("the file was not taken up")
+			}
+			remove(t, h)
+			wantContent(t, path, tt.want)
+		})
 	}
-	if _, err := h.Apply(t.Context()); !errors.Is(err, errRaced) {
-		t.Fatalf("Apply: %v, want errRaced", err)
-	}
-	wantContent(t, path, "# second\n")
-	apply(t, h)
-	if !fileHas(path, "second") || !fileHas(path, testProxy) {
-		t.Error("the new file was not taken up")
-	}
-	remove(t, h)
-	wantContent(t, path, "# second\n")
 }
 
 // TestLinkToOurs: a symlink is the user's, even one to a file that we have a part in,
@@ -216,6 +230,22 @@ func TestLinkToOurs(t *testing.T) {
 	remove(t, h)
 	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "[host.\"https://m.x\"]\n")
 	if target, err := os.Readlink(filepath.Join(dir, "b.x/hosts.toml")); err != nil || target != "../a.x/hosts.toml" {
+		t.Errorf("the symlink is gone: %q, %v", target, err)
+	}
+}
+
+// TestLinkLosesItsTarget: a symlink is the user's wherever it leads.
+func TestLinkLosesItsTarget(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/a.x/hosts.toml": "-> ../../shared.toml", "shared.toml": "[host.\"https://m.x\"]\n"}.write(t, dir)
+	certs := filepath.Join(dir, "certs.d")
+	h := newHosts(t, Options{Containerd: certs})
+	apply(t, h)
+	must(t, os.Remove(filepath.Join(dir, "shared.toml")))
+	apply(t, h)
+	wantHosts(t, certs, "a.x", ours, upstreamOf("a.x"))
+	remove(t, h)
+	if target, err := os.Readlink(filepath.Join(certs, "a.x/hosts.toml")); err != nil || target != "../../shared.toml" {
 		t.Errorf("the symlink is gone: %q, %v", target, err)
 	}
 }
@@ -438,6 +468,11 @@ func TestRun(t *testing.T) {
 				return containerdHosts(t, opts.Containerd, "docker.io")[0] == ours && fileHas(docker, "m.x")
 			})
 
+			write(t, docker, "[host.\"https://n.x\"]\n")
+			eventually(t, "taken up", func() bool {
+				return containerdHosts(t, opts.Containerd, "docker.io")[0] == ours && fileHas(docker, "n.x")
+			})
+
 			tree{"certs.d/new.x/hosts.toml": "server = \"https://s.x\"\n"}.write(t, dir)
 			eventually(t, "picked up", func() bool { return containerdHosts(t, opts.Containerd, "new.x")[0] == ours })
 			for list := range imported {
@@ -451,8 +486,10 @@ func TestRun(t *testing.T) {
 			eventually(t, "rendered again", func() bool { return fileHas(filepath.Join(opts.CRIO, dropInName), "added.x") })
 
 			must(t, os.RemoveAll(filepath.Join(dir, "certs.d/new.x")))
-			must(t, os.Remove(conf))
-			tree{"containers/registries.conf": crashTree["containers/registries.conf"]}.write(t, dir)
+			for _, name := range []string{"containers/registries.conf", "certs.d/docker.io/hosts.toml"} {
+				must(t, os.Remove(filepath.Join(dir, name)))
+				tree{name: crashTree[name]}.write(t, dir)
+			}
 			stop()
 			wantSame(t, "not restored", before, snapshot(t, dir))
 			if h.InPlace() == nil {

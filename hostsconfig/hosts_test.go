@@ -202,6 +202,11 @@ func TestApplyAndRemove(t *testing.T) {
 			},
 		},
 		{
+			name: "an empty host directory",
+			have: tree{"certs.d/quay.io/": ""},
+			want: map[string][]string{"quay.io": {ours, upstreamOf("quay.io")}},
+		},
+		{
 			name: "no directory",
 			have: tree{},
 			want: map[string][]string{"quay.io": {ours, upstreamOf("quay.io")}},
