@@ -547,6 +547,46 @@ func TestFight(t *testing.T) {
 	})
 }
 
+// TestRepairsAreSpaced: a second change at once has to wait, but not for Apply.
+func TestRepairsAreSpaced(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.x/hosts.toml")
+	tree{"a.x/hosts.toml": "# first\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	apply(t, h)
+	repair := func() error {
+		write(t, path, "# second\n")
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		_, err := h.apply(t.Context(), true)
+		return err
+	}
+	must(t, repair())
+	if err := repair(); err == nil || !strings.Contains(err.Error(), "next repair") || fileHas(path, testProxy) {
+		t.Errorf("a second repair at once: %v", err)
+	}
+	if apply(t, h); !fileHas(path, testProxy) {
+		t.Error("Apply had to wait")
+	}
+}
+
+// TestLeftAloneIsSaidOnce: a malformed file is in the result of each Apply, and in the log
+// once.
+func TestLeftAloneIsSaidOnce(t *testing.T) {
+	dir := t.TempDir()
+	tree{"a.x/hosts.toml": "bad"}.write(t, dir)
+	var logged strings.Builder
+	h := newHosts(t, Options{Containerd: dir, Registries: []string{"a.x"}, Logger: slog.New(slog.NewTextHandler(&logged, nil))})
+	for range 3 {
+		if changes := apply(t, h); len(changes) != 1 || changes[0].Action != Skip {
+			t.Errorf("got %+v, want a Skip", changes)
+		}
+	}
+	if n := strings.Count(logged.String(), "left alone"); n != 1 {
+		t.Errorf("said %d times:\n%s", n, logged.String())
+	}
+}
+
 func TestErrorsSayWhatToDo(t *testing.T) {
 	if os.Geteuid() == 0 {
 		// Root may write everywhere: a directory that is a file stands in.
@@ -558,6 +598,10 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		}
 		if h.InPlace() == nil {
 			t.Error("InPlace after a failed Apply")
+		}
+		h = newHosts(t, Options{Containerd: filepath.Join(dir, "other"), hiddenRoots: []string{filepath.Join(dir, "certs.d")}})
+		if _, err := h.Apply(t.Context()); err == nil {
+			t.Error("a further root that cannot be read is no error")
 		}
 		return
 	}

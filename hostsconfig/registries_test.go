@@ -256,6 +256,17 @@ func TestBrokenRegistriesConf(t *testing.T) {
 			if _, err := os.Stat(filepath.Join(dir, "d", dropInName)); err == nil {
 				t.Error("wrote a drop-in all the same")
 			}
+
+			// One that is there already stays: without it CRI-O reads no more than with it.
+			must(t, os.Rename(filepath.Join(dir, "d/10-bad.conf"), filepath.Join(dir, "bad")))
+			apply(t, h)
+			must(t, os.Rename(filepath.Join(dir, "bad"), filepath.Join(dir, "d/10-bad.conf")))
+			if changes := apply(t, h); len(changes) != 1 || changes[0].Action != Skip {
+				t.Errorf("got %+v, want a Skip", changes)
+			}
+			if !fileHas(filepath.Join(dir, "d", dropInName), testProxy) {
+				t.Error("took the drop-in away")
+			}
 		})
 	}
 }
