@@ -350,6 +350,27 @@ func TestGivesBackNoOldFile(t *testing.T) {
 	wantContent(t, filepath.Join(dir, "c.x/hosts.toml"), "# second\n")
 }
 
+// TestKeepsWhatItCannotRestore: Remove says which file it cannot give back, and the next one
+// still can.
+func TestKeepsWhatItCannotRestore(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/a.x/hosts.toml": "# first\n"}.write(t, dir)
+	path := filepath.Join(dir, "certs.d/a.x/hosts.toml")
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "certs.d")})
+	apply(t, h)
+	must(t, os.Rename(path, path+".aside"))
+	must(t, os.Symlink("nowhere", path))
+	if _, err := h.Remove(t.Context()); err == nil || !strings.Contains(err.Error(), path+": cannot be restored") {
+		t.Errorf("Remove said %v", err)
+	}
+	must(t, os.Rename(path+".aside", path))
+	remove(t, h)
+	wantContent(t, path, "# first\n")
+	if _, err := os.Stat(filepath.Join(dir, "certs.d", journalDir)); err == nil {
+		t.Error("the journal is still there")
+	}
+}
+
 // TestBadJournal: without a readable journal nothing is deleted, and what can
 // be told from the files themselves is put right.
 func TestBadJournal(t *testing.T) {
