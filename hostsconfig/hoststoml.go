@@ -32,7 +32,7 @@ type hostTable struct {
 	Capabilities []string       `toml:"capabilities"`
 	CA           any            `toml:"ca"`
 	Client       any            `toml:"client"`
-	SkipVerify   *bool          `toml:"skip_verify"`
+	SkipVerify   bool           `toml:"skip_verify"`
 	Header       map[string]any `toml:"header"`
 	OverridePath bool           `toml:"override_path"`
 	DialTimeout  string         `toml:"dial_timeout"`
@@ -104,7 +104,7 @@ func (t hostTable) endpoint(server, base string) (Endpoint, error) {
 	if e.Header, err = headers(t.Header); err != nil {
 		return e, err
 	}
-	e.SkipVerify = t.SkipVerify != nil && *t.SkipVerify
+	e.SkipVerify = t.SkipVerify
 	t.setRewrite(&e)
 	if t.DialTimeout != "" {
 		if _, err := time.ParseDuration(t.DialTimeout); err != nil {

@@ -279,7 +279,7 @@ func dropOurs(doc []byte, proxy netip.AddrPort) ([]byte, error) {
 	var edits []edit
 	inside := false
 	for _, e := range exprs {
-		if e.kind != unstable.KeyValue {
+		if isTable(e) {
 			inside = e.kind == unstable.Table && len(e.key) > 1 && e.key[0] == "host" && isSelf(e.key[1], proxy)
 		}
 		if inside {
