@@ -153,10 +153,10 @@ blocked = true
 		},
 		{
 			name:  "a host of the user's, whose ports its rule holds for too",
-			files: []string{"[[registry]]\nlocation = \"reg.corp\"\ninsecure = true\n"},
+			files: []string{"[[registry]]\nlocation = \"reg.corp\"\ninsecure = true\n[[registry.mirror]]\nlocation = \"m.corp\"\n"},
 			want: map[string][]string{
-				"reg.corp":      {us("reg.corp"), "= reg.corp insecure"},
-				"reg.corp:5000": {"= reg.corp:5000 insecure"},
+				"reg.corp":      {us("reg.corp"), "m.corp", "= reg.corp insecure"},
+				"reg.corp:5000": {"m.corp:5000", "= reg.corp:5000 insecure"},
 			},
 		},
 		{
@@ -243,6 +243,9 @@ func TestBrokenRegistriesConf(t *testing.T) {
 		"mirror nowhere":     "[[registry]]\nlocation = \"a.x\"\n[[registry.mirror]]\ninsecure = true\n",
 		"wildcard with path": "[[registry]]\nprefix = \"*.a.x/b\"\n",
 		"wrong type":         "[[registry]]\nlocation = \"a.x\"\nblocked = \"yes\"\n",
+		"mirror no table":    "[[registry]]\nlocation = \"a.x\"\nmirror = [\"m.x\"]\n",
+		"mirror's type":      "[[registry]]\nlocation = \"a.x\"\n[[registry.mirror]]\nlocation = \"m.x\"\ninsecure = \"yes\"\n",
+		"limit of no mirror": "[[registry]]\nlocation = \"a.x\"\npull-from-mirror = \"all\"\n",
 		"unknown limit":      "[[registry]]\nlocation = \"a.x\"\n[[registry.mirror]]\nlocation = \"m.x\"\npull-from-mirror = \"never\"\n",
 	} {
 		t.Run(name, func(t *testing.T) {
