@@ -26,6 +26,7 @@ var (
 	versionLine    = regexp.MustCompile(`(?m)^\s*version\s*=`)
 	oldSectionLine = regexp.MustCompile(`(?m)^[^#\n]*` + regexp.QuoteMeta(pluginOld) + `['"]?\.registry`)
 	importsLine    = regexp.MustCompile(`(?m)^\s*imports\s*=`)
+	hubSiteLine    = regexp.MustCompile(`(?m)^\s*server\s*=\s*['"](?:` + regexp.QuoteMeta(hubSite) + `|docker\.io)/?(?:v2/?)?['"]`)
 	tlsLine        = regexp.MustCompile(`(?m)^[^#\n]*\.tls['"]?\s*\]`)
 )
 
@@ -510,6 +511,13 @@ func (d *doctor) checkHostDir(c *criConfig, dir string) {
 		return
 	}
 	d.checkDialect(c, file, host, doc, parsed)
+	if host == "docker.io" && hubSiteLine.Match(doc) {
+		d.add(Finding{
+			ID: "containerd-hub-address", Severity: Degraded, Runtime: containerd, Where: lineOf(file, doc, hubSiteLine),
+			What: fmt.Sprintf("%q is Docker's web site, which answers a pull with 404: where containerd means to find Docker Hub behind the agent and the mirrors, there is nothing.", hubSite),
+			Fix:  "server = \"https://registry-1.docker.io\"", Docs: docsSetup,
+		})
+	}
 	d.checkOrder(file, host, doc, parsed)
 	if host == defaultDir {
 		d.checkMirrorOfAll(file, doc)

@@ -132,9 +132,15 @@ func (t hostTable) setBase(e *Endpoint, server string) error {
 		u.Path += "/v2"
 	}
 	u.Path, u.RawPath, u.RawQuery, u.Fragment = strings.TrimSuffix(u.Path, "/"), "", "", ""
-	e.Base = u.String()
+	if e.Base = u.String(); e.Base == hubSite+"/v2" {
+		e.Base = "https://registry-1.docker.io/v2"
+	}
 	return nil
 }
+
+// hubSite redirects to Docker's web site, which answers a pull with 404 (docker/hub-feedback
+// issue 1767). Who names it as a server, as is common, means Docker Hub.
+const hubSite = "https://docker.io"
 
 // everyName are the patterns of a rewrite that put a path before every name.
 var everyName = []string{"^(.*)$", "^(.*)", "(.*)$", "(.*)", "^(.+)$", "^(.+)", "(.+)$", "(.+)"}

@@ -57,6 +57,11 @@ authorization = "Basic secret"
 			want: []string{"containerd docker.io/ | https://a.x/v2 no-resolve [][{etc/containerd/certs.d/docker.io/a.cert /abs/a.key}] | http://b.x:80/v2/proxy skip_verify [][] | https://b.y/v2 header [][] | https://s.x/base/v2 source [etc/containerd/certs.d/docker.io/ca.pem][]"},
 		},
 		{
+			name: "hosts.toml: Docker's web site in the place of Docker Hub",
+			have: tree{"etc/containerd/certs.d/docker.io/hosts.toml": "server = \"https://docker.io\"\n[host.\"https://m.x\"]\n"},
+			want: []string{"containerd docker.io/ | https://m.x/v2 [][] | https://registry-1.docker.io/v2 source [][]"},
+		},
+		{
 			// As k3s and RKE2 write it for a Harbor that mirrors Docker Hub: under the
 			// images' own names there is Harbor's project "library", with other images.
 			name: "hosts.toml: rewritten names",
