@@ -249,6 +249,12 @@ func TestApplyAndRemove(t *testing.T) {
 			},
 		},
 		{
+			name: "a listed port, in the directory that is there",
+			have: tree{"certs.d/reg.x_5000_/hosts.toml": "server = \"http://reg.x:5000\"\n"},
+			opts: Options{Registries: []string{"reg.x:5000"}},
+			want: map[string][]string{"reg.x:5000": {ours, "http://reg.x:5000/v2 pull,resolve,push"}},
+		},
+		{
 			name: "a listed registry keeps what _default gave it",
 			have: tree{"certs.d/_default/hosts.toml": "ca = \"ca.pem\"\n[host.\"https://all.x\"]\nca = [\"ca.pem\"]\n", "certs.d/_default/ca.pem": ca},
 			opts: Options{Registries: []string{"quay.io"}},

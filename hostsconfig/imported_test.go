@@ -116,6 +116,19 @@ capabilities = ["pull", "resolve", "push"]
 			},
 		},
 		{
+			name: "a further root",
+			have: tree{"etc/containerd/certs.d/reg.x/ca.crt": "x", "second/reg.x/other.crt": "x", "second/reg.y/ca.crt": "x"},
+			want: []string{
+				"containerd reg.x/ |  source [etc/containerd/certs.d/reg.x/ca.crt][]",
+				"containerd reg.y/ |  source [second/reg.y/ca.crt][]",
+			},
+		},
+		{
+			name: "a further root behind _default",
+			have: tree{"etc/containerd/certs.d/_default/hosts.toml": "[host.\"https://m.x\"]\n", "second/reg.y/ca.crt": "x"},
+			want: []string{"containerd */ | https://m.x/v2 [][] |  source [][]"},
+		},
+		{
 			name: "registries.conf",
 			have: tree{
 				"etc/containers/registries.conf": `
@@ -134,6 +147,11 @@ location = "hub.corp/lib"
 [[registry]]
 prefix = "*.corp"
 insecure = true
+[[registry]]
+location = "ghcr.io"
+mirror-by-digest-only = true
+[[registry.mirror]]
+location = "d.corp"
 `,
 				"etc/containers/certs.d/m.corp:5000/ca.crt": "x",
 				"etc/docker/certs.d/hub.corp/client.cert":   "x",
@@ -141,6 +159,7 @@ insecure = true
 			want: []string{
 				"crio *.corp/ |  source skip_verify http [][]",
 				"crio docker.io/library | https://hub.corp/v2/lib source [][{etc/docker/certs.d/hub.corp/client.cert }]",
+				"crio ghcr.io/ | https://d.corp/v2 no-resolve [][] |  source [][]",
 				"crio quay.io/ blocked | https://m.corp:5000/v2/quay [etc/containers/certs.d/m.corp:5000/ca.crt][] | https://n.corp/v2 no-resolve skip_verify http [][]",
 			},
 		},
@@ -149,7 +168,7 @@ insecure = true
 		t.Run(tt.name, func(t *testing.T) {
 			root := t.TempDir()
 			tt.have.write(t, root)
-			h := newHosts(t, Options{Containerd: filepath.Join(root, "etc/containerd/certs.d"), CRIO: filepath.Join(root, "etc/containers/registries.conf.d"), hiddenRoots: []string{}})
+			h := newHosts(t, Options{Containerd: filepath.Join(root, "etc/containerd/certs.d"), CRIO: filepath.Join(root, "etc/containers/registries.conf.d"), hiddenRoots: []string{filepath.Join(root, "second")}})
 			var got []string
 			for _, im := range h.Upstreams() {
 				got = append(got, im.describe(root))
