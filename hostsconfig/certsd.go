@@ -161,7 +161,7 @@ func (c *certsDir) names(listed []string) []string {
 func (c *certsDir) inUse() (out []string) {
 	for i, r := range c.roots {
 		for name := range r.dirs {
-			if i == 0 || !c.anySpelling(name, i) {
+			if !c.anySpelling(name, i) {
 				out = append(out, name)
 			}
 		}
