@@ -10,10 +10,11 @@ import (
 // Which pieces are asked of whom. All of this runs with blob.mu held.
 
 const (
-	window     = 64 // pieces from the cursor among which a neighbour is asked for the rarest first
-	urgentN    = 2  // first missing pieces: may be asked twice
-	perPeer    = 4  // requests under way at one neighbour
-	leastFly   = 10 // requests under way in all, however slow pieces come
+	window     = 64          // pieces from the cursor among which a neighbour is asked for the rarest first
+	urgentN    = 2           // first missing pieces: may be asked twice
+	perPeer    = 4           // requests under way at one neighbour
+	leisure    = 2 * perPeer // requests at a neighbour that has time for more
+	leastFly   = 10          // requests under way in all, however slow pieces come
 	mostFly    = 32
 	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
@@ -39,15 +40,27 @@ func (b *blob) pump(now time.Time) {
 	}
 }
 
-// idleLocked lists the neighbours that may be asked.
+// idleLocked lists the neighbours that may be asked: none of another zone while one of this
+// zone has all of the blob and time for it.
 func (b *blob) idleLocked(now time.Time) {
 	b.idle = b.idle[:0]
+	near := false
 	for _, nb := range b.nbrs {
-		if nb.flying < perPeer && !now.Before(nb.busy) && b.fits(nb) {
+		if now.Before(nb.busy) || !b.fits(nb) {
+			continue
+		}
+		near = near || b.isNear(nb) && nb.haveN == b.n && nb.load <= leisure
+		if nb.flying < perPeer {
 			b.idle = append(b.idle, nb)
 		}
 	}
+	if near {
+		b.idle = slices.DeleteFunc(b.idle, func(nb *neighbour) bool { return !b.isNear(nb) })
+	}
 }
+
+// isNear reports whether a neighbour is of this node's zone.
+func (b *blob) isNear(nb *neighbour) bool { return nb.l.zone == b.s.cfg.Zone }
 
 // askEach goes once through the neighbours, starting with the one likely to deliver
 // first, asks each for the rarest candidate that it has, and reports whether any was
@@ -213,7 +226,7 @@ func (b *blob) cost(nb *neighbour, now time.Time) float64 {
 		took = 0.02 // seconds: nobody is passed over because nothing is known of him
 	}
 	c := (1 + float64(nb.flying) + float64(nb.load)/4) * (took + 0.005)
-	if nb.l.zone != b.s.cfg.Zone {
+	if !b.isNear(nb) {
 		c *= 4
 	}
 	return c * (1 + b.rng.Float64()/2)

@@ -785,3 +785,35 @@ func TestPermitIsKnown(t *testing.T) {
 		}
 	})
 }
+
+// TestZoneAfterZone: who pulls alone what nodes of its own zone hold takes next to nothing
+// from other zones. It was a third of it, with two local holders.
+func TestZoneAfterZone(t *testing.T) {
+	for seed := range uint64(12) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				c := baseSim(6, 128)
+				c.zones, c.seed = 2, seed
+				w := c.world(t)
+				last, k := w.nodes[5], sha256Of(w.images[0].digest)
+				for i, n := range w.nodes {
+					n.after = time.Duration(i) * 4 * time.Second
+					if n != last {
+						last.s.index.heard(appendMessage(nil, memberID(n.s.self.Name), 0, []op{{true, prefixOf(k)}}))
+					}
+				}
+				r := w.play(t)
+				far := 0.0
+				for _, n := range w.nodes {
+					if n.s.self.Zone != last.s.self.Zone {
+						far += float64(last.s.Status().Traffic[n.s.self.Node].Received*w.net.scale) / w.size()
+					}
+				}
+				t.Log(r, w.crossed())
+				if far > 0.25 || len(r.failed) > 0 {
+					t.Errorf("%.2f of the blob came from the other zone; %v %v", far, r, r.failed)
+				}
+			})
+		})
+	}
+}
