@@ -141,7 +141,7 @@ test("a rate limit's budget is shown", async t => {
 test("pins are counted, and what is wrong with one is told", async t => {
   const page = await open(t, BUSY);
   await eventually("both pins were looked at", async () => {
-    assert.deepEqual((await status(BUSY)).pins.states, {fetching: 0, held: 1, missing: 1, stale: 0});
+    assert.deepEqual((await status(BUSY)).pins.states, {fetching: 0, held: 1, missing: 1, stale: 0, foreign: 0});
     assert.match(await page.locator("#storage").textContent(), /Pinned1\.2 MiB of [0-9.]+ MiB in 2 images, 1 missing/);
     assert.match(await page.locator("#problems").textContent(), /Pinned, missing: [^ ]+\/team\/app-0:v1/);
   });
