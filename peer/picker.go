@@ -10,11 +10,12 @@ import (
 // Which pieces are asked of whom. All of this runs with blob.mu held.
 
 const (
-	window     = 64          // pieces from the cursor among which a neighbour is asked for the rarest first
-	urgentN    = 2           // first missing pieces: may be asked twice
-	perPeer    = 4           // requests under way at one neighbour
-	leisure    = 2 * perPeer // requests at a neighbour that has time for more
-	leastFly   = 10          // requests under way in all, however slow pieces come
+	window     = 64                     // pieces from the cursor among which a neighbour is asked for the rarest first
+	urgentN    = 2                      // first missing pieces: may be asked twice
+	perPeer    = 4                      // requests under way at one neighbour
+	leisure    = 2 * perPeer            // requests at a neighbour that has time for more
+	nearTime   = 250 * time.Millisecond // a piece from a neighbour that other zones are spared for
+	leastFly   = 10                     // requests under way in all, however slow pieces come
 	mostFly    = 32
 	asideShare = 4                      // of them, while others wait for what this node gets from upstream
 	flyFor     = 400 * time.Millisecond // requests under way cover so much time
@@ -41,7 +42,7 @@ func (b *blob) pump(now time.Time) {
 }
 
 // idleLocked lists the neighbours that may be asked: none of another zone while one of this
-// zone has all of the blob and time for it.
+// zone has all of the blob and time for it, and is not slow.
 func (b *blob) idleLocked(now time.Time) {
 	b.idle = b.idle[:0]
 	near := false
@@ -49,7 +50,7 @@ func (b *blob) idleLocked(now time.Time) {
 		if now.Before(nb.busy) || !b.fits(nb) {
 			continue
 		}
-		near = near || b.isNear(nb) && nb.haveN == b.n && nb.load <= leisure
+		near = near || b.isNear(nb) && nb.haveN == b.n && nb.load <= leisure && nb.takes(now) <= nearTime
 		if nb.flying < perPeer {
 			b.idle = append(b.idle, nb)
 		}

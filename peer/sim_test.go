@@ -786,22 +786,29 @@ func TestPermitIsKnown(t *testing.T) {
 	})
 }
 
+// oneByOne is a cluster of two zones whose nodes pull one after the other, and the last of
+// them, which knows who holds the blob.
+func oneByOne(t *testing.T, seed uint64) (w *simWorld, last *simNode) {
+	c := baseSim(6, 128)
+	c.zones, c.seed = 2, seed
+	w = c.world(t)
+	last = w.nodes[c.nodes-1]
+	for i, n := range w.nodes {
+		n.after = time.Duration(i) * 4 * time.Second
+		if n != last {
+			last.s.index.heard(appendMessage(nil, memberID(n.s.self.Name), 0, []op{{true, prefixOf(sha256Of(w.images[0].digest))}}))
+		}
+	}
+	return w, last
+}
+
 // TestZoneAfterZone: who pulls alone what nodes of its own zone hold takes next to nothing
 // from other zones. It was a third of it, with two local holders.
 func TestZoneAfterZone(t *testing.T) {
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				c := baseSim(6, 128)
-				c.zones, c.seed = 2, seed
-				w := c.world(t)
-				last, k := w.nodes[5], sha256Of(w.images[0].digest)
-				for i, n := range w.nodes {
-					n.after = time.Duration(i) * 4 * time.Second
-					if n != last {
-						last.s.index.heard(appendMessage(nil, memberID(n.s.self.Name), 0, []op{{true, prefixOf(k)}}))
-					}
-				}
+				w, last := oneByOne(t, seed)
 				r := w.play(t)
 				far := 0.0
 				for _, n := range w.nodes {
@@ -816,4 +823,22 @@ func TestZoneAfterZone(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestSlowInTheZone: other zones are not spared if the holders of one's own are slow. At 1 MB/s
+// each these would need 17 s.
+func TestSlowInTheZone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, last := oneByOne(t, 3)
+		for _, n := range w.nodes {
+			if n != last && n.s.self.Zone == last.s.self.Zone {
+				n.host.up = 1e6
+			}
+		}
+		r := w.play(t)
+		t.Log(r, last.took)
+		if last.took > 4*time.Second || len(r.failed) > 0 {
+			t.Errorf("it took %v; %v %v", last.took, r, r.failed)
+		}
+	})
 }
