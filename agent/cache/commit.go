@@ -158,10 +158,11 @@ func (c *Cache) writeFile(f *fill, p []byte, off int64) error {
 
 // resume takes over what an earlier fill of the same blob, from the same giver
 // (I12), left on disk. Its pieces count only after they have been re-read (I6),
-// which does not delay the source.
+// which does not delay the source. SetSize, which uses the same files, waits.
 func (f *fill) resume() {
 	size, ok := f.c.takeIdle(f.digest)
 	if !ok {
+		f.adopt(nil, nil, nil)
 		return
 	}
 	file, record, p, err := f.c.openIngest(f.digest, size, f.giver)
@@ -169,10 +170,7 @@ func (f *fill) resume() {
 		f.c.log.Debug("ingest is not resumable", "digest", f.digest, "err", err)
 		f.c.purge(f.digest)
 		f.c.unreserve(size)
-		return
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.adopt(p, file, record)
 }
 

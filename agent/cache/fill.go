@@ -38,7 +38,7 @@ type fill struct {
 	mu      sync.Mutex // guards everything below; never held across I/O (I10)
 	before  int        // mismatches before this fill
 	freed   *sync.Cond // a piece is no longer being written, or sizing ended
-	sizing  bool       // a SetSize is making room
+	sizing  bool       // resume looks for files, or a SetSize makes them
 	pieces  *pieces    // nil until sized
 	file    *os.File   // nil until sized; closed when refs reaches 0
 	refs    int        // the running fill and each open reader
@@ -73,7 +73,7 @@ type waiter struct {
 
 func newFill(c *Cache, d digest.Digest, src Source, mismatches int) *fill {
 	f := &fill{
-		c: c, digest: d, src: src, giver: giverOf(src), before: mismatches, started: time.Now(), refs: 1,
+		c: c, digest: d, src: src, giver: giverOf(src), before: mismatches, started: time.Now(), refs: 1, sizing: true,
 		sized: make(chan struct{}), broken: make(chan struct{}), done: make(chan struct{}),
 		busy: map[int]struct{}{}, origins: map[Origin]int64{}, links: map[int]link{},
 		readers: map[*Reader]struct{}{}, waiters: map[*waiter]struct{}{},
@@ -244,17 +244,13 @@ func (f *fill) SetSize(n int64) error {
 		return err
 	}
 	file, record, err := f.makeIngest(n)
-	f.mu.Lock()
-	f.sizing = false
-	f.freed.Broadcast()
-	if err == nil {
-		f.adopt(newPieces(n), file, record)
-	}
-	f.mu.Unlock()
 	if err != nil {
+		f.adopt(nil, nil, nil)
 		f.fail(err)
+		return err
 	}
-	return err
+	f.adopt(newPieces(n), file, record)
+	return nil
 }
 
 // claimSizing reports whether the caller is the one that makes room for n
@@ -277,10 +273,15 @@ func (f *fill) claimSizing(n int64) (bool, error) {
 	return false, nil
 }
 
-// adopt takes the files of a sized fill. f.mu is held.
+// adopt ends sizing, with the files of a sized fill or with nothing.
 func (f *fill) adopt(p *pieces, file *os.File, record *pieceMap) {
-	f.pieces, f.file, f.record = p, file, record
-	close(f.sized)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sizing = false
+	if p != nil {
+		f.pieces, f.file, f.record = p, file, record
+		close(f.sized)
+	}
 	f.wakeAll()
 }
 

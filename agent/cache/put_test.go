@@ -215,3 +215,21 @@ func TestSyncFails(t *testing.T) {
 		t.Errorf("%v, want %v", err, syscall.ENOSPC)
 	}
 }
+
+// TestPutAfterABrokenFill pins that a blob can be put whose last fill broke off: its files
+// were made anew while they were taken up, and that ended the process.
+func TestPutAfterABrokenFill(t *testing.T) {
+	c := start(t, Options{})
+	for i := range 20 {
+		body, d := content(uint64(i), 3*minPiece)
+		m, f, r := begin(t, c, d, int64(len(body)))
+		put(t, f, body, 0, minPiece)
+		m.end <- io.ErrUnexpectedEOF
+		_ = r.Close()
+		settle(c, d)
+		if err := c.PutStream(t.Context(), d, archive, int64(len(body)), bytes.NewReader(body)); err != nil {
+			t.Fatal(i, err)
+		}
+		committed(t, c, body)
+	}
+}
