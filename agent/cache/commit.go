@@ -72,8 +72,8 @@ func (f *fill) makeIngest(n int64) (*os.File, *pieceMap, error) {
 		c.unreserve(n)
 		return nil, nil, noRoom(fmt.Errorf("ingest %s: %w", d, err))
 	}
-	if _, once := f.src.(stream); once {
-		return file, nil, nil // nothing of it is worth a resume: nobody has checked it
+	if f.unchecked() {
+		return file, nil, nil // nothing of it is worth a resume
 	}
 	return file, c.createMap(d, n, f.giver), nil
 }
@@ -165,7 +165,7 @@ func (f *fill) resume() {
 		f.adopt(nil, nil, nil)
 		return
 	}
-	file, record, p, err := f.c.openIngest(f.digest, size, f.giver)
+	file, record, p, err := f.openIngest(size)
 	if err != nil {
 		f.c.log.Debug("ingest is not resumable", "digest", f.digest, "err", err)
 		f.c.purge(f.digest)
@@ -175,12 +175,16 @@ func (f *fill) resume() {
 }
 
 // openIngest opens the files of an idle ingest of size bytes.
-func (c *Cache) openIngest(d digest.Digest, size int64, giver string) (*os.File, *pieceMap, *pieces, error) {
+func (f *fill) openIngest(size int64) (*os.File, *pieceMap, *pieces, error) {
+	if f.unchecked() {
+		return nil, nil, nil, errors.New("a stream resumes nothing") // its bytes would be recorded beside those of others
+	}
+	c, d := f.c, f.digest
 	record, err := os.OpenFile(c.dir.ingestMap(d), os.O_RDWR, 0)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	p, err := readMap(record, d, giver)
+	p, err := readMap(record, d, f.giver)
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, record.Close())
 	}

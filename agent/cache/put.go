@@ -123,6 +123,12 @@ var errStream = errors.New("the stream that should fill it failed")
 // that come with one do not join it.
 type stream struct{ fed chan struct{} }
 
+// unchecked reports whether f's bytes come from a stream.
+func (f *fill) unchecked() bool {
+	_, ok := f.src.(stream)
+	return ok
+}
+
 // Fetch waits for the writer.
 func (s stream) Fetch(ctx context.Context, _ *Fill) error { return wait(ctx, s.fed) }
 

@@ -233,3 +233,21 @@ func TestPutAfterABrokenFill(t *testing.T) {
 		committed(t, c, body)
 	}
 }
+
+// TestPutStreamLeavesNothingToResume: bytes of a stream that nobody has checked do not
+// join, on disk, those that an earlier fill left for the next.
+func TestPutStreamLeavesNothingToResume(t *testing.T) {
+	c := start(t, Options{})
+	body, d := content(5, 3*minPiece)
+	m, f, _ := begin(t, c, d, int64(len(body)))
+	put(t, f, body, 0, minPiece)
+	m.end <- io.ErrUnexpectedEOF
+	settle(c, d)
+	wrong := append(bytes.Clone(body[:minPiece]), make([]byte, minPiece)...)
+	if err := c.PutStream(t.Context(), d, archive, int64(len(body)), bytes.NewReader(wrong)); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Fatal(err)
+	}
+	if got := mustRead(t, c, d, all(body)); !bytes.Equal(got, body) {
+		t.Error("wrong bytes")
+	}
+}
