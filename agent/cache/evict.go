@@ -368,7 +368,7 @@ func (c *Cache) dropNow(b *blob, why reason) (gone bool, err error) {
 	if err := c.do(stepUnlink, b.digest, func() error { return remove(c.dir.blob(b.digest)) }); err != nil {
 		c.putBack(b)
 		c.log.Warn("delete blob", "digest", b.digest, "err", err)
-		return false, fmt.Errorf("delete %s: %w", b.digest, err)
+		return false, noRoom(fmt.Errorf("delete %s: %w", b.digest, err))
 	}
 	c.mu.Lock()
 	delete(c.blobs, b.digest)

@@ -561,6 +561,25 @@ func TestUnlinkFails(t *testing.T) {
 	}
 }
 
+// TestLostBlobOnAReadOnlyDisk: a file system that turned read-only when it found errors
+// may have cut a blob. That cannot be deleted, and the pull is passed through all the same.
+func TestLostBlobOnAReadOnlyDisk(t *testing.T) {
+	c := start(t, Options{})
+	ds := fillUp(t, c, 1, 1000)
+	if err := os.Truncate(c.dir.blob(ds[0]), 500); err != nil {
+		t.Fatal(err)
+	}
+	c.faults = func(s step, _ digest.Digest) error {
+		if s == stepUnlink {
+			return syscall.EROFS
+		}
+		return nil
+	}
+	if _, err := c.Open(t.Context(), ds[0], nil); !errors.Is(err, ErrNoRoom) {
+		t.Errorf("%v, want %v", err, ErrNoRoom)
+	}
+}
+
 // TestOpenDuringRemoval opens a blob while its withdrawal is under way: it is
 // still served, and the next fill waits until the unlink is over.
 func TestOpenDuringRemoval(t *testing.T) {
