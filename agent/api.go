@@ -148,6 +148,8 @@ type RecentPull struct {
 	Failed int              `json:"failed"` // answers that were an error, or ended short
 	Parts  []PulledPart     `json:"parts"`  // in the order of their first answer, at most 100
 	More   int              `json:"more_parts,omitempty"`
+
+	tagMethod string // of the last request for the tag
 }
 
 // Trouble is the last of the parts whose last answer was an error, if there is one. That a

@@ -171,12 +171,27 @@ func (p *RecentPull) goesOn(e proxy.Event) bool {
 		return false
 	}
 	kind := partKind(e)
+	if p.endedByTag(kind, e.Method) {
+		return false
+	}
 	tagged := p.Reference != "" && !strings.Contains(p.Reference, ":")
 	if kind == partTag && tagged && e.Reference != p.Reference {
 		return false
 	}
 	again := kind == partTag || kind == partManifest && p.part(kind, e.Reference) >= 0
 	return !again || p.part(partBlob, "") < 0
+}
+
+// endedByTag says whether the tag failed, and what comes now is of another pull.
+// containerd, which asks for tags by HEAD, may go on here after such a failure: it gets
+// the digest from the registry, then the content from whom has it. A HEAD for a manifest
+// by its digest is a pull by digest even so. Others take all from one place.
+func (p *RecentPull) endedByTag(kind, method string) bool {
+	i := p.part(partTag, "")
+	if i < 0 || p.Parts[i].Error == "" || kind == partTag {
+		return false
+	}
+	return p.tagMethod != http.MethodHead || kind == partManifest && method == http.MethodHead
 }
 
 // part finds a part, -1 if there is none; "" is any of that kind.
@@ -193,6 +208,9 @@ func (p *RecentPull) add(e proxy.Event) {
 	kind := partKind(e)
 	if kind == partTag || kind == partManifest && p.Reference == "" {
 		p.Reference = e.Reference
+	}
+	if kind == partTag {
+		p.tagMethod = e.Method
 	}
 	if ended := e.Time.Add(e.Duration); ended.After(p.Ended) {
 		p.Ended = ended

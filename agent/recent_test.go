@@ -110,6 +110,12 @@ func TestPullsAreTakenApart(t *testing.T) {
 		return ask(at, "app", proxy.KindManifest, "GET", d(name))
 	}
 	blob := func(at int, name string) proxy.Event { return ask(at, "app", proxy.KindBlob, "GET", d(name)) }
+	head := func(at int, name string) proxy.Event { return ask(at, "app", proxy.KindManifest, "HEAD", d(name)) }
+	missing := func(method string) proxy.Event {
+		e := ask(0, "app", proxy.KindManifest, method, "v1")
+		e.Status = 404
+		return e
+	}
 	tests := []struct {
 		name   string
 		events []proxy.Event
@@ -120,6 +126,11 @@ func TestPullsAreTakenApart(t *testing.T) {
 		{"the same again", []proxy.Event{resolve(0, "v1"), manifest(0, "m"), blob(1, "a"), resolve(5, "v1"), manifest(5, "m"), blob(6, "a")}, []string{"v1 3", "v1 3"}},
 		{"by digest again", []proxy.Event{manifest(0, "m"), blob(1, "a"), manifest(2, "m"), blob(3, "a")}, []string{d("m") + " 2", d("m") + " 2"}},
 		{"another tag", []proxy.Event{resolve(0, "v1"), resolve(0, "v2"), manifest(1, "m"), blob(2, "a")}, []string{"v2 3", "v1 1"}},
+		{"containerd, by digest after a tag that failed", []proxy.Event{missing("HEAD"), head(1, "m"), manifest(1, "m"), blob(2, "a")}, []string{d("m") + " 2", "v1 1"}},
+		{"containerd, a tag from the registry, the rest from here", []proxy.Event{missing("HEAD"), manifest(1, "m"), blob(2, "a")}, []string{"v1 3"}},
+		{"containerd, by digest after its tag", []proxy.Event{resolve(0, "v1"), head(1, "m"), manifest(1, "m"), blob(2, "a")}, []string{"v1 3"}},
+		{"podman, by digest after a tag that failed", []proxy.Event{missing("GET"), manifest(1, "m"), blob(2, "a")}, []string{d("m") + " 2", "v1 1"}},
+		{"a tag that failed once", []proxy.Event{missing("GET"), ask(1, "app", proxy.KindManifest, "GET", "v1"), blob(2, "a")}, []string{"v1 2"}},
 		{"ranges of a layer", []proxy.Event{manifest(0, "m"), blob(1, "a"), blob(2, "a"), blob(3, "a")}, []string{d("m") + " 2"}},
 		{"a long pause", []proxy.Event{blob(0, "a"), blob(40, "b")}, []string{" 1", " 1"}},
 		{"a slow layer beside", []proxy.Event{resolve(0, "v1"), func() proxy.Event { e := blob(1, "a"); e.Duration = time.Hour; return e }(), blob(1800, "b")}, []string{"v1 3"}},
