@@ -80,7 +80,7 @@ const tell = (e, n) => { e.value = n; say(e, size(n)); };
 
 // blobName is a digest as short as people write it, or a tag.
 const blobName = name => {
-  const e = el("span.mono", short(name));
+  const e = el(name.includes(":") ? "span.mono" : "span.mono.tag", short(name));
   e.title = name;
   return e;
 };
@@ -454,6 +454,8 @@ const showStorage = s => {
   });
 };
 
+// healthNames are the states that `larder status` calls otherwise.
+const healthNames = {open: "not asked"};
 const healthHue = {ok: "good", failing: "bad", unreachable: "bad", open: "bad", paused: "warn"};
 
 const showUpstreams = s => {
@@ -466,7 +468,7 @@ const showUpstreams = s => {
     return {e, update(u) {
       state.className = `state ${healthHue[u.state] ?? "idle"}`;
       const retry = u.retry_at && Date.parse(u.retry_at) > now ? `, again in ${until(u.retry_at)}` : "";
-      say(state, u.state + retry);
+      say(state, (healthNames[u.state] ?? u.state) + retry);
       const facts = u.endpoint === u.registry ? [] : [u.endpoint];
       if (u.last_ok_at) facts.push(`answered ${ago(u.last_ok_at)}`);
       if (u.latency_ns > 0) facts.push(span(u.latency_ns / 1e9));

@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/larder-cache/larder/agent"
@@ -22,6 +23,7 @@ import (
 const (
 	registryHost = "registry.example.test"
 	hostileHost  = "hostile.example.test"
+	nowhereHost  = "nowhere.example.test" // nothing listens there
 	// markup is what others put into names and errors. A page that takes it for
 	// HTML asks for an image that is not there, and runs a script.
 	markup = `<img/src=x/onerror=pwned=1>`
@@ -89,8 +91,14 @@ func (c *cluster) makeNodes(larder string) error {
 	if err != nil {
 		return err
 	}
-	tables := fmt.Sprintf("[[registry]]\nhost = %q\nupstreams = [%q]\n[[registry]]\nhost = %q\nupstreams = [%q]\n",
-		registryHost, c.registry.URL(), hostileHost, c.hostile.URL)
+	nowhere, err := freeAddr()
+	if err != nil {
+		return err
+	}
+	var tables string
+	for host, upstream := range map[string]string{registryHost: c.registry.URL(), hostileHost: c.hostile.URL, nowhereHost: "http://" + nowhere} {
+		tables += fmt.Sprintf("[[registry]]\nhost = %q\nupstreams = [%q]\n", host, upstream)
+	}
 	err = errors.Join(
 		os.WriteFile(keyFile, []byte(base64.StdEncoding.EncodeToString(key)), 0o600),
 		os.WriteFile(config, []byte(tables), 0o600),
@@ -159,11 +167,33 @@ func (c *cluster) put(n int, layers ...int64) {
 	c.registry.Put(repository(n), registrytest.OCIImage(registrytest.ImageSpec{Seed: uint64(n), Layers: layers, Opaque: true}), "v1")
 }
 
+// longTag is as long as a tag may be.
+var longTag = strings.Repeat("x", 128)
+
+func (c *cluster) pullLongTag(ctx context.Context) error {
+	c.registry.Put("team/long", registrytest.OCIImage(registrytest.ImageSpec{Layers: []int64{1 << 10}}), longTag)
+	return pull(ctx, c.busy, agent.Image{Registry: registryHost, Repository: "team/long", Reference: longTag})
+}
+
+// pullFromNowhere fails until the registry is left alone for a while.
+func (c *cluster) pullFromNowhere(ctx context.Context) error {
+	for range 10 {
+		if err := c.pull(ctx, c.peer, nowhereHost, 0); err == nil {
+			return errors.New("pulled an image from nowhere")
+		}
+	}
+	return nil
+}
+
 func repository(n int) string { return fmt.Sprintf("team/app-%d", n) }
 
 func (c *cluster) pull(ctx context.Context, on *node, registry string, n int) error {
+	return pull(ctx, on, agent.Image{Registry: registry, Repository: repository(n), Reference: "v1"})
+}
+
+func pull(ctx context.Context, on *node, image agent.Image) error {
 	p := agent.Puller{Proxy: "http://" + on.proxy, Client: &http.Client{Transport: hostileAgent{}}, Platform: "linux/amd64"}
-	_, err := p.Pull(ctx, agent.Image{Registry: registry, Repository: repository(n), Reference: "v1"})
+	_, err := p.Pull(ctx, image)
 	return err
 }
 

@@ -109,5 +109,7 @@ func (c *cluster) control(ctx context.Context) http.Handler {
 	answer("/stop-load", c.stopLoad)
 	answer("/stop-idle", c.idle.stop)
 	answer("/start-idle", func() error { return c.idle.start(ctx) })
+	answer("/pull-long-tag", func() error { return c.pullLongTag(ctx) })
+	answer("/pull-from-nowhere", func() error { return c.pullFromNowhere(ctx) })
 	return mux
 }

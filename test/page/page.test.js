@@ -178,6 +178,21 @@ test("what is open stays open, and names parts and nodes", async t => {
   assert.match(await page.locator(`#${id} .body`).innerText(), /node-2 [\d.]+ [KM]?i?B/);
 });
 
+test("a long tag stays in its column", async t => {
+  const page = await open(t, BUSY);
+  await post("/pull-long-tag");
+  const pull = page.locator("#recent details", {has: page.locator(".image", {hasText: "/team/long"})}).first();
+  await pull.waitFor({state: "attached", timeout: patience});
+  const [table, column] = await pull.evaluate(e => { e.open = true; return [e.querySelector("table"), e].map(e => e.getBoundingClientRect().right); });
+  assert.ok(table <= column, `the parts end at ${table} px, the column at ${column}`);
+});
+
+test("a registry that is left alone is said not to be asked", async t => {
+  const page = await open(t, PEER);
+  await post("/pull-from-nowhere");
+  await eventually("told", async () => assert.match((await figures(page)).registries.join("\n"), /nowhere\.example\.test not asked/));
+});
+
 test("markup of others is text", async t => {
   for (const url of [BUSY, PEER]) {
     const page = await open(t, url);
@@ -227,6 +242,7 @@ test("a node that is gone is told of, and found again", async t => {
   await post("/stop-idle"); // which fails if the page's stream delays it
   await page.waitForSelector("main.stale", {timeout: patience});
   assert.match(await page.locator("#live").innerText(), /trying again/);
+  assert.ok(await page.locator("#ready").evaluate(e => getComputedStyle(e).opacity) < 1, "the node looks ready");
   await post("/start-idle");
   await page.waitForSelector("main:not(.stale)", {timeout: patience});
   assert.equal(await page.locator("#live").innerText(), "live");
@@ -249,7 +265,7 @@ test("at rest the page and the status are equal", async t => {
     assert.deepEqual(shown.cache, {bytes: s.cache.bytes, text: size(s.cache.bytes)});
     assert.deepEqual(shown.moving, []);
     assert.deepEqual(shown.recent, s.recent_pulls.map(p => ({image: `${p.registry}/${p.repository}${reference(p.reference)}`, bytes: sum(p.served_bytes)})));
-    assert.deepEqual(shown.registries, s.upstreams.map(u => `${u.registry} ${u.state}`));
+    assert.deepEqual(shown.registries.map(r => r.replace(/, again in .*/, "")), s.upstreams.map(u => `${u.registry} ${u.state.replace("open", "not asked")}`));
     for (const m of s.members.filter(m => !m.self)) {
       const row = shown.members.find(r => r.name === m.name);
       assert.deepEqual([row.received.bytes, row.sent.bytes], [m.received_bytes, m.sent_bytes]);
