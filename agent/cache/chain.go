@@ -95,16 +95,8 @@ func (w *Writer) WritePiece(i int, p []byte, from, to [sha256.Size]byte) error {
 	if err := CheckPiece(f.digest, f.Size(), i, p, from, to); err != nil {
 		return err
 	}
-	l := link{from, to}
-	off := int64(i) * f.PieceSize()
-	for len(p) > 0 { // more than once only if another writer was at it
-		n, err := f.writePiece(p, off, w.origin, &l)
-		if err != nil {
-			return err
-		}
-		p, off = p[n:], off+int64(n)
-	}
-	return nil
+	_, err := f.write(p, int64(i)*f.PieceSize(), w.origin, &link{from, to})
+	return err
 }
 
 // Chain returns SHA-256's chaining value at the start of piece i, once every

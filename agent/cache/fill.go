@@ -392,11 +392,11 @@ func (f *fill) wanted() int64 {
 	return max(best, 0)
 }
 
-// write is WriteAt for one origin.
-func (f *fill) write(p []byte, off int64, from Origin) (int, error) {
+// write is WriteAt for one origin. l, if any, is what p was checked by.
+func (f *fill) write(p []byte, off int64, from Origin, l *link) (int, error) {
 	written := 0
 	for {
-		n, err := f.writePiece(p[written:], off+int64(written), from, nil)
+		n, err := f.writePiece(p[written:], off+int64(written), from, l)
 		written += n
 		if err != nil || written == len(p) {
 			return written, err
@@ -404,8 +404,7 @@ func (f *fill) write(p []byte, off int64, from Origin) (int, error) {
 	}
 }
 
-// writePiece writes the part of p that belongs to off's piece. l, if any, is
-// what p was checked by.
+// writePiece is write for the part of p that belongs to off's piece.
 func (f *fill) writePiece(p []byte, off int64, from Origin, l *link) (int, error) {
 	g, err := f.grab(p, off)
 	if err != nil || len(g.data) == 0 {

@@ -88,7 +88,7 @@ type Writer struct {
 // Bytes beyond the size fail the fill with ErrSizeMismatch; a disk that
 // cannot take them, even after evicting, fails it with ErrNoRoom. After the
 // fill has ended, WriteAt returns its error.
-func (w *Writer) WriteAt(p []byte, off int64) (int, error) { return w.write(p, off, w.origin) }
+func (w *Writer) WriteAt(p []byte, off int64) (int, error) { return w.write(p, off, w.origin, nil) }
 
 func (o Origin) String() string { return strings.TrimSpace(string(o.Kind) + " " + o.Name) }
 
