@@ -234,10 +234,7 @@ func (r *Reader) waitSome(off, want int64) (int64, error) {
 func (r *Reader) readFile(file *os.File, p []byte, off int64) (int, error) {
 	n, err := file.ReadAt(p, off)
 	if errors.Is(err, io.EOF) {
-		err = nil
-		if n < len(p) {
-			err = io.ErrUnexpectedEOF
-		}
+		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
 		return n, fmt.Errorf("read %s: %w", r.digest, err)
