@@ -572,7 +572,7 @@ func (f *fill) verify() error {
 
 // hashRange feeds n bytes of file at off to h.
 func hashRange(h hash.Hash, file io.ReaderAt, buf []byte, off, n int64) error {
-	got, err := io.CopyBuffer(struct{ io.Writer }{h}, io.NewSectionReader(file, off, n), buf)
+	got, err := io.CopyBuffer(h, io.NewSectionReader(file, off, n), buf)
 	if err == nil && got < n {
 		err = io.ErrUnexpectedEOF
 	}
