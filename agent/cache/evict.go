@@ -251,13 +251,11 @@ const (
 // finds no room, and evicts the next blob for it. Some file systems free nothing before they
 // commit, unless they are told to; btrfs commits up to 30 s later.
 func (c *Cache) awaitFree(enough int64) {
-	tick := time.NewTicker(freeLook)
-	defer tick.Stop()
 	for range freeLooks {
 		if _, free, err := c.statfs(); err != nil || free >= enough {
 			return
 		}
-		<-tick.C
+		<-time.After(freeLook)
 	}
 	if err := c.syncfs(); err != nil {
 		c.log.Debug("sync the cache's file system", "err", err)

@@ -27,12 +27,11 @@ const (
 func (c *Cache) scrub(ctx context.Context) {
 	interval := c.opts.ScrubInterval
 	for interval > 0 && ctx.Err() == nil {
-		next := time.NewTimer(max(interval, time.Second)) // an empty cache is done at once
+		next := time.After(max(interval, time.Second)) // an empty cache is done at once
 		c.scrubAll(ctx, interval)
 		select {
-		case <-next.C:
+		case <-next:
 		case <-ctx.Done():
-			next.Stop()
 		}
 	}
 }
@@ -143,10 +142,8 @@ func (c *Cache) rehash(ctx context.Context, b *blob, limit *rate.Limiter) error 
 // pace waits for the next block's turn. (Limiter.Wait gives up before a
 // deadline, which the caller could not tell from a bad blob.)
 func pace(ctx context.Context, limit *rate.Limiter) error {
-	turn := time.NewTimer(limit.ReserveN(time.Now(), readBlock).Delay())
-	defer turn.Stop()
 	select {
-	case <-turn.C:
+	case <-time.After(limit.ReserveN(time.Now(), readBlock).Delay()):
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)

@@ -27,17 +27,14 @@ const (
 // tend keeps the bounds and writes metadata behind until ctx ends. Its error says that
 // nothing can be kept here any more.
 func (c *Cache) tend(ctx context.Context) error {
-	bounds, flush, use := time.NewTicker(tendInterval), time.NewTicker(flushInterval), time.NewTicker(useInterval)
-	defer bounds.Stop()
-	defer flush.Stop()
-	defer use.Stop()
+	bounds, flush, use := time.Tick(tendInterval), time.NewTicker(flushInterval), time.Tick(useInterval)
 	seen := map[string]time.Time{}
 	soon, dead := false, false
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-bounds.C:
+		case <-bounds:
 			c.expire(-1, time.Now())
 			c.reconcile(seen)
 			c.balance()
@@ -47,7 +44,7 @@ func (c *Cache) tend(ctx context.Context) error {
 				return c.dir.explain(err)
 			}
 			dead = gone
-		case <-use.C:
+		case <-use:
 			c.meta.recordUse(c.touched())
 		case <-c.booked:
 			if !soon {
