@@ -279,11 +279,11 @@ func TestMetadataForgetsWhenTheDiskIsFull(t *testing.T) {
 	}
 }
 
-// TestMetadataOutlivesADiskThatTakesNoWrites: a file that cannot be written now is none the
-// worse for it. Without its facts the blobs beside it are nobody's, while they can be read.
+// TestMetadataOutlivesADiskThatTakesNoWrites: a file that cannot be written now, or by a
+// process that has run out of descriptors or memory, is none the worse for it. Without its facts the blobs beside it are nobody's, while they can be read.
 func TestMetadataOutlivesADiskThatTakesNoWrites(t *testing.T) {
 	repo := Repository{"docker.io", "team/app"}
-	for _, disk := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT} {
+	for _, disk := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM} {
 		m, err := openMeta(filepath.Join(t.TempDir(), "metadata.db"), slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
@@ -437,6 +437,24 @@ func TestMetadataIsBounded(t *testing.T) {
 	})
 }
 
+// TestFactsOfOneSecondAreNotAllPruned: no more go than have to, even if all are as old.
+func TestFactsOfOneSecondAreNotAllPruned(t *testing.T) {
+	c := open(t, Options{})
+	most := capacity[bucketState]
+	for i := range most + 1 {
+		c.meta.db.put(bucketState, key(fmt.Sprint(i)), nil)
+	}
+	c.meta.flush()
+	left := 0
+	c.meta.db.walk(bucketState, func([]byte) bool {
+		left++
+		return true
+	})
+	if left < most*9/10 {
+		t.Errorf("%d facts left of %d", left, most+1)
+	}
+}
+
 // TestLRUOutlivesTheProcessAndTheClock pins the order of eviction over a
 // restart, whatever the clock did meanwhile.
 func TestLRUOutlivesTheProcessAndTheClock(t *testing.T) {
@@ -496,6 +514,12 @@ func TestScrub(t *testing.T) {
 			t.Error("a good blob is gone")
 		} else {
 			r.Close()
+		}
+		tear(t, c.dir.blob(ds[0]), 1<<20)
+		<-time.After(25 * time.Hour)
+		synctest.Wait()
+		if c.Has(ds[0]) || !c.Has(ds[3]) {
+			t.Errorf("left after the next pass: %v", present(c, ds))
 		}
 	})
 }

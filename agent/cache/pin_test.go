@@ -3,10 +3,13 @@ package cache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -117,6 +120,81 @@ func openTestMeta(t *testing.T, path string) *Meta {
 	}
 	t.Cleanup(func() { _ = m.close() })
 	return m
+}
+
+// TestPinIsNotDropped: what somebody wants kept is remembered, however many facts wait
+// to be written.
+func TestPinIsNotDropped(t *testing.T) {
+	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
+	for i := range maxPending {
+		m.SetVerdict(Repository{"reg.test", "app"}, fmt.Sprint(i))
+	}
+	m.SetVerdict(Repository{"reg.test", "app"}, "one too many")
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Command: true})
+	m.flush()
+	_, kept := m.Verdict(Repository{"reg.test", "app"}, "one too many")
+	if kept || len(m.PinnedImages()) != 1 {
+		t.Errorf("%d images are pinned; one fact too many is kept: %v", len(m.PinnedImages()), kept)
+	}
+}
+
+// whileFlushing calls f while a flush of m waits for the disk.
+func whileFlushing(t *testing.T, m *Meta, f func()) {
+	t.Helper()
+	slow, err := m.db.bolt.Begin(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flushed := make(chan struct{})
+	go func() {
+		defer close(flushed)
+		m.flush()
+	}()
+	for writing := false; !writing; runtime.Gosched() {
+		m.db.mu.Lock()
+		writing = m.db.writing != nil
+		m.db.mu.Unlock()
+	}
+	f()
+	if err := slow.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	<-flushed
+}
+
+// TestPinOutlivesAFailedUnpin: an image is unpinned, the disk takes no writes, and before
+// that is known the image is pinned again. The older fact, tried once more, must not win.
+func TestPinOutlivesAFailedUnpin(t *testing.T) {
+	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
+	const image = "docker.io/library/a:1"
+	m.SetPinnedImage(image, PinnedImage{Command: true})
+	m.flush()
+	m.DeletePinnedImage(image)
+	m.db.fault = syscall.ENOSPC
+	whileFlushing(t, m, func() { m.SetPinnedImage(image, PinnedImage{Command: true}) })
+	m.db.fault = nil
+	m.flush()
+	if len(m.PinnedImages()) != 1 {
+		t.Error("the pin is lost")
+	}
+}
+
+// TestFactsAreSeenWhileTheyAreWritten: in particular, who was refused is not let in while
+// that waits for the disk.
+func TestFactsAreSeenWhileTheyAreWritten(t *testing.T) {
+	m := openTestMeta(t, filepath.Join(t.TempDir(), "metadata.db"))
+	r := Repository{"reg.test", "app"}
+	m.SetVerdict(r, "alice")
+	m.flush()
+	m.DeleteVerdict(r, "alice")
+	m.SetVerdict(r, "bob")
+	whileFlushing(t, m, func() {
+		_, alice := m.Verdict(r, "alice")
+		_, bob := m.Verdict(r, "bob")
+		if alice || !bob {
+			t.Errorf("alice may read: %v, bob: %v", alice, bob)
+		}
+	})
 }
 
 // TestSync: what was set before is in the file, or the error says why not.
