@@ -698,8 +698,12 @@ func TestIdleIngests(t *testing.T) {
 		"map deleted":    func(l layout) error { return os.Remove(l.ingestMap(d)) },
 		"data deleted":   func(l layout) error { return os.Remove(l.ingest(d)) },
 		"data truncated": func(l layout) error { return os.Truncate(l.ingest(d), 10) },
+		"data too long":  func(l layout) error { return os.Truncate(l.ingest(d), int64(len(body))+10) },
 		"map of garbage": func(l layout) error { return os.WriteFile(l.ingestMap(d), []byte("garbage"), 0o600) },
-		"everything":     func(l layout) error { return os.RemoveAll(string(l)) },
+		"map of another size": func(l layout) error {
+			return os.WriteFile(l.ingestMap(d), encodeMapHeader(d, 4*minPiece, ""), 0o600)
+		},
+		"everything": func(l layout) error { return os.RemoveAll(string(l)) },
 	} {
 		t.Run("resume with "+name, func(t *testing.T) {
 			c := start(t, Options{})
@@ -713,6 +717,9 @@ func TestIdleIngests(t *testing.T) {
 			settle(c, d)
 			if !c.Has(d) || c.Stats().Bytes != int64(len(body)) {
 				t.Errorf("has %v, %+v", c.Has(d), c.Stats())
+			}
+			if got := mustRead(t, c, d, nil); !bytes.Equal(got, body) {
+				t.Error("wrong bytes from the disk")
 			}
 		})
 	}

@@ -292,6 +292,37 @@ func TestNoRoom(t *testing.T) {
 	})
 }
 
+// TestMinFreeCountsPromises: bytes that a fill was promised are not there for the next,
+// though the file system still has them.
+func TestMinFreeCountsPromises(t *testing.T) {
+	c := open(t, Options{MinFree: Bytes(100 * kib)})
+	c.statfs = func() (int64, int64, error) { return 1000 * kib, 300 * kib, nil }
+	first, d := content(53, 150*kib)
+	allocating, goOn := make(chan struct{}), make(chan struct{})
+	c.faults = func(s step, of digest.Digest) error {
+		if s == stepAllocate && of == d {
+			close(allocating)
+			<-goOn
+		}
+		return nil
+	}
+	run(t, c)
+	done := make(chan error)
+	go func() { done <- c.Put(t.Context(), d, registry, first) }()
+	<-allocating
+	if n, err := c.Room(); err != nil || n != 50*kib {
+		t.Errorf("room for %d bytes, %v; want %d", n, err, 50*kib)
+	}
+	second, sd := content(54, 100*kib)
+	if err := c.Put(t.Context(), sd, registry, second); !errors.Is(err, ErrNoRoom) {
+		t.Errorf("the second: %v, want %v", err, ErrNoRoom)
+	}
+	close(goOn)
+	if err := <-done; err != nil {
+		t.Errorf("the first: %v", err)
+	}
+}
+
 // TestFileSystemFreesLater: XFS frees what was deleted some milliseconds later, btrfs when it
 // commits. No more is evicted meanwhile than is needed, and nothing is passed by.
 func TestFileSystemFreesLater(t *testing.T) {
