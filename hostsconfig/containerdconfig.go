@@ -446,6 +446,16 @@ func readsOneRoot(root fs.FS) bool {
 	return c != nil && (!c.found || c.version >= 3 && c.localPull() == "")
 }
 
+// splitRoots are the directories of a config_path, at least one. A colon without a
+// directory beside it names containerd's working directory, which is nobody's certs.d.
+func splitRoots(configPath string) []string {
+	roots := slices.DeleteFunc(strings.Split(configPath, ":"), func(r string) bool { return r == "" })
+	if len(roots) == 0 {
+		return []string{configPath}
+	}
+	return roots
+}
+
 // hiddenRoots are the certs.d directories that a node's containerd looks into
 // after dir, and that a _default in dir hides. Where the configuration cannot
 // be seen, containerd's own default counts: carrying over what containerd does
@@ -456,7 +466,7 @@ func hiddenRoots(root fs.FS, dir string) []string {
 	if c := d.loadConfig(); c != nil {
 		configPath = cmp.Or(c.configPath(), defaultConfigPath)
 	}
-	roots := strings.Split(configPath, ":")
+	roots := splitRoots(configPath)
 	i := slices.IndexFunc(roots, func(r string) bool { return d.sameDir(r, dir) })
 	if i < 0 {
 		return nil

@@ -340,13 +340,13 @@ func (d *doctor) checkRoots(c *criConfig) {
 		d.pathUnset(c)
 		return
 	}
-	roots := strings.Split(configPath, ":")
+	roots := splitRoots(configPath)
 	ours := d.opts.Containerd
 	isOurs := func(r string) bool {
 		return d.sameDir(r, ours) || d.opts.SeenOnly && snapRevision.ReplaceAllString(r, snapCurrent) == ours
 	}
-	switch i := slices.IndexFunc(roots, isOurs); {
-	case i < 0:
+	i := slices.IndexFunc(roots, isOurs)
+	if i < 0 {
 		f := Finding{
 			ID: "containerd-other-directory", Severity: Broken, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("containerd looks in %s, but hosts.containerd is %s.", configPath, ours),
@@ -358,7 +358,11 @@ func (d *doctor) checkRoots(c *criConfig) {
 		}
 		d.add(f)
 		return
-	case i > 0:
+	}
+	if strings.Contains(configPath, ":") && d.checkTwoRoots(c, configPath, where) {
+		return
+	}
+	if i > 0 {
 		d.add(Finding{
 			ID: "containerd-not-first-root", Severity: Degraded, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("hosts.containerd %s comes after %s in config_path; directories there hide ours.", ours, roots[0]),
@@ -366,7 +370,6 @@ func (d *doctor) checkRoots(c *criConfig) {
 		})
 	}
 	if len(roots) > 1 {
-		d.checkTwoRoots(c, roots, where)
 		d.checkHidden(roots, where)
 	}
 }
@@ -426,23 +429,28 @@ func (d *doctor) pathUnset(c *criConfig) {
 	d.add(f)
 }
 
-// checkTwoRoots: from 2.1 on, the transfer service takes "a:b" for one name.
-func (d *doctor) checkTwoRoots(c *criConfig, roots []string, where string) {
-	configPath := strings.Join(roots, ":")
+// checkTwoRoots: from 2.1 on, the transfer service takes "a:b" for one name. It reports
+// whether containerd surely reads none of the roots: with either fix our directory is the
+// only one, whatever its place was.
+func (d *doctor) checkTwoRoots(c *criConfig, configPath, where string) (ignored bool) {
 	if !c.versions.maybe(2, 1) || d.sameDir(configPath, d.opts.Containerd) && d.node.isDir(configPath) {
-		return
+		return false
 	}
-	if d.opts.ColonLink && !d.opts.Facts.ProxyUp {
-		return // the agent makes the link when it starts
+	linked := configPath == path.Clean(d.opts.Containerd)+":"+secondRoot // or would be, with the colon link
+	if linked && d.opts.ColonLink && !d.opts.Facts.ProxyUp {
+		return false // the agent makes the link when it starts
 	}
-	fix := d.fixOneRoot(c, roots) + "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
+	fix := d.fixOneRoot(c, splitRoots(configPath))
+	if linked {
+		fix += "\n# or, without a restart, for Larder:\n[hosts]\ncontainerd_colon_link = true    # in the chart: containerd.colonLink"
+	}
 	if reason := c.localPull(); reason != "" {
 		d.add(Finding{
 			ID: "containerd-two-roots-by-luck", Severity: Note, Runtime: containerd, Where: where,
 			What: fmt.Sprintf("config_path has two roots, which containerd's transfer service cannot read. It works only because %s makes containerd pull the old way.", reason),
 			Fix:  fix, Docs: docsTwoRoots,
 		})
-		return
+		return false
 	}
 	f := Finding{
 		ID: "containerd-two-roots", Severity: Broken, Runtime: containerd, Where: where,
@@ -454,6 +462,7 @@ func (d *doctor) checkTwoRoots(c *criConfig, roots []string, where string) {
 		f.What = fmt.Sprintf("config_path is %q: containerd 2.1 and later do not split it and ignore every hosts.toml without a word. Which containerd runs here is not known.", configPath)
 	}
 	d.add(f)
+	return f.Severity == Broken
 }
 
 // fixOneRoot is the text that leaves our directory alone in config_path.
