@@ -71,6 +71,19 @@ func (h *Hosts) PlanRemove(ctx context.Context) ([]Change, error) {
 	})
 }
 
+// OtherProxies are the addresses of proxies, other than ProxyAddr, that the entries in
+// place were written for.
+func (h *Hosts) OtherProxies() []string {
+	var out []string
+	_, _ = h.foresee(func(m *managed) ([]Change, error) { // Plan reports the errors
+		if p := m.journal.Proxy; p != "" && p != h.proxy.String() && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+		return nil, nil
+	})
+	return out
+}
+
 // foresee gathers the changes that plan finds in each directory, opened for
 // reading only.
 func (h *Hosts) foresee(plan func(*managed) ([]Change, error)) ([]Change, error) {

@@ -483,6 +483,11 @@ func TestHostsCommands(t *testing.T) {
 	if code, out, _ := hosts("check", "--json"); code != 0 || out != "[]\n" {
 		t.Errorf("check --json after: exit %d\n%s", code, out)
 	}
+	// A check that is not told where the agent listens says where its entries lead.
+	if code, out, errs := larder(t, "hosts", "check", "--hosts.containerd", dir, "--proxy.listen", "127.0.0.1:2"); code != exitFailed ||
+		!strings.Contains(out, "update") || !strings.Contains(errs, "add --proxy.listen 127.0.0.1:1,") || strings.Contains(errs, "add --proxy.listen 127.0.0.1:2") {
+		t.Errorf("check for another proxy: exit %d: %s\n%s", code, errs, out)
+	}
 	foretold := mustPrint(t, hosts, "remove", "--dry-run")
 	if code, out, _ := hosts("check"); code != 0 || out != "nothing to change\n" {
 		t.Errorf("check after a dry run: exit %d\n%s", code, out)

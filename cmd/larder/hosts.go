@@ -142,7 +142,7 @@ count: Larder leaves it alone, apply would too, and the runtime itself cannot us
 it. "larder doctor" finds it, says what to do, and exits 1.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, _, err := f.open(cmd)
+			h, c, err := f.open(cmd)
 			if err != nil {
 				return err
 			}
@@ -150,10 +150,13 @@ it. "larder doctor" finds it, says what to do, and exits 1.`,
 			if err := f.finish(cmd, changes, err); err != nil {
 				return err
 			}
-			if slices.ContainsFunc(changes, wanted) {
-				return errFindings
+			if !slices.ContainsFunc(changes, wanted) {
+				return nil
 			}
-			return nil
+			for _, proxy := range h.OtherProxies() {
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: the entries in place are for an agent at %s, and were compared with those for %s; if the former is where the agent listens, add --proxy.listen %[1]s, or its --config\n", proxy, c.Proxy.Listen)
+			}
+			return errFindings
 		},
 	}
 	f.bind(cmd)
