@@ -29,8 +29,8 @@ const (
 )
 
 // recentPulls remembers the last images that were pulled. A runtime asks for
-// manifests and blobs and never says which belong together, so requests for one
-// repository without a long pause count as one image.
+// manifests and blobs and never says which belong together, so requests of one
+// client for one repository without a long pause count as one image.
 type recentPulls struct {
 	mu   sync.Mutex // guards what is below; not held while looking anything up
 	list []*RecentPull
@@ -52,7 +52,10 @@ func (r *recentPulls) record(e proxy.Event) {
 	if e.Canary() { // of the doctor, who says himself what became of it
 		return
 	}
-	i := slices.IndexFunc(r.list, func(p *RecentPull) bool { return p.Repository == e.Repository && p.Registry == e.Registry })
+	client := shorten(e.UserAgent, maxUserAgent)
+	i := slices.IndexFunc(r.list, func(p *RecentPull) bool {
+		return p.Repository == e.Repository && p.Registry == e.Registry && p.UserAgent == client
+	})
 	if i < 0 || !r.list[i].goesOn(e) {
 		r.list = slices.Insert(r.list, 0, newRecentPull(e))
 		r.list = r.list[:min(len(r.list), maxRecent)]

@@ -116,6 +116,10 @@ func TestPullsAreTakenApart(t *testing.T) {
 		e.Status = 404
 		return e
 	}
+	pinned := func(e proxy.Event) proxy.Event {
+		e.UserAgent = pinUserAgent
+		return e
+	}
 	tests := []struct {
 		name   string
 		events []proxy.Event
@@ -131,6 +135,7 @@ func TestPullsAreTakenApart(t *testing.T) {
 		{"containerd, by digest after its tag", []proxy.Event{resolve(0, "v1"), head(1, "m"), manifest(1, "m"), blob(2, "a")}, []string{"v1 3"}},
 		{"podman, by digest after a tag that failed", []proxy.Event{missing("GET"), manifest(1, "m"), blob(2, "a")}, []string{d("m") + " 2", "v1 1"}},
 		{"a tag that failed once", []proxy.Event{missing("GET"), ask(1, "app", proxy.KindManifest, "GET", "v1"), blob(2, "a")}, []string{"v1 2"}},
+		{"a pin meanwhile", []proxy.Event{resolve(0, "v1"), pinned(manifest(1, "p")), manifest(1, "m"), pinned(blob(2, "b")), blob(3, "a")}, []string{"v1 3", d("p") + " 2"}},
 		{"ranges of a layer", []proxy.Event{manifest(0, "m"), blob(1, "a"), blob(2, "a"), blob(3, "a")}, []string{d("m") + " 2"}},
 		{"a long pause", []proxy.Event{blob(0, "a"), blob(40, "b")}, []string{" 1", " 1"}},
 		{"a slow layer beside", []proxy.Event{resolve(0, "v1"), func() proxy.Event { e := blob(1, "a"); e.Duration = time.Hour; return e }(), blob(1800, "b")}, []string{"v1 3"}},
