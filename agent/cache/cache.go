@@ -512,13 +512,15 @@ func (c *Cache) Settled(ctx context.Context, d digest.Digest) error {
 	return wait(ctx, f.done)
 }
 
-// Remove withdraws and deletes a committed blob, pinned or not; that it is not
-// there is no error. A running fill and open readers go on.
+// Remove withdraws and deletes a committed blob, pinned or not, or what a fill that
+// failed has left of one; that nothing is there is no error. A running fill and open
+// readers go on.
 func (c *Cache) Remove(d digest.Digest) error {
 	c.mu.Lock()
 	b := c.blobs[d]
 	c.mu.Unlock()
 	if b == nil {
+		c.dropIdle(d)
 		return nil
 	}
 	return c.drop(context.Background(), b, reasonRemoved)

@@ -40,6 +40,7 @@ const (
 	bucketPins      bucket = "pins"
 	bucketImports   bucket = "imports" // repositories
 	bucketImported  bucket = "imported"
+	bucketForgotten bucket = "forgotten"
 )
 
 // capacity bounds each bucket: what registries and clients make the cache
@@ -48,7 +49,7 @@ var capacity = map[bucket]int{
 	bucketTags: 20_000, bucketManifests: 100_000, bucketMembers: 200_000,
 	bucketFetched: 100_000, bucketUsed: 200_000, bucketState: 100,
 	bucketGivers: 200_000, bucketShown: 200_000, bucketPublic: 20_000, bucketVerdicts: 20_000, bucketChallenge: 5_000,
-	bucketImports: 20_000, bucketImported: 200_000,
+	bucketImports: 20_000, bucketImported: 200_000, bucketForgotten: 20_000,
 	bucketPins: 2 * MaxPins, // so that none is pruned
 }
 

@@ -653,6 +653,16 @@ func TestIdleIngests(t *testing.T) {
 			}
 		})
 	})
+	t.Run("go with Remove", func(t *testing.T) {
+		c := start(t, Options{})
+		leave(t, c, d, body)
+		if err := c.Remove(d); err != nil {
+			t.Fatal(err)
+		}
+		if left := c.entries(c.dir.ingests()); len(left) > 0 || c.Begun(d) {
+			t.Errorf("left over: %v", left)
+		}
+	})
 	// The files of an ingest that is deleted have the names that the next fill's have.
 	t.Run("a fill waits for their deletion", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {

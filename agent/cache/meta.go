@@ -333,6 +333,19 @@ func (m *Meta) Imported(r Repository, reference string) bool {
 // on is another generation.
 func (m *Meta) DeleteImported(r Repository) { m.db.delete(bucketImports, key(r.Registry, r.Name)) }
 
+// forgottenFor is how long SetForgotten holds.
+const forgottenFor = time.Hour
+
+// SetForgotten remembers for an hour that an operator wants d off this node. It takes no
+// fact about d back: whoever fetches it anew may have what he might before.
+func (m *Meta) SetForgotten(d digest.Digest) { m.db.put(bucketForgotten, key(string(d)), nil) }
+
+// Forgotten reports whether SetForgotten was called within the last hour.
+func (m *Meta) Forgotten(d digest.Digest) bool {
+	v, ok := m.db.stamped(bucketForgotten, key(string(d)))
+	return ok && time.Since(time.Unix(int64(stamp(v)), 0)) < forgottenFor
+}
+
 // SetChallenge remembers how the repository asks for credentials: the values of
 // WWW-Authenticate.
 func (m *Meta) SetChallenge(r Repository, challenge []string) {

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -269,4 +270,28 @@ func TestPinnedImages(t *testing.T) {
 	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Public || !a.Command || got["docker.io/library/b:1"].Public {
 		t.Errorf("%+v", got)
 	}
+}
+
+// TestForgotten holds for an hour, and over a restart.
+func TestForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "metadata.db")
+		m := openTestMeta(t, path)
+		_, d := content(73, 10)
+		_, other := content(74, 10)
+		m.SetForgotten(d)
+		m.flush()
+		if err := m.close(); err != nil {
+			t.Fatal(err)
+		}
+		m = openTestMeta(t, path)
+		<-time.After(forgottenFor - time.Minute)
+		if !m.Forgotten(d) || m.Forgotten(other) {
+			t.Errorf("before the hour is over: %v, of another: %v", m.Forgotten(d), m.Forgotten(other))
+		}
+		<-time.After(2 * time.Minute)
+		if m.Forgotten(d) {
+			t.Error("held after the hour")
+		}
+	})
 }
