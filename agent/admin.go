@@ -84,6 +84,7 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /api/v1/pins", a.servePins)
 	mux.HandleFunc("POST /api/v1/pins", a.servePin)
 	mux.HandleFunc("DELETE /api/v1/pins", a.serveUnpin)
+	mux.HandleFunc("POST /api/v1/forget", a.serveForget)
 	mux.HandleFunc("POST /api/v1/import", a.serveImport)
 	mux.HandleFunc("GET /api/v1/canary", a.serveCanary)
 	mux.Handle("GET /api/v1/events", a.events)

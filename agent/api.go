@@ -307,6 +307,38 @@ type PinsStatus struct {
 	Trouble []Pin          `json:"trouble"` // those with an Error, at most 20
 }
 
+// ForgetRequest is the body of POST /api/v1/forget.
+type ForgetRequest struct {
+	Images []string `json:"images"`
+	DryRun bool     `json:"dry_run,omitempty"` // say what would go, and remove nothing
+}
+
+// ForgetReport is the answer of POST /api/v1/forget.
+type ForgetReport struct {
+	DryRun bool        `json:"dry_run"`
+	Images []Forgotten `json:"images"` // as asked for
+}
+
+// Forgotten is what became of one image, or would; what images have in common counts for the
+// first of them. Blobs are manifests too.
+type Forgotten struct {
+	Image  string        `json:"image"`
+	Digest digest.Digest `json:"digest,omitempty"` // what its tag stood for; "" if that was not known
+	// Blobs and Bytes went from the cache. Bytes of a fill that failed are not counted.
+	Blobs int   `json:"blobs"`
+	Bytes int64 `json:"bytes"`
+	// Kept and KeptBytes stay, because the images in KeptBy need them.
+	Kept      int      `json:"blobs_kept"`
+	KeptBytes int64    `json:"bytes_kept"`
+	KeptBy    []string `json:"kept_by,omitempty"`
+	// Runtime is how many of the others are in containerd's own store.
+	Runtime int `json:"blobs_in_runtime"`
+	// Parts names all that does not stay, here or not, and Holders the other nodes that say
+	// they have some of it.
+	Parts   []string `json:"parts"`
+	Holders []string `json:"holders,omitempty"`
+}
+
 // ReplicasStatus says how much of what this node has is on too few nodes.
 type ReplicasStatus struct {
 	Wanted  int    `json:"wanted"`            // cache.replicas

@@ -228,7 +228,29 @@ func (s *pins) remove(images []Image) error {
 	return nil
 }
 
+// spares returns nil if none of the images is pinned: by its name, or by a tag that is held as
+// its digest.
+func (s *pins) spares(images []Image) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var problems []error
+	for _, image := range images {
+		for _, p := range s.images {
+			same := p.held != nil && p.held.digest.String() == image.Reference && p.image.in(image.place())
+			switch {
+			case p.name != image.String() && !same:
+			case p.config:
+				problems = append(problems, fmt.Errorf("%s %w: take it out there, and start the agent again", p.name, errPinnedByConfig))
+			default:
+				problems = append(problems, fmt.Errorf("%s %w: `larder unpin %s` first", p.name, errPinned, p.name))
+			}
+		}
+	}
+	return errors.Join(problems...)
+}
+
 var (
+	errPinned         = errors.New("is pinned")
 	errNotPinned      = errors.New("is not pinned")
 	errPinnedByConfig = errors.New("is pinned by cache.pins in the configuration")
 )
@@ -302,6 +324,11 @@ func (s *pins) pinnedPart(r cache.Repository, d digest.Digest) (found proxy.Pinn
 		}
 	}
 	return found, ok
+}
+
+// place is the repository of the image.
+func (i Image) place() cache.Repository {
+	return cache.Repository{Registry: i.Registry, Name: i.Repository}
 }
 
 // in reports whether the image is of the repository.

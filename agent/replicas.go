@@ -166,7 +166,7 @@ func (r *replicas) find(now time.Time) map[digest.Digest]peer.Copy {
 	a, found := r.agent, map[digest.Digest]peer.Copy{}
 	note := func(c peer.Copy) {
 		// Nodes share nothing that is named by another algorithm, and do not know who has it.
-		if entry := c.Entry(); entry.Algorithm() == digest.SHA256 && a.swarm.Others(c) < r.others {
+		if entry := c.Entry(); entry.Algorithm() == digest.SHA256 && a.swarm.Others(c) < r.others && !a.cache.Meta().Forgotten(entry) {
 			found[entry] = c
 		}
 	}
@@ -308,7 +308,10 @@ func (r *replicas) spread(ctx context.Context, c peer.Copy) {
 	one.problem = err
 }
 
-var errNoReplicas = errors.New("cache.replicas has this node keep no copies for others")
+var (
+	errNoReplicas = errors.New("cache.replicas has this node keep no copies for others")
+	errForgotten  = errors.New("`larder forget` removed it there within the last hour")
+)
 
 // keepTime is far longer than a copy takes on any usable link.
 const keepTime = time.Hour
@@ -324,12 +327,19 @@ func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	if len(a.proxy.Pulls()) > 0 {
 		return peer.ErrBusy
 	}
+	forgotten := a.cache.Meta().Forgotten(c.Entry())
 	if c.Tag != "" {
+		if forgotten || a.cache.Meta().Forgotten(c.Stands.Digest) {
+			return errForgotten
+		}
 		t, _ := wanted(c.Want)
 		return a.proxy.KeepTag(ctx, t, c.Tag, ocispec.Descriptor{MediaType: c.Stands.MediaType, Digest: c.Stands.Digest, Size: c.Stands.Size})
 	}
 	if (a.cache.Has(c.Digest) || a.inRuntime(c.Digest)) && a.proxy.Gives(c.Digest, c.Registry) {
 		return nil
+	}
+	if forgotten {
+		return errForgotten
 	}
 	if !a.cache.Welcome(c.Size, time.Now().Add(-c.Idle)) {
 		return fmt.Errorf("%d bytes: %w", c.Size, cache.ErrNoRoom)
@@ -362,6 +372,9 @@ func (r *replicas) fetch(ctx context.Context, c peer.Copy) error {
 		return err
 	}
 	r.agent.cache.Age(c.Digest, used)
+	if r.agent.cache.Meta().Forgotten(c.Digest) { // while it came
+		return errors.Join(errForgotten, r.agent.cache.Remove(c.Digest))
+	}
 	return nil
 }
 

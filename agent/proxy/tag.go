@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -402,6 +403,24 @@ func (p *Proxy) KnownTag(r cache.Repository, tag string) (cache.Tag, bool) {
 		}
 	}
 	return cache.Tag{}, false
+}
+
+// TagDigests are what a tag stood for when this node heard of it last: more than one if
+// clients that accept no lists are told another.
+func (p *Proxy) TagDigests(r cache.Repository, tag string) (out []digest.Digest) {
+	for _, stored := range []string{tag, tag + notListed} {
+		if known, ok := p.cache.Meta().Tag(r, stored); ok && !slices.Contains(out, known.Descriptor.Digest) {
+			out = append(out, known.Descriptor.Digest)
+		}
+	}
+	return out
+}
+
+// ForgetTag has this node know nothing of a tag, as if nobody had pulled it here.
+func (p *Proxy) ForgetTag(r cache.Repository, tag string) {
+	key := tagKey{Repository: r, tag: tag}
+	p.forgetTag(key)
+	p.forgetTag(key.other())
 }
 
 func (k tagKey) target() upstream.Target {
