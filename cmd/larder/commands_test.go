@@ -173,6 +173,53 @@ func TestPinning(t *testing.T) {
 	}
 }
 
+// TestForgetting says what would go, what went, and that nothing is there any more.
+func TestForgetting(t *testing.T) {
+	n := startNode(t, nil)
+	other := registrytest.OCIImage(registrytest.ImageSpec{Seed: 3, Layers: []int64{200 << 10}}) // shares a layer
+	n.registry.Put("team/app", other, "v2")
+	v2 := testHost + "/team/app:v2"
+	if code, _, errs := larder(t, "warm", testImage, v2, "--admin", n.admin); code != 0 {
+		t.Fatalf("warm: exit %d: %s", code, errs)
+	}
+	code, out, errs := larder(t, "pin", v2, "--admin", n.admin)
+	if code != 0 {
+		t.Fatalf("pin: exit %d: %s %s", code, out, errs)
+	}
+	if code, out, errs = larder(t, "forget", testImage, v2, "--admin", n.admin); code != exitFailed || out != "" || !strings.Contains(errs, "`larder unpin "+v2+"` first") {
+		t.Errorf("pinned: exit %d: %s %s", code, out, errs)
+	}
+	var report agent.ForgetReport
+	code, out, _ = larder(t, "forget", testImage, "--dry-run", "--json", "--admin", n.admin)
+	if err := json.Unmarshal([]byte(out), &report); err != nil || code != 0 || !report.DryRun || len(report.Images) != 1 || len(report.Images[0].Parts) != 3 {
+		t.Fatalf("--json: exit %d, %v: %s", code, err, out)
+	}
+	gone := fmt.Sprintf("removed 3 blobs, %s\n  stays: 1 blob, %s, also of %s\n", size(report.Images[0].Bytes), size(n.image.Layers[0].Size), v2)
+	if code, out, _ = larder(t, "forget", testImage, "--dry-run", "--admin", n.admin); code != 0 || out != testImage+": would "+strings.Replace(gone, "removed", "remove", 1) {
+		t.Errorf("--dry-run: exit %d: %s", code, out)
+	}
+	args := append([]string{"forget", testImage, "--admin", n.admin}, report.Images[0].Parts...)
+	if code, out, errs = larder(t, args...); code != 0 || out != testImage+": "+gone+"3 others: nothing more is in the cache\n" {
+		t.Errorf("exit %d: %s %s", code, out, errs)
+	}
+	if code, out, _ = larder(t, "forget", testImage, "--admin", n.admin); code != 0 || out != testImage+": nothing of it is in the cache\n" {
+		t.Errorf("again: exit %d: %s", code, out)
+	}
+}
+
+func TestForgetGolden(t *testing.T) {
+	report := agent.ForgetReport{Images: []agent.Forgotten{
+		{Image: "quay.io/org/app:v1", Blobs: 7, Bytes: 70 << 20, Kept: 2, KeptBytes: 30 << 20, KeptBy: []string{"quay.io/org/app:v2"}, Holders: []string{"node-2", "node-3", "node-4", "node-5"}},
+		{Image: "quay.io/org/big:v1", Runtime: 1},
+		{Image: "quay.io/org/gone:v1"},
+	}}
+	code, out, errs := larder(t, "forget", "quay.io/org/app:v1", "--admin", standIn(t, report))
+	if code != 0 || errs != "" {
+		t.Fatalf("exit %d: %s", code, errs)
+	}
+	golden(t, "forget", out)
+}
+
 // TestPinInterrupted: Ctrl-C takes no pin back.
 func TestPinInterrupted(t *testing.T) {
 	n := startNode(t, nil)
@@ -369,6 +416,9 @@ func TestMistakes(t *testing.T) {
 		{"bad image to pin", []string{"pin", "nginx", "a b"}, exitUsage, []string{"a b", "not an image name"}},
 		{"a list of images", []string{"pin", "nginx", "--json"}, exitUsage, []string{"--json is for the list"}},
 		{"nothing to unpin", []string{"unpin"}, exitUsage, []string{"larder unpin --help"}},
+		{"nothing to forget", []string{"forget"}, exitUsage, []string{"larder forget --help"}},
+		{"bad image to forget", []string{"forget", "nginx", "a b"}, exitUsage, []string{"a b", "not an image name"}},
+		{"forget without agent", []string{"forget", "nginx", "--admin", "127.0.0.1:1"}, exitFailed, []string{"is it running"}},
 		{"unknown flag", []string{"agent", "--proxy.listn=x"}, exitUsage, []string{"--proxy.listn", "did you mean --proxy.listen?"}},
 		{"switch without =", []string{"agent", "--peer.enabled", "false"}, exitUsage, []string{"--peer.enabled=false"}},
 		{"unknown command", []string{"statsu"}, exitUsage, []string{"statsu", "did you mean larder status?"}},

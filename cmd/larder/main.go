@@ -122,7 +122,7 @@ other nodes, and only then from the registry.`,
 		{"Try it:", []*cobra.Command{newDemo()}},
 		{"Run it on a node:", []*cobra.Command{newKeygen(), newAgent(), newHosts()}},
 		{"Look at a node:", []*cobra.Command{newDoctor(), newStatus(), newExplain()}},
-		{"Choose what is cached:", []*cobra.Command{newWarm(), newPin(), newUnpin(), newExport(), newImport()}},
+		{"Choose what is cached:", []*cobra.Command{newWarm(), newPin(), newUnpin(), newForget(), newExport(), newImport()}},
 	} {
 		root.AddGroup(&cobra.Group{ID: group.title, Title: group.title})
 		for _, cmd := range group.commands {
