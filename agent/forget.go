@@ -223,9 +223,10 @@ func (f *forgetter) spare() {
 			}
 		}
 	}
+	var pinned []digest.Digest
 	f.agent.cache.Walk(func(info cache.Info) bool {
 		if info.Pinned {
-			f.keep(info.Digest, "what is pinned or being imported")
+			pinned = append(pinned, info.Digest)
 		}
 		_, part := f.of[info.Digest]
 		if _, known := f.agent.cache.Meta().Manifest(info.Digest); part || !known {
@@ -242,6 +243,11 @@ func (f *forgetter) spare() {
 		}
 		return true
 	})
+	for _, d := range pinned {
+		if f.goes(d) { // no name is known of who needs it
+			f.keep(d, "what is pinned or being imported")
+		}
+	}
 	maps.DeleteFunc(f.going, func(_ Image, subject digest.Digest) bool { return f.kept[subject] })
 }
 
