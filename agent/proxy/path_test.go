@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"fmt"
+	"runtime"
 	"testing"
 	"time"
 
@@ -86,6 +87,59 @@ func TestCRIO(t *testing.T) {
 				t.Errorf("went direct: %v, want %v", direct, tc.direct)
 			}
 		})
+	}
+}
+
+// TestOneImageOfSeveral: an index has several for this platform, of which this node has one.
+// While the registry cannot be asked for the others, or has them no more, a path-encoded
+// client gets the index if the one that is here may be its choice, and not if it would take
+// another. Once that one fails the index is withheld again.
+func TestOneImageOfSeveral(t *testing.T) {
+	image := func(seed uint64, variant string, annotations map[string]string) *registrytest.Image {
+		platform := ocispec.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH, Variant: variant}
+		img := registrytest.OCIImage(registrytest.ImageSpec{Seed: seed, Layers: []int64{1000}, Platform: platform})
+		img.Annotations = annotations
+		return img
+	}
+	zstd := map[string]string{"io.github.containers.compression.zstd": "true"}
+	chart := registrytest.Artifact(ocispec.DescriptorEmptyJSON, "application/vnd.example.chart", 33)
+	for name, tc := range map[string]struct {
+		here, other *registrytest.Image
+		given       bool
+	}{
+		"zstd":                      {image(31, "", zstd), image(32, "", nil), true},
+		"gzip":                      {image(31, "", nil), image(32, "", zstd), false},
+		"beside a chart":            {image(31, "", nil), chart, true},
+		"a chart":                   {chart, image(31, "", nil), false},
+		"a variant":                 {image(31, "v7", nil), image(32, "v6", nil), true},
+		"a variant, another's zstd": {image(31, "v7", nil), image(32, "v6", zstd), true},
+	} {
+		for outage, begin := range map[string]func(*node){
+			"down":    func(n *node) { n.registry.Down() },
+			"hangs":   func(n *node) { n.registry.Inject(registrytest.Match{}, registrytest.Hold()) },
+			"429":     func(n *node) { n.registry.Inject(registrytest.Match{}, registrytest.TooManyRequests(time.Hour)) },
+			"deleted": func(n *node) { n.registry.Delete(repo, tc.other.Digest.String()) },
+		} {
+			t.Run(name+" "+outage, func(t *testing.T) {
+				t.Parallel()
+				n := startNode(t, func(s *setup) { s.proxy.FirstByteBudget = 200 * time.Millisecond })
+				index := n.put(registrytest.Index(tc.other, tc.here))
+				if a := n.get(manifestPath(tc.here.Digest.String())); a.status != 200 {
+					t.Fatalf("image: %d", a.status)
+				}
+				n.whole(tc.here)
+				begin(n)
+				for _, ref := range []string{"v1", index.Digest.String()} {
+					if a := n.get(pathManifest(ref)); (a.status == 200) != tc.given {
+						t.Errorf("%s: %d %s", ref, a.status, a.body)
+					}
+				}
+				n.proxy.undelivered.put(keyOf(n.target(), tc.here.Layers[0].Digest), struct{}{}, time.Hour)
+				if a := n.get(pathManifest("v1")); a.status == 200 {
+					t.Error("given although a blob of what is here failed")
+				}
+			})
+		}
 	}
 }
 

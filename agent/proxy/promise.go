@@ -1,10 +1,12 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -54,29 +56,59 @@ func (p *Proxy) promise(ctx context.Context, t upstream.Target, m manifest, dept
 	return p.promiseOutline(ctx, t, o, depth)
 }
 
+// promiseOutline is promise for what a manifest lists. An index may have several images for
+// this node's platform. The client takes the best for its CPU, which is not known here, so
+// each must do; but one that nobody can give, the registry included, it could not have anyway.
 func (p *Proxy) promiseOutline(ctx context.Context, t upstream.Target, o outline, depth int) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(promiseParallel)
 	for _, blob := range o.children() {
 		g.Go(func() error { return p.canDeliver(ctx, t, blob) })
 	}
-	for _, child := range o.Manifests {
-		g.Go(func() error { return p.promiseChild(ctx, t, child, depth-1) })
+	var whole atomic.Bool // one of this node's
+	absent := make([]error, len(o.Manifests))
+	for i, child := range o.Manifests {
+		if !ours(child.Platform) || slices.ContainsFunc(o.Manifests, func(d ocispec.Descriptor) bool { return preferred(d, child) }) {
+			g.Go(func() error { return p.promiseOther(ctx, t, child) })
+			continue
+		}
+		g.Go(func() error {
+			err := p.promiseOurs(ctx, t, child, depth-1)
+			if _, ok := errors.AsType[*absentError](err); ok {
+				absent[i], err = err, nil
+			} else if err == nil {
+				whole.Store(true)
+			}
+			return err
+		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil || whole.Load() {
+		return err
+	}
+	return cmp.Or(absent...)
 }
 
-func (p *Proxy) promiseChild(ctx context.Context, t upstream.Target, child ocispec.Descriptor, depth int) error {
-	mine := ours(child.Platform)
-	if !mine && !p.cache.Has(child.Digest) {
+// absentError is something that nobody can give now. The registry cannot either, as far as
+// it says.
+type absentError struct{ error }
+
+func (e *absentError) Unwrap() error { return e.error }
+
+func (p *Proxy) promiseOurs(ctx context.Context, t upstream.Target, child ocispec.Descriptor, depth int) error {
+	m, err := p.manifest(ctx, t, child.Digest)
+	if err != nil {
+		return &absentError{err}
+	}
+	return p.promise(ctx, t, m, depth)
+}
+
+func (p *Proxy) promiseOther(ctx context.Context, t upstream.Target, child ocispec.Descriptor) error {
+	if !p.cache.Has(child.Digest) {
 		return nil
 	}
 	m, err := p.manifest(ctx, t, child.Digest)
 	if err != nil {
 		return err
-	}
-	if mine {
-		return p.promise(ctx, t, m, depth)
 	}
 	o, err := parseOutline(m.body)
 	if err != nil {
@@ -89,9 +121,30 @@ func (p *Proxy) promiseChild(ctx context.Context, t upstream.Target, child ocisp
 	return nil
 }
 
-// ours reports whether this node's runtime would choose an image of an index.
+// ours reports whether this node's runtime might choose an image of an index.
 func ours(platform *ocispec.Platform) bool {
 	return platform == nil || platform.Architecture == runtime.GOARCH && platform.OS == runtime.GOOS
+}
+
+// preferred reports whether CRI-O (since 1.28), podman and skopeo take a rather than b, which
+// is ours, of an index on any CPU (go.podman.io/image, internal/manifest, oci_index.go).
+func preferred(a, b ocispec.Descriptor) bool {
+	switch {
+	case !ours(a.Platform):
+		return false
+	case a.Platform == nil || b.Platform == nil:
+		if a.Platform != b.Platform {
+			return b.Platform == nil
+		}
+	case a.Platform.Variant != b.Platform.Variant:
+		return false
+	}
+	return inZstd(a) && !inZstd(b)
+}
+
+// inZstd reports whether the layers of an image are marked as compressed with zstd.
+func inZstd(d ocispec.Descriptor) bool {
+	return d.Annotations["io.github.containers.compression.zstd"] == "true"
 }
 
 // has reports whether d is here for callers that may have what the target's
@@ -115,6 +168,9 @@ func (p *Proxy) canDeliver(ctx context.Context, t upstream.Target, blob ocispec.
 	if err != nil {
 		p.log.Debug("manifest withheld: a blob cannot be delivered", "digest", blob.Digest,
 			"registry", t.Registry, "repository", t.Repository, "err", err)
+		if mayServeStale(err) {
+			return &absentError{errUndeliverable}
+		}
 		return errUndeliverable
 	}
 	p.deliverable.put(key, struct{}{}, deliverableMemory)
