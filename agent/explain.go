@@ -19,7 +19,7 @@ import (
 var errUnknownImage = errors.New("not known on this node")
 
 // Explain says where each part of an image is and came from, for one platform
-// ("" = this node's) or "all". It asks no registry and no other node: what never passed
+// ("" = this node's) or "all", of several instances what this node's runtimes pull. It asks no registry and no other node: what never passed
 // this one is an error.
 func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
 	e := explainer{agent: a, image: image, fills: map[digest.Digest]cache.Progress{}, used: map[digest.Digest]time.Time{}}
@@ -33,7 +33,7 @@ func (a *Agent) Explain(image Image, platform string) (Explanation, error) {
 	})
 	err := e.root()
 	if err == nil {
-		err = walkImage(ocispec.Descriptor{Digest: e.out.Digest}, platform, e.read, e.visit)
+		err = walkImage(ocispec.Descriptor{Digest: e.out.Digest}, selection{platform, a.config.Hosts.instances()}, e.read, e.visit)
 	}
 	if _, foreign := errors.AsType[*platformError](err); foreign {
 		err = fmt.Errorf("%w; try --platform all", err)

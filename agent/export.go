@@ -69,7 +69,7 @@ func (p Puller) plan(ctx context.Context, image Image) (*exported, error) {
 		e.parts = append(e.parts, blob{desc, "manifest"})
 		return body, nil
 	}
-	return e, walkImage(ocispec.Descriptor{Digest: root}, p.Platform, read, e.add)
+	return e, walkImage(ocispec.Descriptor{Digest: root}, selection{p.Platform, p.Instances}, read, e.add)
 }
 
 // add plans what a manifest lists.

@@ -28,6 +28,34 @@ var errNotBelow = errors.New("not below this manifest")
 // index, or a document that is no manifest that Larder reads.
 var errNothing = errors.New("the image is empty: its manifests list no config and no layers")
 
+// Instances says which image of an index is wanted if it has several for one platform, as
+// podman and buildah push them with --add-compression: the same with layers in gzip and in
+// zstd. The second has an annotation, and is listed after the first.
+type Instances int
+
+const (
+	FirstInstance Instances = iota // what containerd and Docker pull
+	ZstdInstance                   // what CRI-O (since 1.28), podman and skopeo pull, if there is one
+	EveryInstance                  // both
+)
+
+// instances are those that the runtimes of this node pull.
+func (c HostsConfig) instances() Instances {
+	switch {
+	case c.CRIO == "":
+		return FirstInstance
+	case c.Containerd == "":
+		return ZstdInstance
+	}
+	return EveryInstance
+}
+
+// selection is what choose picks from an index.
+type selection struct {
+	platform  string // "linux/arm64", "" for this machine's, "all"
+	instances Instances
+}
+
 // walkImage goes through an image for one platform as choose understands it: first the
 // root, then what each index chooses, depth first. No digest comes twice, for platforms
 // share layers, and indexes of indexes could name one another without end. More than
@@ -39,8 +67,8 @@ var errNothing = errors.New("the image is empty: its manifests list no config an
 // has seen to. visit is told what they say: the descriptor with its true size, the
 // manifest, and those of its blobs that none before it listed; an index has none. An
 // error of either ends the walk, and comes back as it is.
-func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descriptor) ([]byte, error), visit func(ocispec.Descriptor, manifest, []blob) error) error {
-	if _, err := parsePlatform(platform); err != nil {
+func walkImage(root ocispec.Descriptor, want selection, read func(ocispec.Descriptor) ([]byte, error), visit func(ocispec.Descriptor, manifest, []blob) error) error {
+	if _, err := parsePlatform(want.platform); err != nil {
 		return err
 	}
 	seen, manifests, bytes := map[digest.Digest]bool{}, 0, 0
@@ -81,7 +109,7 @@ func walkImage(root ocispec.Descriptor, platform string, read func(ocispec.Descr
 		if err := visit(d, m, nil); err != nil {
 			return err
 		}
-		chosen, err := m.choose(platform)
+		chosen, err := m.choose(want)
 		if err != nil {
 			return err
 		}
@@ -172,19 +200,18 @@ func parsePlatform(text string) (ocispec.Platform, error) {
 	return p, nil
 }
 
-// choose picks the manifests of an index: "all", one platform, or this
-// machine's. Attestations (platform unknown/unknown) are in "all" only. What names no
-// platform, such as a Helm chart under the tag of its image, comes last, as in containerd
-// and CRI-O.
-func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
-	if platform == "all" {
+// choose picks the manifests of an index that are wanted. Attestations (platform
+// unknown/unknown) are in "all" only. What names no platform, such as a Helm chart under
+// the tag of its image, comes last, as in containerd and CRI-O.
+func (m manifest) choose(want selection) ([]ocispec.Descriptor, error) {
+	if want.platform == "all" {
 		return m.Manifests, nil
 	}
-	want, err := parsePlatform(platform)
+	platform, err := parsePlatform(want.platform)
 	if err != nil {
 		return nil, err
 	}
-	matcher := platforms.Only(want)
+	matcher := platforms.Only(platform)
 	var fits []ocispec.Descriptor
 	for _, d := range m.Manifests {
 		if d.Platform == nil || matcher.Match(*d.Platform) {
@@ -192,9 +219,9 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 		}
 	}
 	if len(fits) == 0 {
-		return nil, &platformError{platforms.Format(want)}
+		return nil, &platformError{platforms.Format(platform)}
 	}
-	slices.SortStableFunc(fits, func(a, b ocispec.Descriptor) int {
+	order := func(a, b ocispec.Descriptor) int {
 		switch {
 		case a.Platform == nil && b.Platform == nil:
 			return 0
@@ -208,6 +235,21 @@ func (m manifest) choose(platform string) ([]ocispec.Descriptor, error) {
 			return 1
 		}
 		return 0
+	}
+	slices.SortStableFunc(fits, order)
+	first := fits[0]
+	zstd := slices.IndexFunc(fits, func(d ocispec.Descriptor) bool {
+		return d.Annotations[zstdAnnotation] == "true" && order(first, d) == 0
 	})
-	return fits[:1], nil
+	switch {
+	case zstd <= 0 || want.instances == FirstInstance:
+		return fits[:1], nil
+	case want.instances == ZstdInstance:
+		return fits[zstd : zstd+1], nil
+	}
+	return []ocispec.Descriptor{first, fits[zstd]}, nil
 }
+
+// zstdAnnotation marks an instance with layers in zstd (go.podman.io/image,
+// internal/manifest, oci_index.go).
+const zstdAnnotation = "io.github.containers.compression.zstd"

@@ -41,7 +41,7 @@ func TestWalkImage(t *testing.T) {
 		slices.Reverse(order)
 		var visited []digest.Digest
 		listed := 0
-		err := walkImage(ocispec.Descriptor{Digest: order[0]}, "all", func(d ocispec.Descriptor) ([]byte, error) {
+		err := walkImage(ocispec.Descriptor{Digest: order[0]}, selection{platform: "all"}, func(d ocispec.Descriptor) ([]byte, error) {
 			if tt.hidden > 0 && d.Digest == order[tt.hidden] {
 				return nil, errNotBelow
 			}
@@ -93,13 +93,58 @@ func TestChoose(t *testing.T) {
 		{"an attestation and others' images", []ocispec.Descriptor{attestation, amd64}, "linux/arm64", nil},
 		{"all", []ocispec.Descriptor{chart, attestation, amd64}, "all", []ocispec.Descriptor{chart, attestation, amd64}},
 	} {
-		got, err := manifest{Manifests: tt.index}.choose(tt.platform)
-		same := slices.EqualFunc(got, tt.want, func(a, b ocispec.Descriptor) bool { return a.Digest == b.Digest })
-		if !same || (err == nil) != (tt.want != nil) {
+		got, err := manifest{Manifests: tt.index}.choose(selection{platform: tt.platform})
+		if !slices.EqualFunc(got, tt.want, sameDigest) || (err == nil) != (tt.want != nil) {
 			t.Errorf("%s: %v, %v, want %v", tt.name, got, err, tt.want)
 		}
 	}
 }
+
+// TestChooseInstances: of images for one platform that differ in compression CRI-O takes the
+// one in zstd and containerd the first, and never one that fits less for how it is compressed.
+func TestChooseInstances(t *testing.T) {
+	entry := func(name, variant, zstd string) ocispec.Descriptor {
+		d := ocispec.Descriptor{Digest: digest.FromString(name), Platform: &ocispec.Platform{OS: "linux", Architecture: "arm", Variant: variant}}
+		if zstd != "" {
+			d.Annotations = map[string]string{zstdAnnotation: zstd}
+		}
+		return d
+	}
+	var (
+		gzip, zstd  = entry("gzip", "v7", ""), entry("zstd", "v7", "true")
+		second      = entry("second", "v7", "true")
+		annotated   = entry("annotated", "v7", "false")
+		older       = entry("older", "v6", "true")
+		chart, file = entry("chart", "", ""), entry("file", "", "true")
+	)
+	chart.Platform, file.Platform = nil, nil
+	for _, tt := range []struct {
+		name        string
+		index       []ocispec.Descriptor
+		first, zstd ocispec.Descriptor
+	}{
+		{"zstd last", []ocispec.Descriptor{gzip, zstd, second}, gzip, zstd},
+		{"zstd first", []ocispec.Descriptor{zstd, gzip}, zstd, zstd},
+		{"zstd alone", []ocispec.Descriptor{zstd}, zstd, zstd},
+		{"no zstd", []ocispec.Descriptor{gzip, annotated}, gzip, gzip},
+		{"zstd for an older variant", []ocispec.Descriptor{older, gzip}, gzip, gzip},
+		{"without a platform", []ocispec.Descriptor{chart, file}, chart, file},
+		{"zstd without a platform", []ocispec.Descriptor{file, gzip}, gzip, gzip},
+	} {
+		m := manifest{Manifests: tt.index}
+		for instances, want := range map[Instances][]ocispec.Descriptor{
+			FirstInstance: {tt.first},
+			ZstdInstance:  {tt.zstd},
+			EveryInstance: slices.CompactFunc([]ocispec.Descriptor{tt.first, tt.zstd}, sameDigest),
+		} {
+			if got, err := m.choose(selection{"linux/arm/v7", instances}); err != nil || !slices.EqualFunc(got, want, sameDigest) {
+				t.Errorf("%s, %d: %v, %v, want %v", tt.name, instances, got, err, want)
+			}
+		}
+	}
+}
+
+func sameDigest(a, b ocispec.Descriptor) bool { return a.Digest == b.Digest }
 
 // FuzzManifest feeds foreign bytes to the reader of manifests: whatever it
 // accepts names valid digests only.
@@ -118,13 +163,15 @@ func FuzzManifest(f *testing.F) {
 			}
 		}
 		for _, platform := range []string{"", "all", "linux/arm64"} {
-			chosen, err := m.choose(platform)
-			if err == nil && platform != "all" && m.isIndex() && len(chosen) != 1 {
-				t.Errorf("%q chooses %d", platform, len(chosen))
-			}
-			for _, d := range chosen {
-				if d.Digest.Validate() != nil {
-					t.Errorf("chooses %q", d.Digest)
+			for instances, most := range map[Instances]int{FirstInstance: 1, ZstdInstance: 1, EveryInstance: 2} {
+				chosen, err := m.choose(selection{platform, instances})
+				if err == nil && platform != "all" && m.isIndex() && (len(chosen) < 1 || len(chosen) > most) {
+					t.Errorf("%q, %d chooses %d", platform, instances, len(chosen))
+				}
+				for _, d := range chosen {
+					if d.Digest.Validate() != nil {
+						t.Errorf("chooses %q", d.Digest)
+					}
 				}
 			}
 		}

@@ -49,7 +49,7 @@ func (s *pins) heldBy(p *pin) (d digest.Digest, public bool) {
 }
 
 func (s *pins) puller() Puller {
-	return Puller{Proxy: "http://" + s.agent.ProxyAddr(), Client: s.agent.self, UserAgent: pinUserAgent}
+	return Puller{Proxy: "http://" + s.agent.ProxyAddr(), Client: s.agent.self, Instances: s.agent.config.Hosts.instances(), UserAgent: pinUserAgent}
 }
 
 // pinUserAgent marks what is asked for a pin. Its questions about tags are no pulls.
@@ -341,11 +341,11 @@ type listedPart struct {
 	manifest bool
 }
 
-// listImage lists what an image is for this node's platform, as far as its manifests are
+// listImage lists what an image is for this node's platform and runtimes, as far as its manifests are
 // on this node; all says whether they are.
 func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPart, all bool) {
 	parts = map[digest.Digest]listedPart{}
-	err := walkImage(ocispec.Descriptor{Digest: root}, "",
+	err := walkImage(ocispec.Descriptor{Digest: root}, selection{"", a.config.Hosts.instances()},
 		func(d ocispec.Descriptor) ([]byte, error) { return a.readManifest(d.Digest) },
 		func(d ocispec.Descriptor, _ manifest, blobs []blob) error {
 			parts[d.Digest] = listedPart{d.Size, true}

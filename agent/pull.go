@@ -75,7 +75,9 @@ type Puller struct {
 	Proxy  string       // "http://127.0.0.1:5050"
 	Client *http.Client // nil = http.DefaultClient
 	// Platform chooses from an index: "linux/arm64", "" for this machine's, "all".
-	Platform  string
+	Platform string
+	// Instances chooses among several for one platform.
+	Instances Instances
 	UserAgent string // "" for Go's own
 	// NoStale makes Resolve ask the registry, even about a digest, and fail if the
 	// registry cannot be asked, or no longer shows it, though the proxy knows what it
@@ -116,7 +118,7 @@ func (p Puller) Pull(ctx context.Context, image Image) ([]Pulled, error) {
 	run := p.begin(image)
 	d, err := run.resolve(ctx)
 	if err == nil {
-		err = walkImage(ocispec.Descriptor{Digest: d}, p.Platform,
+		err = walkImage(ocispec.Descriptor{Digest: d}, selection{p.Platform, p.Instances},
 			func(d ocispec.Descriptor) ([]byte, error) { return run.manifest(ctx, d.Digest) },
 			func(_ ocispec.Descriptor, _ manifest, blobs []blob) error { return run.blobs(ctx, blobs) })
 	}

@@ -12,7 +12,7 @@ import (
 // warm pulls one image through this node's own proxy and reports to out; what
 // it returns is the image's last event.
 func (a *Agent) warm(ctx context.Context, image Image, req WarmRequest, name string, out *eventStream) WarmEvent {
-	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform, UserAgent: proxy.OwnUserAgent + "warm"}
+	puller := Puller{Proxy: "http://" + a.ProxyAddr(), Client: a.self, Platform: req.Platform, Instances: a.config.Hosts.instances(), UserAgent: proxy.OwnUserAgent + "warm"}
 	out.follow(&puller, name)
 	parts, err := puller.Pull(ctx, image)
 	if err != nil {

@@ -55,6 +55,25 @@ func TestExportAndImport(t *testing.T) {
 	}
 }
 
+// TestExportForAnyRuntime: CRI-O in the cluster that imports takes another instance of an
+// image than containerd, so both are in the archive.
+func TestExportForAnyRuntime(t *testing.T) {
+	from, to := startNode(t, nil), apart(t)
+	gzip := registrytest.OCIImage(registrytest.ImageSpec{Seed: 21, Layers: []int64{20 << 10}})
+	zstd := registrytest.OCIImage(registrytest.ImageSpec{Seed: 22, Layers: []int64{10 << 10}})
+	zstd.Annotations = map[string]string{"io.github.containers.compression.zstd": "true"}
+	index := registrytest.Index(gzip, zstd)
+	from.registry.Put("team/app", index, "twice")
+	image, file := testHost+"/team/app:twice", filepath.Join(t.TempDir(), "bundle.tar")
+	if code, _, errs := larder(t, "export", image, "-o", file, "--platform", "linux/amd64", "--admin", from.admin); code != 0 {
+		t.Fatalf("export: exit %d: %s", code, errs)
+	}
+	code, out, errs := larder(t, "import", file, "--admin", to.admin)
+	if want := image + ": imported: " + index.Digest.String() + ", 7 blobs, "; code != 0 || !strings.Contains(out, want) {
+		t.Errorf("import: exit %d: %s%s", code, out, errs)
+	}
+}
+
 // TestExportWithoutReader: an export goes on when nobody reads its progress any more, and
 // leaves the archive and nothing else.
 func TestExportWithoutReader(t *testing.T) {

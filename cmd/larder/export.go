@@ -71,14 +71,15 @@ func parseImages(args []string) ([]agent.Image, error) {
 	return images, nil
 }
 
-// puller pulls through the agent behind the admin API.
+// puller pulls through the agent behind the admin API, for whatever runtimes the importing
+// cluster has.
 func (a adminAPI) puller(ctx context.Context, platform string) (agent.Puller, error) {
 	var s agent.Status
 	if err := a.get(ctx, "/api/v1/status", &s); err != nil {
 		return agent.Puller{}, err
 	}
 	client := &http.Client{Transport: &http.Transport{Proxy: nil, DisableCompression: true}}
-	return agent.Puller{Proxy: "http://" + s.Proxy, Client: client, Platform: platform}, nil
+	return agent.Puller{Proxy: "http://" + s.Proxy, Client: client, Platform: platform, Instances: agent.EveryInstance}, nil
 }
 
 // export writes to standard output, and shows its progress beside it, or to a file.
