@@ -277,7 +277,7 @@ type Pin struct {
 	Digest  digest.Digest `json:"digest,omitempty"`
 	Next    digest.Digest `json:"next_digest,omitempty"`
 	Public  bool          `json:"public"`  // the registry showed Digest to everybody: it is served here also when it refuses that later
-	Bytes   int64         `json:"bytes"`   // of Digest
+	Bytes   int64         `json:"bytes"`   // of Digest and its signatures
 	Present int64         `json:"present"` // of which here
 	Since   time.Time     `json:"since"`   // when it was pinned
 	// Checked is when the registry said last what it stands for; of a digest, and where

@@ -35,7 +35,10 @@ func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error 
 		}
 	}
 	s.examine(p, err == nil)
-	return err
+	if err != nil {
+		return err
+	}
+	return s.sign(ctx, p)
 }
 
 // heldBy is the held version of p, "" if there is none, and whether it is public.
@@ -293,9 +296,13 @@ func (s *pins) list(v *version) {
 	parts, all := s.agent.listImage(v.digest)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	v.images = nil
 	for d, part := range parts {
 		s.hold(v, d, part.size)
 		v.parts[d] = part.manifest
+		if part.image {
+			v.images = append(v.images, d)
+		}
 	}
 	v.all = all
 }
@@ -339,6 +346,7 @@ func (s *pins) examine(p *pin, current bool) {
 type listedPart struct {
 	size     int64
 	manifest bool
+	image    bool // a manifest that is no index
 }
 
 // listImage lists what an image is for this node's platform and runtimes, as far as its manifests are
@@ -347,8 +355,8 @@ func (a *Agent) listImage(root digest.Digest) (parts map[digest.Digest]listedPar
 	parts = map[digest.Digest]listedPart{}
 	err := walkImage(ocispec.Descriptor{Digest: root}, selection{"", a.config.Hosts.instances()},
 		func(d ocispec.Descriptor) ([]byte, error) { return a.readManifest(d.Digest) },
-		func(d ocispec.Descriptor, _ manifest, blobs []blob) error {
-			parts[d.Digest] = listedPart{d.Size, true}
+		func(d ocispec.Descriptor, m manifest, blobs []blob) error {
+			parts[d.Digest] = listedPart{d.Size, true, !m.isIndex()}
 			for _, b := range blobs {
 				parts[b.Digest] = listedPart{size: partSize(b.Descriptor)}
 			}

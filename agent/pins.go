@@ -76,6 +76,11 @@ type version struct {
 	// layers (false), as far as they are known.
 	parts map[digest.Digest]bool
 	all   bool // all parts are known
+	// images are its manifests that are no index; signatures those that were found of
+	// them, by tag, parts of no version's whole.
+	images            []digest.Digest
+	signatures        map[string]*version
+	firstAsked, asked time.Time // when the registry said which signatures there are
 	// public says that the registry showed it to a request without any credential when
 	// it last confirmed it. A later refusal does not change that.
 	public bool
@@ -88,7 +93,7 @@ type pinnedPart struct {
 }
 
 func newVersion(d digest.Digest) *version {
-	return &version{digest: d, parts: map[digest.Digest]bool{}}
+	return &version{digest: d, parts: map[digest.Digest]bool{}, signatures: map[string]*version{}}
 }
 
 // openPins loads what the configuration names and what was pinned before, so that
@@ -132,6 +137,11 @@ func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
 		p.held = newVersion(record.Digest)
 		p.held.public = record.Public
 		s.list(p.held)
+		for tag, d := range record.Signatures {
+			of := newVersion(d)
+			s.list(of)
+			p.held.signatures[tag] = of
+		}
 		p.whole = p.held.all && len(s.lacking(p.image, p.held)) == 0
 	}
 	s.mu.Lock()
@@ -144,7 +154,10 @@ func (s *pins) restore(image Image, config bool, record cache.PinnedImage) {
 func (s *pins) save(p *pin) {
 	record := cache.PinnedImage{Since: p.since, Checked: p.checked, Command: p.command}
 	if p.held != nil {
-		record.Digest, record.Public = p.held.digest, p.held.public
+		record.Digest, record.Public, record.Signatures = p.held.digest, p.held.public, map[string]digest.Digest{}
+		for tag, of := range p.held.signatures {
+			record.Signatures[tag] = of.digest
+		}
 	}
 	s.agent.cache.Meta().SetPinnedImage(p.name, record)
 }
@@ -164,19 +177,19 @@ func (s *pins) hold(v *version, d digest.Digest, size int64) {
 	part.size = size
 }
 
-// letGo undoes all holds of a version; nil has none. mu is held.
+// letGo undoes all holds of a version and its signatures; nil has none. mu is held.
 func (s *pins) letGo(v *version) {
-	if v == nil {
-		return
-	}
-	for d := range v.parts {
-		part := s.parts[d]
-		if part.versions--; part.versions == 0 {
-			delete(s.parts, d)
-			s.agent.cache.Unpin(d)
+	for _, one := range v.withSignatures() {
+		for d := range one.parts {
+			part := s.parts[d]
+			if part.versions--; part.versions == 0 {
+				delete(s.parts, d)
+				s.agent.cache.Unpin(d)
+			}
 		}
+		clear(one.parts)
+		clear(one.signatures)
 	}
-	clear(v.parts)
 }
 
 // errUnpinned ends work on an image that is no longer pinned.
@@ -282,8 +295,11 @@ func (s *pins) lost(d digest.Digest) {
 	}
 	soon := time.Now().Add(pinHeal)
 	for _, p := range s.images {
-		if _, in := p.partsHeld()[d]; in {
-			p.whole, p.hurt = false, true
+		if _, in := p.part(d); in {
+			p.hurt = true
+			if _, needed := p.held.parts[d]; needed {
+				p.whole = false
+			}
 			if p.due.After(soon) {
 				p.due = soon
 			}
@@ -292,11 +308,14 @@ func (s *pins) lost(d digest.Digest) {
 	s.wake()
 }
 
-func (p *pin) partsHeld() map[digest.Digest]bool {
-	if p.held == nil {
-		return nil
+// part reports whether d is held for p, and whether as a manifest. mu is held.
+func (p *pin) part(d digest.Digest) (manifest, in bool) {
+	for _, one := range p.held.withSignatures() {
+		if manifest, in = one.parts[d]; in {
+			break
+		}
 	}
-	return p.held.parts
+	return manifest, in
 }
 
 // pinned is proxy.Options.Pinned: what is held under a tag, or as part of an image.
@@ -308,7 +327,7 @@ func (s *pins) pinned(r cache.Repository, ref string) (found proxy.Pinned, ok bo
 	}
 	p := s.images[Image{Registry: r.Registry, Repository: r.Name, Reference: ref}.String()]
 	if p == nil || p.held == nil {
-		return found, false
+		return s.pinnedSignatures(r, ref)
 	}
 	return proxy.Pinned{Digest: p.held.digest, Manifest: true, Public: p.held.public}, true
 }
@@ -319,7 +338,7 @@ func (s *pins) pinnedPart(r cache.Repository, d digest.Digest) (found proxy.Pinn
 		return found, false
 	}
 	for _, p := range s.images {
-		if manifest, in := p.partsHeld()[d]; in && p.image.in(r) {
+		if manifest, in := p.part(d); in && p.image.in(r) {
 			found.Digest, found.Manifest, found.Public, ok = d, found.Manifest || manifest, found.Public || p.held.public, true
 		}
 	}
@@ -518,12 +537,14 @@ func (s *pins) describe(p *pin, arriving map[digest.Digest]int64) Pin {
 	if p.held != nil && p.next != nil {
 		out.Next = p.next.digest
 	}
-	for d := range v.parts {
-		out.Bytes += s.parts[d].size
-		if s.agent.cache.Has(d) {
-			out.Present += s.parts[d].size
-		} else {
-			out.Present += arriving[d]
+	for _, one := range v.withSignatures() {
+		for d := range one.parts {
+			out.Bytes += s.parts[d].size
+			if s.agent.cache.Has(d) {
+				out.Present += s.parts[d].size
+			} else {
+				out.Present += arriving[d]
+			}
 		}
 	}
 	return out

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"time"
 
@@ -141,6 +142,8 @@ type PinnedImage struct {
 	// Public says that the registry showed that version to a request without any
 	// credential when it last confirmed it.
 	Public bool `json:"public,omitempty"`
+	// Signatures are what is kept of that version's, by tag.
+	Signatures map[string]digest.Digest `json:"signatures,omitempty"`
 	// Command says that somebody asked for it, not only the configuration.
 	Command bool `json:"command,omitempty"`
 }
@@ -163,6 +166,7 @@ func (m *Meta) PinnedImages() map[string]PinnedImage {
 	for _, name := range names {
 		var p PinnedImage
 		if m.decode(bucketPins, key(name), &p) && (p.Digest == "" || checkDigest(p.Digest) == nil) {
+			maps.DeleteFunc(p.Signatures, func(_ string, d digest.Digest) bool { return checkDigest(d) != nil })
 			all[name] = p
 		}
 	}

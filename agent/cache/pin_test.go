@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -257,7 +258,8 @@ func TestPinnedImages(t *testing.T) {
 	m := openTestMeta(t, path)
 	since := time.Now().UTC().Truncate(time.Second)
 	_, d := content(72, 10)
-	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Digest: d, Since: since, Checked: since, Public: true, Command: true})
+	m.SetPinnedImage("docker.io/library/a:1", PinnedImage{Digest: d, Since: since, Checked: since, Public: true, Command: true,
+		Signatures: map[string]digest.Digest{"sha256-a.sig": d, "sha256-b.sig": "../../etc"}})
 	m.SetPinnedImage("docker.io/library/b:1", PinnedImage{Since: since})
 	m.SetPinnedImage("docker.io/library/c:1", PinnedImage{Since: since})
 	m.SetPinnedImage("docker.io/library/d:1", PinnedImage{Digest: "../../etc", Since: since})
@@ -267,7 +269,8 @@ func TestPinnedImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := openTestMeta(t, path).PinnedImages()
-	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Public || !a.Command || got["docker.io/library/b:1"].Public {
+	if a := got["docker.io/library/a:1"]; len(got) != 2 || a.Digest != d || !a.Since.Equal(since) || !a.Public || !a.Command || got["docker.io/library/b:1"].Public ||
+		!maps.Equal(a.Signatures, map[string]digest.Digest{"sha256-a.sig": d}) {
 		t.Errorf("%+v", got)
 	}
 }
