@@ -184,7 +184,7 @@ func (f *forgetter) walkFrom(i int, root digest.Digest) error {
 		}
 		return nil
 	}
-	if err := walkImage(ocispec.Descriptor{Digest: root}, "all", read, visit); err != nil && !errors.Is(err, errNothing) {
+	if err := walkImage(ocispec.Descriptor{Digest: root}, selection{platform: "all"}, read, visit); err != nil && !errors.Is(err, errNothing) {
 		return err
 	}
 	return nil
