@@ -690,6 +690,22 @@ func TestIdleIngests(t *testing.T) {
 			}
 		})
 	})
+	t.Run("two evictions count it once", func(t *testing.T) {
+		c := open(t, Options{})
+		again := int64(-1)
+		c.faults = func(s step, of digest.Digest) error {
+			if s == stepPurge && of == d && again < 0 {
+				again = 0
+				again = c.expire(int64(len(body)), time.Now())
+			}
+			return nil
+		}
+		run(t, c)
+		leave(t, c, d, body)
+		if freed := c.expire(int64(len(body)), time.Now()); freed != int64(len(body)) || again != 0 {
+			t.Errorf("freed %d bytes, and %d at the same time", freed, again)
+		}
+	})
 	t.Run("what a fill is about to take up stays", func(t *testing.T) {
 		c := start(t, Options{})
 		leave(t, c, d, body)
