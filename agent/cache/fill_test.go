@@ -465,6 +465,34 @@ func TestWantedFollowsReaders(t *testing.T) {
 	})
 }
 
+// TestWriterWaitsForAClaim: nobody writes a piece that an earlier process recorded before
+// it has been re-read (I11).
+func TestWriterWaitsForAClaim(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, Options{})
+		body, d := content(15, 2*minPiece)
+		f := newFill(c, d, nil, 0)
+		p := newPieces(int64(len(body)))
+		p.claim(0, 1)
+		f.adopt(p, nil, nil) // writing would fail
+		written := make(chan error, 1)
+		go func() {
+			_, err := f.write(body[:minPiece], 0, registry, nil)
+			written <- err
+		}()
+		synctest.Wait()
+		select {
+		case err := <-written:
+			t.Fatalf("it has not waited: %v", err)
+		default:
+		}
+		f.settleClaim(0, true, 1)
+		if err := <-written; err != nil || !p.full(0) {
+			t.Errorf("%v; %d bytes there", err, p.have[0])
+		}
+	})
+}
+
 func TestServeContentWhileFilling(t *testing.T) {
 	c := start(t, Options{})
 	body, d := content(13, 6*minPiece+321)
