@@ -114,7 +114,10 @@ func allocate(file *os.File, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	err := unix.Fallocate(int(file.Fd()), 0, 0, n)
+	err := error(unix.EINTR) // of any signal, such as those of a CPU profile
+	for errors.Is(err, unix.EINTR) {
+		err = unix.Fallocate(int(file.Fd()), 0, 0, n)
+	}
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
 		return file.Truncate(n)
 	}
