@@ -52,6 +52,7 @@ type blob struct {
 
 	// What is here. grownCh is closed, and made anew, with each piece that comes.
 	grownCh  chan struct{}
+	life     int // goes up whenever all that is here is given up
 	here     bitmap
 	missing  int
 	have     bitmap // here, and the digest is known: can be given
@@ -252,6 +253,7 @@ func (b *blob) setSizeLocked(size int64) bool {
 // emptyLocked makes the tables of what is here anew, with nothing in them. What was
 // given, and which members signed, is kept.
 func (b *blob) emptyLocked() {
+	b.life++
 	b.here, b.have, b.checked = newBitmap(b.n), newBitmap(b.n), newBitmap(b.n)
 	b.missing, b.haveN, b.fresh, b.cursor = b.n, 0, 0, 0
 	b.bare, b.resigned = nil, nil

@@ -147,7 +147,7 @@ func (b *blob) scan(f Fill) error {
 		if len(loose) == 0 {
 			return nil
 		}
-		switch err := b.sign(loose); {
+		switch err := b.signHere(loose); {
 		case errors.Is(err, errNotHere):
 			return nil // a blob that is not kept cannot be given either
 		case err != nil:
@@ -222,18 +222,24 @@ func (b *blob) link(f Fill, pieces []int) *batch {
 	return t
 }
 
-// sign reads pieces back from the store, so that what is signed is what will be
-// served, and files the batch.
-func (b *blob) sign(pieces []int) error {
+// signHere signs pieces that have just come.
+func (b *blob) signHere(pieces []int) error {
+	life := b.lives()
 	h, err := b.acquire()
 	if err != nil {
 		return err
 	}
 	defer b.release(h)
+	return b.sign(h, life, pieces)
+}
+
+// sign reads pieces back from the store, so that what is signed is what will be
+// served, and files the batch. life is what lives returned before r was acquired.
+func (b *blob) sign(r io.ReaderAt, life int, pieces []int) error {
 	t := b.newBatch()
 	for _, i := range pieces {
 		sum := sha256.New()
-		if err := b.hashPiece(h, i, sum); err != nil {
+		if err := b.hashPiece(r, i, sum); err != nil {
 			return err
 		}
 		t.pieces = append(t.pieces, pieceDigest{uint32(i), key(sum.Sum(nil))})
@@ -242,8 +248,7 @@ func (b *blob) sign(pieces []int) error {
 		if t.pieces[0].sum != b.id.key {
 			return errWrongBlob
 		}
-		b.offer(0, 1)
-		return nil
+		return b.offer(life, 0, 1)
 	}
 	b.publish(t)
 	return nil
@@ -263,8 +268,8 @@ func (b *blob) hashPiece(r io.ReaderAt, i int, w io.Writer) error {
 func (s *Swarm) seal(t *batch) { copy(t.sig[:], ed25519.Sign(s.signer, t.signed())) }
 
 // seed makes a blob that is whole in the store available to neighbours: pieces
-// without a known digest are hashed and signed.
-func (b *blob) seed() error {
+// without a known digest are hashed and signed. life is as in offer.
+func (b *blob) seed(life int) error {
 	h, err := b.acquire()
 	if err != nil {
 		return err
@@ -275,10 +280,9 @@ func (b *blob) seed() error {
 	}
 	todo := b.unsigned()
 	if len(todo) == 0 {
-		b.offer(0, b.n)
-		return nil
+		return b.offer(life, 0, b.n)
 	}
-	return b.signWhole(h)
+	return b.signWhole(h, life)
 }
 
 // unsigned lists the pieces that this node has to sign.
@@ -344,16 +348,16 @@ func (b *blob) resignLocked(i int) *batch {
 }
 
 // signWhole hashes the blob from end to end.
-func (b *blob) signWhole(h *handle) error {
+func (b *blob) signWhole(h *handle, life int) error {
 	whole := sha256.New()
 	var pending []*batch
 	offered := 0
 	t := b.newLinks(whole)
 	for i := range b.n {
+		if b.lives() != life {
+			return errNotHere
+		}
 		if err := b.hashInto(h, i, whole, t); err != nil {
-			if errors.Is(err, errWrongBlob) {
-				b.withdraw()
-			}
 			return err
 		}
 		if len(t.pieces) < maxBatch && i < b.n-1 {
@@ -362,18 +366,16 @@ func (b *blob) signWhole(h *handle) error {
 		pending = append(pending, t)
 		t = b.newLinks(whole)
 		if b.size > verifyFirst && b.id.attempt == 0 && i < b.n-1 {
-			b.publish(pending...)
-			b.offer(offered, i+1)
+			if err := b.offer(life, offered, i+1, pending...); err != nil {
+				return err
+			}
 			pending, offered = nil, i+1
 		}
 	}
 	if key(whole.Sum(nil)) != b.id.key {
-		b.withdraw()
 		return errWrongBlob
 	}
-	b.publish(pending...)
-	b.offer(offered, b.n)
-	return nil
+	return b.offer(life, offered, b.n, pending...)
 }
 
 func (b *blob) newBatch() *batch {
@@ -400,22 +402,39 @@ func (b *blob) hashInto(r io.ReaderAt, i int, whole hash.Hash, t *batch) error {
 	return nil
 }
 
-// publish signs batches and files them.
-func (b *blob) publish(ts ...*batch) {
-	for _, t := range ts {
-		b.s.seal(t)
-		b.mu.Lock()
-		b.knowLocked(t)
-		b.mu.Unlock()
-	}
-}
-
-// offer makes the pieces [from, to) of a blob in the store available.
-func (b *blob) offer(from, to int) {
+// publish signs a batch and files it.
+func (b *blob) publish(t *batch) {
+	b.s.seal(t)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.knowLocked(t)
+}
+
+// offer makes the pieces [from, to) of a blob in the store available, by batches that it
+// signs. It fails with errNotHere if the blob was given up since lives returned life: reading
+// takes a while, and what was read then is gone.
+func (b *blob) offer(life, from, to int, ts ...*batch) error {
+	for _, t := range ts {
+		b.s.seal(t)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.life != life {
+		return errNotHere
+	}
+	for _, t := range ts {
+		b.knowLocked(t)
+	}
 	for i := from; i < to; i++ {
 		b.gotLocked(i)
 		b.offerLocked(i)
 	}
+	return nil
+}
+
+// lives is how often all that was here has been given up.
+func (b *blob) lives() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.life
 }

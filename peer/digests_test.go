@@ -133,11 +133,11 @@ func TestCutShort(t *testing.T) {
 	n.give(d)
 	b := n.s.blob(blobID{key: sha256Of(d)})
 	b.setSize(1 << 20)
-	b.src = &handle{StoredBlob: cutBlob{n.blobs[d], b.pieceSize * 3 / 2}, refs: 1}
-	if err := b.sign([]int{0}); err != nil {
+	cut := cutBlob{n.blobs[d], b.pieceSize * 3 / 2}
+	if err := b.sign(cut, b.lives(), []int{0}); err != nil {
 		t.Error(err)
 	}
-	if err := b.sign([]int{1}); !errors.Is(err, errWrongBlob) {
+	if err := b.sign(cut, b.lives(), []int{1}); !errors.Is(err, errWrongBlob) {
 		t.Errorf("half a piece is signed: %v", err)
 	}
 }

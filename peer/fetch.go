@@ -135,6 +135,7 @@ func (b *blob) end(err error) {
 func (b *blob) settle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	life := b.lives()
 	h, err := b.acquire()
 	if err != nil {
 		return
@@ -143,11 +144,11 @@ func (b *blob) settle(ctx context.Context) {
 	err = awaitPieces(ctx, h, b.n)
 	for todo := range slices.Chunk(b.unsigned(), maxBatch) {
 		if err == nil {
-			err = b.sign(todo)
+			err = b.sign(h, life, todo)
 		}
 	}
 	if err == nil {
-		b.offer(0, b.n)
+		err = b.offer(life, 0, b.n)
 	}
 	if err != nil {
 		b.s.log.Debug("blob is not offered", "digest", b.d, "err", err)

@@ -220,7 +220,9 @@ func TestCutIsNotGiven(t *testing.T) {
 	if !b.setSize((uploadSlots + leastQueue) * PieceSize(1)) {
 		t.Fatal("no pieces")
 	}
-	b.offer(0, b.n)
+	if err := b.offer(b.lives(), 0, b.n); err != nil {
+		t.Fatal(err)
+	}
 	l := fuzzLink(n.s, nil)
 	b.admit(l.peer, "")
 	fresh := func() int { b.mu.Lock(); defer b.mu.Unlock(); return b.fresh }

@@ -142,17 +142,21 @@ func (s *Swarm) seedFromStore(b *blob) error {
 		return errNotHere
 	}
 	b.mu.Lock()
-	start, size := !b.scanning, b.size
+	start, size, life := !b.scanning, b.size, b.life
 	b.scanning = true
 	b.mu.Unlock()
 	if start {
 		s.spawn(func(ctx context.Context) {
-			err := s.hashing(ctx, size, b.seed)
+			err := s.hashing(ctx, size, func() error { return b.seed(life) })
 			b.mu.Lock()
 			b.scanning = false
-			b.rotten = errors.Is(err, errWrongBlob)
+			b.rotten = errors.Is(err, errWrongBlob) && b.life == life // else it is the next fill's
+			rotten := b.rotten
 			b.mu.Unlock()
-			if err != nil && ctx.Err() == nil {
+			if rotten {
+				b.withdraw()
+			}
+			if err != nil && !errors.Is(err, errNotHere) && ctx.Err() == nil {
 				s.log.Warn("blob is not offered", "digest", b.d, "err", err)
 			}
 		})

@@ -1,0 +1,68 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+)
+
+// hashedAnew makes a lone node that holds a blob of 20 pieces, and hashes them again, which takes
+// three seconds. A second later the test goes on.
+func hashedAnew(t *testing.T) (n *restNode, b *blob, stop func()) {
+	w, nodes := restWorld(t, baseSim(1, 20))
+	stop = running(t, nodes)
+	n = nodes[0]
+	n.start(wantOf(w))
+	n.fills.Wait()
+	wait(t.Context(), keepBlob+time.Minute) // until the piece digests are forgotten
+	n.disk = 150 * time.Millisecond
+	b = n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
+	if err := n.s.seedFromStore(b); err != nil {
+		t.Fatal(err)
+	}
+	wait(t.Context(), time.Second)
+	return n, b, stop
+}
+
+func wantOf(w *simWorld) Want {
+	return Want{Digest: w.images[0].digest, Registry: "registry.test", Repository: "app"}
+}
+
+// TestLostWhileHashed: a blob that the node loses while it hashes it is not offered afterwards. As
+// home it would have nobody fetch the blob, and give none of it.
+func TestLostWhileHashed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, b, stop := hashedAnew(t)
+		n.lose(b.d)
+		wait(t.Context(), 10*time.Second)
+		if b.offered() > 0 || b.source() {
+			t.Errorf("%d pieces of a lost blob are offered", b.offered())
+		}
+		stop()
+	})
+}
+
+// TestFetchedWhileHashed: what was hashed before a fetch began is not taken for its bytes. It would
+// ask nobody for them.
+func TestFetchedWhileHashed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, b, stop := hashedAnew(t)
+		n.lose(b.d)
+		f := restFill{&simBlob{simImage: n.w.images[0], size: -1, changed: make(chan struct{})}, n, func() {}}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		err := n.s.Fetch(ctx, wantOf(n.w), f, func(ctx context.Context, _ Sink) error {
+			wait(ctx, 9*time.Second)
+			if b.held() > 0 {
+				t.Errorf("%d pieces count as here, and none came", b.held())
+			}
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		stop()
+	})
+}
