@@ -59,15 +59,15 @@ func (b *blob) letGo() {
 	}
 }
 
-// forgetSums forgets the digests of the pieces, none of which is here any more. The next
-// bytes may differ, if upstream gives wrong ones, and whoever passes them on, this node
-// included, would be taken for a liar.
+// forgetSums forgets the digests of the pieces, none of which is here any more, and whether they
+// were wrong. The next bytes may differ, if upstream gives wrong ones, and whoever passes them
+// on, this node included, would be taken for a liar.
 func (b *blob) forgetSums() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.fill == nil {
 		clear(b.sums)
-		b.bare = nil
+		b.bare, b.rotten = nil, false
 	}
 }
 

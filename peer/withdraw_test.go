@@ -5,6 +5,8 @@ import (
 	"errors"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // hashedAnew makes a lone node that holds a blob of 20 pieces, and hashes them again, which takes
@@ -65,4 +67,26 @@ func TestFetchedWhileHashed(t *testing.T) {
 		}
 		stop()
 	})
+}
+
+// TestRottenThenRight: a node that had wrong bytes of a blob, lost them and has the right ones,
+// which its runtime fetched by itself, gives these.
+func TestRottenThenRight(t *testing.T) {
+	w := newTestWorld()
+	n := w.node(t, "node-0")
+	d := w.add(1<<20, 1)
+	b := n.s.blob(blobID{key: mustKey(t, d)})
+	n.taint = func(_ digest.Digest, p []byte, _ int64) { p[0] ^= 1 }
+	n.give(d)
+	if err := n.s.seedFromStore(b); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool { return errors.Is(n.s.seedFromStore(b), errWrongBlob) })
+	n.s.Withdraw(d)
+	n.taint = nil
+	n.give(d)
+	if err := n.s.seedFromStore(b); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, b.whole)
 }
