@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"time"
 )
 
 // What a peer says is handled here, on the reader of its link: a peer that makes it wait holds
@@ -148,6 +149,7 @@ func (s *Swarm) seedFromStore(b *blob) error {
 	if start {
 		s.spawn(func(ctx context.Context) {
 			err := s.hashing(ctx, size, func() error { return b.seed(life) })
+			b.lastUse.set(time.Now()) // whoever asks next need not wait for it again
 			b.mu.Lock()
 			b.scanning = false
 			b.rotten = errors.Is(err, errWrongBlob) && b.life == life // else it is the next fill's

@@ -87,7 +87,7 @@ func (s *Swarm) tendBlob(b *blob, now time.Time, keep time.Duration) {
 		b.letGo()
 		b.forgetGiven()
 	}
-	if idle > keep && !s.remembers(b) {
+	if idle > keep && !b.isHashed() && !s.remembers(b) {
 		s.dropBlob(b, now.Add(-keep))
 	}
 }
@@ -108,6 +108,14 @@ func (s *Swarm) remembers(b *blob) (later bool) {
 		s.ifBlob(blobID{b.id.key, b.id.attempt + 1}, func(*blob) { later = true })
 	}
 	return later
+}
+
+// isHashed reports whether a goroutine hashes the blob, or waits for its turn: it would open the
+// file of a blob that nobody knows any more, for good.
+func (b *blob) isHashed() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.scanning
 }
 
 // awaited reports whether this node gets the blob from upstream and others wait for it.

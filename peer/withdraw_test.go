@@ -90,3 +90,39 @@ func TestRottenThenRight(t *testing.T) {
 	}
 	waitFor(t, b.whole)
 }
+
+// TestForgottenBeforeHashed: a blob whose turn to be hashed comes late, when nobody has asked for
+// it lately, is hashed for those who ask next, and its file is closed.
+func TestForgottenBeforeHashed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(1, 20))
+		stop := running(t, nodes)
+		n := nodes[0]
+		n.start(wantOf(w))
+		n.fills.Wait()
+		wait(t.Context(), keepBlob+time.Minute)
+		for i := range maxIdleBlobs + 1 { // so that idle ones are soon forgotten
+			n.s.blob(blobID{key: key{1, byte(i >> 8), byte(i)}})
+		}
+		id := blobID{key: mustKey(t, w.images[0].digest)}
+		for range hashersAtOnce {
+			n.s.hashers <- struct{}{}
+		}
+		if err := n.s.seedFromStore(n.s.blob(id)); err != nil {
+			t.Fatal(err)
+		}
+		wait(t.Context(), idleLink+time.Second)
+		for range hashersAtOnce {
+			<-n.s.hashers
+		}
+		wait(t.Context(), time.Second)
+		if b := n.s.knownBlob(id); b == nil || !b.whole() {
+			t.Error("what was hashed is forgotten")
+		}
+		wait(t.Context(), 2*keepBlob)
+		if open := n.open.Load(); open != 0 {
+			t.Errorf("%d files are open", open)
+		}
+		stop()
+	})
+}
