@@ -284,12 +284,14 @@ func (x *index) applyLocked(id uint64, first uint32, ops []op) bool {
 	if got.end() <= s.seq || slices.ContainsFunc(s.ahead, func(a said) bool { return a.first <= first && got.end() <= a.end() }) {
 		return false
 	}
+	further := got.end() > s.known
 	s.known = max(s.known, got.end())
 	if first > s.seq {
-		if len(s.ahead) < maxAhead {
-			s.ahead = append(s.ahead, got)
-			slices.SortFunc(s.ahead, func(a, b said) int { return cmp.Compare(a.first, b.first) })
+		if len(s.ahead) >= maxAhead {
+			return further // what is known is all that tells news from an echo
 		}
+		s.ahead = append(s.ahead, got)
+		slices.SortFunc(s.ahead, func(a, b said) int { return cmp.Compare(a.first, b.first) })
 		return true
 	}
 	x.followLocked(i, got)

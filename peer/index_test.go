@@ -454,3 +454,20 @@ func TestRestartIsQuiet(t *testing.T) {
 		t.Errorf("%d blobs are told of after that, want all %d, which nobody else has", said, blobs)
 	}
 }
+
+// TestNewsIsPassedOnOnce: a node that waits for what it missed, and has no room for what comes
+// meanwhile, passes that on once, not each time it hears it: two of them would never stop.
+func TestNewsIsPassedOnOnce(t *testing.T) {
+	x, ms := bareIndex(1)
+	id := memberID(ms[0].Name)
+	for i := range uint32(maxAhead + 2) { // without the first operation
+		for try := range 3 {
+			if news := x.applyLocked(id, i+1, []op{{true, uint64(i)}}); news != (try == 0) {
+				t.Errorf("operation %d, heard %d times before: passed on: %v", i+1, try, news)
+			}
+		}
+	}
+	if s := &x.slots[0]; len(s.ahead) != maxAhead || s.known != maxAhead+3 {
+		t.Errorf("%d messages wait, of %d operations; want %d, of %d", len(s.ahead), s.known, maxAhead, maxAhead+3)
+	}
+}
