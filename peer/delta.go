@@ -234,7 +234,7 @@ func (x *index) merge(name string, d delta, first bool) {
 	}
 	s := &x.slots[i]
 	if d.whole && first && s.known > 0 && s.seq > 0 {
-		x.voidLocked(i)
+		x.voidLocked(map[uint16]bool{i: true})
 	}
 	if !d.whole {
 		x.followLocked(i, said{d.seq - uint32(len(d.ops)), d.ops})
@@ -254,15 +254,15 @@ func (x *index) merge(name string, d delta, first bool) {
 	}
 }
 
-// voidLocked drops a member's postings. It looks at every posting there is.
-func (x *index) voidLocked(i uint16) {
-	x.slots[i].posts = 0
+// voidLocked drops members' postings. It looks at every posting there is.
+func (x *index) voidLocked(members map[uint16]bool) {
+	if len(members) == 0 {
+		return
+	}
+	for i := range members {
+		x.slots[i].posts = 0
+	}
 	for _, sh := range x.shards {
-		for p, hs := range sh {
-			if at := slices.Index(hs, i); at >= 0 {
-				hs[at] = hs[len(hs)-1]
-				x.cutLocked(sh, p, hs[:len(hs)-1], 1)
-			}
-		}
+		x.dropLocked(sh, members)
 	}
 }

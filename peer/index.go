@@ -108,7 +108,7 @@ func (x *index) joinedLocked(id uint64, m Member) {
 		s.name, s.zone, s.fell = m.Name, m.Zone, time.Time{}
 		if x.sweep > 0 && x.sweeping[i] { // of what it said a part is swept: it is asked for all of it
 			delete(x.sweeping, i)
-			x.voidLocked(i)
+			x.voidLocked(map[uint16]bool{i: true})
 			s.known, s.seq, s.ahead = max(s.known, s.seq), 0, nil
 		}
 		return
@@ -169,6 +169,16 @@ func grow(hs []uint16) []uint16 {
 	n := make([]uint16, len(hs), len(hs)+max(2, len(hs)/4))
 	copy(n, hs)
 	return n
+}
+
+// dropLocked removes members' postings from a shard.
+func (x *index) dropLocked(sh map[uint64][]uint16, members map[uint16]bool) {
+	for p, hs := range sh {
+		kept := slices.DeleteFunc(hs, func(i uint16) bool { return members[i] })
+		if gone := len(hs) - len(kept); gone > 0 {
+			x.cutLocked(sh, p, kept, gone)
+		}
+	}
 }
 
 func (x *index) cutLocked(sh map[uint64][]uint16, p uint64, hs []uint16, gone int) {
@@ -237,13 +247,7 @@ func (x *index) sweepSome(now time.Time, shards int) {
 		return
 	}
 	for range shards {
-		sh := x.shards[x.sweep]
-		for p, hs := range sh {
-			kept := slices.DeleteFunc(hs, func(i uint16) bool { return dead[i] })
-			if gone := len(hs) - len(kept); gone > 0 {
-				x.cutLocked(sh, p, kept, gone)
-			}
-		}
+		x.dropLocked(x.shards[x.sweep], dead)
 		if x.sweep++; x.sweep == shardCount {
 			x.sweep = 0
 			x.freeLocked(dead)

@@ -471,3 +471,38 @@ func TestNewsIsPassedOnOnce(t *testing.T) {
 		t.Errorf("%d messages wait, of %d operations; want %d, of %d", len(s.ahead), s.known, maxAhead, maxAhead+3)
 	}
 }
+
+// TestSnapshotVoids: what a member took back is not known from a time before a snapshot, of which
+// it is no part.
+func TestSnapshotVoids(t *testing.T) {
+	x, ms := bareIndex(2)
+	y, _ := bareIndex(2)
+	id := memberID(ms[0].Name)
+	for _, knows := range []*index{x, y} {
+		knows.applyLocked(id, 0, []op{{true, 7}, {true, 8}})
+	}
+	y.applyLocked(id, 2, []op{{false, 7}, {true, 9}})
+	_, members, err := parseMembersPage(y.page(pageAsk{pageMembers, 0}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, postings, err := parseShardsPage(y.page(pageAsk{pageShards, 0}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	who := make(map[uint16]indexed)
+	for _, m := range members {
+		who[m.slot] = m
+	}
+	x.adoptMembers(who)
+	x.adoptPostings(postings, who)
+	x.adoptSeqs(who)
+	for p, held := range map[uint64]bool{7: false, 8: true, 9: true} {
+		if got := len(x.holders(p, "", 8)) > 0; got != held {
+			t.Errorf("%d is held: %v", p, got)
+		}
+	}
+	if s := &x.slots[0]; x.postings != 2 || s.posts != 2 || s.seq != 4 {
+		t.Errorf("%d postings, %d of the member at %d", x.postings, s.posts, s.seq)
+	}
+}

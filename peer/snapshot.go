@@ -147,6 +147,7 @@ func (x *index) adopt(ctx context.Context, m *Member) error {
 	if err != nil {
 		return err
 	}
+	x.adoptMembers(who)
 	err = x.pages(ctx, l, pageShards, func(p []byte) (uint16, error) {
 		next, ps, err := parseShardsPage(p)
 		x.adoptPostings(ps, who)
@@ -174,6 +175,21 @@ func (x *index) pages(ctx context.Context, l *link, kind byte, take func([]byte)
 		}
 		from = next
 	}
+}
+
+// adoptMembers forgets what was known of members that the snapshot knows further: what they took
+// back since is no part of it.
+func (x *index) adoptMembers(who map[uint16]indexed) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	void := make(map[uint16]bool)
+	for _, m := range who {
+		if i, ok := x.byID[m.id]; ok && x.slots[i].posts > 0 && x.slots[i].seq < m.seq {
+			void[i] = true
+			x.slots[i].seq = 0
+		}
+	}
+	x.voidLocked(void)
 }
 
 func (x *index) adoptPostings(ps []posting, who map[uint16]indexed) {
