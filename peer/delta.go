@@ -233,8 +233,11 @@ func (x *index) merge(name string, d delta, first bool) {
 		return
 	}
 	s := &x.slots[i]
-	if d.whole && first && s.known > 0 && s.seq > 0 {
-		x.voidLocked(map[uint16]bool{i: true})
+	if d.whole && first {
+		s.since = d.seq
+		if s.posts > 0 {
+			x.voidLocked(map[uint16]bool{i: true})
+		}
 	}
 	if !d.whole {
 		x.followLocked(i, said{d.seq - uint32(len(d.ops)), d.ops})
@@ -242,15 +245,15 @@ func (x *index) merge(name string, d delta, first bool) {
 		for _, o := range d.ops {
 			x.postLocked(o.prefix, i, o.add)
 		}
-		if !d.more && d.seq > s.seq {
-			s.seq = d.seq
+		if !d.more && s.since > s.seq { // what was said since then may belong to a page before this one
+			s.seq = s.since
 			x.followLocked(i, said{first: s.seq})
 		}
 	}
 	s.known = max(s.known, s.seq)
 	if !d.more {
 		// The member itself knows best what it said; a vector that claimed more lied.
-		s.known, s.asked = s.seq, time.Time{}
+		s.known, s.asked = max(s.seq, d.seq), time.Time{}
 	}
 }
 

@@ -61,6 +61,7 @@ type slot struct {
 	zone  string
 	seq   uint32    // next operation expected of it
 	known uint32    // the highest heard of; larger than seq means a gap
+	since uint32    // seq when the first page of all that it holds was made
 	posts int32     // postings, with those that a sweep under way has dropped
 	ahead []said    // what came before that which it follows
 	fell  time.Time // when its member died, while name is empty

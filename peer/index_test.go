@@ -506,3 +506,26 @@ func TestSnapshotVoids(t *testing.T) {
 		t.Errorf("%d postings, %d of the member at %d", x.postings, s.posts, s.seq)
 	}
 }
+
+// TestWholeSetInPages: what a member says while the pages of all that it holds come is not lost, and
+// they replace what came of it another way, such as by a snapshot that was cut off.
+func TestWholeSetInPages(t *testing.T) {
+	x, ms := bareIndex(1)
+	name, id := ms[0].Name, memberID(ms[0].Name)
+	x.adoptPostings([]posting{{6, []uint16{0}}}, map[uint16]indexed{0: {id: id, seq: 4}})
+	x.merge(name, delta{whole: true, more: true, seq: 5, next: 8, ops: []op{{true, 7}}}, true)
+	x.applyLocked(id, 5, []op{{false, 7}})
+	x.merge(name, delta{whole: true, seq: 7, ops: []op{{true, 8}}}, false) // and 7 is held again
+	if seq, _ := x.expects(name); seq != 6 || x.slots[0].known != 7 {
+		t.Errorf("it is asked from %d on, of %d; want from 6 on, of 7", seq, x.slots[0].known)
+	}
+	for p, held := range map[uint64]bool{6: false, 7: false, 8: true} {
+		if got := len(x.holders(p, "", 8)) > 0; got != held {
+			t.Errorf("%d is held: %v", p, got)
+		}
+	}
+	x.merge(name, delta{seq: 7, ops: []op{{true, 7}}}, true)
+	if len(x.holders(7, "", 8)) == 0 || x.postings != 2 {
+		t.Errorf("%d postings, want two", x.postings)
+	}
+}
