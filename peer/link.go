@@ -45,6 +45,7 @@ type link struct {
 	records *recordConn  // under conn; nil without TLS
 	heard   moment       // last bytes from the peer, of whatever frame
 	spoke   atomic.Bool  // there were any
+	deaf    atomic.Bool  // the reader does something else than to read, see attend
 	used    moment       // last time a blob or a call needed the link
 	asked   atomic.Int32 // questions being answered
 	done    chan struct{}
@@ -225,7 +226,7 @@ func (l *link) read() error {
 				p = make([]byte, n)
 			}
 			if _, err = io.ReadFull(br, p[:n]); err == nil {
-				err = l.s.handle(l, t, p[:n])
+				l.attend(func() { err = l.s.handle(l, t, p[:n]) })
 			}
 		}
 		if err != nil {
@@ -266,9 +267,21 @@ func (l *link) readData(br *bufio.Reader, n int) error {
 	r.moved.set(time.Now())
 	l.traffic.received.Add(int64(n))
 	if r.got == r.size && l.forget(id) != nil {
-		r.blob.received(r)
+		l.attend(func() { r.blob.received(r) })
 	}
 	return nil
+}
+
+// attend does what the reader has to do with a frame. If that takes long, as to write a piece to
+// a slow disk, the peer was not silent meanwhile: what came is yet to be read.
+func (l *link) attend(f func()) {
+	began := time.Now()
+	l.deaf.Store(true)
+	f()
+	if now := time.Now(); now.Sub(began) > silence/2 {
+		l.heard.set(now)
+	}
+	l.deaf.Store(false)
 }
 
 // forget takes a request off the link; nil if it is not there any more. So of reader, blob and
@@ -492,7 +505,7 @@ func (l *link) answered(a call) {
 
 // tend pings a quiet link and closes a silent or idle one.
 func (l *link) tend(now time.Time, idle time.Duration) {
-	if now.Sub(l.heard.get()) > silence {
+	if !l.deaf.Load() && now.Sub(l.heard.get()) > silence {
 		l.close(errSilent)
 		return
 	}

@@ -629,3 +629,32 @@ func sha256Of(d digest.Digest) [sha256.Size]byte {
 	k, _ := parseKey(d.String())
 	return k
 }
+
+// TestSlowDiskIsNotSilence: a peer is not silent while this node, which writes a piece of his for
+// seconds, does not listen.
+func TestSlowDiskIsNotSilence(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(2, 20))
+		stop := running(t, nodes)
+		n, other := nodes[0], nodes[1]
+		n.start(wantOf(w))
+		n.fills.Wait()
+		other.fills.Wait() // perhaps the home
+		other.lose(w.images[0].digest)
+		w.seeded = true // the registry is down
+		other.stall.Store(int64(2 * silence))
+		other.start(wantOf(w))
+		began := time.Now()
+		for time.Since(began) < 2*silence+time.Second {
+			wait(t.Context(), tendEvery)
+			if other.s.roster.isDown(n.s.self.Name) {
+				t.Fatalf("a peer counts as gone after %v", time.Since(began))
+			}
+		}
+		other.fills.Wait()
+		if other.kept == nil {
+			t.Error("the node did not get what the other one has")
+		}
+		stop()
+	})
+}

@@ -28,6 +28,7 @@ type restNode struct {
 	broken bool          // fills are not kept
 	commit time.Duration // that a fill takes after its last byte
 	disk   time.Duration // that a read of the store takes
+	stall  atomic.Int64  // nanoseconds that the next piece of a peer takes to write
 	open   atomic.Int64
 	fills  sync.WaitGroup
 
@@ -127,6 +128,7 @@ func (f restFill) From(node string) io.WriterAt { return restWriter{f, f.simBlob
 
 func (f restFill) WritePiece(node string, i int, p []byte, from, to [sha256.Size]byte) error {
 	defer f.stopIfWhole()
+	wait(context.Background(), time.Duration(f.n.stall.Swap(0)))
 	return f.simBlob.WritePiece(node, i, p, from, to)
 }
 
