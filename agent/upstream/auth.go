@@ -117,7 +117,8 @@ const tokenDoubt = 30 * time.Second
 // answerable says whether an Authorization other than sent may change a
 // status. For a 401 it may. But ECR Public answers 400 to an expired token
 // (aws/containers-roadmap#2835) and ghcr 403 to one that it does not know
-// (renovatebot/renovate#11446), both without a challenge.
+// (renovatebot/renovate#11446), both without a challenge. Another request may
+// have renewed it meanwhile.
 func (s *session) answerable(status int, sent string) bool {
 	switch status {
 	case http.StatusUnauthorized:
@@ -125,7 +126,10 @@ func (s *session) answerable(status int, sent string) bool {
 	case http.StatusForbidden, http.StatusBadRequest:
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return s.token != "" && sent == "Bearer "+s.token && time.Since(s.issued) >= tokenDoubt
+		if s.token == "" || !strings.HasPrefix(sent, "Bearer ") {
+			return false
+		}
+		return sent != "Bearer "+s.token || time.Since(s.issued) >= tokenDoubt
 	}
 	return false
 }

@@ -182,6 +182,38 @@ func TestTokenExpiry(t *testing.T) {
 			t.Errorf("%d requests with a token past its time", n)
 		}
 	})
+	t.Run("for several requests", func(t *testing.T) { // the second hears of it once the first has a new one
+		reg := registrytest.Start(t, registrytest.Options{Auth: auth})
+		reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
+		c := clientOf(t, reg)
+		if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range c.sessions.values() {
+			s.mu.Lock()
+			s.issued = s.issued.Add(-tokenDoubt)
+			s.mu.Unlock()
+		}
+		manifests := registrytest.Match{Kind: registrytest.Manifest}
+		second := reg.Inject(manifests, registrytest.Hold(), registrytest.Status(403), registrytest.Times(1))
+		done := make(chan error)
+		go func() {
+			_, err := c.Resolve(t.Context(), target, "v1", nil)
+			done <- err
+		}()
+		<-second.Held()
+		reg.Inject(manifests, registrytest.Status(403), registrytest.Do(reg.ExpireTokens), registrytest.Times(1))
+		if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
+			t.Errorf("the first: %v", err)
+		}
+		second.Release()
+		if err := <-done; err != nil {
+			t.Errorf("the second: %v", err)
+		}
+		if n := reg.Count(tokens); n != 2 {
+			t.Errorf("%d tokens, want 2", n)
+		}
+	})
 	t.Run("token service fails", func(t *testing.T) {
 		reg := registrytest.Start(t, registrytest.Options{Auth: auth})
 		reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
