@@ -148,25 +148,30 @@ func (f *fetch) work(ctx context.Context, st *stream) {
 		if f.release(cl) {
 			st.close()
 		}
-		if err != nil {
-			f.fail(st, err)
+		if err != nil && f.fail(st, err) {
 			return
 		}
 	}
 }
 
-// fail ends one stream. Others go on with what it leaves, unless the sink is
-// what failed.
-func (f *fetch) fail(st *stream, err error) {
+// fail reports whether err ends a stream. Others go on with what it leaves,
+// unless the sink is what failed. A spare one that is alone by now stays: it
+// may wait for a slot, and read what it does not need.
+func (f *fetch) fail(st *stream, err error) (ends bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.arrived(st)
-	f.running--
 	f.frozen, f.alone = true, true
-	f.target = max(1, f.running)
 	_, upstream := errors.AsType[*Error](err)
-	if upstream && (errors.Is(err, errNoRanges) || errors.Is(err, errBusy)) {
-		return
+	spare := upstream && (errors.Is(err, errNoRanges) || errors.Is(err, errBusy))
+	if spare && st.extra && f.running == 1 {
+		st.extra = false
+		return false
+	}
+	f.running--
+	f.target = max(1, f.running)
+	if spare {
+		return true
 	}
 	if !f.fatal {
 		f.err = err
@@ -175,6 +180,7 @@ func (f *fetch) fail(st *stream, err error) {
 		f.fatal = true
 		f.stop(err)
 	}
+	return true
 }
 
 // arrived counts st among the streams that have an answer, or never will.

@@ -251,6 +251,37 @@ func TestFollowsReader(t *testing.T) {
 	}
 }
 
+// TestLastStreamIsNotSpare pins that a stream which began beside another brings the rest
+// by itself once it is alone, even if its connection breaks and the registry then ignores
+// Range.
+func TestLastStreamIsNotSpare(t *testing.T) {
+	const size, far, left = 18 * mib, 17 * mib, 1000
+	reg := registrytest.Start(t, registrytest.Options{})
+	d := reg.PutBlob(repo, registrytest.Random(9, size)).Digest
+	first := reg.Inject(blobGet, registrytest.Hold(), registrytest.Times(1))
+	second := reg.Inject(blobGet, registrytest.Skip(1), registrytest.Times(1), registrytest.StallAfter(size-far-left), registrytest.CutAfter(size-far-left+1))
+	reg.Inject(blobGet, registrytest.Skip(2), registrytest.IgnoreRange())
+	sink := newSinkOf(t, size)
+	sink.at = func(written int64) {
+		if written == size-left { // nothing is left for the first stream
+			second.Release()
+		}
+	}
+	go func() {
+		<-first.Held()
+		sink.mu.Lock()
+		sink.wanted = far // starts the second
+		sink.mu.Unlock()
+		<-second.Held()
+		first.Release()
+	}()
+	c := newClient(t, func(cfg *Config) { cfg.Stall, cfg.FirstByte = time.Minute, time.Minute }, registryOf(reg))
+	if err := c.Fetch(t.Context(), target, d, sink); err != nil {
+		t.Fatal(err)
+	}
+	sink.check(t, d)
+}
+
 // TestResumesWhatIsMissing pins that bytes which are there are not fetched again.
 func TestResumesWhatIsMissing(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
