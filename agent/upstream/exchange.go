@@ -69,13 +69,18 @@ type timed struct {
 	stall  time.Duration
 	ep     *endpoint
 	bulk   bool
+	brief  bool // timer is for all reads together, see drain
 }
 
 func (b *timed) Read(p []byte) (int, error) {
 	p = p[:min(len(p), burst)]
-	b.timer.Reset(b.stall)
+	if !b.brief {
+		b.timer.Reset(b.stall)
+	}
 	n, err := b.ReadCloser.Read(p)
-	b.timer.Stop()
+	if !b.brief {
+		b.timer.Stop()
+	}
 	if err != nil && err != io.EOF {
 		err = reason(b.ctx, err)
 	}
@@ -124,12 +129,18 @@ func (ep *endpoint) throttle(ctx context.Context, n int) error {
 }
 
 // maxErrorBody is plenty for OCI errors and little for a page of HTML.
-const maxErrorBody = 8 << 10
+const maxErrorBody = 16 << 10
 
-// drain reads the rest of a small body so that its connection can be used again.
-func drain(body io.ReadCloser) {
-	io.CopyN(io.Discard, body, maxErrorBody) //nolint:errcheck // only the connection is at stake
-	body.Close()
+// drain reads and closes a small body, so that its connection can be used again. It
+// gives the whole as long as a single read has elsewhere, and returns what came.
+func drain(body io.ReadCloser) []byte {
+	defer body.Close()
+	if b, ok := body.(*timed); ok {
+		b.brief = true
+		b.timer.Reset(b.stall)
+	}
+	text, _ := io.ReadAll(io.LimitReader(body, maxErrorBody)) // only the connection is at stake
+	return text
 }
 
 // noteLimit keeps what Docker Hub says of its pull limit.

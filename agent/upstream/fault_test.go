@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net/http"
@@ -129,6 +130,47 @@ func TestRangeLies(t *testing.T) {
 				if string(sink.data[at:at+have]) != string(want[at:at+have]) {
 					t.Fatalf("piece %d has wrong bytes", i)
 				}
+			}
+		})
+	}
+}
+
+// TestDrippingAnswers pins that a blob waits no longer for the end of an error's or a
+// redirect's body than for one byte (I3).
+func TestDrippingAnswers(t *testing.T) {
+	body := content(t, registrytest.Random(7, blobSize))
+	for _, tc := range []struct {
+		status int
+		ends   func(error) bool
+	}{
+		{http.StatusNotFound, IsNotFound},
+		{http.StatusTemporaryRedirect, func(err error) bool { return err == nil }},
+	} {
+		t.Run(strconv.Itoa(tc.status), func(t *testing.T) {
+			t.Parallel()
+			base := serve(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/storage" {
+					http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+					return
+				}
+				w.Header().Set("Location", "/storage")
+				w.WriteHeader(tc.status)
+				for tick := time.Tick(50 * time.Millisecond); ; {
+					_, _ = w.Write([]byte(" ")) // the client may be gone
+					w.(http.Flusher).Flush()
+					select {
+					case <-tick:
+					case <-r.Context().Done():
+						return
+					}
+				}
+			})
+			c := newClient(t, nil, Registry{Host: "test", Upstreams: []string{base.String()}})
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			err := c.Fetch(ctx, target, digest.FromBytes(body), newSink(256<<10))
+			if !tc.ends(err) || ctx.Err() != nil {
+				t.Errorf("Fetch: %v, in time: %t", err, ctx.Err() == nil)
 			}
 		})
 	}

@@ -3,7 +3,6 @@ package upstream
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -14,9 +13,7 @@ import (
 // refusal turns a response other than 2xx into an *Error.
 func (ep *endpoint) refusal(resp *http.Response, s *session, k kind, moved *url.URL) error {
 	e := &Error{Status: resp.StatusCode, RetryAfter: parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // what there is
-	drain(resp.Body)
-	e.Code, e.Message = errorCode(body, carried(resp.Request))
+	e.Code, e.Message = errorCode(drain(resp.Body), carried(resp.Request))
 	if moved != nil {
 		e.Endpoint = moved.Host
 		if k == kindBlob && expired(e.Status) {
