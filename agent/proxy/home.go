@@ -82,7 +82,7 @@ func (p *Proxy) ResolveFor(ctx context.Context, t upstream.Target, tag string, a
 	p.auth.learn(&acc, Question{Reference: tag}, 0, err)
 	if err == nil {
 		p.auth.enlist(t, KindManifest, desc)
-		p.auth.say(keyOf(t, desc.Digest))
+		p.auth.say(t, desc.Digest)
 	}
 	return desc, false, err
 }

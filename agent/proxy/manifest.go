@@ -243,7 +243,7 @@ func (p *Proxy) learn(t upstream.Target, m *manifest) error {
 	meta.AddManifests(repository, o.Manifests...)
 	meta.AddMembers(repository, o.children()...)
 	p.list(t, children...)
-	if p.auth.wasPublic(repository) {
+	if p.auth.shows(t) {
 		p.auth.show(repository, slices.DeleteFunc(append(children, m.desc), func(d ocispec.Descriptor) bool { return !p.auth.said(keyOf(t, d.Digest)) })...)
 	}
 	p.learned.put(key, struct{}{}, membershipMemory)

@@ -59,22 +59,28 @@ func (c *counted) has(key blobKey) bool {
 	return c.count[key] > 0
 }
 
-// say notes the registry's word.
-func (a *authorizer) say(key blobKey) {
-	repository := key.Repository
-	if !a.meta.Said(repository, key.digest) {
-		a.meta.SetSaid(repository, key.digest)
+// say notes the registry's word, which it gave to t.
+func (a *authorizer) say(t upstream.Target, d digest.Digest) {
+	key := keyOf(t, d)
+	if !a.meta.Said(key.Repository, d) {
+		a.meta.SetSaid(key.Repository, d)
 	}
 	a.told.put(key, struct{}{}, membershipMemory)
-	if a.wasPublic(repository) {
-		a.show(repository, ocispec.Descriptor{Digest: key.digest})
+	if a.shows(t) {
+		a.show(key.Repository, ocispec.Descriptor{Digest: d})
 	}
+}
+
+// shows reports whether anybody may have what the registry gives t: that the repository was
+// public is no word on what a credential has opened since (A8).
+func (a *authorizer) shows(t upstream.Target) bool {
+	return t.Anonymous && a.wasPublic(repositoryOf(t))
 }
 
 // sayAsked notes the registry's yes to a question.
 func (a *authorizer) sayAsked(t upstream.Target, q Question) {
 	if d, err := digest.Parse(q.Reference); err == nil {
-		a.say(keyOf(t, d))
+		a.say(t, d)
 	}
 }
 

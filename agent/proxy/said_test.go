@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/larder-cache/larder/test/registrytest"
 )
 
@@ -155,8 +156,8 @@ func TestBegunMeanwhile(t *testing.T) {
 			t.Errorf("%s: the registry is asked: %v", began.what, got)
 		}
 	}
-	told := keyOf(target, digest.FromString("told"))
-	if auth.unproven(told, func(digest.Digest) bool { auth.say(told); return true }) {
+	told := digest.FromString("told")
+	if auth.unproven(keyOf(target, told), func(digest.Digest) bool { auth.say(target, told); return true }) {
 		t.Error("the registry is asked what it has just told")
 	}
 }
@@ -185,5 +186,24 @@ func TestHeadTellsLess(t *testing.T) {
 		if a := n.get("/v2/"+other+"/blobs/"+l.Digest.String()+"?ns="+host, ann...); a.status != 200 || a.header.Get(headerSource) != "disk" {
 			t.Errorf("shared: %d from %s", a.status, a.header.Get(headerSource))
 		}
+	}
+}
+
+// TestOncePublicIsNoWord: what was pulled with a credential since a repository stopped being
+// public was shown to nobody else, also where nobody has heard of that yet (A8): the home of a
+// blob asks as the one that it fetches it for.
+func TestOncePublicIsNoWord(t *testing.T) {
+	n, secret := besides(t, 1000)
+	layer := secret.Layers[0].Digest
+	n.cache.Meta().SetVerdict(testRepository, cache.Anyone)
+	n.proxy.learned.clear()
+	n.whole(secret, ann...)
+	for _, d := range []digest.Digest{layer, secret.Digest} {
+		if _, shown := n.proxy.auth.shown(d); shown {
+			t.Errorf("anybody may have %s", d)
+		}
+	}
+	if a := n.get(myBlob(layer)); a.status != 404 {
+		t.Errorf("from another repository: %d, %d bytes", a.status, len(a.body))
 	}
 }

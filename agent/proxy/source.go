@@ -117,7 +117,7 @@ func (s fill) Fetch(ctx context.Context, f *cache.Fill) error {
 	if err := s.fetch(ctx, f); err != nil {
 		return err
 	}
-	s.p.auth.say(key)
+	s.p.auth.say(s.t, f.Digest())
 	return nil
 }
 

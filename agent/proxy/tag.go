@@ -290,7 +290,7 @@ func (p *Proxy) askForTag(ctx context.Context, t upstream.Target, key tagKey, ac
 // remember keeps what upstream says that a tag stands for.
 func (p *Proxy) remember(t upstream.Target, key tagKey, desc ocispec.Descriptor) resolved {
 	p.auth.enlist(t, KindManifest, desc)
-	p.auth.say(keyOf(t, desc.Digest))
+	p.auth.say(t, desc.Digest)
 	p.list(t, desc)
 	desc.MediaType = bareType(desc.MediaType)
 	if !ofManifest(desc.MediaType) {
