@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -420,5 +421,63 @@ func TestCountersAddUp(t *testing.T) {
 	}
 	if got := testutil.CollectAndCount(n.proxy.metrics.requests); got < 4 {
 		t.Errorf("%d series of requests", got)
+	}
+}
+
+// pipes is a listener whose connections are net.Pipe, for a bubble's clock.
+type pipes struct{ conns chan net.Conn }
+
+func (l pipes) Accept() (net.Conn, error) {
+	c, ok := <-l.conns
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+func (l pipes) Close() error   { return nil }
+func (l pipes) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
+
+// onPipe runs test in a bubble, with a connection to a proxy that only answers pings.
+func onPipe(t *testing.T, test func(t *testing.T, conn net.Conn)) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &Proxy{log: slog.New(slog.DiscardHandler), metrics: newMetrics(nil), exchanges: map[*exchange]struct{}{}}
+		l := pipes{make(chan net.Conn, 1)}
+		s := p.newServer(l)
+		served := make(chan error, 1)
+		go func() { served <- s.http.Serve(l) }()
+		here, there := net.Pipe()
+		l.conns <- there
+		defer func() {
+			_ = here.Close()
+			close(l.conns)
+			<-served
+		}()
+		test(t, here)
+	})
+}
+
+// TestBodyThatNeverComes: a request that announces a body and sends none is answered all the
+// same, and its connection ends.
+func TestBodyThatNeverComes(t *testing.T) {
+	for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPut} {
+		onPipe(t, func(t *testing.T, conn net.Conn) {
+			if _, err := fmt.Fprintf(conn, "%s /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n", method); err != nil {
+				t.Fatal(err)
+			}
+			if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+				t.Fatal(err)
+			}
+			from := bufio.NewReader(conn)
+			resp, err := http.ReadResponse(from, &http.Request{Method: method})
+			if err != nil {
+				t.Fatalf("%s: %v", method, err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				t.Errorf("%s: %v", method, err)
+			}
+			if _, err := from.ReadByte(); !errors.Is(err, io.EOF) {
+				t.Errorf("%s: the connection goes on: %v", method, err)
+			}
+		})
 	}
 }

@@ -166,6 +166,16 @@ func (x *exchange) extend() {
 	x.note(http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout)))
 }
 
+// refuseBody ends the connection after the answer if the client announces a body, for which
+// net/http would wait without end, and before it answers if the connection is to go on.
+func (x *exchange) refuseBody() {
+	if x.r.ContentLength == 0 {
+		return
+	}
+	x.Header().Set("Connection", "close")
+	x.note(http.NewResponseController(x.ResponseWriter).SetReadDeadline(time.Now().Add(headerTimeout)))
+}
+
 // flush sends the headers before there is a body.
 func (x *exchange) flush() {
 	x.extend()

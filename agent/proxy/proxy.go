@@ -244,6 +244,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p.opts.Before != nil {
 		p.opts.Before(r)
 	}
+	x.refuseBody()
 	if err := p.serve(x); err != nil {
 		x.fail(err)
 	}
