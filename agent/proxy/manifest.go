@@ -26,7 +26,7 @@ type manifest struct {
 
 // serveManifest answers GET and HEAD of a manifest by tag or digest.
 func (p *Proxy) serveManifest(x *exchange) error {
-	defer x.within(p.manifestPatience(x), errBudget)()
+	defer x.within(p.manifestPatience(x.route.pathEncoded), errBudget)()
 	found, err := p.findManifest(x)
 	if err != nil {
 		return err
@@ -75,8 +75,8 @@ func (p *Proxy) findManifest(x *exchange) (resolved, error) {
 
 // manifestPatience: on a manifest path-encoded clients do go on to the registry,
 // so they wait only for the extra questions that promise asks.
-func (p *Proxy) manifestPatience(x *exchange) time.Duration {
-	if x.route.pathEncoded {
+func (p *Proxy) manifestPatience(pathEncoded bool) time.Duration {
+	if pathEncoded {
 		return 3 * p.opts.FirstByteBudget
 	}
 	return p.opts.FirstByteBudget

@@ -110,6 +110,9 @@ func (p *Proxy) dropOverdue() int {
 func (p *Proxy) longestWait(x *exchange) time.Duration {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.route.kind == KindManifest {
+		return p.manifestPatience(x.route.pathEncoded)
+	}
 	return p.patience(x.route.pathEncoded)
 }
 

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -121,6 +122,29 @@ func TestStoppedIsNotWedged(t *testing.T) {
 	for range requests {
 		if err := <-failed; err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestSlowIsNotStuck: no request is overdue before its own deadline has ended it.
+func TestSlowIsNotStuck(t *testing.T) {
+	const budget, slack = 30 * time.Second, 5 * time.Second // the longest budget that there may be
+	for _, rt := range []route{{kind: KindManifest}, {kind: KindBlob}, {kind: KindManifest, pathEncoded: true}, {kind: KindBlob, pathEncoded: true}} {
+		p := &Proxy{opts: Options{FirstByteBudget: budget, Watch: Watch{Slack: slack}}, log: slog.New(slog.DiscardHandler), exchanges: map[*exchange]struct{}{}}
+		x := p.newExchange(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/", nil))
+		defer x.cancel(nil)
+		x.setRoute(rt)
+		p.track(x)
+		deadline := p.patience(rt.pathEncoded)
+		if rt.kind == KindManifest {
+			deadline = p.manifestPatience(rt.pathEncoded)
+		}
+		for waited, want := range map[time.Duration]int{deadline: 0, deadline + slack + time.Second: 1} {
+			x.start = time.Now().Add(-waited)
+			x.overdue.Store(1) // at the look before, it seems
+			if got := p.dropOverdue(); got != want {
+				t.Errorf("%s, path %t: after %s of %s: %d overdue, want %d", rt.kind, rt.pathEncoded, waited, deadline, got, want)
+			}
 		}
 	}
 }
