@@ -61,7 +61,7 @@ func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
 	defer func() { _ = b.Close() }() // was only read
 	size := b.at.size()
 	setBlobHeaders(x.Header(), x.route.digest)
-	refuseEmptyRange(x.r, size)
+	refuseEmptyRange(x.r, size) // before it is read here
 	x.describe(b.at.source(), size, 0)
 	if off, ok := firstOffset(x.r, size, etag(x.route.digest)); ok {
 		b.chunk = p.inChunks(x, off)
@@ -72,7 +72,7 @@ func (p *Proxy) sendBlob(x *exchange, then time.Time) error {
 			return err
 		}
 	}
-	http.ServeContent(x, x.r, "", time.Time{}, b)
+	x.serveContent(size, b)
 	return b.failure()
 }
 
@@ -186,7 +186,7 @@ func (p *Proxy) headBlob(x *exchange) error {
 	}
 	setBlobHeaders(x.Header(), x.route.digest)
 	x.describe(from, size, 0)
-	http.ServeContent(x, x.r, "", time.Time{}, io.NewSectionReader(nil, 0, size))
+	x.serveContent(size, io.NewSectionReader(nil, 0, size))
 	return nil
 }
 

@@ -59,8 +59,9 @@ func (p *Proxy) serveCanary(x *exchange) error {
 	if x.route.kind == KindManifest {
 		x.Header().Set("Content-Type", item.mediaType)
 	}
-	x.describe(sourceDisk, int64(len(item.body)), 0)
-	http.ServeContent(x, x.r, "", time.Time{}, bytes.NewReader(item.body))
+	size := int64(len(item.body))
+	x.describe(sourceDisk, size, 0)
+	x.serveContent(size, bytes.NewReader(item.body))
 	return nil
 }
 

@@ -230,6 +230,20 @@ func TestBlobHead(t *testing.T) {
 	}
 }
 
+// TestLastNoBytes: a last zero bytes is no range of anything, see TestEmptyRange.
+func TestLastNoBytes(t *testing.T) {
+	n := startNode(t, nil)
+	img := n.image()
+	for _, path := range []string{blobPath(img.Layers[0].Digest), manifestPath("v1"), manifestPath(img.Digest.String()),
+		"/v2/" + repo + "/tags/list?ns=" + host, "/v2/larder.invalid/canary/manifests/nonce?ns=" + host} {
+		for _, method := range []string{http.MethodGet, http.MethodHead} {
+			if a := n.do(method, path, "Range", "bytes=-0"); a.status != http.StatusRequestedRangeNotSatisfiable {
+				t.Errorf("%s %s: %d, %q", method, path, a.status, a.header.Get("Content-Range"))
+			}
+		}
+	}
+}
+
 func TestNotModifiedOnlyWhenAsked(t *testing.T) {
 	n := startNode(t, nil)
 	img := n.image()

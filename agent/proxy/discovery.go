@@ -165,7 +165,7 @@ func (p *Proxy) sendPage(x *exchange, page upstream.Page) {
 	if link := x.nextLink(page.Next); link != "" {
 		h.Set("Link", link)
 	}
-	http.ServeContent(x, x.r, "", time.Time{}, bytes.NewReader(page.Body))
+	x.serveContent(int64(len(page.Body)), bytes.NewReader(page.Body))
 }
 
 // nextLink leads to the next page at the request's own path, under the same

@@ -145,6 +145,12 @@ func (x *exchange) sendFile(file *io.LimitedReader) (int64, error) {
 	return n, err
 }
 
+// serveContent answers with size bytes of body, or the ranges of it that are asked for.
+func (x *exchange) serveContent(size int64, body io.ReadSeeker) {
+	refuseEmptyRange(x.r, size)
+	http.ServeContent(x, x.r, "", time.Time{}, body)
+}
+
 // count adds n bytes of the body to the metrics as soon as they are sent, if they go to a
 // runtime. At the end of the body would be too late for a chart: a layer can take minutes.
 func (x *exchange) count(n int64) {

@@ -93,7 +93,7 @@ func (p *Proxy) sendManifest(x *exchange, found resolved, m manifest, body io.Re
 	h.Set("Cache-Control", cacheControl(x))
 	setDigest(h, m.desc.Digest)
 	x.describe(m.from, m.desc.Size, 0)
-	http.ServeContent(x, x.r, "", time.Time{}, body)
+	x.serveContent(m.desc.Size, body)
 }
 
 func cacheControl(x *exchange) string {
