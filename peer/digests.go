@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"maps"
 	"slices"
 	"time"
 )
@@ -109,9 +110,28 @@ func (b *blob) knowLocked(t *batch) {
 	}
 }
 
-// vouch makes the batches of these members count.
+// signedLocked is the members whose batches are in use.
+func (b *blob) signedLocked() map[string]bool {
+	signed := make(map[string]bool)
+	for _, t := range b.sums {
+		if t != nil {
+			signed[t.signer] = true
+		}
+	}
+	return signed
+}
+
+// vouch makes the batches of these members count. Where there is no room for all, those make it that
+// are no longer members and have signed nothing that is in use.
 func (b *blob) vouch(names []string) {
 	b.mu.Lock()
+	if len(b.signers)+len(names) > maxSigners {
+		signed := b.signedLocked()
+		maps.DeleteFunc(b.signers, func(n string, _ bool) bool {
+			_, live := b.s.roster.get(n)
+			return !live && !signed[n]
+		})
+	}
 	for _, n := range names {
 		if len(b.signers) < maxSigners {
 			b.signers[n] = true

@@ -3,6 +3,7 @@ package peer
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"testing"
@@ -139,5 +140,29 @@ func TestCutShort(t *testing.T) {
 	}
 	if err := b.sign(cut, b.lives(), []int{1}); !errors.Is(err, errWrongBlob) {
 		t.Errorf("half a piece is signed: %v", err)
+	}
+}
+
+// TestManySigners: a home that has vouched for as many members as may count, starts that are over
+// among them, still vouches for those that it names.
+func TestManySigners(t *testing.T) {
+	w := newTestWorld()
+	nodes := w.gossipCluster(t, 6)
+	d := w.add(4<<20, 1)
+	slices.SortFunc(nodes, func(a, b *testNode) int { return a.rank(d) - b.rank(d) })
+	home, asker, holder := nodes[0], nodes[4], nodes[5]
+	holder.give(d)
+	holder.s.Announce(d)
+	waitFor(t, func() bool { return len(home.s.Holders(d)) > 0 })
+	var gone []string
+	for i := range maxSigners {
+		gone = append(gone, startName(fmt.Sprint("gone-", i), 1))
+	}
+	for _, n := range []*testNode{home, asker} {
+		n.s.blob(blobID{key: sha256Of(d)}).vouch(gone)
+	}
+	asker.wantOK(d)
+	if w.requests.Load() != 0 {
+		t.Errorf("%d requests upstream for a blob that %s holds", w.requests.Load(), holder.s.self.Node)
 	}
 }

@@ -239,7 +239,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 	}
 	b.admit(l.peer, ask.Registry)
 	b.note(l, ask)
-	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.newRand()), Vouch: b.vouched()}
+	reply := joinReply{Meet: b.home.join(l.peer, l.zone, b.newRand())}
 	if ask.Pass {
 		p := s.sign(b.id.key, ask.Registry, l.peer)
 		reply.Pass = p.sig[:]
@@ -257,7 +257,7 @@ func (s *Swarm) joined(ctx context.Context, l *link, ask joinAsk) (joinReply, er
 		return reply, nil
 	}
 	reply.Meet = append(append(reply.Meet, holders...), s.abroad(b, l)...)
-	reply.Vouch = append(reply.Vouch, holders...)
+	reply.Vouch = b.vouched(holders)
 	b.awaitSize(ctx)
 	if b.active() || b.offered() > 0 {
 		// The size of a file that is still to be checked is no more than a guess.
@@ -462,13 +462,23 @@ func (b *blob) awaitWhole(ctx context.Context) {
 	}
 }
 
-func (b *blob) vouched() (out []string) {
+// vouched is whose batches are to count for an asker, which may not have room for all: those that
+// are in use come first, and then the holders that it is to meet.
+func (b *blob) vouched(holders []string) []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	signed := b.signedLocked()
+	first, last := []string{b.s.self.Name}, []string(nil)
 	for n := range b.signers {
-		out = append(out, n)
+		switch {
+		case slices.Contains(holders, n):
+		case signed[n]:
+			first = append(first, n)
+		default:
+			last = append(last, n)
+		}
 	}
-	return append(out, b.s.self.Name)
+	return slices.Concat(first, holders, last)
 }
 
 func (b *blob) active() bool {
