@@ -324,7 +324,7 @@ func (s *Swarm) attachLocked(l *link) (old *link, err error) {
 		return nil, errManyLinks
 	}
 	old = s.links[l.peer]
-	if old != nil && old.dialed != l.dialed {
+	if old != nil && !old.over() && old.dialed != l.dialed {
 		mineStays := s.self.Name < l.peer
 		if old.dialed == mineStays {
 			return nil, errReplaced

@@ -658,3 +658,24 @@ func TestSlowDiskIsNotSilence(t *testing.T) {
 		stop()
 	})
 }
+
+// TestAfterADeadLink: a link that has ended, and whose end is yet to be told, turns no other away.
+func TestAfterADeadLink(t *testing.T) {
+	s := newTestWorld().node(t, "node-0").s
+	for _, peer := range []string{"a", "z"} { // whose links stay if both dial, and whose do not
+		for _, dialed := range []bool{false, true} {
+			old, l := fuzzLink(s, nil), fuzzLink(s, nil)
+			old.peer, old.dialed, l.peer, l.dialed = peer, dialed, peer, !dialed
+			if err := s.attach(old); err != nil {
+				t.Fatal(err)
+			}
+			old.close(errSilent)
+			if err := s.attach(l); err != nil {
+				t.Errorf("a link of %s, dialed here: %v: %v", peer, l.dialed, err)
+			}
+			s.mu.Lock()
+			delete(s.links, peer)
+			s.mu.Unlock()
+		}
+	}
+}
