@@ -345,7 +345,7 @@ func (s *Swarm) serve(l *link) {
 	heir := s.links[l.peer]
 	s.mu.Unlock()
 	s.uploads.drop(l)
-	silent := errors.Is(err, errSilent)
+	silent := errors.Is(err, errSilent) && heir == nil // else it is back
 	switch {
 	case silent:
 		s.unreached(l.peer)

@@ -679,3 +679,23 @@ func TestAfterADeadLink(t *testing.T) {
 		}
 	}
 }
+
+// TestBackBeforeTheEnd: a member that was silent and has made another link by the time that the end
+// of the silent one is told is not passed over.
+func TestBackBeforeTheEnd(t *testing.T) {
+	s := newTestWorld().node(t, "node-0").s
+	old, l := fuzzLink(s, nil), fuzzLink(s, nil)
+	s.roster.set(Member{Name: l.peer, Node: l.node})
+	if err := s.attach(old); err != nil {
+		t.Fatal(err)
+	}
+	old.close(errSilent)
+	if err := s.attach(l); err != nil {
+		t.Fatal(err)
+	}
+	s.serve(old)
+	if s.roster.isDown(l.peer) || s.linkWith(l.peer) != l {
+		t.Error("a member with a link counts as unreachable")
+	}
+	s.serve(l)
+}
