@@ -233,28 +233,24 @@ const muteWait = 250 * time.Millisecond
 // dial makes a link and serves it until it ends.
 func (s *Swarm) dial(ctx context.Context, m *Member, d *dialing) {
 	l, err := s.reach(ctx, m)
-	if err != nil {
-		if ctx.Err() == nil {
-			s.unreached(m.Name)
-		}
-		s.dialed(m, d, nil, err)
-		return
-	}
-	if err = s.attach(l); err != nil { // which is not the member's fault
-		l.close(err)
-		l = nil
-	}
-	if errors.Is(err, errReplaced) {
-		// The other side dialed at the same time, and its link stays.
-		if l = s.linkWith(m.Name); l != nil {
+	reached := err == nil
+	if reached {
+		if err = s.attach(l); err == nil {
 			s.dialed(m, d, l, nil)
+			s.serve(l)
 			return
 		}
+		l.close(err) // which is not the member's fault
 	}
-	s.dialed(m, d, l, err)
-	if err == nil {
-		s.serve(l)
+	// The other side dialed at the same time, and its link stays, or came where this one did not.
+	if l = s.linkWith(m.Name); l != nil && !l.over() {
+		s.dialed(m, d, l, nil)
+		return
 	}
+	if !reached && ctx.Err() == nil {
+		s.unreached(m.Name)
+	}
+	s.dialed(m, d, nil, err)
 }
 
 func (s *Swarm) dialed(m *Member, d *dialing, l *link, err error) {

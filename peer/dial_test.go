@@ -124,3 +124,38 @@ func TestFullOfLinks(t *testing.T) {
 		t.Errorf("%d connections stay open", n)
 	}
 }
+
+// oneWay is a network in which this node reaches nobody, and others reach it; ready is closed
+// when it dials.
+type oneWay struct {
+	tcp
+	ready chan struct{}
+	once  *sync.Once
+}
+
+func (n oneWay) DialContext(ctx context.Context, _ string) (net.Conn, error) {
+	n.once.Do(func() { close(n.ready) })
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestDialedMeanwhile: who waits for a dial that fails gets the link that the member has made
+// meanwhile, and the member does not count as unreachable.
+func TestDialedMeanwhile(t *testing.T) {
+	network := oneWay{ready: make(chan struct{}), once: new(sync.Once)}
+	s := newTestWorld().node(t, "node-0", func(c *Config) { c.Network = network }).s
+	theirs := fuzzLink(s, nil)
+	m := Member{Name: theirs.peer, Node: theirs.node}
+	s.roster.set(m)
+	go func() {
+		<-network.ready
+		if err := s.attach(theirs); err != nil {
+			t.Error(err)
+		}
+	}()
+	l, err := s.connect(t.Context(), &m)
+	if l != theirs || err != nil || s.roster.isDown(m.Name) {
+		t.Errorf("link %p, want %p: %v; unreachable: %v", l, theirs, err, s.roster.isDown(m.Name))
+	}
+	s.serve(theirs)
+}
