@@ -50,7 +50,8 @@ type blob struct {
 	pieceSize int64
 	n         int // pieces
 
-	// What is here. grownCh is closed, and made anew, with each piece that comes.
+	// What is here. grownCh is closed, and made anew, with each piece that comes, and when
+	// all can be given.
 	grownCh  chan struct{}
 	life     int // goes up whenever all that is here is given up
 	here     bitmap
@@ -208,7 +209,7 @@ func (b *blob) poke() {
 	}
 }
 
-// grown is closed when the next piece comes.
+// grown is closed when the next piece comes, or all can be given.
 func (b *blob) grown() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -579,8 +580,7 @@ func (b *blob) gotLocked(i int) {
 	}
 	b.here.set(i)
 	b.missing--
-	close(b.grownCh)
-	b.grownCh = make(chan struct{})
+	b.growLocked()
 	switch {
 	case b.ahead > 0: // it is gone in a moment
 	case b.sums[i] != nil:
@@ -588,6 +588,11 @@ func (b *blob) gotLocked(i int) {
 	default:
 		b.bare = append(b.bare, i)
 	}
+}
+
+func (b *blob) growLocked() {
+	close(b.grownCh)
+	b.grownCh = make(chan struct{})
 }
 
 // offerLocked makes a piece that is here and has a digest known to neighbours,
@@ -600,6 +605,9 @@ func (b *blob) offerLocked(i int) {
 	b.haveN++
 	if b.given[i] == 0 {
 		b.fresh++
+	}
+	if b.wholeLocked() {
+		b.growLocked()
 	}
 	b.dirty = append(b.dirty, i)
 	if !b.flushing {

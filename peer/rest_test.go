@@ -680,3 +680,37 @@ func TestAloneAmongNewcomers(t *testing.T) {
 		}
 	}
 }
+
+// TestBodyAtOnce: who waits at a home for a small blob gets it as soon as it can be given, which is
+// after it came: it has to be read back first.
+func TestBodyAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		_, nodes := restWorld(t, baseSim(1, 1))
+		n := nodes[0]
+		b := n.s.blob(blobID{key: key{1}})
+		b.setSize(100)
+		whole := make(chan struct{})
+		go func() {
+			defer close(whole)
+			ctx, cancel := context.WithTimeout(t.Context(), sizeWait)
+			defer cancel()
+			b.awaitWhole(ctx)
+		}()
+		synctest.Wait()
+		began := time.Now()
+		b.mu.Lock()
+		b.gotLocked(0)
+		b.mu.Unlock()
+		synctest.Wait()
+		if err := b.offer(b.lives(), 0, 1); err != nil {
+			t.Fatal(err)
+		}
+		<-whole
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it is given %v after it is whole", took)
+		}
+		if err := n.s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
