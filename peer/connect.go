@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"time"
 )
 
@@ -205,9 +206,19 @@ func (s *Swarm) ahead(home *Member, next []*Member) (stop func()) {
 
 // unreached notes that a member could not be reached.
 func (s *Swarm) unreached(name string) {
+	if s.hears() {
+		s.roster.notAlone()
+	}
 	if apart := s.roster.unreachable(name); apart > 0 {
 		s.log.Warn("no other node can be reached, so none is asked for now; is peer.data open to them?", "data", s.self.Addr, "pause", apart)
 	}
+}
+
+// hears reports whether bytes of any member came just now. All speak each pingEvery; if they fell
+// silent together, none was heard for at least silence less that.
+func (s *Swarm) hears() bool {
+	now := time.Now()
+	return slices.ContainsFunc(s.allLinks(), func(l *link) bool { return !l.over() && now.Sub(l.heard.get()) < silence-2*pingEvery })
 }
 
 // heardSince reports whether bytes of a member came since t, on a link that is still there.

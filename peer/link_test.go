@@ -699,3 +699,49 @@ func TestBackBeforeTheEnd(t *testing.T) {
 	}
 	s.serve(l)
 }
+
+// TestManyFallAtOnce: a node whose links with many members end at once, as when a zone fails, does
+// not count as alone while it hears others: it would turn to the registry for all that it pulls,
+// and so would each node that is left. If it hears nobody, the fault is its own.
+func TestManyFallAtOnce(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		heard time.Duration // ago, of the one link that has not ended
+		alone bool
+	}{
+		{"a zone fails", pingEvery, false},
+		{"this node's network fails", silence - tendEvery, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newTestWorld().node(t, "node-0", func(c *Config) { c.Home = false }).s
+			linked := func(node string) *link {
+				l := fuzzLink(s, nil)
+				l.peer, l.node = startName(node, 1), node
+				s.roster.set(Member{Name: l.peer, Node: l.node})
+				if err := s.attach(l); err != nil {
+					t.Fatal(err)
+				}
+				return l
+			}
+			var fallen []*link
+			for i := range mostStrikes {
+				fallen = append(fallen, linked(fmt.Sprint("fallen-", i)))
+			}
+			left := linked("left")
+			for _, l := range fallen {
+				l.close(errSilent)
+			}
+			for _, l := range fallen {
+				left.heard.set(time.Now().Add(-c.heard))
+				s.unreached(l.peer)
+			}
+			if alone := s.roster.isDown(left.peer); alone != c.alone {
+				t.Errorf("alone: %v, want %v", alone, c.alone)
+			}
+			for _, l := range append(fallen, left) {
+				l.close(errIdle)
+				s.serve(l)
+			}
+		})
+	}
+}

@@ -230,6 +230,13 @@ func (r *roster) reachable(name string) {
 	r.endAloneLocked()
 }
 
+// notAlone says that others are heard, whoever cannot be reached.
+func (r *roster) notAlone() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.endAloneLocked()
+}
+
 func (r *roster) endAloneLocked() {
 	clear(r.strikes)
 	r.apart, r.alone = 0, time.Time{}
