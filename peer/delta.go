@@ -66,6 +66,7 @@ func (x *index) chase(now time.Time) {
 	for i := range x.slots {
 		s := &x.slots[i]
 		if s.name == "" || s.known <= s.seq {
+			s.asked = time.Time{}
 			continue
 		}
 		behind++

@@ -529,3 +529,35 @@ func TestWholeSetInPages(t *testing.T) {
 		t.Errorf("%d postings, want two", x.postings)
 	}
 }
+
+// TestEachGapIsGivenTime: gossip gets some seconds to close a gap, also where there was one before
+// that it has closed.
+func TestEachGapIsGivenTime(t *testing.T) {
+	x, ms := bareIndex(manyLate)
+	x.s.roster = newRoster()
+	x.s.roster.set(ms...)
+	seq := uint32(0)
+	gap := func() {
+		seq += 2
+		for _, m := range ms {
+			x.applyLocked(memberID(m.Name), seq-1, []op{{true, 1}})
+		}
+	}
+	now := time.Now()
+	gap()
+	x.chase(now)
+	for _, m := range ms {
+		x.applyLocked(memberID(m.Name), 0, []op{{true, 2}})
+	}
+	x.chase(now.Add(batchEvery))
+	now = now.Add(time.Minute)
+	gap()
+	x.chase(now)
+	if !x.adopted.IsZero() {
+		t.Error("a snapshot is taken at once")
+	}
+	x.chase(now.Add(2*deltaPause + batchEvery))
+	if x.adopted.IsZero() {
+		t.Error("no snapshot is taken, though the gaps stay")
+	}
+}
