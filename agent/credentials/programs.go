@@ -1,8 +1,10 @@
 package credentials
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"sync"
@@ -23,6 +25,9 @@ const (
 	// registry refuses it: where a credential lacks a right, none that is newer
 	// has it, and each pull would run the program.
 	refreshPause = 15 * time.Second
+	// slowRun is how long a program may take until its last answer is used meanwhile: what
+	// waits are pulls, with some seconds for all. If it has expired, that costs a request.
+	slowRun = 2 * time.Second
 	// maxAnswers is far beyond what registries and images of a node come to.
 	maxAnswers = 256
 )
@@ -56,6 +61,7 @@ type question struct {
 // flight is one run of a program.
 type flight struct {
 	scope  string // the widest key of questions that wait for it
+	began  time.Time
 	done   chan struct{}
 	answer answer // after done
 }
@@ -98,17 +104,19 @@ func (p *programs) close() {
 
 var errClosed = errors.New("the agent is stopping")
 
-// ask answers q from what is kept, or runs the program.
+// errSlow is beside an answer that the program may be about to replace.
+var errSlow = fmt.Errorf("it has not ended after %s; what it answered last is used", slowRun)
+
+// ask answers q from what is kept, or runs the program. If that takes long, its last
+// answer has to do, unless the registry refuses that.
 func (p *programs) ask(ctx context.Context, q question, refresh bool) answer {
 	for {
 		a, f, mine := p.begin(q, refresh)
 		if f == nil {
 			return a
 		}
-		select {
-		case <-f.done:
-		case <-ctx.Done():
-			return answer{err: ctx.Err()}
+		if err := f.wait(ctx, len(a.auths) > 0 && !refresh); err != nil {
+			return answer{auths: a.auths, err: err}
 		}
 		if mine || f.answer.err != nil {
 			return f.answer
@@ -117,8 +125,25 @@ func (p *programs) ask(ctx context.Context, q question, refresh bool) answer {
 	}
 }
 
-// begin returns a good answer, or the flight to wait for. mine is true if that
-// flight asks q itself, and not a question whose answer may do for q as well.
+// wait returns nil once the program has ended, errSlow if it takes long and spare says
+// that the caller has another answer.
+func (f *flight) wait(ctx context.Context, spare bool) error {
+	patience := ctx
+	if spare {
+		var cancel context.CancelFunc
+		patience, cancel = context.WithDeadline(ctx, f.began.Add(slowRun))
+		defer cancel()
+	}
+	select {
+	case <-f.done:
+		return nil
+	case <-patience.Done():
+		return cmp.Or(ctx.Err(), errSlow)
+	}
+}
+
+// begin returns a good answer, or the last one and the flight to wait for. mine is true
+// if that flight asks q itself, and not a question whose answer may do for q as well.
 func (p *programs) begin(q question, refresh bool) (a answer, f *flight, mine bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -130,18 +155,19 @@ func (p *programs) begin(q question, refresh bool) (a answer, f *flight, mine bo
 	if p.closed {
 		return answer{err: errClosed}, nil, false
 	}
-	f = &flight{done: make(chan struct{}), scope: q.wide}
+	a = p.latest(q.keys)
+	f = &flight{done: make(chan struct{}), scope: q.wide, began: time.Now()}
 	if p.narrow[q.program] {
 		f.scope = q.keys[0]
 	}
 	for _, key := range []string{q.keys[0], f.scope} {
 		if other := p.flights[key]; other != nil {
-			return answer{}, other, false
+			return a, other, false
 		}
 	}
 	p.flights[q.keys[0]], p.flights[f.scope] = f, f
 	p.running.Go(func() { p.fly(q, f) })
-	return answer{}, f, true
+	return a, f, true
 }
 
 // fly runs the program and keeps its answer. If it fails, its last one stays.

@@ -314,6 +314,45 @@ func TestHold(t *testing.T) {
 	}
 }
 
+// TestHangs holds that a program which hangs costs its first callers slowRun and the others
+// nothing as long as there is an earlier answer. One that the registry refused is no use.
+func TestHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, err := newPrograms(slog.New(slog.DiscardHandler), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.close()
+		f := &fake{auths: map[string]authn.AuthConfig{"r": {Username: "old"}}}
+		p.ask(t.Context(), f.question("k"), false)
+		time.Sleep(minHold) // of the bubble
+		hung := f.question("k")
+		hung.ask = func(ctx context.Context) (string, answer, error) {
+			f.asked++
+			<-ctx.Done()
+			return "k", answer{}, ctx.Err()
+		}
+		for _, tc := range []struct {
+			refresh bool
+			takes   time.Duration
+		}{
+			{takes: slowRun},
+			{},
+			{refresh: true, takes: runTimeout - slowRun},
+			{}, // it has failed a moment ago
+		} {
+			began := time.Now()
+			a := p.ask(t.Context(), hung, tc.refresh)
+			if took := time.Since(began); took != tc.takes || a.err == nil || a.auths["r"].Username != "old" {
+				t.Errorf("refresh %t: %q, %v, after %s; want the old one after %s", tc.refresh, a.auths["r"].Username, a.err, took, tc.takes)
+			}
+		}
+		if f.asked != 2 {
+			t.Errorf("asked %d times", f.asked)
+		}
+	})
+}
+
 // TestBounded holds that images, which callers choose, do not fill memory.
 func TestBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
