@@ -117,6 +117,7 @@ func (k *Keychain) inFile(ctx context.Context, r Request, name string) ([]authn.
 	}
 	a := k.programs.ask(ctx, helperQuestion(helper, server), r.Refresh)
 	auths = maps.Clone(auths)
+	maps.DeleteFunc(auths, func(key string, _ authn.AuthConfig) bool { _, replaced := a.auths[canonicalKey(key)]; return replaced })
 	maps.Copy(auths, a.auths)
 	return matching(auths, name), wrap(a.err, "credential helper %s", helper)
 }

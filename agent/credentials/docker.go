@@ -8,7 +8,9 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -21,7 +23,7 @@ const maxFile = 4 << 20
 
 // dockerConfig is what of a config.json is about credentials.
 type dockerConfig struct {
-	auths      map[string]authn.AuthConfig // by canonical key, none empty
+	auths      map[string]authn.AuthConfig // as keyed there, none empty
 	helpers    map[string]string           // by canonical host
 	credsStore string
 }
@@ -44,11 +46,11 @@ func parseDockerConfig(body []byte) (*dockerConfig, error) {
 		}
 		a.Auth = "" // it is in Username and Password
 		if a != (authn.AuthConfig{}) {
-			c.auths[canonicalKey(key)] = a
+			c.auths[key] = a
 		}
 	}
-	for host, helper := range doc.CredHelpers {
-		c.helpers[canonicalKey(host)] = helper
+	for _, host := range slices.Sorted(maps.Keys(doc.CredHelpers)) { // of two for one host, always the same
+		c.helpers[canonicalKey(host)] = doc.CredHelpers[host]
 	}
 	return c, nil
 }

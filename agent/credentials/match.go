@@ -1,6 +1,7 @@
 package credentials
 
 import (
+	"cmp"
 	"maps"
 	"net"
 	"net/url"
@@ -54,15 +55,19 @@ func canonicalKey(key string) string {
 
 // matching lists the credentials whose key matches name. Keys are tried in
 // reverse order, as in kubelet: a longer path before a shorter one, a host
-// before a pattern for it.
+// before a pattern for it. Several may be the same canonical key.
 func matching(auths map[string]authn.AuthConfig, name string) []authn.AuthConfig {
 	var out []authn.AuthConfig
-	for _, key := range slices.Backward(slices.Sorted(maps.Keys(auths))) {
-		if matches(key, name) {
+	for _, key := range slices.SortedFunc(maps.Keys(auths), lastKeyFirst) {
+		if matches(canonicalKey(key), name) {
 			out = append(out, auths[key])
 		}
 	}
 	return out
+}
+
+func lastKeyFirst(a, b string) int {
+	return cmp.Or(cmp.Compare(canonicalKey(b), canonicalKey(a)), cmp.Compare(b, a))
 }
 
 // matches is kubelet's rule for matchImages and the keys of credentials

@@ -34,7 +34,7 @@ const (
 
 // answer is what a program said.
 type answer struct {
-	auths map[string]authn.AuthConfig // by canonical key
+	auths map[string]authn.AuthConfig // by key, see matching
 	hold  time.Duration               // how long it is good
 	at    time.Time
 	err   error // why there is none, or none newer

@@ -280,7 +280,7 @@ func (p *provider) parse(out []byte) (r providerResponse, err error) {
 func (r providerResponse) auths() map[string]authn.AuthConfig {
 	out := map[string]authn.AuthConfig{}
 	for key, a := range r.Auth {
-		out[canonicalKey(key)] = authn.AuthConfig{Username: a.Username, Password: a.Password}
+		out[key] = authn.AuthConfig{Username: a.Username, Password: a.Password}
 	}
 	return out
 }
