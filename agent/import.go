@@ -46,14 +46,14 @@ func (a *Agent) serveImport(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	body := &patientBody{body: r.Body, http: out.http, patience: a.patience}
+	last := ImportEvent{Done: true}
 	if err := newImporter(r.Context(), a, name, out, r.ContentLength).run(body); err != nil {
-		out.send(ImportEvent{Done: true, Error: err.Error()})
-		// Closing the connection while a client still sends its body may cost it the
-		// answer. It hangs up once it has read that.
-		_, _ = io.Copy(io.Discard, body)
-		return
+		last.Error = err.Error()
 	}
-	out.send(ImportEvent{Done: true})
+	out.send(last)
+	// Closing the connection while a client still sends its body, be it what follows the end
+	// of the tar, may cost it the answer. It hangs up once it has read that.
+	_, _ = io.Copy(io.Discard, body)
 }
 
 // roomFor refuses an archive of n bytes, -1 if unknown, that the cache could not take

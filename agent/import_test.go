@@ -2,6 +2,7 @@ package agent
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -641,6 +642,33 @@ func TestImportOfAClientThatHangs(t *testing.T) {
 	}
 	if images, failed := a.importTar(t, bytes.NewReader(good), ""); failed != "" {
 		t.Errorf("the next: %v, %s", images, failed)
+	}
+}
+
+// TestImportWithAnAppendix: what follows the end of a tar is taken too. Else the connection
+// would be closed on a client that is still sending, and it could miss the answer.
+func TestImportWithAnAppendix(t *testing.T) {
+	c := testConfig(t)
+	c.Registries = []upstream.Registry{{Host: testRegistry, ContactUpstream: new(false)}}
+	a := start(t, c)
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 68, Layers: []int64{1000}})
+	body := append(bundle(t, testImage.String(), img), make([]byte, 32<<20)...) // more than sockets take
+	conn, err := net.Dial("tcp", a.AdminAddr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, err = fmt.Fprintf(conn, "POST /api/v1/import HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s", tarType, len(body), body)
+	if err != nil {
+		t.Fatalf("sending: %v", err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if answer, err := io.ReadAll(resp.Body); err != nil || !bytes.HasSuffix(answer, []byte("{\"done\":true}\n")) {
+		t.Errorf("%s, %v", answer, err)
 	}
 }
 
