@@ -420,6 +420,24 @@ func TestForgottenWhileItCame(t *testing.T) {
 	}
 }
 
+// TestTagForgottenWhileItCame: nor is a tag, about which the registry was being asked.
+func TestTagForgottenWhileItCame(t *testing.T) {
+	reg, img, nodes := replicated(t, 2, 2)
+	reg.Put("team/other", img, "v1") // of which nobody knows who may read it
+	fault := reg.Inject(registrytest.Match{Repository: "team/other"}, registrytest.Hold())
+	c := peer.Copy{Want: peer.Want{Registry: testRegistry, Repository: "team/other"}, Tag: "v1",
+		Stands: peer.Descriptor{MediaType: img.MediaType, Digest: img.Digest, Size: img.Size}}
+	kept := make(chan error, 1)
+	go func() { kept <- nodes[1].replicas.keep(t.Context(), c) }()
+	<-fault.Held()
+	nodes[1].forget(t, false, testRegistry+"/team/other:v1")
+	fault.Remove()
+	place := cache.Repository{Registry: testRegistry, Name: "team/other"}
+	if err := <-kept; !errors.Is(err, errForgotten) || len(nodes[1].proxy.TagDigests(place, "v1")) > 0 {
+		t.Errorf("%v, the tag stands for %v", err, nodes[1].proxy.TagDigests(place, "v1"))
+	}
+}
+
 // TestForgetNames: an old image without a tag is named so that it can be forgotten too.
 func TestForgetNames(t *testing.T) {
 	c := testConfig(t)

@@ -327,18 +327,25 @@ func (r *replicas) keep(ctx context.Context, c peer.Copy) error {
 	if len(a.proxy.Pulls()) > 0 {
 		return peer.ErrBusy
 	}
-	forgotten := a.cache.Meta().Forgotten(c.Entry())
+	forgotten := func() bool {
+		return a.cache.Meta().Forgotten(c.Entry()) || c.Tag != "" && a.cache.Meta().Forgotten(c.Stands.Digest)
+	}
 	if c.Tag != "" {
-		if forgotten || a.cache.Meta().Forgotten(c.Stands.Digest) {
+		if forgotten() {
 			return errForgotten
 		}
 		t, _ := wanted(c.Want)
-		return a.proxy.KeepTag(ctx, t, c.Tag, ocispec.Descriptor{MediaType: c.Stands.MediaType, Digest: c.Stands.Digest, Size: c.Stands.Size})
+		stands := ocispec.Descriptor{MediaType: c.Stands.MediaType, Digest: c.Stands.Digest, Size: c.Stands.Size}
+		if err := a.proxy.KeepTag(ctx, t, c.Tag, stands); err != nil || !forgotten() {
+			return err
+		}
+		a.proxy.ForgetTag(cache.Repository{Registry: c.Registry, Name: c.Repository}, c.Tag) // while the registry was asked
+		return errForgotten
 	}
 	if (a.cache.Has(c.Digest) || a.inRuntime(c.Digest)) && a.proxy.Gives(c.Digest, c.Registry) {
 		return nil
 	}
-	if forgotten {
+	if forgotten() {
 		return errForgotten
 	}
 	if !a.cache.Welcome(c.Size, time.Now().Add(-c.Idle)) {
