@@ -591,6 +591,33 @@ func TestRepairsAreSpaced(t *testing.T) {
 	}
 }
 
+// TestPutOffForNothing: a repair that was put off and is not needed any more is waited for
+// no longer. Run looked at everything five times a second from then on.
+func TestPutOffForNothing(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.x/hosts.toml")
+	tree{"a.x/hosts.toml": "# first\n"}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir})
+	apply(t, h)
+	repair := func() error {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		_, err := h.apply(t.Context(), true)
+		return err
+	}
+	write(t, path, "# second\n")
+	must(t, repair())
+	write(t, path, "# third\n")
+	if err := repair(); err == nil || h.nextLook() >= h.opts.PollInterval {
+		t.Fatalf("a second repair at once was not put off: %v, next look in %v", err, h.nextLook())
+	}
+	must(t, os.RemoveAll(filepath.Dir(path)))
+	must(t, repair())
+	if got := h.nextLook(); got != h.opts.PollInterval {
+		t.Errorf("next look in %v, want %v", got, h.opts.PollInterval)
+	}
+}
+
 // TestLeftAloneIsSaidOnce: a malformed file is in the result of each Apply, and in the log
 // once.
 func TestLeftAloneIsSaidOnce(t *testing.T) {

@@ -211,6 +211,7 @@ func (h *Hosts) change(work func(d directory) ([]Change, error)) ([]Change, erro
 
 // apply does the work of Apply, and of a repair by Run. Caller holds mu.
 func (h *Hosts) apply(ctx context.Context, repair bool) ([]Change, error) {
+	h.limiter.begin()
 	return h.change(func(d directory) ([]Change, error) {
 		m, done, err := h.lock(ctx, d)
 		if err != nil {

@@ -231,7 +231,7 @@ type limiter struct {
 type backoff struct {
 	last time.Time
 	wait time.Duration
-	put  bool // a repair has been put off
+	put  bool // a repair has been put off in this pass
 }
 
 const (
@@ -240,6 +240,15 @@ const (
 )
 
 func newLimiter() *limiter { return &limiter{files: map[string]*backoff{}} }
+
+// begin starts a pass: it puts off anew what is still to be repaired.
+func (l *limiter) begin() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range l.files {
+		b.put = false
+	}
+}
 
 // allow reports whether path may be repaired now, and counts it if so; if not, next is when.
 func (l *limiter) allow(path string) (next time.Time, ok bool) {
