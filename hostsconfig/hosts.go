@@ -124,10 +124,11 @@ type Hosts struct {
 	limiter *limiter
 	proc    string // where processes are looked up; tests have their own
 
-	mu      sync.Mutex          // makes Apply, Remove, Plan and Run take turns; guards what follows
-	running bool                // Run is on
-	held    map[string]*managed // directories that Run keeps locked
-	reasons map[string]string   // what was last logged as left alone
+	mu      sync.Mutex            // makes Apply, Remove, Plan and Run take turns; guards what follows
+	running bool                  // Run is on
+	held    map[string]*managed   // directories that Run keeps locked
+	reasons map[string]string     // what was last logged as left alone
+	imports map[string][]Imported // what was last read of each directory
 
 	stateMu sync.Mutex // guards state; held for no I/O
 	state   error      // see InPlace
@@ -172,7 +173,7 @@ func New(opts Options) (*Hosts, error) {
 	}
 	return &Hosts{
 		opts: opts, proxy: addr, log: opts.Logger, metrics: newMetrics(opts.Registerer),
-		limiter: newLimiter(), proc: "/proc", held: map[string]*managed{}, reasons: map[string]string{},
+		limiter: newLimiter(), proc: "/proc", held: map[string]*managed{}, reasons: map[string]string{}, imports: map[string][]Imported{},
 		state: errNotYet,
 	}, nil
 }

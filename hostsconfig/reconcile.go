@@ -511,7 +511,7 @@ func (m *managed) staleFiles() ([]string, error) {
 
 // Upstreams returns what the runtimes were configured to use before us, in
 // the order of their precedence. It reads the files and may be called before
-// Apply. What cannot be read is logged and left out.
+// Apply. What cannot be read is logged, and is what it was when it last could.
 func (h *Hosts) Upstreams() []Imported {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -523,8 +523,11 @@ func (h *Hosts) upstreams() []Imported {
 	for _, d := range h.directories() {
 		list, err := h.importFrom(d)
 		if err != nil {
+			// CRI-O goes on with what it has read: with the mirrors, and the blocks.
 			h.log.Warn("existing host configuration not imported", "runtime", d.runtime, "path", d.path, "err", err)
+			list = h.imports[d.path]
 		}
+		h.imports[d.path] = list
 		out = append(out, list...)
 	}
 	return out

@@ -296,3 +296,24 @@ func TestDropInFollowsOthers(t *testing.T) {
 		}
 	}
 }
+
+// TestBrokenLater: while a file is malformed CRI-O goes on with what it has read, and asks us
+// for it. Its blocks and mirrors were forgotten then: the agent asked a blocked registry.
+func TestBrokenLater(t *testing.T) {
+	dir := t.TempDir()
+	tree{"10-a.conf": "[[registry]]\nlocation = \"quay.io\"\nblocked = true\n[[registry.mirror]]\nlocation = \"m.corp\"\n"}.write(t, dir)
+	h := newHosts(t, Options{CRIO: dir})
+	apply(t, h)
+	before := fmt.Sprint(h.Upstreams())
+	tree{"20-b.conf": "[[registry]\n"}.write(t, dir)
+	for range 2 {
+		if got := fmt.Sprint(h.Upstreams()); got != before {
+			t.Errorf("with a malformed drop-in: %s\nbefore: %s", got, before)
+		}
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "10-a.conf"), nil, 0o644))
+	must(t, os.Remove(filepath.Join(dir, "20-b.conf")))
+	if got := h.Upstreams(); len(got) > 0 {
+		t.Errorf("after both were mended: %v", got)
+	}
+}
