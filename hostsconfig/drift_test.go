@@ -250,6 +250,35 @@ func TestLinkLosesItsTarget(t *testing.T) {
 	}
 }
 
+// TestLinkBehindALink: a relative link in a directory that is a link itself. It was followed
+// from the wrong place: the second Apply lost the user's hosts, and a password's mode 0600.
+func TestLinkBehindALink(t *testing.T) {
+	dir := t.TempDir()
+	tree{
+		"certs.d/a.x": "-> ../elsewhere/v1/a.x", "elsewhere/v1/a.x/hosts.toml": "-> ../common.toml",
+		"elsewhere/v1/common.toml": "[host.\"https://m.x\".header]\na = \"b\"\n",
+	}.write(t, dir)
+	must(t, os.Chmod(filepath.Join(dir, "elsewhere/v1/common.toml"), 0o600))
+	before := snapshot(t, dir)
+	certs := filepath.Join(dir, "certs.d")
+	h := newHosts(t, Options{Containerd: certs})
+	imports := fmt.Sprint(h.Upstreams())
+	for range 2 {
+		apply(t, h)
+		wantHosts(t, certs, "a.x", ours, "https://m.x/v2 pull,resolve,push a=b", upstreamOf("a.x"))
+		info, err := os.Stat(filepath.Join(certs, "a.x/hosts.toml"))
+		must(t, err)
+		if info.Mode() != 0o600 {
+			t.Errorf("mode %v, want the target's 0600", info.Mode())
+		}
+	}
+	if got := fmt.Sprint(h.Upstreams()); got != imports {
+		t.Errorf("imported %s, before Apply %s", got, imports)
+	}
+	remove(t, h)
+	wantSame(t, "not restored", before, snapshot(t, dir))
+}
+
 // TestLinkMoves: the managed directory is reached by a link, which leads elsewhere after an
 // update: MicroK8s' "current" to a copy of all that was there, ours included.
 func TestLinkMoves(t *testing.T) {

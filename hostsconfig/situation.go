@@ -83,7 +83,7 @@ func (m *managed) original(rel string) (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := readFile(absolute(target, filepath.Dir(m.at(rel))))
+	f, err := readFile(m.behind(rel, target))
 	if err != nil {
 		return nil, err
 	}
@@ -92,6 +92,15 @@ func (m *managed) original(rel string) (*file, error) {
 	}
 	f.link = target
 	return f, nil
+}
+
+// behind is where a link at rel leads to. It is not cleaned: the directory of rel may be a
+// link as well, and ".." is then the parent of what that leads to.
+func (m *managed) behind(rel, target string) string {
+	if filepath.IsAbs(target) {
+		return target
+	}
+	return filepath.Dir(m.at(rel)) + "/" + target
 }
 
 // errRaced: the file changed between reading and replacing it.
@@ -148,7 +157,7 @@ func (m *managed) enter(s situation, data []byte) error {
 // modeBehind is the mode of what a link at rel leads to; all bits if there is none.
 func (m *managed) modeBehind(link *file, rel string) fs.FileMode {
 	if link != nil {
-		if info, err := os.Stat(absolute(link.link, filepath.Dir(m.at(rel)))); err == nil {
+		if info, err := os.Stat(m.behind(rel, link.link)); err == nil {
 			return info.Mode()
 		}
 	}
