@@ -220,6 +220,45 @@ func TestCarriedOverIsNoMoreOpen(t *testing.T) {
 	}
 }
 
+// TestStaysNoMoreOpen: a password that comes later, or is hidden later, is not readable for
+// more in our copy than in the file it is from.
+func TestStaysNoMoreOpen(t *testing.T) {
+	root := t.TempDir()
+	tree{
+		"hidden/a.x/hosts.toml": "# nothing yet\n", "certs.d/b.x/hosts.toml": "-> ../../linked.toml", "linked.toml": "# nothing yet\n",
+		"certs.d/c.x/hosts.toml": "# the user's own\n",
+	}.write(t, root)
+	from := map[string]string{"a.x": "hidden/a.x/hosts.toml", "b.x": "linked.toml", "c.x": "certs.d/c.x/hosts.toml"}
+	h := newHosts(t, Options{Containerd: filepath.Join(root, "certs.d"), hiddenRoots: []string{filepath.Join(root, "hidden")}})
+	want := func(when string, modes map[string]os.FileMode) {
+		for name, mode := range modes {
+			path := filepath.Join(root, "certs.d", name, hostsName)
+			info, err := os.Stat(path)
+			must(t, err)
+			if info.Mode() != mode || !fileHas(path, testProxy) {
+				t.Errorf("%s: %s has mode %v, want %v", when, name, info.Mode(), mode)
+			}
+		}
+	}
+	for _, name := range from {
+		must(t, os.Chmod(filepath.Join(root, name), 0o664))
+	}
+	apply(t, h)
+	want("at first", map[string]os.FileMode{"a.x": 0o644, "b.x": 0o644, "c.x": 0o664})
+	for name, mode := range map[string]os.FileMode{"a.x": 0o640, "b.x": 0o600} {
+		write(t, filepath.Join(root, from[name]), "[host.\"https://m.x\".header]\nauthorization = \"secret\"\n")
+		must(t, os.Chmod(filepath.Join(root, from[name]), mode))
+	}
+	apply(t, h)
+	want("a password came", map[string]os.FileMode{"a.x": 0o640, "b.x": 0o600, "c.x": 0o664})
+	must(t, os.Chmod(filepath.Join(root, from["a.x"]), 0o600))
+	apply(t, h)
+	want("it was hidden", map[string]os.FileMode{"a.x": 0o600})
+	if changes := apply(t, h); len(changes) > 0 {
+		t.Errorf("another Apply changed %+v", changes)
+	}
+}
+
 // TestMergedText pins the bytes: one block is inserted and nothing else moves.
 // Hosts without a header are the exception: containerd 1.x orders hosts by
 // line, and inline tables before all others, so they become dotted keys.

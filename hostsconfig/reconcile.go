@@ -15,7 +15,7 @@ import (
 type step struct {
 	s      situation
 	want   []byte
-	mode   fs.FileMode // of a new file
+	mode   fs.FileMode // see install
 	change Change
 	quiet  bool // only the journal changes
 	drift  bool // someone undid what we had done
@@ -328,7 +328,8 @@ func (h *Hosts) hiddenRoots() []string {
 	return hiddenRoots(os.DirFS("/"), h.opts.Containerd)
 }
 
-// renderFunc returns the content of a file, and its mode if it is new.
+// renderFunc returns the content of a file, and the most that its mode may be if that is
+// from elsewhere.
 type renderFunc func(rel string, original *file) ([]byte, fs.FileMode, error)
 
 // targets lists the files to manage and how to render them.
@@ -377,7 +378,8 @@ func (h *Hosts) planFile(m *managed, rel string, render renderFunc) *step {
 		return m.skip(rel, err)
 	}
 	known := m.journal.Files[rel] != nil
-	st := &step{s: s, want: want, mode: mode, quiet: s.current.holds(want), drift: known && !s.ours}
+	mode &= m.modeBehind(s.original, rel)
+	st := &step{s: s, want: want, mode: mode, quiet: s.holds(want, mode), drift: known && !s.ours}
 	if st.quiet && known && !s.unsaved {
 		return nil
 	}

@@ -1,6 +1,7 @@
 package hostsconfig
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -106,24 +107,34 @@ func (m *managed) behind(rel, target string) string {
 // errRaced: the file changed between reading and replacing it.
 var errRaced = errors.New("changed while it was being replaced, so it is left alone; the next attempt takes it up")
 
-// install makes data the content of s.rel, by the five steps of DESIGN.md. mode is for a
-// file where there was none.
+// borrowed: what we write there is from elsewhere, where it may be readable for few.
+func (s situation) borrowed() bool { return s.original == nil || s.original.link != "" }
+
+// holds reports whether data is in place, and no more readable than mode if it is borrowed.
+func (s situation) holds(data []byte, mode fs.FileMode) bool {
+	return s.current.holds(data) && (!s.borrowed() || s.current.mode&^mode == 0)
+}
+
+// install makes data the content of s.rel, by the five steps of DESIGN.md. mode bounds that
+// of borrowed content.
 func (m *managed) install(s situation, data []byte, mode fs.FileMode) error {
 	if err := m.enter(s, data); err != nil { // steps 1 to 3
 		return err
 	}
-	if s.current.holds(data) {
+	if s.holds(data, mode) {
 		return nil
 	}
 	if !unchanged(m.at(s.rel), s.current) { // step 4
 		return fmt.Errorf("%s: %w", m.at(s.rel), errRaced)
 	}
-	like := s.original
-	if s.current != nil {
-		like = s.current
-	}
-	if like == nil || like.link != "" { // a link's own mode says nothing
-		like = &file{mode: mode & m.modeBehind(like, s.rel), uid: -1, gid: -1}
+	like := cmp.Or(s.current, s.original)
+	if s.borrowed() {
+		limited := file{mode: fs.ModePerm, uid: -1, gid: -1}
+		if like != nil && like.link == "" { // a link's own mode says nothing
+			limited = *like
+		}
+		limited.mode &= mode
+		like = &limited
 	}
 	return m.disk.write(m.at(s.rel), data, like) // step 5
 }
