@@ -311,6 +311,18 @@ func TestLinkMoves(t *testing.T) {
 	}
 }
 
+// TestLinkAwayAtExit: the agent stops while the link to the managed directory is away.
+func TestLinkAwayAtExit(t *testing.T) {
+	dir := t.TempDir()
+	tree{"1/certs.d/docker.io/hosts.toml": "# first\n", "current": "-> 1"}.write(t, dir)
+	before := snapshot(t, filepath.Join(dir, "1"))
+	h := newHosts(t, Options{Containerd: filepath.Join(dir, "current/certs.d"), PollInterval: time.Hour, RemoveOnExit: true})
+	stop := runInBackground(t, h)
+	must(t, os.Remove(filepath.Join(dir, "current")))
+	stop()
+	wantSame(t, "not restored", before, snapshot(t, filepath.Join(dir, "1")))
+}
+
 // TestUnwatchedIsSaidOnce: where inotify has no watch to give (fs.inotify.max_user_watches)
 // each pass finds that again, for every directory.
 func TestUnwatchedIsSaidOnce(t *testing.T) {

@@ -414,8 +414,10 @@ func (m *managed) planRestore(rel string) step {
 }
 
 func (h *Hosts) removeFrom(ctx context.Context, d directory) ([]Change, error) {
-	if there, err := hasTraces(d); err != nil || !there {
-		return nil, err
+	if m := h.held[d.path]; m == nil || !m.holds(m.path) { // what is held is there, though a link to it may be away
+		if there, err := hasTraces(d); err != nil || !there {
+			return nil, err
+		}
 	}
 	m, _, err := h.lock(ctx, d)
 	if err != nil {
