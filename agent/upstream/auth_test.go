@@ -161,8 +161,6 @@ func TestTokenExpiry(t *testing.T) {
 		}
 	})
 	t.Run("before its end", func(t *testing.T) {
-		auth := auth
-		auth.TokenLife = time.Second
 		reg := registrytest.Start(t, registrytest.Options{Auth: auth})
 		reg.Put(repo, registrytest.OCIImage(registrytest.ImageSpec{Seed: 3}), "v1")
 		c := clientOf(t, reg)
@@ -178,8 +176,8 @@ func TestTokenExpiry(t *testing.T) {
 		if _, err := c.Resolve(t.Context(), target, "v1", nil); err != nil {
 			t.Fatal(err)
 		}
-		if n := reg.Count(registrytest.Match{Status: 401}); n != 0 {
-			t.Errorf("%d requests with a token past its time", n)
+		if n, refused := reg.Count(tokens), reg.Count(registrytest.Match{Status: 401}); n != 1 || refused != 0 {
+			t.Errorf("%d new tokens, want 1; %d requests without a good one", n, refused)
 		}
 	})
 	t.Run("for several requests", func(t *testing.T) { // the second hears of it once the first has a new one
