@@ -49,7 +49,7 @@ type Agent struct {
 	recent      recentPulls
 	events      *events
 	findings    atomic.Pointer[DoctorStatus] // nil until the node was examined
-	importing   chan struct{}                // holds a token while an archive is imported
+	importing   chan struct{}                // holds a token while an archive is imported, or images are forgotten
 	patience    time.Duration                // see clientPatience
 
 	state atomic.Int32 // one of the states below

@@ -15,8 +15,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// errArriving says what to do.
-var errArriving = errors.New("is being fetched: try again when that has ended; `larder status` shows it")
+// These say what to do.
+var (
+	errArriving  = errors.New("is being fetched: try again when that has ended; `larder status` shows it")
+	errImporting = errors.New("an import, or another forget, is under way: try again when it has ended")
+)
 
 func (a *Agent) serveForget(w http.ResponseWriter, r *http.Request) {
 	var req ForgetRequest
@@ -26,7 +29,7 @@ func (a *Agent) serveForget(w http.ResponseWriter, r *http.Request) {
 	}
 	report, err := a.Forget(r.Context(), images, req.DryRun)
 	switch {
-	case errors.Is(err, errPinned), errors.Is(err, errPinnedByConfig), errors.Is(err, errArriving):
+	case errors.Is(err, errPinned), errors.Is(err, errPinnedByConfig), errors.Is(err, errArriving), errors.Is(err, errImporting):
 		http.Error(w, err.Error(), http.StatusConflict)
 	case err != nil:
 		http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -43,6 +46,14 @@ func (a *Agent) serveForget(w http.ResponseWriter, r *http.Request) {
 func (a *Agent) Forget(ctx context.Context, images []Image, dry bool) (ForgetReport, error) {
 	if err := a.pins.spares(images); err != nil {
 		return ForgetReport{}, err
+	}
+	if !dry {
+		select {
+		case a.importing <- struct{}{}: // what an import finds here must not go before its image counts
+			defer func() { <-a.importing }()
+		default:
+			return ForgetReport{}, errImporting
+		}
 	}
 	_ = a.pins.sync(ctx) // else the tags of the last seconds keep nothing
 	f := a.newForgetter(images)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -489,5 +490,48 @@ func TestForgetWhileImporting(t *testing.T) {
 	})
 	if len(left) != 1 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestForgetOrImport: an import finds a layer here only if that stays. Else its image would be
+// reported whole, and lack what a forget that had begun before took away.
+func TestForgetOrImport(t *testing.T) {
+	c := testConfig(t)
+	reg, img := startRegistry(t, &c)
+	slow := registrytest.OCIImage(registrytest.ImageSpec{Seed: 9, Layers: []int64{1000}})
+	reg.Put("team/app", slow, "v2")
+	a := start(t, c)
+	a.pullAll(t, "v1")
+	a.pullAll(t, "v2")
+	manifest := filepath.Join(c.Cache.Dir, "blobs", "sha256", slow.Digest.Encoded())
+	if err := errors.Join(os.Remove(manifest), syscall.Mkfifo(manifest, 0o400)); err != nil { // to open it takes until it is written
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := a.Forget(t.Context(), []Image{testImage}, false)
+		done <- err
+	}()
+	eventually(t, "under way", func() error {
+		w, err := os.OpenFile(manifest, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+		if err != nil { // nobody reads yet
+			return err
+		}
+		defer w.Close()
+		if len(a.importing) == 0 {
+			t.Error("an import could begin while images are forgotten")
+		}
+		return os.Remove(manifest)
+	})
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	a.importing <- struct{}{}
+	defer func() { <-a.importing }()
+	if code, answer := a.tryForget(t, false, pinnedName); code != http.StatusConflict || !strings.Contains(answer, "an import, or another forget, is under way") {
+		t.Errorf("%d %s", code, answer)
+	}
+	if got := a.forget(t, true, pinnedName).Images[0]; got.Blobs != 0 || a.has(img) > 0 {
+		t.Errorf("%+v", got)
 	}
 }

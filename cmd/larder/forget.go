@@ -24,9 +24,9 @@ what it removed; every other node that has a part must forget it within that
 time, and a part can be on a node without the manifests that list it, so name
 all that is under "parts" in --json.
 
-Pinned images are refused, and so are those on their way. What containerd has in
-its own store it keeps, and Larder serves it: crictl rmi removes it. An image
-that is not here is no error.`,
+Pinned images are refused, and so are those on their way, and all while an import
+runs. What containerd has in its own store it keeps, and Larder serves it: crictl
+rmi removes it. An image that is not here is no error.`,
 		Example: `  larder forget --dry-run quay.io/org/app:v1
   larder forget quay.io/org/app:v1 quay.io/org/app@sha256:...
   larder forget --dry-run --json quay.io/org/app:v1 | jq -r '.images[].parts[]'`,
