@@ -124,6 +124,18 @@ func TestForget(t *testing.T) {
 	}
 }
 
+// TestForgetMisspelled: a request that says something else than what is known removes nothing.
+func TestForgetMisspelled(t *testing.T) {
+	c := testConfig(t)
+	_, img := startRegistry(t, &c)
+	a := start(t, c)
+	a.pullAll(t, "v1")
+	code, answer := a.admin(t, "POST", "/api/v1/forget", fmt.Sprintf(`{"images": [%q], "dryRun": true}`, pinnedName), "Content-Type", "application/json")
+	if code != http.StatusBadRequest || !strings.Contains(answer, "dryRun") || a.has(img) != blobsOf(img) {
+		t.Errorf("%d %s, %d blobs are left", code, answer, a.has(img))
+	}
+}
+
 // TestForgetByName: what else stands for an image or lists it keeps it, except tags of the
 // repository if its digest is named; signatures go with it.
 func TestForgetByName(t *testing.T) {

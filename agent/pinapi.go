@@ -67,7 +67,9 @@ func readImages(w http.ResponseWriter, r *http.Request, req any, names *[]string
 		http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
 		return nil, false
 	}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxImagesRequest)).Decode(req); err != nil {
+	body := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxImagesRequest))
+	body.DisallowUnknownFields() // a misspelled dry_run would remove images
+	if err := body.Decode(req); err != nil {
 		http.Error(w, "want {\"images\": [...]}: "+err.Error(), http.StatusBadRequest)
 		return nil, false
 	}
