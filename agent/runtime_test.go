@@ -43,3 +43,33 @@ func TestEvictionLooksAtNoFile(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestWithdrawnWhatTheIndexNeverHad: a blob that containerd has for so short a time that the
+// index of its store misses it is not left in the index of the cluster.
+func TestWithdrawnWhatTheIndexNeverHad(t *testing.T) {
+	c := clusterConfigs(t)()
+	c.Runtime.ContentDir = t.TempDir()
+	blobs := filepath.Join(c.Runtime.ContentDir, "blobs", "sha256")
+	if err := os.MkdirAll(blobs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a, err := New(c, WithLogger(testLogger(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := a.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	body := []byte("a layer")
+	d := digest.FromBytes(body)
+	a.announce(d, int64(len(body))) // the cache has it
+	if err := os.WriteFile(filepath.Join(blobs, d.Encoded()), body, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	a.cacheRemoves(d)
+	if held := a.swarm.Status().Index.Held; held != 0 {
+		t.Errorf("%d blobs are said to be here; nothing takes that back when containerd deletes its own", held)
+	}
+}

@@ -391,7 +391,8 @@ func (a *Agent) factsLost() {
 
 func (a *Agent) cacheRemoves(d digest.Digest) {
 	a.pins.lost(d)
-	if a.swarm != nil && !a.inRuntime(d) {
+	// Knows, not Has: of what the index of the runtime's store never had, runtimeRemoved is not told.
+	if a.swarm != nil && (a.runtime == nil || !a.runtime.Knows(d)) {
 		a.swarm.Withdraw(d)
 	}
 }
