@@ -59,8 +59,7 @@ func readCertsDir(m *managed, hidden []string) (*certsDir, error) {
 	return c, nil
 }
 
-// hostDirs lists the directories of a root, symlinked ones too. Two names of
-// one directory count once, or its hosts.toml would be managed twice.
+// hostDirs lists the directories of a root, symlinked ones too.
 func hostDirs(path string) (root, error) {
 	r := root{path: path, dirs: map[string]bool{}}
 	entries, err := os.ReadDir(path)
@@ -70,19 +69,11 @@ func hostDirs(path string) (root, error) {
 	if err != nil {
 		return r, err
 	}
-	// Real directories first: their name is the one to keep.
-	slices.SortStableFunc(entries, func(a, b fs.DirEntry) int { return int(a.Type()&fs.ModeSymlink) - int(b.Type()&fs.ModeSymlink) })
-	var seen []os.FileInfo
 	for _, e := range entries {
 		info, err := os.Stat(filepath.Join(path, e.Name()))
-		if err != nil || !info.IsDir() || strings.HasPrefix(e.Name(), ".") {
-			continue
+		if err == nil && info.IsDir() && !strings.HasPrefix(e.Name(), ".") {
+			r.dirs[e.Name()] = true
 		}
-		if slices.ContainsFunc(seen, func(o os.FileInfo) bool { return os.SameFile(o, info) }) {
-			continue
-		}
-		seen = append(seen, info)
-		r.dirs[e.Name()] = true
 	}
 	return r, nil
 }
@@ -154,7 +145,34 @@ func (c *certsDir) names(listed []string) []string {
 		out = append(out, c.namesOf(host)...)
 	}
 	slices.Sort(out)
-	return slices.Compact(out)
+	return c.once(slices.Compact(out))
+}
+
+// once leaves one name of each directory, or its hosts.toml would be managed twice: that
+// which is no link, if there is one.
+func (c *certsDir) once(names []string) []string {
+	slices.SortStableFunc(names, func(a, b string) int { return c.m.linkType(a) - c.m.linkType(b) })
+	var out []string
+	var seen []fs.FileInfo
+	for _, name := range names {
+		if info, err := os.Stat(c.m.at(name)); err == nil {
+			if slices.ContainsFunc(seen, func(o fs.FileInfo) bool { return os.SameFile(o, info) }) {
+				continue
+			}
+			seen = append(seen, info)
+		}
+		out = append(out, name)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// linkType is 1 for a symlink, else 0.
+func (m *managed) linkType(rel string) int {
+	if _, err := os.Readlink(m.at(rel)); err != nil {
+		return 0
+	}
+	return 1
 }
 
 // inUse lists the host directories in which containerd finds something without us.

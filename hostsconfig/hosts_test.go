@@ -274,6 +274,32 @@ func TestApplyAndRemove(t *testing.T) {
 			},
 		},
 		{
+			name: "a hidden root keeps the certificates of a registry with two names",
+			have: tree{"docker/reg.x/ca.crt": ca, "docker/reg.x:443": "-> reg.x", "certs.d/": ""},
+			opts: Options{hiddenRoots: []string{"docker"}},
+			want: map[string][]string{
+				"reg.x":     {ours, upstreamOf("reg.x") + " ca"},
+				"reg.x:443": {ours, upstreamOf("reg.x:443") + " ca"},
+			},
+		},
+		{
+			name: "certificates of a listed registry with two names",
+			have: tree{"certs.d/reg.x/ca.crt": ca, "certs.d/a.x": "-> reg.x", "certs.d/z.x": "-> reg.x"},
+			opts: Options{Registries: []string{"a.x", "reg.x", "z.x"}},
+			want: map[string][]string{"a.x": {ours, upstreamOf("a.x") + " ca"}, "reg.x": {ours, upstreamOf("reg.x") + " ca"}},
+		},
+		{
+			name: "a listed registry by its second name",
+			have: tree{"certs.d/reg.x/ca.crt": ca, "certs.d/z.x": "-> reg.x"},
+			opts: Options{Registries: []string{"z.x"}},
+			want: map[string][]string{"z.x": {ours, upstreamOf("z.x") + " ca"}},
+		},
+		{
+			name: "_default is a link to another registry's directory",
+			have: tree{"certs.d/docker.io/ca.crt": ca, "certs.d/_default": "-> docker.io"},
+			want: map[string][]string{"quay.io": {ours, upstreamOf("quay.io") + " ca"}},
+		},
+		{
 			name: "an earlier run's part is replaced, not stacked",
 			have: tree{"certs.d/quay.io/hosts.toml": "server = \"https://s.x\"\n# BEGIN larder 0.0.1\n[host.\"http://127.0.0.1:4999\"]\n  capabilities = [\"pull\", \"resolve\"]\n# END larder\n[host.\"https://m.x\"]\n"},
 			want: map[string][]string{"quay.io": {ours, "https://m.x/v2 pull,resolve,push", "https://s.x/v2 pull,resolve,push"}},
@@ -366,7 +392,12 @@ func TestApplyAndRemove(t *testing.T) {
 			}
 			wantSame(t, "second Apply changed a file", active, snapshot(t, dir))
 
-			remove(t, h)
+			if planned, err = h.PlanRemove(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if a, b := fmt.Sprint(planned), fmt.Sprint(remove(t, h)); a != b {
+				t.Errorf("PlanRemove said\n%s\nRemove did\n%s", a, b)
+			}
 			if tt.left != nil {
 				before = snapshot(t, dir)
 				for name, want := range tt.left {

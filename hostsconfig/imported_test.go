@@ -124,6 +124,14 @@ capabilities = ["pull", "resolve", "push"]
 			},
 		},
 		{
+			name: "two names of one directory",
+			have: tree{"etc/containerd/certs.d/reg.x/ca.crt": "x", "etc/containerd/certs.d/z.x": "-> reg.x"},
+			want: []string{
+				"containerd reg.x/ |  source [etc/containerd/certs.d/reg.x/ca.crt][]",
+				"containerd z.x/ |  source [etc/containerd/certs.d/z.x/ca.crt][]",
+			},
+		},
+		{
 			name: "a further root behind _default",
 			have: tree{"etc/containerd/certs.d/_default/hosts.toml": "[host.\"https://m.x\"]\n", "second/reg.y/ca.crt": "x"},
 			want: []string{"containerd */ | https://m.x/v2 [][] |  source [][]"},

@@ -506,7 +506,9 @@ func (m *managed) staleFiles() ([]string, error) {
 	var out []string
 	for _, rel := range candidates {
 		f, err := readFile(m.at(rel))
-		if err == nil && f != nil && f.link == "" && hasBlock(f.data) && m.journal.Files[rel] == nil {
+		// A host directory can have several names.
+		known := slices.ContainsFunc(append(m.entries(), out...), func(other string) bool { return same(m.at(other), m.at(rel)) })
+		if err == nil && f != nil && f.link == "" && hasBlock(f.data) && !known {
 			out = append(out, rel)
 		}
 	}
