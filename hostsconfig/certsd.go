@@ -305,11 +305,11 @@ func (c *certsDir) imported(proxy netip.AddrPort) []Imported {
 			if first := dirSpellings(host)[0]; r.dirs[first] {
 				name = first
 			}
+			seen[host] = true // containerd looks for it in no further root
 			im, err := c.importDir(filepath.Join(r.path, name), proxy)
 			if err != nil || len(im.Endpoints) == 0 {
 				continue // containerd ignores such a file as well; Apply reports it
 			}
-			seen[host] = true
 			if im.Registry = host; host == defaultDir {
 				im.Registry = "*"
 			}

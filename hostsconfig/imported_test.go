@@ -124,6 +124,13 @@ capabilities = ["pull", "resolve", "push"]
 			},
 		},
 		{
+			name: "a further root behind a directory with nothing in it, and with a malformed file",
+			have: tree{
+				"etc/containerd/certs.d/reg.x/": "", "second/reg.x/hosts.toml": "[host.\"https://m.x\"]\n",
+				"etc/containerd/certs.d/reg.y/hosts.toml": "bad", "second/reg.y/ca.crt": "x",
+			},
+		},
+		{
 			name: "two names of one directory",
 			have: tree{"etc/containerd/certs.d/reg.x/ca.crt": "x", "etc/containerd/certs.d/z.x": "-> reg.x"},
 			want: []string{
