@@ -279,6 +279,33 @@ func TestLinkBehindALink(t *testing.T) {
 	wantSame(t, "not restored", before, snapshot(t, dir))
 }
 
+// TestLinkedLater: a host directory is a link to what is mounted only after the agent's start.
+// That was taken for a deleted directory, and the original was thrown away.
+func TestLinkedLater(t *testing.T) {
+	dir := t.TempDir()
+	tree{"certs.d/a.x": "-> ../mnt/a.x", "mnt/a.x/hosts.toml": "host = { \"https://m.x\" = { capabilities = [\"pull\"] } }\n"}.write(t, dir)
+	before := snapshot(t, dir)
+	for name, registries := range map[string][]string{"by *": {"*"}, "listed": {"a.x"}} {
+		t.Run(name, func(t *testing.T) {
+			opts := Options{Containerd: filepath.Join(dir, "certs.d"), Registries: registries}
+			apply(t, newHosts(t, opts))
+			must(t, os.Rename(filepath.Join(dir, "mnt"), filepath.Join(dir, "not-yet")))
+			h := newHosts(t, opts)
+			if changes := apply(t, h); len(changes) != 1 || changes[0].Action != Skip || !strings.Contains(changes[0].Reason, "../mnt/a.x") {
+				t.Errorf("got %+v, want a Skip that names the target", changes)
+			}
+			if _, err := h.Remove(t.Context()); err == nil {
+				t.Error("Remove says that all is restored")
+			}
+			must(t, os.Rename(filepath.Join(dir, "not-yet"), filepath.Join(dir, "mnt")))
+			apply(t, h)
+			wantHosts(t, opts.Containerd, "a.x", ours, upstreamOf("a.x"))
+			remove(t, h)
+			wantSame(t, "not restored", before, snapshot(t, dir))
+		})
+	}
+}
+
 // TestLinkMoves: the managed directory is reached by a link, which leads elsewhere after an
 // update: MicroK8s' "current" to a copy of all that was there, ours included.
 func TestLinkMoves(t *testing.T) {

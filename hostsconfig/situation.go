@@ -31,6 +31,12 @@ func (m *managed) situate(rel string) (situation, error) {
 	if s.current, err = readFile(m.at(rel)); err != nil {
 		return s, err
 	}
+	if dir := filepath.Dir(m.at(rel)); s.current == nil && missing(dir) {
+		if target, err := os.Readlink(dir); err == nil {
+			// What it leads to may be mounted later, with our file in it.
+			return s, fmt.Errorf("%s leads to %s, which is not there: mount that, or delete the link", dir, target)
+		}
+	}
 	e := m.journal.Files[rel]
 	switch {
 	case e != nil && s.current == nil:
