@@ -20,7 +20,11 @@ func crioFiles(m *managed, original *file) ([]registriesFile, error) {
 			continue
 		}
 		f, err := original, error(nil)
-		if path != m.at(dropInName) {
+		switch target, _ := filepath.EvalSymlinks(path); {
+		case path == m.at(dropInName):
+		case target == os.DevNull: // the usual way to mask a file: containers-image reads it as empty
+			f = &file{}
+		default:
 			f, err = readFile(path)
 		}
 		if err != nil {

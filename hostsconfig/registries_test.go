@@ -297,6 +297,26 @@ func TestDropInFollowsOthers(t *testing.T) {
 	}
 }
 
+// TestMaskedRegistriesConf: containers-image reads a link to /dev/null as an empty file.
+func TestMaskedRegistriesConf(t *testing.T) {
+	root := t.TempDir()
+	tree{
+		"etc/containers/registries.conf.d/10-a.conf": "-> /dev/null", "usr/share/containers/registries.conf.d/10-a.conf": "[[registry]]\nlocation = \"vendor.x\"\n",
+		"etc/containers/registries.conf": "-> /dev/null", "usr/share/containers/registries.conf": "[[registry]]\nlocation = \"main.x\"\n",
+		"etc/containers/registries.conf.d/20-b.conf": "[[registry]]\nlocation = \"b.x\"\n",
+	}.write(t, root)
+	dir := filepath.Join(root, "etc/containers/registries.conf.d")
+	h := newHosts(t, Options{CRIO: dir})
+	if changes := apply(t, h); len(changes) != 1 || changes[0].Action != Create {
+		t.Fatalf("got %+v, want a new drop-in", changes)
+	}
+	for name, want := range map[string]bool{"b.x": true, "vendor.x": false, "main.x": false} {
+		if got := fileHas(filepath.Join(dir, dropInName), testProxy+"/"+name); got != want {
+			t.Errorf("an entry for %s: %v, want %v", name, got, want)
+		}
+	}
+}
+
 // TestBrokenLater: while a file is malformed CRI-O goes on with what it has read, and asks us
 // for it. Its blocks and mirrors were forgotten then: the agent asked a blocked registry.
 func TestBrokenLater(t *testing.T) {
