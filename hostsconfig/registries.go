@@ -379,14 +379,10 @@ func (b *dropInBuilder) guard(host string) {
 	}
 }
 
-// covers reports whether prefix lies in one of the listed registries.
+// covers reports whether prefix lies in one of the listed registries. A port makes another one.
 func covers(listed []string, prefix string) bool {
-	for _, l := range listed {
-		if l == "*" || matchLen(prefix, l) >= 0 {
-			return true
-		}
-	}
-	return false
+	host, _, _ := strings.Cut(prefix, "/")
+	return slices.Contains(listed, "*") || slices.Contains(listed, host)
 }
 
 // derived is the rule in force for all of prefix, written for prefix itself.

@@ -160,6 +160,17 @@ blocked = true
 			},
 		},
 		{
+			name:   "a port of a listed host, which is another registry",
+			files:  []string{"[[registry]]\nlocation = \"reg.corp:5000\"\ninsecure = true\n[[registry]]\nlocation = \"reg.corp/team\"\n"},
+			listed: []string{"reg.corp"},
+			want: map[string][]string{
+				"reg.corp":      {us("reg.corp"), "= reg.corp"},
+				"reg.corp/team": {us("reg.corp/team"), "= reg.corp/team"},
+				"reg.corp:5000": nil, // the user's rule is in force
+				"reg.corp:5001": {"= reg.corp:5001"},
+			},
+		},
+		{
 			name:   "a listed port of a listed host, and of one of the user's",
 			files:  []string{"[[registry]]\nlocation = \"reg.corp\"\ninsecure = true\n"},
 			listed: []string{"reg.corp:5000", "reg.test", "reg.test:5000"},
