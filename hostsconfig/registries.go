@@ -120,8 +120,18 @@ func versionOne(blocked, insecure []string) []rule {
 	return out
 }
 
+// lowerKeys has the keys in lower case: containers-image reads them in any.
+func (r rule) lowerKeys() {
+	was := maps.Clone(r)
+	for _, key := range slices.Sorted(maps.Keys(was)) { // of two spellings lower case is last, and stays
+		delete(r, key)
+		r[strings.ToLower(key)] = was[key]
+	}
+}
+
 // normalise checks a rule like containers-image and fills in its prefix.
 func normalise(r rule) error {
+	r.lowerKeys()
 	for _, key := range []string{"prefix", "location"} {
 		if err := trimLocation(r, key); err != nil {
 			return err
@@ -158,6 +168,7 @@ func normaliseMirrors(r rule) error {
 		return fmt.Errorf("registry %q: mirror is not a list of tables", r.str("prefix"))
 	}
 	for _, m := range r.mirrors() {
+		m.lowerKeys()
 		if err := trimLocation(m, "location"); err != nil {
 			return err
 		}

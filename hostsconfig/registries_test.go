@@ -160,6 +160,24 @@ blocked = true
 			},
 		},
 		{
+			name: "keys in any case",
+			files: []string{`
+[[Registry]]
+Location = "quay.io"
+Blocked = true
+[[Registry]]
+LOCATION = "ghcr.io"
+Mirror-By-Digest-Only = true
+[[Registry.Mirror]]
+Location = "m.corp"
+INSECURE = true
+`},
+			want: map[string][]string{
+				"quay.io": nil, // blocked
+				"ghcr.io": {us("ghcr.io"), "m.corp insecure digest-only", "= ghcr.io"},
+			},
+		},
+		{
 			name:   "a port of a listed host, which is another registry",
 			files:  []string{"[[registry]]\nlocation = \"reg.corp:5000\"\ninsecure = true\n[[registry]]\nlocation = \"reg.corp/team\"\n"},
 			listed: []string{"reg.corp"},
