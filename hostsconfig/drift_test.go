@@ -439,6 +439,33 @@ func TestKeepsWhatItCannotRestore(t *testing.T) {
 	}
 }
 
+// TestJournalDamagedLater: a journal that is damaged while Run is on ended all repairs, and
+// our part stayed in the files at exit.
+func TestJournalDamagedLater(t *testing.T) {
+	const first = "# first\n[host.\"https://m.x\"]\n"
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.x/hosts.toml")
+	tree{"a.x/hosts.toml": first}.write(t, dir)
+	h := newHosts(t, Options{Containerd: dir, RemoveOnExit: true, PollInterval: time.Hour})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.Run(ctx) }()
+	eventually(t, "applied", func() bool { return h.InPlace() == nil })
+	write(t, filepath.Join(dir, journalDir, journalName), "")
+	write(t, path, first)
+	apply(t, h)
+	wantHosts(t, dir, "a.x", ours, "https://m.x/v2 pull,resolve,push", upstreamOf("a.x"))
+	write(t, filepath.Join(dir, journalDir, journalName), "")
+	cancel()
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "originals in it are kept") {
+		t.Errorf("Run: %v, want that originals are kept", err)
+	}
+	wantContent(t, path, first)
+	if _, err := os.Stat(filepath.Join(dir, defaultDir, hostsName)); err == nil {
+		t.Error("our file in _default is left")
+	}
+}
+
 // TestBadJournal: without a readable journal nothing is deleted, and what can
 // be told from the files themselves is put right.
 func TestBadJournal(t *testing.T) {

@@ -151,7 +151,10 @@ func (h *Hosts) lock(ctx context.Context, d directory) (m *managed, done func() 
 	if m := h.held[d.path]; m != nil {
 		// While a link is away it will be back, perhaps to something else.
 		if m.holds(m.named) || missing(m.named) && m.holds(m.path) {
-			return m, func() error { return nil }, m.load()
+			if err = m.load(); err != nil {
+				err = m.recover() // as with one that is found damaged
+			}
+			return m, func() error { return nil }, err
 		}
 		delete(h.held, d.path)
 		if err := errors.Join(h.leave(ctx, m), m.release()); err != nil {
