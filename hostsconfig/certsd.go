@@ -283,7 +283,7 @@ func (c *certsDir) carryOver(dir string, proxy netip.AddrPort) ([]byte, error) {
 func (c *certsDir) userText(dir string) ([]byte, error) {
 	if filepath.Dir(dir) == c.roots[0].path {
 		s, err := c.m.situate(filepath.Join(filepath.Base(dir), hostsName))
-		return s.original.content(), err
+		return removeBlock(s.original.content()), err // a link may lead to a file with ours
 	}
 	f, err := readFile(filepath.Join(dir, hostsName))
 	if err != nil || f == nil {

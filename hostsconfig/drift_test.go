@@ -227,6 +227,11 @@ func TestLinkToOurs(t *testing.T) {
 	tree{"b.x/hosts.toml": "-> ../a.x/hosts.toml"}.write(t, dir)
 	apply(t, h)
 	wantHosts(t, dir, "b.x", ours, "https://m.x/v2 pull,resolve,push", upstreamOf("b.x"))
+	for _, im := range newHosts(t, Options{Containerd: dir, ProxyAddr: "127.0.0.1:6060"}).Upstreams() {
+		if len(im.Endpoints) != 2 || im.Endpoints[0].Base != "https://m.x/v2" {
+			t.Errorf("an agent on another port imports %+v", im)
+		}
+	}
 	remove(t, h)
 	wantContent(t, filepath.Join(dir, "b.x/hosts.toml"), "[host.\"https://m.x\"]\n")
 	if target, err := os.Readlink(filepath.Join(dir, "b.x/hosts.toml")); err != nil || target != "../a.x/hosts.toml" {
