@@ -35,10 +35,7 @@ func (s *pins) refresh(ctx context.Context, p *pin, follow func(*Puller)) error 
 		}
 	}
 	s.examine(p, err == nil)
-	if err != nil {
-		return err
-	}
-	return s.sign(ctx, p)
+	return cmp.Or(err, s.sign(ctx, p, err == nil))
 }
 
 // heldBy is the held version of p, "" if there is none, and whether it is public.

@@ -47,16 +47,21 @@ func (v *version) answered() {
 	}
 }
 
-// sign makes sure that the signatures of p's held version are here, if the registry has any.
+// sign makes sure that the signatures of p's held version are here: those that are known and,
+// if p stands for that version now (current), what else the registry has.
 // A refusal is an answer: where a registry refuses what it has not, asking costs the
 // repository's verdict. That it cannot say is no error: the next refresh asks again.
-func (s *pins) sign(ctx context.Context, p *pin) error {
+func (s *pins) sign(ctx context.Context, p *pin, current bool) error {
 	if s.agent.config.Hosts.CRIO == "" { // containerd has no such policy
 		return nil
 	}
 	s.mu.Lock()
-	v, known := p.held, maps.Clone(p.held.signatures)
-	due := v.unasked()
+	v := p.held
+	if v == nil {
+		s.mu.Unlock()
+		return nil
+	}
+	known, due := maps.Clone(v.signatures), current && v.unasked()
 	s.mu.Unlock()
 	var errs []error
 	said := due

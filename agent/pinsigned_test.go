@@ -192,6 +192,36 @@ func TestPinnedSignaturesChange(t *testing.T) {
 	}
 }
 
+// TestPinnedSignaturesHeal: what the cache loses of them comes again though the registry has
+// deleted the tag of the image.
+func TestPinnedSignaturesHeal(t *testing.T) {
+	c := testConfig(t)
+	c.Upstream.TagTTL, c.Hosts.CRIO = 0, t.TempDir()
+	reg, img := startRegistry(t, &c)
+	signatures := sign(reg, img, 50)
+	a := start(t, c, unhurried)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	reg.Delete("team/app", "v1")
+	if err := a.again(t, pinnedName); err == nil {
+		t.Fatal("the tag is still there")
+	}
+	asked := lookups(reg, img.Digest)
+	if err := a.cache.Remove(signatures.Layers[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "there again", func() error {
+		if p := a.pinOf(t, pinnedName); p.State != PinStale || p.Present != p.Bytes {
+			return fmt.Errorf("%+v", p)
+		}
+		return nil
+	})
+	if n := lookups(reg, img.Digest) - asked; n != 0 {
+		t.Errorf("asked %d times for what is known", n)
+	}
+}
+
 // TestNobodyAsksForSignatures: without CRI-O nobody reads them.
 func TestNobodyAsksForSignatures(t *testing.T) {
 	c := testConfig(t)
