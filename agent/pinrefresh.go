@@ -136,6 +136,7 @@ func (s *pins) bring(ctx context.Context, p *pin, d digest.Digest, follow func(*
 	if newer {
 		s.letGo(p.held)
 		p.held, p.next = v, nil
+		s.save(p) // the signatures may take long
 	}
 	if newer || fetched {
 		s.agent.log.Info("image is pinned", "image", p.name, "digest", d)

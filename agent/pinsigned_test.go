@@ -222,6 +222,34 @@ func TestPinnedSignaturesHeal(t *testing.T) {
 	}
 }
 
+// TestPinnedTagMovesBeforeAStop: an agent that ends while it still asks for signatures has
+// the new version afterwards, of which it has let the old one go.
+func TestPinnedTagMovesBeforeAStop(t *testing.T) {
+	c := testConfig(t)
+	c.Upstream.TagTTL, c.Hosts.CRIO = 0, t.TempDir()
+	reg, _ := startRegistry(t, &c)
+	a := start(t, c)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	newer := registrytest.OCIImage(registrytest.ImageSpec{Seed: 70, Layers: []int64{200 << 10}})
+	reg.Put("team/app", newer, "v1")
+	f := reg.Inject(registrytest.Match{Reference: signatureTag(newer.Digest)}, registrytest.Hold())
+	a.pins.mu.Lock()
+	a.pins.images[pinnedName].due = time.Now()
+	a.pins.wake()
+	a.pins.mu.Unlock()
+	<-f.Held()
+	if err := a.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	reg.Down()
+	a = start(t, c, unhurried)
+	if p := a.pinOf(t, pinnedName); p.Digest != newer.Digest || !a.holds(newer) {
+		t.Errorf("%+v, want %s", p, newer.Digest)
+	}
+}
+
 // TestNobodyAsksForSignatures: without CRI-O nobody reads them.
 func TestNobodyAsksForSignatures(t *testing.T) {
 	c := testConfig(t)
