@@ -489,7 +489,7 @@ func (b *blob) received(r *request) {
 	now := time.Now()
 	b.mu.Lock()
 	by, known := b.proofLocked(r.piece)
-	f, done := b.fill, b.here.has(r.piece)
+	f, done, life := b.fill, b.here.has(r.piece), b.life
 	b.writing++ // overtaken must not take the fill for untouched
 	b.mu.Unlock()
 	defer b.wrote()
@@ -504,7 +504,7 @@ func (b *blob) received(r *request) {
 	default:
 		err := b.write(f, r, by)
 		if err == nil {
-			b.took(r, now)
+			b.took(r, life, now)
 			return
 		}
 		if errors.Is(err, ErrWrongPiece) {
@@ -538,9 +538,16 @@ func (b *blob) write(f Fill, r *request, by proof) error {
 	return err
 }
 
-// took notes that a piece is written.
-func (b *blob) took(r *request, now time.Time) {
+// took notes that a piece is written, unless all that was here has been given up since lives
+// returned life: the fill that has it is not that of the fetch under way, if there is one.
+func (b *blob) took(r *request, life int, now time.Time) {
 	b.mu.Lock()
+	defer b.poke()
+	defer b.mu.Unlock()
+	b.giveUpLocked(r)
+	if b.life != life {
+		return
+	}
 	nb := r.nb
 	d := now.Sub(r.sent)
 	if nb.took == 0 {
@@ -558,7 +565,6 @@ func (b *blob) took(r *request, now time.Time) {
 	}
 	b.sources[nb.l.node] += int64(r.size)
 	b.pace.add(r.size, now)
-	b.giveUpLocked(r)
 	for _, twin := range slices.Clone(b.wants[r.piece]) {
 		b.giveUpLocked(twin)
 	}
@@ -569,8 +575,6 @@ func (b *blob) took(r *request, now time.Time) {
 	if !b.authority { // else some of it may have come from upstream at the same time
 		b.checked.set(r.piece)
 	}
-	b.mu.Unlock()
-	b.poke()
 }
 
 // gotLocked notes that a piece is here.

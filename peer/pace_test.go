@@ -61,7 +61,7 @@ func (x exchange) gives(nb *neighbour, after time.Duration, pieces ...int) {
 	for _, i := range pieces {
 		r := x.ask(nb, i)
 		time.Sleep(after) // of the bubble
-		x.b.took(r, time.Now())
+		x.b.took(r, x.b.life, time.Now())
 	}
 }
 
@@ -250,7 +250,7 @@ func TestLimitHidesNoStall(t *testing.T) {
 					for _, r := range asked {
 						if gives {
 							r.moved.set(now.Add(1))
-							b.took(r, now)
+							b.took(r, b.life, now)
 						}
 					}
 					longest = max(longest, b.outlook(now).idle())
@@ -280,7 +280,7 @@ func TestLimitIsNotOwed(t *testing.T) {
 			b.mu.Unlock()
 			for _, rs := range asked {
 				rs[0].moved.set(time.Now().Add(1))
-				b.took(rs[0], time.Now())
+				b.took(rs[0], b.life, time.Now())
 			}
 			if _, _, more := k.Missing(0); more {
 				t.Fatalf("it turns to upstream after %v, with %d pieces", time.Since(began), b.held())

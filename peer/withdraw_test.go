@@ -2,7 +2,9 @@ package peer
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
+	"io"
 	"testing"
 	"time"
 
@@ -125,4 +127,51 @@ func TestForgottenBeforeHashed(t *testing.T) {
 		}
 		stop()
 	})
+}
+
+// slowFill lets something happen before it takes a piece of a peer.
+type slowFill struct {
+	*memBlob
+	meanwhile func()
+}
+
+func (f slowFill) From(node string) io.WriterAt {
+	f.meanwhile()
+	return f.memBlob.From(node)
+}
+
+// TestWrittenTooLate: a piece that was being written when its fetch failed does not count as here,
+// neither for others nor for the fetch that began meanwhile, which would never ask for it.
+func TestWrittenTooLate(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		exchanging(t, func(x exchange) {
+			b, left := x.b, errors.New("the client left")
+			b.end(left)
+			f := slowFill{x.f, func() {
+				b.end(left)
+				if !again {
+					return
+				}
+				if err := b.begin(newMemBlob(b.d), func(error) {}, 0); err != nil {
+					t.Error(err)
+				}
+			}}
+			if err := b.begin(f, func(error) {}, 0); err != nil {
+				t.Fatal(err)
+			}
+			piece := make([]byte, pacePiece)
+			sums := b.newBatch()
+			sums.pieces = []pieceDigest{{3, sha256.Sum256(piece)}}
+			b.publish(sums)
+			r := x.ask(x.neighbour("peer", 0), 3)
+			r.buf = piece
+			b.received(r)
+			if !x.f.Has(3) {
+				t.Error("the piece was not written")
+			}
+			if b.held() != 0 || b.offered() != 0 {
+				t.Errorf("fetched again: %t: %d pieces count as here, %d are offered", again, b.held(), b.offered())
+			}
+		})
+	}
 }
