@@ -132,6 +132,9 @@ func (s *pins) bring(ctx context.Context, p *pin, d digest.Digest, follow func(*
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.images[p.name] != p {
+		return errUnpinned
+	}
 	newer := p.next == v // what the last try lacked may have come with somebody's pull
 	if newer {
 		s.letGo(p.held)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -808,6 +809,47 @@ func TestUnpinInTheMiddle(t *testing.T) {
 	defer a.pins.mu.Unlock()
 	if len(a.pins.parts) != 0 || len(a.pins.images) != 0 || a.cache.Stats().Pinned != 0 {
 		t.Errorf("left: %d parts, %d bytes", len(a.pins.parts), a.cache.Stats().Pinned)
+	}
+}
+
+// TestUnpinAtTheEnd: an image that is unpinned once all of it is here does not come back with
+// the next start.
+func TestUnpinAtTheEnd(t *testing.T) {
+	c := testConfig(t)
+	_, img := startRegistry(t, &c)
+	a := start(t, c, unhurried)
+	image, err := ParseImage(pinnedName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _, err := a.pins.add(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.pins.claim(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	err = a.pins.lookAfter(t.Context(), p, func(puller *Puller) {
+		left := atomic.Int64{}
+		left.Store(int64(1 + len(img.Blobs)))
+		puller.Done = func(Pulled) {
+			if left.Add(-1) > 0 {
+				return
+			}
+			a.settle(t)
+			if err := a.pins.remove([]Image{image}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if !errors.Is(err, errUnpinned) {
+		t.Errorf("%v, want %v", err, errUnpinned)
+	}
+	if err := a.pins.sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if stored := a.cache.Meta().PinnedImages(); len(stored) != 0 || a.cache.Stats().Pinned != 0 {
+		t.Errorf("left: %v, %d bytes", stored, a.cache.Stats().Pinned)
 	}
 }
 
