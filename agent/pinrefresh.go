@@ -254,13 +254,17 @@ func (s *pins) admit(p *pin, v *version, parts []ocispec.Descriptor) error {
 	for d, part := range s.parts {
 		total += max(part.size, s.agent.cache.Size(d)) // a manifest may say less than there was to fetch
 	}
+	count := len(v.parts)
 	for _, d := range parts {
 		if s.parts[d.Digest] == nil {
 			total += partSize(d)
 		}
+		if _, held := v.parts[d.Digest]; !held {
+			count++
+		}
 	}
 	switch {
-	case len(v.parts)+len(parts) > maxPinnedParts:
+	case count > maxPinnedParts:
 		return &noRoomError{fmt.Sprintf("the image has more than %d parts", maxPinnedParts)}
 	case limit > 0 && total > limit:
 		return &noRoomError{fmt.Sprintf("with it, pins would take %s of the %s that cache.max_bytes leaves to them: raise it, or unpin others", SizeText(total), SizeText(limit))}

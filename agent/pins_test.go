@@ -640,6 +640,28 @@ func TestPinsHeal(t *testing.T) {
 	})
 }
 
+// TestPinOfManyPartsHeals: the parts that it holds already are not counted a second time.
+func TestPinOfManyPartsHeals(t *testing.T) {
+	c := testConfig(t)
+	reg, _ := startRegistry(t, &c)
+	layers := make([]int64, maxPinnedParts/2)
+	for i := range layers {
+		layers[i] = 8
+	}
+	img := registrytest.OCIImage(registrytest.ImageSpec{Seed: 71, Opaque: true, Layers: layers})
+	reg.Put("team/app", img, "v1")
+	a := start(t, c, unhurried)
+	if e := a.pin(t, pinnedName)[pinnedName]; e.Error != "" {
+		t.Fatal(e.Error)
+	}
+	if err := a.cache.Remove(img.Layers[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.again(t, pinnedName); err != nil || !a.holds(img) {
+		t.Errorf("%v, held: %v", err, a.holds(img))
+	}
+}
+
 // TestPinWhileTheRegistryIsAway: it is pinned, comes as soon as the registry does, and
 // stays so over a kill in the middle.
 func TestPinWhileTheRegistryIsAway(t *testing.T) {
