@@ -473,23 +473,29 @@ func (db *database) flush() {
 	}
 }
 
-// undeleted lists what db.writing deletes and the file still has: no more than
-// the file can hold, however many deletions of unknown keys callers cause.
+// undeleted lists what db.writing deletes and the file still has, or may have while it cannot
+// be opened: no more than the file can hold, however many deletions of unknown keys callers
+// cause.
 func (db *database) undeleted() map[bucket][]string {
 	keys := map[bucket][]string{}
-	_ = db.run(func(opened *bolt.DB) error {
-		return opened.View(func(tx *bolt.Tx) error {
-			for name, facts := range db.writing {
-				b := tx.Bucket([]byte(name))
-				for k, stamped := range facts {
-					if stamped == nil && b.Get([]byte(k)) != nil {
-						keys[name] = append(keys[name], k)
-					}
+	list := func(has func(name bucket, k string) bool) {
+		for name, facts := range db.writing {
+			for k, stamped := range facts {
+				if stamped == nil && len(keys[name]) < capacity[name] && has(name, k) {
+					keys[name] = append(keys[name], k)
 				}
 			}
+		}
+	}
+	err := db.run(func(opened *bolt.DB) error {
+		return opened.View(func(tx *bolt.Tx) error {
+			list(func(name bucket, k string) bool { return tx.Bucket([]byte(name)).Get([]byte(k)) != nil })
 			return nil
 		})
 	}) // a file that cannot be read either is replaced by an empty one
+	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+		list(func(bucket, string) bool { return true })
+	}
 	return keys
 }
 

@@ -308,7 +308,7 @@ func TestMetadataOutlivesADiskThatTakesNoWrites(t *testing.T) {
 
 // TestStartOnAFullDisk: a start needs no room, which file systems that copy on write take
 // even to change a page. Where it does, for a kind of fact that the version before did not
-// have, the file is taken up once there is room.
+// have, the file is taken up once there is room, without what has been deleted meanwhile.
 func TestStartOnAFullDisk(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "metadata.db")
 	log := slog.New(slog.DiscardHandler)
@@ -316,8 +316,9 @@ func TestStartOnAFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	repo := Repository{"docker.io", "team/app"}
+	repo, refused := Repository{"docker.io", "team/app"}, Repository{"docker.io", "team/other"}
 	m.SetVerdict(repo, Anyone)
+	m.SetVerdict(refused, Anyone)
 	m.flush()
 	if err := m.close(); err != nil {
 		t.Fatal(err)
@@ -344,11 +345,16 @@ func TestStartOnAFullDisk(t *testing.T) {
 	if _, ok := m.Verdict(repo, Anyone); ok {
 		t.Fatal("the file could be opened: this test shows nothing")
 	}
+	m.DeleteVerdict(refused, Anyone)
+	m.flush()
 	m.db.fault = nil
 	m.flush()
 	defer m.close()
 	if _, ok := m.Verdict(repo, Anyone); !ok {
 		t.Error("what was known before is lost")
+	}
+	if _, ok := m.Verdict(refused, Anyone); ok {
+		t.Error("what was forgotten meanwhile is back")
 	}
 	m.SetPinnedImage("docker.io/team/app:1", PinnedImage{Command: true})
 	m.flush()
