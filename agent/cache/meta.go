@@ -347,7 +347,7 @@ func (m *Meta) SetForgotten(d digest.Digest) { m.db.put(bucketForgotten, key(str
 // Forgotten reports whether SetForgotten was called within the last hour.
 func (m *Meta) Forgotten(d digest.Digest) bool {
 	v, ok := m.db.stamped(bucketForgotten, key(string(d)))
-	return ok && time.Since(time.Unix(int64(stamp(v)), 0)) < forgottenFor
+	return ok && time.Since(time.Unix(int64(stamp(v)), 0)).Abs() < forgottenFor // a clock may have been wrong
 }
 
 // SetChallenge remembers how the repository asks for credentials: the values of

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -295,6 +296,11 @@ func TestForgotten(t *testing.T) {
 		<-time.After(2 * time.Minute)
 		if m.Forgotten(d) {
 			t.Error("held after the hour")
+		}
+		ahead := binary.BigEndian.AppendUint64(nil, uint64(time.Now().AddDate(1, 0, 0).Unix()))
+		m.db.enqueue(bucketForgotten, key(string(d)), ahead)
+		if m.Forgotten(d) {
+			t.Error("forgotten for a year, because a clock ran ahead")
 		}
 	})
 }
