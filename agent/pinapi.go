@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/larder-cache/larder/agent/cache"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -107,15 +108,20 @@ type asked struct {
 // addAll pins all of the images, or none. What is new waits for the request that asks
 // for it, until hurry.
 func (s *pins) addAll(images []Image) ([]asked, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	added := map[string]bool{}
+	for _, image := range images {
+		if name := image.String(); s.images[name] == nil {
+			added[name] = true
+		}
+	}
+	if len(added) > 0 && len(s.images)+len(added) > cache.MaxPins {
+		return nil, errTooManyPins
+	}
 	out := make([]asked, len(images))
 	for i, image := range images {
-		p, added, err := s.add(image)
-		if err != nil {
-			for _, one := range out[:i] {
-				s.forget(one)
-			}
-			return nil, err
-		}
+		p, added := s.add(image)
 		out[i] = asked{p, added}
 	}
 	return out, nil

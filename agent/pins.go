@@ -198,23 +198,18 @@ var errUnpinned = errors.New("unpinned meanwhile")
 // errTooManyPins says what to do instead.
 var errTooManyPins = fmt.Errorf("no more than %d images can be pinned: unpin others first", cache.MaxPins)
 
-// add pins an image by command; the caller sees to fetching it. It reports whether
-// the pin is new.
-func (s *pins) add(image Image) (p *pin, added bool, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// add pins an image by command; the caller sees to fetching it. It
+// reports whether the pin is new. mu is held.
+func (s *pins) add(image Image) (p *pin, added bool) {
 	p = s.images[image.String()]
-	switch {
-	case p == nil && len(s.images) >= cache.MaxPins:
-		return nil, false, errTooManyPins
-	case p == nil:
+	if p == nil {
 		p = &pin{name: image.String(), image: image, since: time.Now(), due: time.Now().Add(pinInterval)}
 		s.images[p.name] = p
 		added = true
 	}
 	p.command = true
 	s.save(p)
-	return p, added, nil
+	return p, added
 }
 
 // remove unpins images, all of them or none.

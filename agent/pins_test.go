@@ -793,6 +793,10 @@ func TestTooManyPins(t *testing.T) {
 	if code != 409 || !strings.Contains(body, "no more than 1000") || len(a.Pins().Pins) != cache.MaxPins {
 		t.Errorf("%d %s", code, body)
 	}
+	code, _ = a.admin(t, "POST", "/api/v1/pins", `{"images":["registry.example.test/app0:v1","registry.example.test/one-more"]}`, "Content-Type", "application/json")
+	if p := a.pinOf(t, "registry.example.test/app0:v1"); code != 409 || p.Source != "config" {
+		t.Errorf("%d, and of a command that pinned nothing: %+v", code, p)
+	}
 	if s := a.Status().Pins; len(s.Trouble) > maxShownPins {
 		t.Errorf("%d pins in a status", len(s.Trouble))
 	}
@@ -844,10 +848,11 @@ func TestUnpinAtTheEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, _, err := a.pins.add(image)
+	pinned, err := a.pins.addAll([]Image{image})
 	if err != nil {
 		t.Fatal(err)
 	}
+	p := pinned[0].pin
 	if err := a.pins.claim(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
