@@ -141,16 +141,18 @@ func (f *forgetter) walk(i int) error {
 	} else {
 		f.going[image] = ""
 	}
-	start := len(f.parts)
+	var subjects []digest.Digest // parts of an image before, in another repository, too
 	for n, root := range roots {
 		if n == 0 {
 			f.roots[i] = root
 		}
-		if err := f.walkFrom(i, root); err != nil {
+		parts, err := f.walkFrom(i, root)
+		if err != nil {
 			return err
 		}
+		subjects = append(subjects, parts...)
 	}
-	for _, subject := range f.parts[start:] {
+	for _, subject := range subjects {
 		for _, t := range f.signed[subject] {
 			if !t.in(image.place()) {
 				continue
@@ -160,7 +162,7 @@ func (f *forgetter) walk(i int) error {
 			}
 			for _, root := range f.agent.proxy.TagDigests(t.place(), t.Reference) {
 				f.below[subject] = append(f.below[subject], root)
-				if err := f.walkFrom(i, root); err != nil {
+				if _, err := f.walkFrom(i, root); err != nil {
 					return err
 				}
 			}
@@ -169,10 +171,11 @@ func (f *forgetter) walk(i int) error {
 	return nil
 }
 
-// walkFrom adds a manifest and all that it lists, as far as that is known here; a root may
-// be a blob.
-func (f *forgetter) walkFrom(i int, root digest.Digest) error {
+// walkFrom adds a manifest and all that it lists, as far as that is known here, and returns
+// them; a root may be a blob.
+func (f *forgetter) walkFrom(i int, root digest.Digest) (parts []digest.Digest, err error) {
 	add := func(d digest.Digest) {
+		parts = append(parts, d)
 		if _, known := f.of[d]; !known {
 			f.of[d] = i
 			f.parts = append(f.parts, d)
@@ -195,10 +198,11 @@ func (f *forgetter) walkFrom(i int, root digest.Digest) error {
 		}
 		return nil
 	}
-	if err := walkImage(ocispec.Descriptor{Digest: root}, selection{platform: "all"}, read, visit); err != nil && !errors.Is(err, errNothing) {
-		return err
+	err = walkImage(ocispec.Descriptor{Digest: root}, selection{platform: "all"}, read, visit)
+	if errors.Is(err, errNothing) {
+		err = nil
 	}
-	return nil
+	return parts, err
 }
 
 // manifestHere reads what is on this node, and not on its way.

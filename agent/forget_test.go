@@ -149,6 +149,7 @@ func TestForgetByName(t *testing.T) {
 		"both":                   {[]string{pinnedName, testRegistry + "/team/app:latest"}, "", false},
 		"digest":                 {[]string{"digest"}, "", false},
 		"digest, and other repo": {[]string{"digest"}, "team/copy:v1", true},
+		"both repositories":      {[]string{testRegistry + "/team/copy:v1", pinnedName, testRegistry + "/team/app:latest"}, "", false},
 		"a listed image":         {[]string{"digest", pinnedName}, "team/app:index", true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -164,6 +165,9 @@ func TestForgetByName(t *testing.T) {
 			images := []string{pinnedName, testRegistry + "/team/app:latest", testRegistry + "/team/app:sha256-" + img.Digest.Encoded() + ".sig"}
 			if strings.Contains(tc.keeper, "copy") || strings.Contains(tc.keeper, "index") {
 				images = append(images, testRegistry+"/"+tc.keeper)
+			}
+			if tc.names[0] == testRegistry+"/team/copy:v1" {
+				images = append(images, tc.names[0])
 			}
 			for _, name := range images {
 				image, err := ParseImage(name)
