@@ -139,6 +139,7 @@ func (s *Swarm) called(l *link, c call) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		status, body := outcome(s.answer(ctx, l, c))
+		l.touch() // or the link might be idle before the answer is sent
 		l.send(call{id: c.id, method: status, body: body}.reply)
 	})
 }

@@ -5,10 +5,13 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"golang.org/x/time/rate"
 )
 
 // keepers counts who was asked to keep what.
@@ -202,4 +205,51 @@ func TestKeepNonsense(t *testing.T) {
 	if asked, _ := k.take(); len(asked) > 0 {
 		t.Errorf("the node was asked %d times", len(asked))
 	}
+}
+
+// TestWorkIsNotIdle: a link over which nothing was asked for long is not idle while a question is
+// being answered, nor while a piece is being sent.
+func TestWorkIsNotIdle(t *testing.T) {
+	t.Run("a question", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			w := newTestWorld()
+			nodes := w.wayCluster(t, 3)
+			d := w.add(1000, 1)
+			var asked atomic.Int32
+			for _, n := range nodes {
+				n.keep = func(Copy) error {
+					asked.Add(1)
+					wait(t.Context(), keepTime-10*time.Second)
+					return nil
+				}
+			}
+			n, err := nodes[0].s.Keep(t.Context(), Copy{Want: Want{Digest: d, Registry: "r", Repository: "a"}}, 1)
+			if n != 1 || err != nil || asked.Load() != 1 {
+				t.Errorf("%d times somebody was asked: %d, %v", asked.Load(), n, err)
+			}
+		})
+	})
+	t.Run("a piece", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			const size = 200 << 10
+			w := newTestWorld()
+			nodes := w.wayCluster(t, 2)
+			d := w.add(size, 1)
+			holder, asker := nodes[0], nodes[1]
+			holder.give(d)
+			b := holder.s.blob(blobID{key: sha256Of(d)})
+			b.admit(asker.s.self.Name, "r")
+			if err := holder.s.seedFromStore(b); err != nil {
+				t.Fatal(err)
+			}
+			waitFor(t, b.whole)
+			holder.s.limiter = rate.NewLimiter(size/40, chunkSize)
+			if err := askPiece(t, asker, holder, d); err != nil {
+				t.Error(err)
+			}
+			if sent := testutil.ToFloat64(holder.s.metrics.uploaded); sent != size {
+				t.Errorf("%v bytes were sent, want %d", sent, size)
+			}
+		})
+	})
 }

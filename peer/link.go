@@ -17,7 +17,7 @@ import (
 const (
 	silence     = 2 * time.Second        // a peer not heard of for so long is gone
 	pingEvery   = 500 * time.Millisecond // below silence by enough for a lost second
-	idleLink    = 20 * time.Second       // a link without a common blob is closed
+	idleLink    = 20 * time.Second       // a link without a common blob, a piece or a question is closed
 	connectTime = 500 * time.Millisecond // for TCP; a blackholed member costs no more
 	helloTime   = silence                // for TLS and the first frame, on a loaded node
 	maxOut      = 1 << 20                // control bytes that wait for a peer that does not read
@@ -443,6 +443,7 @@ func (l *link) endUpload(u *upload) {
 		l.bulk = l.bulk[1:]
 	}
 	l.mu.Unlock()
+	l.touch()
 	l.s.uploads.finished(u)
 }
 
@@ -509,13 +510,14 @@ func (l *link) tend(now time.Time, idle time.Duration) {
 		l.close(errSilent)
 		return
 	}
-	if now.Sub(l.used.get()) > idle {
+	l.mu.Lock()
+	quiet := now.Sub(l.lastTx) >= pingEvery && len(l.out) == 0
+	works := len(l.bulk)+len(l.wants)+len(l.calls) > 0 || l.asked.Load() > 0
+	l.mu.Unlock()
+	if !works && now.Sub(l.used.get()) > idle {
 		l.close(errIdle)
 		return
 	}
-	l.mu.Lock()
-	quiet := now.Sub(l.lastTx) >= pingEvery && len(l.out) == 0
-	l.mu.Unlock()
 	if quiet {
 		l.send(appendPing)
 	}
