@@ -125,11 +125,13 @@ func (s *Swarm) denied(l *link, t frameType, a answer) {
 // the background.
 func (s *Swarm) seedFromStore(b *blob) error {
 	b.mu.Lock()
-	busy, rotten := b.scanning || b.keepsLocked(), b.rotten
+	busy, passing, rotten := b.scanning || b.keepsLocked(), b.fill != nil, b.rotten
 	b.mu.Unlock()
 	switch {
 	case busy:
 		return nil
+	case passing:
+		return errNotHere // what is offered would count as what the fetch has
 	case rotten:
 		return errWrongBlob
 	}

@@ -175,3 +175,37 @@ func TestWrittenTooLate(t *testing.T) {
 		})
 	}
 }
+
+// TestWholeWhilePassing: a blob that passes through a node while its store gets it another way is
+// still asked for: what the store has is not what the fetch has.
+func TestWholeWhilePassing(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(1, 20))
+		stop := running(t, nodes)
+		n := nodes[0]
+		n.start(wantOf(w))
+		n.fills.Wait()
+		wait(t.Context(), keepBlob+time.Minute) // until the blob is forgotten
+		b := n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
+		passes := passedBlob{&simBlob{simImage: w.images[0], size: -1, changed: make(chan struct{})}, time.Time{}}
+		if err := b.begin(passes, func(error) {}, simAhead); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.s.seedFromStore(b); !errors.Is(err, errNotHere) {
+			t.Error(err)
+		}
+		wait(t.Context(), 10*time.Second)
+		if b.held() > 0 {
+			t.Errorf("%d pieces count as here, and none came", b.held())
+		}
+		b.end(nil)
+		if err := n.s.seedFromStore(b); err != nil {
+			t.Error(err)
+		}
+		wait(t.Context(), 10*time.Second)
+		if !b.whole() {
+			t.Error("it is not offered afterwards")
+		}
+		stop()
+	})
+}
