@@ -20,6 +20,7 @@ func (b *blob) acquire() (*handle, error) {
 		b.mu.Unlock()
 		return h, nil
 	}
+	life := b.life
 	b.mu.Unlock()
 	sb, ok := b.s.cfg.Store.Lookup(b.d)
 	if !ok {
@@ -31,6 +32,11 @@ func (b *blob) acquire() (*handle, error) {
 		b.mu.Unlock()
 		sb.Close()
 		return h, nil
+	}
+	if b.life != life || b.void { // the next fetch would give from what is gone
+		b.mu.Unlock()
+		sb.Close()
+		return nil, errNotHere
 	}
 	h := &handle{StoredBlob: sb, refs: 2} // the blob's own and the caller's
 	b.src = h

@@ -209,3 +209,38 @@ func TestWholeWhilePassing(t *testing.T) {
 		stop()
 	})
 }
+
+// slowStore lets something happen while it opens a blob.
+type slowStore struct {
+	Store
+	meanwhile func()
+}
+
+func (s slowStore) Lookup(d digest.Digest) (StoredBlob, bool) {
+	b, ok := s.Store.Lookup(d)
+	s.meanwhile()
+	return b, ok
+}
+
+// TestLostWhileOpened: the file of a blob that the node loses while it opens it is closed again:
+// the next fetch would give from it.
+func TestLostWhileOpened(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, nodes := restWorld(t, baseSim(1, 20))
+		stop := running(t, nodes)
+		n := nodes[0]
+		n.start(wantOf(w))
+		n.fills.Wait()
+		wait(t.Context(), idleLink+time.Second) // until the file is closed
+		b := n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
+		n.s.cfg.Store = slowStore{n, func() { n.lose(b.d) }}
+		h, err := b.acquire()
+		if err == nil {
+			b.release(h)
+		}
+		if open := n.open.Load(); !errors.Is(err, errNotHere) || open != 0 {
+			t.Errorf("%d files are open: %v", open, err)
+		}
+		stop()
+	})
+}
