@@ -668,6 +668,14 @@ func TestFight(t *testing.T) {
 	})
 }
 
+// repair is what Run does when it sees a change.
+func repair(t *testing.T, h *Hosts) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, err := h.apply(t.Context(), true)
+	return err
+}
+
 // TestRepairsAreSpaced: a second change at once has to wait, but not for Apply.
 func TestRepairsAreSpaced(t *testing.T) {
 	dir := t.TempDir()
@@ -675,15 +683,10 @@ func TestRepairsAreSpaced(t *testing.T) {
 	tree{"a.x/hosts.toml": "# first\n"}.write(t, dir)
 	h := newHosts(t, Options{Containerd: dir})
 	apply(t, h)
-	repair := func() error {
-		write(t, path, "# second\n")
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		_, err := h.apply(t.Context(), true)
-		return err
-	}
-	must(t, repair())
-	if err := repair(); err == nil || !strings.Contains(err.Error(), "next repair") || fileHas(path, testProxy) {
+	write(t, path, "# second\n")
+	must(t, repair(t, h))
+	write(t, path, "# second\n")
+	if err := repair(t, h); err == nil || !strings.Contains(err.Error(), "next repair") || fileHas(path, testProxy) {
 		t.Errorf("a second repair at once: %v", err)
 	}
 	if apply(t, h); !fileHas(path, testProxy) {
@@ -699,20 +702,14 @@ func TestPutOffForNothing(t *testing.T) {
 	tree{"a.x/hosts.toml": "# first\n"}.write(t, dir)
 	h := newHosts(t, Options{Containerd: dir})
 	apply(t, h)
-	repair := func() error {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		_, err := h.apply(t.Context(), true)
-		return err
-	}
 	write(t, path, "# second\n")
-	must(t, repair())
+	must(t, repair(t, h))
 	write(t, path, "# third\n")
-	if err := repair(); err == nil || h.nextLook() >= h.opts.PollInterval {
+	if err := repair(t, h); err == nil || h.nextLook() >= h.opts.PollInterval {
 		t.Fatalf("a second repair at once was not put off: %v, next look in %v", err, h.nextLook())
 	}
 	must(t, os.RemoveAll(filepath.Dir(path)))
-	must(t, repair())
+	must(t, repair(t, h))
 	if got := h.nextLook(); got != h.opts.PollInterval {
 		t.Errorf("next look in %v, want %v", got, h.opts.PollInterval)
 	}

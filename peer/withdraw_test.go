@@ -11,17 +11,28 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// hashedAnew makes a lone node that holds a blob of 20 pieces, and hashes them again, which takes
-// three seconds. A second later the test goes on.
-func hashedAnew(t *testing.T) (n *restNode, b *blob, stop func()) {
+// holding makes a lone node that holds a blob of 20 pieces, with which nothing has been done for
+// that long.
+func holding(t *testing.T, idle time.Duration) (n *restNode, b *blob, stop func()) {
 	w, nodes := restWorld(t, baseSim(1, 20))
 	stop = running(t, nodes)
 	n = nodes[0]
 	n.start(wantOf(w))
 	n.fills.Wait()
-	wait(t.Context(), keepBlob+time.Minute) // until the piece digests are forgotten
+	wait(t.Context(), idle)
+	return n, n.s.blob(blobID{key: mustKey(t, w.images[0].digest)}), stop
+}
+
+const (
+	closedAfter    = idleLink + time.Second // the blob's file
+	forgottenAfter = keepBlob + time.Minute // the blob, with its piece digests
+)
+
+// hashedAnew makes a node that hashes what it holds again, which takes three seconds. A second
+// later the test goes on.
+func hashedAnew(t *testing.T) (n *restNode, b *blob, stop func()) {
+	n, b, stop = holding(t, forgottenAfter)
 	n.disk = 150 * time.Millisecond
-	b = n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
 	if err := n.s.seedFromStore(b); err != nil {
 		t.Fatal(err)
 	}
@@ -97,20 +108,14 @@ func TestRottenThenRight(t *testing.T) {
 // it lately, is hashed for those who ask next, and its file is closed.
 func TestForgottenBeforeHashed(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		w, nodes := restWorld(t, baseSim(1, 20))
-		stop := running(t, nodes)
-		n := nodes[0]
-		n.start(wantOf(w))
-		n.fills.Wait()
-		wait(t.Context(), keepBlob+time.Minute)
+		n, b, stop := holding(t, forgottenAfter)
 		for i := range maxIdleBlobs + 1 { // so that idle ones are soon forgotten
 			n.s.blob(blobID{key: key{1, byte(i >> 8), byte(i)}})
 		}
-		id := blobID{key: mustKey(t, w.images[0].digest)}
 		for range hashersAtOnce {
 			n.s.hashers <- struct{}{}
 		}
-		if err := n.s.seedFromStore(n.s.blob(id)); err != nil {
+		if err := n.s.seedFromStore(b); err != nil {
 			t.Fatal(err)
 		}
 		wait(t.Context(), idleLink+time.Second)
@@ -118,7 +123,7 @@ func TestForgottenBeforeHashed(t *testing.T) {
 			<-n.s.hashers
 		}
 		wait(t.Context(), time.Second)
-		if b := n.s.knownBlob(id); b == nil || !b.whole() {
+		if b := n.s.knownBlob(b.id); b == nil || !b.whole() {
 			t.Error("what was hashed is forgotten")
 		}
 		wait(t.Context(), 2*keepBlob)
@@ -180,14 +185,8 @@ func TestWrittenTooLate(t *testing.T) {
 // still asked for: what the store has is not what the fetch has.
 func TestWholeWhilePassing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		w, nodes := restWorld(t, baseSim(1, 20))
-		stop := running(t, nodes)
-		n := nodes[0]
-		n.start(wantOf(w))
-		n.fills.Wait()
-		wait(t.Context(), keepBlob+time.Minute) // until the blob is forgotten
-		b := n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
-		passes := passedBlob{&simBlob{simImage: w.images[0], size: -1, changed: make(chan struct{})}, time.Time{}}
+		n, b, stop := holding(t, forgottenAfter)
+		passes := passedBlob{&simBlob{simImage: n.w.images[0], size: -1, changed: make(chan struct{})}, time.Time{}}
 		if err := b.begin(passes, func(error) {}, simAhead); err != nil {
 			t.Fatal(err)
 		}
@@ -226,13 +225,7 @@ func (s slowStore) Lookup(d digest.Digest) (StoredBlob, bool) {
 // the next fetch would give from it.
 func TestLostWhileOpened(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		w, nodes := restWorld(t, baseSim(1, 20))
-		stop := running(t, nodes)
-		n := nodes[0]
-		n.start(wantOf(w))
-		n.fills.Wait()
-		wait(t.Context(), idleLink+time.Second) // until the file is closed
-		b := n.s.blob(blobID{key: mustKey(t, w.images[0].digest)})
+		n, b, stop := holding(t, closedAfter)
 		n.s.cfg.Store = slowStore{n, func() { n.lose(b.d) }}
 		h, err := b.acquire()
 		if err == nil {
